@@ -1,0 +1,68 @@
+"""The exceptions: one base class, and one class for each thing that can be wrong."""
+
+from collections.abc import Sequence
+
+
+class Pytree2SafetensorsError(Exception):
+    """Base class of every error that this package raises on its own account."""
+
+    __module__ = "pytree2safetensors"
+
+
+class KeyPathError(Pytree2SafetensorsError, ValueError):
+    """A string that names no key path, or a key path that no string names."""
+
+    __module__ = "pytree2safetensors"
+
+
+class TreeStructureError(Pytree2SafetensorsError, ValueError):
+    """Names that make no tree, or a tree that JAX cannot flatten."""
+
+    __module__ = "pytree2safetensors"
+
+
+class UnsupportedLeafError(Pytree2SafetensorsError, TypeError):
+    """Leaves that a safetensors file cannot hold, such as functions."""
+
+    __module__ = "pytree2safetensors"
+
+
+class FileFormatError(Pytree2SafetensorsError, ValueError):
+    """A file that breaks the format, or contents that the format cannot express."""
+
+    __module__ = "pytree2safetensors"
+
+
+class WeightsMismatchError(Pytree2SafetensorsError, ValueError):
+    """Leaves and template do not fit each other.
+
+    Attributes:
+        missing: Spelled names that the template needs and the file lacks.
+        unexpected: Names that the file holds and the template has no place for.
+        mismatched: One line for each leaf whose shape, dtype or kind differs.
+    """
+
+    __module__ = "pytree2safetensors"
+
+    def __init__(
+        self,
+        message: str,
+        missing: Sequence[str] = (),
+        unexpected: Sequence[str] = (),
+        mismatched: Sequence[str] = (),
+    ) -> None:
+        super().__init__(message)
+        self.missing: tuple[str, ...] = tuple(missing)
+        self.unexpected: tuple[str, ...] = tuple(unexpected)
+        self.mismatched: tuple[str, ...] = tuple(mismatched)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (str(self), self.missing, self.unexpected, self.mismatched)
+
+
+def shorten(text: str, limit: int = 200) -> str:
+    """Show `text` as a literal, with the middle left out where it is long."""
+    if len(text) <= limit:
+        return repr(text)
+    half = limit // 2
+    return f"{text[:half]!r}...{text[-half:]!r} ({len(text):,} characters)"

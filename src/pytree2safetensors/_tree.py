@@ -1,0 +1,244 @@
+"""Trees and flat dicts: spelling every leaf of a tree, and building a tree from spelled names."""
+
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+import jax
+import numpy as np
+from beartype import beartype
+from jaxtyping import jaxtyped
+
+from pytree2safetensors._container import PyTreeContainer, UnkeyedContainer, attrs_of
+from pytree2safetensors._errors import KeyPathError, TreeStructureError, shorten
+from pytree2safetensors._keypath import (
+    join,
+    spell_attr,
+    spell_flat_index,
+    spell_item,
+    spell_key,
+)
+from pytree2safetensors._trie import DEEP, Kind, build, check_depth, too_deep, unsortable
+
+if TYPE_CHECKING:
+    # To type checkers jaxtyping's own is unknown, which strict ones report to our users.
+    PyTree: TypeAlias = Any
+else:
+    from jaxtyping import PyTree
+
+
+class Flat(NamedTuple):
+    """A flattened tree: a spelled name for each leaf, and what the names leave unsaid."""
+
+    names: list[str]
+    leaves: list[Any]
+    kinds: dict[str, Kind]
+
+
+@jaxtyped(typechecker=beartype)
+def pytree2dict(tree: PyTree) -> dict[str, Any]:
+    """Map the spelled key path of each leaf to the leaf, in JAX's order of leaves.
+
+    Args:
+        tree: Any pytree.
+
+    Returns:
+        The leaves themselves, not copies. A tree that is a single leaf has the name "".
+
+    Raises:
+        KeyPathError: A key has no spelling, or two leaves have one.
+        TreeStructureError: JAX cannot flatten the tree.
+
+    Specification: *Trees and flat dicts*.
+
+    >>> pytree2dict({"layers": [{"w": 1.0}, {"w": 2.0}]})
+    {'@layers#0@w': 1.0, '@layers#1@w': 2.0}
+    """
+    flat = flatten(tree)
+    return dict(zip(flat.names, flat.leaves, strict=True))
+
+
+def flatten(tree: Any) -> Flat:
+    """Walk a tree as JAX does, spelling names on the way."""
+    walk = _Walk()
+    walk.run(tree)
+    if len(set(walk.flat.names)) != len(walk.flat.names):
+        raise _repeated(walk.flat.names)
+    return walk.flat
+
+
+def _repeated(names: Iterable[str]) -> KeyPathError:
+    seen: set[str] = set()
+    twice = next(name for name in names if name in seen or seen.add(name))  # type: ignore[func-returns-value] # for its effect
+    return KeyPathError(
+        f"two leaves have the key path {shorten(twice)}: "
+        "a node of this tree gives two of its children one key"
+    )
+
+
+Children = Iterator[tuple[str, Any]]  # the spelled segment of each child, and the child
+
+
+class _Walk:
+    """One flattening: remembers which types are leaves and how keys are spelled."""
+
+    def __init__(self) -> None:
+        self.flat = Flat([], [], {})
+        self.leaf_types: set[type] = {int, float, bool, complex, str, np.ndarray}
+        self.items: dict[str, str] = {}
+        self.deepest = DEEP  # for certain
+        self.openers: dict[type, Callable[[Any, str], Children]] = {
+            dict: self.open_dict,
+            defaultdict: self.open_dict,
+            OrderedDict: self.open_ordered_dict,
+            list: self.open_list,
+            tuple: self.open_tuple,
+            type(None): self.open_none,
+            PyTreeContainer: self.open_container,
+            UnkeyedContainer: self.open_unkeyed,
+        }
+
+    def run(self, tree: Any) -> None:
+        names, leaves, _ = self.flat
+        root = self.open(tree, "")
+        if root is None:
+            names.append("")
+            leaves.append(tree)
+            return
+        pending = [("", root)]
+        while pending:
+            prefix, children = pending[-1]
+            for segment, child in children:
+                name = prefix + segment if prefix else join("", segment)
+                if type(child) not in self.leaf_types:
+                    opened = self.open(child, name)
+                    if opened is not None:
+                        pending.append((name, opened))
+                        break
+                names.append(name)
+                leaves.append(child)
+            else:
+                pending.pop()
+            if len(pending) > self.deepest:
+                self.deepest = check_depth(len(pending), prefix)
+
+    def open(self, node: Any, name: str) -> Children | None:
+        """The children of a node; None for a leaf."""
+        opener = self.openers.get(type(node))
+        if opener is not None:
+            return opener(node, name)
+        if jax.tree_util.all_leaves([node]):
+            self.leaf_types.add(type(node))  # JAX tells leaves from nodes by type alone
+            return None
+        return self.open_registered(node, name)
+
+    def open_dict(self, node: dict[Any, Any], name: str) -> Children:
+        if not node:
+            self.flat.kinds[name] = "dict"
+        try:
+            keys = sorted(node)
+        except TypeError:
+            raise unsortable(name, node) from None
+        return ((self.item(key, name), node[key]) for key in keys)
+
+    def open_ordered_dict(self, node: dict[Any, Any], name: str) -> Children:
+        segments = [self.item(key, name) for key in node]
+        self.flat.kinds[name] = ["OrderedDict", segments]
+        return zip(segments, node.values(), strict=True)
+
+    def open_list(self, node: list[Any], name: str) -> Children:
+        if not node:
+            self.flat.kinds[name] = "list"
+        return ((f"#{index}", child) for index, child in enumerate(node))
+
+    def open_tuple(self, node: tuple[Any, ...], name: str) -> Children:
+        self.flat.kinds[name] = "tuple"
+        return ((f"#{index}", child) for index, child in enumerate(node))
+
+    def open_none(self, _: None, name: str) -> Children:
+        self.flat.kinds[name] = "None"
+        return iter(())
+
+    def open_container(self, node: PyTreeContainer, name: str) -> Children:
+        attrs = attrs_of(node)
+        if not attrs:
+            self.flat.kinds[name] = "PyTreeContainer"
+        return ((_spelled(spell_attr, key, name), attrs[key]) for key in sorted(attrs))
+
+    def open_unkeyed(self, node: UnkeyedContainer, name: str) -> Children:
+        if not len(node):
+            self.flat.kinds[name] = "UnkeyedContainer"
+        return ((spell_flat_index(index), child) for index, child in enumerate(node))
+
+    def open_registered(self, node: Any, name: str) -> Children:
+        """The children of a node of any other type, as its own registration gives them."""
+        meetings = 0
+
+        def is_leaf(part: Any) -> bool:
+            nonlocal meetings
+            meetings += part is node
+            if meetings > 2:  # JAX may look twice; a node that is its own child it meets for ever
+                raise too_deep(name)
+            return part is not node
+
+        try:
+            pairs, _ = jax.tree_util.tree_flatten_with_path(node, is_leaf=is_leaf)
+        except (SystemError, RecursionError):
+            raise too_deep(name) from None
+        if not pairs:
+            self.flat.kinds[name] = "PyTreeContainer"
+        return ((self.registered(path, name), child) for path, child in pairs)
+
+    def registered(self, path: tuple[Any, ...], name: str) -> str:
+        return "".join(_spelled(spell_key, key, name) for key in path)
+
+    def item(self, key: object, name: str) -> str:
+        if type(key) is not str:  # 1, 1.0 and True are one key to a cache
+            return _spelled(spell_item, key, name)
+        segment = self.items.get(key)
+        if segment is None:
+            segment = self.items[key] = _spelled(spell_item, key, name)
+        return segment
+
+
+def _spelled(speller: Callable[[Any], str], key: Any, name: str) -> str:
+    try:
+        return speller(key)
+    except KeyPathError as error:
+        raise KeyPathError(f"{error}, in a key path that begins {shorten(name)}") from None
+
+
+@jaxtyped(typechecker=beartype)
+def dict2pytree(dictionary: Mapping[str, Any]) -> PyTree:
+    """Build the tree whose leaves have these spelled key paths: the inverse of `pytree2dict`.
+
+    Attributes come back in `PyTreeContainer`s, dict keys in dicts, indices in lists and children
+    without keys in `UnkeyedContainer`s. An index without a leaf leaves a `None`.
+
+    Args:
+        dictionary: Spelled key paths to leaves.
+
+    Returns:
+        A new tree that holds the leaves themselves.
+
+    Raises:
+        KeyPathError: A name spells no key path.
+        TreeStructureError: The names make no tree, or a value is no leaf.
+
+    Specification: *Trees and flat dicts*.
+
+    >>> dict2pytree({"@layers#0@w": 1.0, "@layers#1@w": 2.0})
+    {'layers': [{'w': 1.0}, {'w': 2.0}]}
+    """
+    leaf_types: set[type] = set()
+    for name, leaf in dictionary.items():
+        if not isinstance(name, str):
+            raise TypeError(f"the names of leaves are strs, and {name!r} is none")
+        if type(leaf) not in leaf_types:
+            if not jax.tree_util.all_leaves([leaf]):
+                raise TreeStructureError(
+                    f"the value of {shorten(name)} is of type {type(leaf).__name__}, which JAX "
+                    "does not take for a leaf; give each of its leaves a name"
+                )
+            leaf_types.add(type(leaf))
+    return build(dictionary, {})
