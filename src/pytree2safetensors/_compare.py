@@ -1,0 +1,124 @@
+"""Comparison: the first difference between two trees, bit for bit."""
+
+import struct
+from collections.abc import Mapping
+from typing import Any, Final
+
+import jax
+import numpy as np
+
+from pytree2safetensors._errors import shorten
+from pytree2safetensors._keypath import join, spell_key
+
+# The bits that a value fills of its byte. NumPy ignores the rest, and they hold nothing.
+VALUE_BITS: Final = {
+    "bool": 0x01, "int1": 0x01, "uint1": 0x01, "int2": 0x03, "uint2": 0x03, "int4": 0x0F,
+    "uint4": 0x0F, "float4_e2m1fn": 0x0F, "float6_e2m3fn": 0x3F, "float6_e3m2fn": 0x3F,
+}  # fmt: skip
+
+_LEAF: Final = jax.tree_util.tree_structure(0)
+
+
+def assert_same(tree: Any, found: Any, how: str, *, same_kinds: bool = False) -> None:
+    """Assert that two trees are equal in structure and leaves, walking both at once."""
+    pending = [("", tree, found)]
+    while pending:
+        name, old, new = pending.pop()
+        (pairs, treedef), (new_pairs, new_treedef) = _open(old), _open(new)
+        if treedef == new_treedef == _LEAF:
+            difference = _difference(old, new, same_kinds)
+        elif treedef != new_treedef:
+            shown = shorten(str(treedef)), shorten(str(new_treedef))
+            difference = f"it was the node {shown[0]}, and is {shown[1]}"
+        else:
+            difference = None
+        _check(name, difference, how)
+        for (path, child), (_, new_child) in zip(pairs, new_pairs, strict=True):
+            pending.append((join(name, *map(spell_key, path)), child, new_child))
+
+
+def assert_same_leaves(leaves: Mapping[str, Any], found: Mapping[str, Any], how: str) -> None:
+    """Assert that two flat dicts have equal leaves under equal names."""
+    for name in leaves.keys() | found.keys():
+        if name not in found or name not in leaves:
+            _check(name, "it is missing" if name in leaves else "there was none", how)
+        _check(name, _difference(leaves[name], found[name], same_kinds=False), how)
+
+
+def _check(name: str, difference: str | None, how: str) -> None:
+    if difference is not None:
+        raise AssertionError(f"loaded {how}, {shorten(name)} is not what it was: {difference}")
+
+
+def _open(node: Any) -> tuple[list[tuple[Any, Any]], Any]:
+    """The children of a node with their keys, and the structure of the node alone."""
+    found: tuple[list[tuple[Any, Any]], Any] = jax.tree_util.tree_flatten_with_path(
+        node, is_leaf=lambda part: part is not node
+    )
+    pairs, treedef = found
+    return ([] if treedef == _LEAF else pairs), treedef
+
+
+def _difference(old: Any, new: Any, same_kinds: bool) -> str | None:
+    """What differs between two leaves."""
+    if same_kinds and _kind(old) is not _kind(new):
+        return f"it was a {_kind(old).__name__}, and is a {_kind(new).__name__}"
+    if not _is_array(old):
+        if type(old) is not type(new):
+            return f"it was of type {type(old).__name__}, and is of type {type(new).__name__}"
+        return None if _python_bits(old) == _python_bits(new) else f"it was {old!r}, and is {new!r}"
+    if not _is_array(new):
+        return f"it was an array, and is of type {type(new).__name__}"
+    if old.shape != new.shape:
+        return f"its shape was {old.shape}, and is {new.shape}"
+    if _native(old.dtype) != _native(new.dtype):
+        return f"its dtype was {old.dtype}, and is {new.dtype}"
+    if _is_weak(old) != _is_weak(new):
+        return f"it was{'' if _is_weak(old) else ' not'} weakly typed"
+    if _array_bits(old) != _array_bits(new):
+        return f"its bits differ: it was {old!r}, and is {new!r}"
+    return None
+
+
+def _kind(leaf: Any) -> type:
+    if isinstance(leaf, np.ndarray | np.generic):
+        return np.ndarray
+    return jax.Array if isinstance(leaf, jax.Array) else type(leaf)
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array | np.ndarray | np.generic)
+
+
+def is_prng_key(leaf: Any) -> bool:
+    return bool(jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key))  # type: ignore[attr-defined] # public, and not exported
+
+
+def _is_weak(leaf: Any) -> bool:
+    return (
+        isinstance(leaf, jax.Array)
+        and leaf.shape == ()
+        and bool(
+            getattr(leaf, "weak_type", False)  # a PRNG key has none
+        )
+    )
+
+
+def _native(dtype: Any) -> Any:
+    return dtype.newbyteorder("=") if isinstance(dtype, np.dtype) else dtype
+
+
+def _python_bits(leaf: Any) -> Any:
+    if isinstance(leaf, complex):
+        return struct.pack("<2d", leaf.real, leaf.imag)
+    return struct.pack("<d", leaf) if isinstance(leaf, float) else leaf
+
+
+def _array_bits(leaf: Any) -> bytes:
+    if isinstance(leaf, jax.Array) and is_prng_key(leaf):
+        leaf = jax.random.key_data(leaf)
+    values = np.asarray(leaf)
+    if not values.dtype.isnative:
+        values = values.byteswap()
+    raw = np.frombuffer(values.tobytes(), np.uint8)
+    return bytes(raw & np.uint8(VALUE_BITS.get(values.dtype.name, 0xFF)))

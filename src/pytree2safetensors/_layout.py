@@ -1,0 +1,243 @@
+"""The layout of a safetensors file: names, dtypes, shapes and offsets, computed without I/O."""
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from itertools import pairwise
+from json.encoder import encode_basestring_ascii as quote
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+
+from pytree2safetensors._errors import FileFormatError, shorten
+from pytree2safetensors._leaf import BITS, Form
+from pytree2safetensors._structure import Pairs, read_json
+
+MAX_HEADER: Final = 100_000_000  # bytes, as safetensors' own parser
+MAX_DIMENSIONS: Final = 64 if np.lib.NumpyVersion(np.__version__) >= "2.0.0" else 32
+LENGTH_BYTES: Final = 8  # of the little-endian header length that begins a file
+_ALIGNMENT: Final = 64  # what JAX needs to take memory over
+_PAGE: Final = 4096
+_PAGED: Final = 1 << 20  # bytes of data: from here on they begin on a page
+_METADATA: Final = "__metadata__"
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+class Entry(NamedTuple):
+    """A tensor of a file, and where it starts, counted from the first byte of the data."""
+
+    name: str
+    form: Form
+    start: int
+
+
+class Plan(NamedTuple):
+    """A file to be: the bytes before the data, and the names of its tensors in order."""
+
+    head: bytes
+    order: list[str]
+    size: int  # of the data, in bytes
+
+
+def plan(forms: Mapping[str, Form], metadata: Mapping[str, str]) -> Plan:
+    """Lay out a file: the same tensors and metadata always give the same bytes."""
+    order = in_order(forms)
+    pieces: list[str] = []
+    if metadata:
+        items = ",".join(f"{quote(key)}:{quote(metadata[key])}" for key in sorted(metadata))
+        pieces.append(f'"{_METADATA}":{{{items}}}')
+    tails: dict[tuple[str, tuple[int, ...]], str] = {}
+    offset = 0
+    for name in order:
+        form = forms[name]
+        tail = tails.get((form.dtype, form.shape))
+        if tail is None:
+            shape = ",".join(map(str, form.shape))
+            tail = f':{{"dtype":"{form.dtype}","shape":[{shape}],"data_offsets":['
+            tails[form.dtype, form.shape] = tail
+        stop = offset + form.nbytes
+        pieces.append(f"{quote(name)}{tail}{offset},{stop}]}}")
+        offset = stop
+    header = "{" + ",".join(pieces) + "}"
+    return Plan(_padded(header, offset), order, offset)
+
+
+def in_order(forms: Mapping[str, Form]) -> list[str]:
+    """The names of tensors in the order of their data."""
+    # Whatever fills whole cache lines comes first, so that all of it is aligned; the rest follows
+    # by falling item size, so that each tensor is aligned for its own dtype.
+    groups: dict[int, list[str]] = {}
+    for name, form in forms.items():
+        rank = 0 if form.nbytes % _ALIGNMENT == 0 else _ALIGNMENT - BITS[form.dtype] // 8
+        groups.setdefault(rank, []).append(name)
+    return [name for rank in sorted(groups) for name in sorted(groups[rank])]
+
+
+def _padded(header: str, size: int) -> bytes:
+    multiple = _PAGE if size >= _PAGED else _ALIGNMENT
+    length = -(-(LENGTH_BYTES + len(header)) // multiple) * multiple - LENGTH_BYTES
+    if length > MAX_HEADER:
+        raise FileFormatError(
+            f"the header would take {length:,} bytes, and the format allows {MAX_HEADER:,}; "
+            "save with max_shard_size=, which gives each file a part of the tensors"
+        )
+    return length.to_bytes(LENGTH_BYTES, "little") + header.ljust(length).encode("ascii")
+
+
+def header_length(head: bytes, file_size: int | None, file: str) -> int:
+    """The length of the header in bytes, from the first eight bytes of a file."""
+    if len(head) < LENGTH_BYTES:
+        raise FileFormatError(f"{file} has {len(head)} bytes and is no safetensors file")
+    length = int.from_bytes(head[:LENGTH_BYTES], "little")
+    if length > MAX_HEADER:
+        raise FileFormatError(
+            f"{file} is no safetensors file{_guess(head)}: it begins with a header length of "
+            f"{length:,} bytes, and the format allows {MAX_HEADER:,}"
+        )
+    if file_size is not None and LENGTH_BYTES + length > file_size:
+        raise FileFormatError(
+            f"{file} is cut short: its header should take {length:,} bytes, and the file has "
+            f"{file_size:,}"
+        )
+    return length
+
+
+def _guess(head: bytes) -> str:
+    for magic, kind in ((b"PK", "a zip archive"), (b"\x80", "a pickle"), (b"\x93NUMPY", "NumPy's")):
+        if head.startswith(magic):
+            return f" (it looks like {kind})"
+    return ""
+
+
+def parse(header: bytes, data_size: int | None, file: str) -> tuple[list[Entry], dict[str, str]]:
+    """Read a header, checking everything before any of it is used.
+
+    Args:
+        header: The bytes after the length.
+        data_size: How many bytes follow the header; None where that is unknown.
+        file: What messages call the file.
+
+    Returns:
+        The tensors in the order of their data, and the metadata.
+
+    Raises:
+        FileFormatError: Whatever the format forbids.
+    """
+    if header[:1] != b"{":
+        raise FileFormatError(f"{file} is no safetensors file: its header does not begin with {{")
+    try:
+        text = header.decode()
+    except UnicodeDecodeError:
+        raise FileFormatError(f"the header of {file} is not valid UTF-8") from None
+    pairs = read_json(text, f"the header of {file}", keep_pairs=True)
+    metadata = _metadata(next((value for name, value in pairs if name == _METADATA), None), file)
+    entries = _entries(pairs, text, file)
+    if any(later.start < entry.start for entry, later in pairwise(entries)):
+        entries.sort(key=lambda entry: (entry.start, entry.form.nbytes))
+    position = 0
+    for name, form, start in entries:
+        if start != position:
+            found = "a hole before" if start > position else "an overlap at"
+            raise FileFormatError(f"{file} has {found} the data of {shorten(name)}")
+        position = start + form.nbytes
+    if data_size is not None and position != data_size:
+        problem = "is cut short" if position > data_size else "has bytes after its data"
+        raise FileFormatError(
+            f"{file} {problem}: its header describes {position:,} bytes of data, and "
+            f"{data_size:,} follow it"
+        )
+    return entries, metadata
+
+
+def _entries(pairs: Pairs, text: str, file: str) -> list[Entry]:
+    """The tensors of a header. One that looks like another before is not checked again."""
+    known: dict[tuple[Any, ...], Form] = {}
+    plain = "true" not in text and "false" not in text  # which Python takes for 1 and 0
+    entries: list[Entry] = []
+    for name, content in pairs:
+        if name == _METADATA:
+            continue
+        entry = _entry_like(name, content, known) if plain and name.isascii() else None
+        if entry is None:
+            entry = _entry(name, content, file)
+            key = (entry.form.dtype, *entry.form.shape)
+            known[key] = entry.form
+        entries.append(entry)
+    return entries
+
+
+def _entry_like(name: str, content: Any, known: Mapping[Any, Form]) -> Entry | None:
+    """Read a tensor of a dtype and shape that were checked before."""
+    try:
+        (first, dtype), (second, shape), (third, (start, stop)) = content
+        form = known.get((dtype, *shape))
+        keys = (first, second, third) == ("dtype", "shape", "data_offsets")
+        kinds = type(content), type(shape), type(start), type(stop)
+        keys = keys and kinds == (tuple, list, int, int)
+        if keys and form is not None and stop - start == form.nbytes and start >= 0:
+            return Entry(name, form, start)
+    except (TypeError, ValueError):  # of another form, which the thorough reading judges
+        pass
+    return None
+
+
+def _metadata(content: Any, file: str) -> dict[str, str]:
+    if content is None:
+        return {}
+    if type(content) is not tuple or not all(isinstance(value, str) for _, value in content):
+        raise FileFormatError(f"the metadata of {file} do not map names to strings")
+    if any(_SURROGATE.search(text) for item in content for text in item):
+        raise FileFormatError(f"the metadata of {file} hold a lone surrogate")
+    return dict(content)
+
+
+def _entry(name: str, content: Any, file: str) -> Entry:
+    """Read one tensor, checking everything."""
+    if not name.isascii() and _SURROGATE.search(name):
+        raise FileFormatError(f"{file} has the name {shorten(name)}, which holds a lone surrogate")
+    match dict(content) if type(content) is tuple else None:
+        case {"dtype": str(dtype), "shape": list(sizes), "data_offsets": [int(start), int(stop)]}:
+            pass
+        case _:
+            raise FileFormatError(
+                f"{file} describes {shorten(name)} otherwise than by dtype, shape and data_offsets"
+            )
+    if dtype not in BITS:
+        raise FileFormatError(f"{file} gives {shorten(name)} the unknown dtype {shorten(dtype)}")
+    if len(sizes) > MAX_DIMENSIONS:
+        raise FileFormatError(
+            f"{file} gives {shorten(name)} {len(sizes):,} dimensions, and NumPy arrays have at "
+            f"most {MAX_DIMENSIONS}"
+        )
+    if not all(type(size) is int and 0 <= size < 2**64 for size in sizes):
+        raise FileFormatError(f"{file} gives {shorten(name)} a shape that is no list of sizes")
+    if type(start) is not int or type(stop) is not int or not 0 <= start <= stop < 2**64:
+        raise FileFormatError(f"{file} gives {shorten(name)} offsets that are no range")
+    bits = math.prod(sizes) * BITS[dtype]
+    if bits != 8 * (stop - start):
+        raise FileFormatError(
+            f"{file} gives {shorten(name)} {stop - start:,} bytes, and its dtype {dtype} with its "
+            f"shape {sizes if len(sizes) <= 8 else '...'} another size"
+        )
+    if not bits and math.prod(size for size in sizes if size) * BITS[dtype] >= 2**66:
+        # Nothing has any shape, as far as its size goes; but no array has this one.
+        raise FileFormatError(
+            f"{file} gives {shorten(name)} a shape that is beyond what memory can address"
+        )
+    return Entry(name, Form(dtype, tuple(sizes), stop - start), start)
+
+
+def check_metadata(metadata: Mapping[str, str], reserved: Callable[[str], bool]) -> None:
+    """Refuse metadata of a caller that the format cannot hold."""
+    for key, value in metadata.items():
+        if not isinstance(key, str) or not isinstance(value, str):
+            raise TypeError(f"metadata map strs to strs, and {key!r} to {value!r} does not")
+        if reserved(key):
+            raise FileFormatError(
+                f"the metadata may not set {shorten(key)}, which this package writes itself; "
+                "choose another name"
+            )
+        if _SURROGATE.search(key) or _SURROGATE.search(value):
+            raise FileFormatError(
+                f"the metadata entry {shorten(key)} holds a lone surrogate, which has no UTF-8 form"
+            )

@@ -1,0 +1,334 @@
+"""Loading: the tree in a file, without a template."""
+
+import sys
+import warnings
+from collections.abc import Container, Iterable, Mapping
+from types import FrameType
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+from beartype import beartype
+from jaxtyping import jaxtyped
+from numpy.typing import NDArray
+
+from pytree2safetensors._collector import collector_paused
+from pytree2safetensors._digest import DIGESTS, METADATA, check_digest
+from pytree2safetensors._errors import WeightsMismatchError, shorten
+from pytree2safetensors._file import PathLike, Progress, Read, Readable, fetch
+from pytree2safetensors._keypath import below, string2keypath
+from pytree2safetensors._leaf import (
+    WEAK,
+    Form,
+    abstract,
+    from_bytes,
+    holds,
+    noted_value,
+    python_value,
+    to_jax,
+    weaken,
+    wrap_key,
+)
+from pytree2safetensors._progress import ProgressOption, reporter
+from pytree2safetensors._store import Store, open_store
+from pytree2safetensors._structure import NOTE
+from pytree2safetensors._tree import PyTree
+from pytree2safetensors._trie import Kind, build
+
+_SLAB: Final = 64 << 20  # bytes: what one leaf that lives on can keep in memory, at most
+_ALIGNMENT: Final = 64  # what JAX needs to take memory over
+_TINY: Final = 1 << 12  # bytes: smaller tensors are copied anyway, so they need no alignment
+
+
+@jaxtyped(typechecker=beartype)
+def load_pytree(
+    path: PathLike | Readable,
+    *,
+    prefix: str = "",
+    mmap: bool = False,
+    progress: ProgressOption = False,
+) -> PyTree:
+    """Load the tree in a safetensors file, without a template.
+
+    Args:
+        path: A file, a binary file object, a folder of shards or its index.
+        prefix: A spelled key path: load the subtree there, and read no more.
+        mmap: Map the file instead of reading it; nothing may change the file afterwards.
+        progress: True for a bar, or a function of (done_bytes, total_bytes).
+
+    Returns:
+        The tree that was saved. Attributes of other node types come back in `PyTreeContainer`s.
+        Arrays are uncommitted JAX arrays; NumPy arrays, with one warning, where JAX cannot hold
+        their dtype here.
+
+    Raises:
+        FileFormatError: The file is damaged, or no safetensors file.
+        KeyPathError: A name in the file spells no key path; load such files into a template.
+        TreeStructureError: The names make no tree.
+        WeightsMismatchError: There is nothing at `prefix`.
+        OSError: The file cannot be read.
+
+    Specification: *Loading*.
+
+    >>> save_pytree({"w": 1.5, "steps": (1, 2)}, "model.safetensors")
+    >>> load_pytree("model.safetensors")
+    {'steps': (1, 2), 'w': 1.5}
+    """
+    with collector_paused(), open_store(path) as store:
+        names = names_below(store, prefix)
+        leaves = take(store, names.values(), mmap, reporter(progress, "loading"))
+        kinds = nodes_below(store, prefix)
+        found = {name: leaves[stored] for name, stored in names.items()}
+        return build(found, kinds, store.label)
+
+
+@jaxtyped(typechecker=beartype)
+def load_abstract(path: PathLike | Readable) -> PyTree:
+    """Load the tree in a file with a `jax.ShapeDtypeStruct` for each array, from the header alone.
+
+    Args:
+        path: A file, a binary file object, a folder of shards or its index.
+
+    Returns:
+        The tree of `load_pytree`; Python scalars and strs are there as themselves.
+
+    Raises:
+        FileFormatError: The file is damaged, or no safetensors file.
+        KeyPathError: A name in the file spells no key path.
+        TreeStructureError: The names make no tree.
+        OSError: The file cannot be read.
+
+    Specification: *Loading*.
+
+    >>> save_pytree({"w": np.zeros((2, 3), np.float32)}, "model.safetensors")
+    >>> load_abstract("model.safetensors")
+    {'w': ShapeDtypeStruct(shape=(2, 3), dtype=float32)}
+    """
+    with collector_paused(), open_store(path) as store:
+        names = sorted(store.forms)
+        found = {name: store.logical(name) for name in names}
+        scalars = [name for name in names if found[name].kind not in {"array", "key"}]
+        values = take(store, scalars, False, None)
+        return build(
+            {name: values[name] if name in values else abstract(found[name]) for name in names},
+            store.note.nodes,
+            store.label,
+        )
+
+
+@jaxtyped(typechecker=beartype)
+def load_metadata(path: PathLike | Readable) -> dict[str, str]:
+    """Load the metadata that the caller of `save_pytree` passed.
+
+    Args:
+        path: A file, a binary file object, a folder of shards or its index.
+
+    Returns:
+        The metadata, without the entries that this package writes itself.
+
+    Raises:
+        FileFormatError: The file is damaged, or no safetensors file.
+        OSError: The file cannot be read.
+
+    Specification: *Files*.
+
+    >>> save_pytree({"w": 1.5}, "model.safetensors", metadata={"run": "17"})
+    >>> load_metadata("model.safetensors")
+    {'run': '17'}
+    """
+    with collector_paused(), open_store(path) as store:
+        ours = {NOTE, DIGESTS, METADATA}
+        own = {key: value for key, value in store.metadata.items() if key not in ours}
+        if own.get("format") == "flax":  # what save_pytree writes where the caller says nothing
+            del own["format"]
+        return own
+
+
+def names_below(store: Store, prefix: str) -> dict[str, str]:
+    """The names below `prefix`, as seen from there, to the names in the file."""
+    if not prefix:
+        return {name: name for name in sorted(store.forms)}
+    string2keypath(prefix)
+    found = {}
+    for name in sorted(store.forms):
+        rest = below(prefix, name)
+        if rest is not None:
+            found[rest] = name
+    if not found and not nodes_below(store, prefix):
+        raise WeightsMismatchError(
+            f"{store.label} has nothing at the prefix {shorten(prefix)}; its names begin with "
+            f"{', '.join(map(shorten, sorted(store.forms)[:5])) or 'nothing, for it is empty'}"
+        )
+    return found
+
+
+def nodes_below(store: Store, prefix: str) -> Mapping[str, Kind]:
+    """What the note says of the nodes below `prefix`, as seen from there."""
+    if not prefix:
+        return store.note.nodes
+    found = ((below(prefix, path), kind) for path, kind in store.note.nodes.items())
+    return {path: kind for path, kind in found if path is not None}
+
+
+def take(
+    store: Store, names: Iterable[str], mmap: bool, progress: Progress | None
+) -> dict[str, Any]:
+    """Read leaves, as the file alone describes them."""
+    found: dict[str, Any] = {}
+    tensors: list[str] = []
+    foreign: dict[str, None] = {}  # what JAX cannot hold here, in order
+    held: dict[int, bool] = {}  # by form: most tensors share theirs with others
+    for name in names:
+        form = store.forms[name]
+        if not form.dtype:
+            found[name] = noted_value(form)
+            continue
+        tensors.append(name)
+        fits = held.get(id(form))
+        if fits is None:
+            dtype = store.logical(name).dtype
+            fits = held[id(form)] = dtype is None or holds(dtype)
+        if not fits:
+            foreign[name] = None
+    values = read(store, tensors, mmap, progress, apart=foreign)
+    arrays: list[str] = []
+    for name in tensors:
+        form = store.forms[name]
+        if name in foreign:
+            found[name] = values[name]
+        elif _is_scalar(form):
+            found[name] = python_value(values[name], form)
+        else:
+            arrays.append(name)
+    made = to_jax([values[name] for name in arrays])
+    found.update(zip(arrays, made, strict=True))
+    for name in arrays:
+        kind = store.forms[name].kind
+        if kind in WEAK:
+            found[name] = weaken(found[name])
+        elif isinstance(kind, list):
+            found[name] = wrap_key(found[name], kind[1])
+    if foreign:
+        warn_foreign(store, list(foreign))
+    return found
+
+
+def _is_scalar(form: Form) -> bool:
+    return isinstance(form.kind, str) and form.kind in {"int", "float", "bool", "complex"}
+
+
+def warn_foreign(store: Store, names: list[str]) -> None:
+    """Say once which leaves are NumPy arrays, and why."""
+    shown = ", ".join(f"{shorten(name)} ({store.logical(name).dtype})" for name in names[:20])
+    more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+    warnings.warn(
+        f"JAX cannot hold the dtypes of {len(names)} leaves of {store.label} here, so they are "
+        f"NumPy arrays: {shown}{more}. Enable jax_enable_x64 for dtypes of 64 bits.",
+        stacklevel=caller_level(),
+    )
+
+
+def caller_level() -> int:
+    """How far up the stack the code stands that called this package."""
+    level = 1
+    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 - how CPython shows callers
+    while frame is not None and _is_ours(frame.f_globals.get("__name__", "")):
+        level, frame = level + 1, frame.f_back
+    return level
+
+
+def _is_ours(module: str) -> bool:
+    return module.partition(".")[0] in {"pytree2safetensors", "jaxtyping", "beartype"}
+
+
+def read(
+    store: Store,
+    names: Iterable[str],
+    mmap: bool,
+    progress: Progress | None,
+    apart: Container[str] = (),
+) -> dict[str, NDArray[Any]]:
+    """Read tensors into memory that their arrays will own, `apart` each into its own."""
+    names = set(names)
+    wanted = [name for name in store.places if name in names]  # in the order of the data
+    slabs = _map(store, wanted, apart) if mmap else _allocate(store, wanted, apart)
+    if not mmap:
+        fetch((part for slab in slabs for part in slab.reads), progress)
+    values: dict[str, NDArray[Any]] = {}
+    for memory, parts, _ in slabs:
+        for name, offset in parts:
+            form = store.forms[name]
+            if store.digests is not None:
+                raw = memory[offset : offset + form.nbytes]
+                check_digest(name, form, [raw], store.digests, store.label)
+            values[name] = from_bytes(memory, form, name, offset)
+    return values
+
+
+class _Slab(NamedTuple):
+    """Memory of several tensors: which are where, and what is read into it."""
+
+    memory: NDArray[np.uint8]
+    parts: list[tuple[str, int]]
+    reads: list[Read]
+
+
+def _map(store: Store, names: list[str], apart: Container[str]) -> list[_Slab]:
+    maps: dict[int, _Slab] = {}
+    copies: list[_Slab] = []
+    for name in names:
+        source, offset = store.places[name]
+        if id(source) not in maps:
+            maps[id(source)] = _Slab(source.map(), [], [])
+        slab = maps[id(source)]
+        if name in apart:
+            copy = slab.memory[offset : offset + store.forms[name].nbytes].copy()
+            copies.append(_Slab(copy, [(name, 0)], []))
+        else:
+            slab.parts.append((name, offset))
+    return [*maps.values(), *copies]
+
+
+def _allocate(store: Store, names: list[str], apart: Container[str]) -> list[_Slab]:
+    """Give each tensor its place in memory, in slabs of bounded size."""
+    slabs: list[_Slab] = []
+    parts: list[tuple[str, int]] = []  # of the slab to come
+    size = 0
+    for name in names:
+        nbytes = store.forms[name].nbytes
+        place = size if nbytes < _TINY else -(-size // _ALIGNMENT) * _ALIGNMENT
+        alone = name in apart
+        if parts and (place + nbytes > _SLAB or alone):
+            slabs.append(_slab(store, parts, size))
+            parts, place = [], 0
+        parts.append((name, place))
+        size = place + nbytes
+        if alone:
+            slabs.append(_slab(store, parts, size))
+            parts, size = [], 0
+    if parts:
+        slabs.append(_slab(store, parts, size))
+    return slabs
+
+
+def _slab(store: Store, parts: list[tuple[str, int]], size: int) -> _Slab:
+    memory = aligned(size)
+    view = memoryview(memory)  # type: ignore[arg-type] # before 3.12 no type says buffer
+    reads: list[Read] = []
+    source, start, first, last = None, 0, 0, 0  # of the run that is read at once
+    for name, place in parts:
+        there, offset = store.places[name]
+        if there is not source or offset - start != place - first or place != last:
+            if source is not None:
+                reads.append(Read(source, start, view[first:last]))
+            source, start, first = there, offset, place
+        last = place + store.forms[name].nbytes
+    if source is not None:
+        reads.append(Read(source, start, view[first:last]))
+    return _Slab(memory, parts, reads)
+
+
+def aligned(size: int) -> NDArray[np.uint8]:
+    """Fresh memory that JAX can take over."""
+    memory = np.empty(size + _ALIGNMENT, np.uint8)
+    skip = -memory.ctypes.data % _ALIGNMENT
+    return memory[skip : skip + size]

@@ -1,0 +1,256 @@
+"""Saving: a tree to the contents of a file, and these to bytes."""
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from typing import Any, Final, Literal, NamedTuple
+
+import jax
+from beartype import beartype
+from jaxtyping import jaxtyped
+
+from pytree2safetensors import _digest, _distributed, _hub
+from pytree2safetensors._collector import collector_paused
+from pytree2safetensors._errors import TreeStructureError, UnsupportedLeafError, shorten
+from pytree2safetensors._file import PathLike, Progress, Writable, write_file, write_stream
+from pytree2safetensors._keypath import cut, split
+from pytree2safetensors._layout import Plan, check_metadata, plan
+from pytree2safetensors._leaf import DeletedLeaf, Form, blocks, describe, host_array, small_bytes
+from pytree2safetensors._progress import ProgressOption, reporter
+from pytree2safetensors._structure import NOTE, Note, write_note
+from pytree2safetensors._tree import Flat, PyTree, flatten
+from pytree2safetensors._trie import Kind
+
+_SMALL: Final = 1 << 16  # bytes: smaller tensors are written together
+_JOINED: Final = 4 << 20  # bytes that are written together
+
+
+class Contents(NamedTuple):
+    """What a file is to hold: the form of each tensor, its leaf, and the metadata."""
+
+    forms: dict[str, Form]
+    leaves: dict[str, Any]
+    metadata: dict[str, str]
+
+
+@jaxtyped(typechecker=beartype)
+def save_pytree(
+    tree: PyTree,
+    path: PathLike | Writable,
+    *,
+    metadata: Mapping[str, str] | None = None,
+    unsupported: Literal["raise", "skip"] = "raise",
+    durable: bool = True,
+    checksum: bool = False,
+    max_shard_size: int | str | None = None,
+    progress: ProgressOption = False,
+) -> None:
+    """Save a pytree as one safetensors file, from which `load_pytree` gives the same tree back.
+
+    Args:
+        tree: Any pytree of arrays, Python scalars, strs and PRNG keys.
+        path: The file to write, replaced whole or not at all; or a binary file object; with
+            `max_shard_size` a folder.
+        metadata: Strings to keep beside the tensors.
+        unsupported: "skip" leaves out the leaves that a file cannot hold.
+        durable: Whether the file has reached the disk when this returns.
+        checksum: Keep a digest of each tensor, which loading checks. Costs a second pass.
+        max_shard_size: Split what is larger, in bytes or such as "5GB", as model hubs do.
+        progress: True for a bar, or a function of (done_bytes, total_bytes).
+
+    Raises:
+        UnsupportedLeafError: Leaves that a file cannot hold; nothing was written.
+        KeyPathError: A key has no spelling, or two leaves have one.
+        TreeStructureError: JAX cannot flatten the tree.
+        FileFormatError: The metadata or the header are beyond what the format allows.
+        OSError: The file cannot be written; what was there before still is.
+
+    Specification: *Files*.
+
+    >>> save_pytree({"w": 1.5, "steps": (1, 2)}, "model.safetensors")
+    """
+    report = reporter(progress, "saving")
+    with collector_paused():
+        try:
+            contents = collect(tree, metadata or {}, unsupported)
+        except BaseException as error:
+            _distributed.tell(tree, error)
+            raise
+        if _distributed.is_needed(contents.leaves.values()):
+            _distributed.save(contents, path, durable, checksum, max_shard_size, report)
+        else:
+            write(contents, path, durable, checksum, max_shard_size, report)
+
+
+def write(
+    contents: Contents,
+    path: PathLike | Writable,
+    durable: bool,
+    checksum: bool,
+    max_shard_size: int | str | None,
+    report: Progress | None,
+) -> None:
+    """Write contents to a file, a file object or a folder."""
+    if checksum:
+        contents = with_digests(contents)
+    if max_shard_size is not None:
+        _hub.save(
+            contents.forms,
+            contents.metadata,
+            partial(pieces, contents=contents),
+            path,
+            max_shard_size=max_shard_size,
+            durable=durable,
+            report=report,
+        )
+        return
+    planned = plan(contents.forms, contents.metadata)
+    write_planned(planned, contents, path, durable, report)
+
+
+def write_planned(
+    planned: Plan,
+    contents: Contents,
+    path: PathLike | Writable,
+    durable: bool,
+    report: Progress | None,
+) -> None:
+    """Write one file that is laid out."""
+    size = len(planned.head) + planned.size
+    if isinstance(path, str | os.PathLike):  # asked first: some paths can write
+        write_file(path, pieces(planned, contents), size, durable=durable, progress=report)
+    else:
+        write_stream(path, pieces(planned, contents), size, report)
+
+
+def pieces(planned: Plan, contents: Contents) -> Iterator[memoryview]:
+    """The bytes of a file in order: large tensors as they are, small ones joined."""
+    waiting: list[Any] = [planned.head]
+    size = len(planned.head)
+    for name in planned.order:
+        form = contents.forms[name]
+        if form.nbytes < _SMALL:
+            waiting.append(small_bytes(contents.leaves[name], form))
+            size += form.nbytes
+            if size < _JOINED:
+                continue
+        if waiting:
+            yield memoryview(b"".join(waiting))
+            waiting, size = [], 0
+        if form.nbytes >= _SMALL:
+            for block in blocks(host_array(contents.leaves[name]), form):
+                yield memoryview(block)  # type: ignore[arg-type] # before 3.12 no type says buffer
+    if waiting:
+        yield memoryview(b"".join(waiting))
+
+
+def collect(
+    tree: Any, metadata: Mapping[str, str], unsupported: Literal["raise", "skip"]
+) -> Contents:
+    """Check a tree wholly, before anything is written."""
+    check_metadata(metadata, lambda key: key == NOTE or key.startswith(NOTE + "."))
+    flat = flatten(tree)
+    forms: dict[str, Form] = {}
+    leaves: dict[str, Any] = {}
+    kinds: dict[str, Kind] = {}
+    unfit: list[tuple[str, Any]] = []
+    for name, leaf in zip(flat.names, flat.leaves, strict=True):
+        try:
+            form = describe(leaf)
+        except DeletedLeaf:
+            raise RuntimeError(
+                f"the array at {shorten(name)} has been deleted or donated; save it before, "
+                "or save the array that took its place"
+            ) from None
+        if form is None:
+            unfit.append((name, leaf))
+            continue
+        if form.kind is not None:
+            kinds[name] = form.kind
+        if form.dtype:
+            forms[name] = form
+            leaves[name] = leaf
+    if unfit:
+        if unsupported == "raise":
+            raise UnsupportedLeafError(_unfit_message(unfit))
+        leave_out([name for name, _ in unfit], flat)
+    clashing = flat.kinds.keys() & set(flat.names)
+    if clashing:
+        raise TreeStructureError(
+            f"the tree has a leaf and a node at {shorten(min(clashing))}: "
+            "a node gives two of its children one key"
+        )
+    if flat.kinds.get("") == "dict":
+        del flat.kinds[""]  # the default reading of a file without names
+    note = write_note(Note(flat.kinds, kinds))
+    whole = {"format": "flax", **metadata}
+    if note is not None:
+        whole[NOTE] = note
+    return Contents(forms, leaves, whole)
+
+
+def _unfit_message(unfit: list[tuple[str, Any]]) -> str:
+    lines = [f"  {shorten(name)}: {_type_name(leaf)}" for name, leaf in unfit]
+    return (
+        f"{len(unfit)} of the tree's leaves cannot be stored:\n" + "\n".join(lines) + "\n"
+        'Save with unsupported="skip" to leave them out; load_into_pytree then keeps those of '
+        "its template."
+    )
+
+
+def _type_name(leaf: Any) -> str:
+    kind = type(leaf)
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    if isinstance(leaf, jax.core.Tracer):
+        return f"{name}, a traced value: save outside of jit"
+    dtype = getattr(leaf, "dtype", None)
+    return f"{name} of dtype {dtype}" if dtype is not None else name
+
+
+def leave_out(names: Iterable[str], flat: Flat) -> None:
+    """Take leaves out of a flattened tree, so that what remains is a tree again.
+
+    Where children are numbered, a `None` keeps the place; elsewhere the name is gone.
+    """
+    left_out = set(names)
+    kept = [name for name in flat.names if name not in left_out]
+    parents = _ancestors([*kept, *flat.kinds])
+    for name in sorted(left_out, key=lambda name: len(split(name)), reverse=True):
+        if not name:
+            flat.kinds[name] = "None"
+            continue
+        parent, segment = cut(name)
+        if segment[0] == "#":
+            flat.kinds[name] = "None"
+            parents |= _ancestors([name])
+            continue
+        kind = flat.kinds.get(parent)
+        if isinstance(kind, list):
+            flat.kinds[parent] = [kind[0], [key for key in kind[1] if key != segment]]
+        elif parent not in parents:
+            flat.kinds[parent] = "dict" if segment[0] == "@" else "PyTreeContainer"
+            parents |= _ancestors([parent])
+    remaining = [
+        (n, leaf) for n, leaf in zip(flat.names, flat.leaves, strict=True) if n not in left_out
+    ]
+    flat.names[:] = [name for name, _ in remaining]
+    flat.leaves[:] = [leaf for _, leaf in remaining]
+
+
+def _ancestors(names: Iterable[str]) -> set[str]:
+    """The paths of all nodes above these names."""
+    found: set[str] = set()
+    for name in names:
+        above = name
+        while above and (above := cut(above)[0]) not in found:
+            found.add(above)
+    return found
+
+
+def with_digests(contents: Contents) -> Contents:
+    """The same contents, with a digest of each tensor in the metadata."""
+    digests = {
+        name: _digest.digest_tensor(name, form, blocks(host_array(contents.leaves[name]), form))
+        for name, form in contents.forms.items()
+    }
+    return contents._replace(metadata=_digest.add_digests(contents.metadata, digests))

@@ -1,0 +1,162 @@
+"""What is stored: a file, opened and checked, ready to give its tensors."""
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing
+from functools import partial
+from types import TracebackType
+from typing import Any, NamedTuple
+
+from pytree2safetensors import _digest, _hub
+from pytree2safetensors._errors import FileFormatError, shorten
+from pytree2safetensors._file import PathLike, Readable, Source, open_source
+from pytree2safetensors._layout import LENGTH_BYTES, Entry, header_length, parse
+from pytree2safetensors._leaf import Form, Logical, check_kind, logical
+from pytree2safetensors._structure import NOTE, Note, read_note
+
+_HEAD = 1 << 16  # bytes: nearly every header is read with the first call
+_ATTEMPTS = 5  # at opening shards; only savers in a loop need more than two
+
+
+class Place(NamedTuple):
+    """Where the bytes of a tensor are."""
+
+    source: Source
+    offset: int
+
+
+class Store:
+    """A file, or a folder of shards: forms and places of tensors, metadata, and the note.
+
+    Attributes:
+        label: What messages call it.
+        forms: What is stored of each leaf, by name, leaves without a tensor included.
+        places: Where the tensors are, in the order of their data.
+        metadata: The metadata as stored.
+        note: What it says of nodes and leaves.
+        digests: The digest of each tensor, where the file has them.
+    """
+
+    def __init__(self, label: str, sources: Iterable[Source]) -> None:
+        self.label = label
+        self.sources = list(sources)
+        self.forms: dict[str, Form] = {}
+        self.places: dict[str, Place] = {}
+        self._logical: dict[int, Logical] = {}
+        self.metadata: dict[str, str] = {}
+        self.note = Note({}, {})
+        self.digests: Mapping[str, str] | None = None
+
+    def __enter__(self) -> "Store":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for source in self.sources:
+            source.close()
+
+    def add(self, source: Source, start: int, entries: Iterable[Entry]) -> None:
+        """Take in the tensors of a file whose data begin at `start`."""
+        for name, form, begin in entries:
+            self.forms[name] = form
+            self.places[name] = Place(source, start + begin)
+
+    def read_metadata(self, metadata: dict[str, str]) -> None:
+        """Check the metadata against the tensors, and take them in."""
+        self.metadata = metadata
+        self.digests = _digest.read_digests(metadata, self.forms, self.label)
+        self.note = read_note(metadata.get(NOTE), self.label)
+        for name, kind in self.note.leaves.items():
+            form = self.forms.get(name)
+            if isinstance(kind, list) and kind[0] in {"int", "str"}:
+                if form is not None:
+                    raise FileFormatError(
+                        f"{self.label} has a tensor {shorten(name)}, and a note that it has none"
+                    )
+                self.forms[name] = Form("", (), 0, kind)
+            elif form is None:
+                raise FileFormatError(
+                    f"the note of {self.label} speaks of {shorten(name)}, which is no tensor"
+                )
+            else:
+                check_kind(kind, form.dtype, form.shape, name)
+                self.forms[name] = form._replace(kind=kind)
+
+    def logical(self, name: str) -> Logical:
+        """The leaf that is stored under a name, without its values."""
+        form = self.forms[name]
+        found = self._logical.get(id(form))  # tensors of one dtype and shape share their form
+        if found is None:
+            found = self._logical[id(form)] = logical(form, name)
+        return found
+
+
+def open_store(path: PathLike | Readable) -> Store:
+    """Open a file, a file object, a folder of shards or its index, and check it."""
+    if isinstance(path, str | os.PathLike):
+        path = _hub.locate(os.fspath(path))
+        if _hub.is_index(path):
+            return _open_shards(path)
+    source = open_source(path)
+    store = Store(source.label, [source])
+    return _opened(store, lambda: _read_file(store, source))
+
+
+def _open_shards(path: str) -> Store:
+    """Open the shards that an index names; again where a save replaces them meanwhile."""
+    for _ in range(_ATTEMPTS):
+        index = _hub.read_index(path)
+        with closing(index.source):
+            store = Store(index.label, [])
+            try:
+                _opened(store, partial(_read_shards, store, index))
+            except (FileFormatError, OSError):
+                if index.is_current():
+                    raise
+            else:
+                if index.is_current():
+                    return store
+                store.__exit__(None, None, None)
+    raise FileFormatError(f"{shorten(path)} is being replaced by another save; load it after that")
+
+
+def _read_shards(store: Store, index: _hub.Index) -> None:
+    for shard in index.shards:
+        source = index.open(shard)
+        store.sources.append(source)
+        start, entries, _ = read_header(source)
+        index.check(shard, (entry.name for entry in entries))
+        store.add(source, start, entries)
+    store.read_metadata(index.metadata)
+
+
+def _opened(store: Store, read: Callable[[], Any]) -> Store:
+    """Read into a store; close it where that fails."""
+    try:
+        read()
+    except BaseException:
+        store.__exit__(None, None, None)
+        raise
+    return store
+
+
+def _read_file(store: Store, source: Source) -> None:
+    start, entries, metadata = read_header(source)
+    store.add(source, start, entries)
+    store.read_metadata(metadata)
+
+
+def read_header(source: Source) -> tuple[int, list[Entry], dict[str, str]]:
+    """Where the data of a file begin, its tensors and its metadata."""
+    head = source.read(0, min(_HEAD, source.size))
+    length = header_length(bytes(head[:LENGTH_BYTES]), source.size, source.label)
+    start = LENGTH_BYTES + length
+    header = head[LENGTH_BYTES:start]
+    if len(header) < length:
+        header += source.read(len(head), start - len(head))
+    entries, metadata = parse(bytes(header), source.size - start, source.label)
+    return start, entries, metadata
