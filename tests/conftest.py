@@ -1,0 +1,37 @@
+"""What every test runs under: eight CPU devices, and one of two Hypothesis profiles."""
+
+# The package itself is not imported here: what a conftest imports can escape the runtime type checks.
+import os
+
+# Before JAX looks at them, and for the processes that tests start.
+os.environ["JAX_PLATFORMS"] = "cpu"
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = (
+        f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+    )
+
+import jax
+import pytest
+from hypothesis import HealthCheck, settings
+
+# jaxtyping's plugin may have imported JAX, which reads its variables then.
+jax.config.update("jax_platforms", "cpu")  # type: ignore[no-untyped-call] # JAX gives it no types
+
+# No deadline: compilation makes a first example slow. No health check of speed: machines share their cores.
+settings.register_profile(
+    "ci", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.register_profile(
+    "thorough",
+    derandomize=False,
+    deadline=None,
+    max_examples=20_000,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _eight_cpu_devices() -> None:
+    assert [device.platform for device in jax.devices()] == ["cpu"] * 8

@@ -1,0 +1,72 @@
+"""Every tree of every framework: saved, loaded without a template, loaded into a fresh one."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+from oracle import assert_same, canonical, identity
+from pytree2safetensors import (
+    PyTreeContainer,
+    UnsupportedLeafError,
+    load_into_pytree,
+    load_pytree,
+    pytree2dict,
+    save_pytree,
+)
+from trees import TREES
+
+PLACES = 40  # distinct trees at the least
+
+
+def test_there_are_many_trees() -> None:
+    assert len(TREES) >= PLACES
+
+
+def save(tree: Any, path: Path) -> dict[str, Any]:
+    """Save a tree, and tell which of its leaves are stored."""
+    leaves = pytree2dict(tree)
+    try:
+        save_pytree(tree, path)
+    except UnsupportedLeafError as error:
+        unfit = [name for name in leaves if f"\n  {name!r}: " in str(error)]
+        assert unfit
+        save_pytree(tree, path, unsupported="skip")
+        return {name: leaf for name, leaf in leaves.items() if name not in unfit}
+    return leaves
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_loads_without_a_template(name: str, tmp_path: Path) -> None:
+    stored = save(TREES[name](7), tmp_path / "tree.safetensors")
+    found = pytree2dict(load_pytree(tmp_path / "tree.safetensors"))
+    assert found.keys() == stored.keys()
+    for path, leaf in stored.items():
+        assert identity(found[path]) == identity(canonical(leaf)), path
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_loads_into_a_fresh_tree(name: str, tmp_path: Path) -> None:
+    tree, fresh = TREES[name](7), TREES[name](3)
+    stored = save(tree, tmp_path / "tree.safetensors")
+    found = load_into_pytree(fresh, tmp_path / "tree.safetensors")
+    assert jax.tree.structure(found) == jax.tree.structure(fresh)
+    leaves = pytree2dict(found)
+    for path, leaf in stored.items():
+        assert identity(leaves[path]) == identity(leaf), path
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_what_was_loaded_saves_to_the_same_bytes(name: str, tmp_path: Path) -> None:
+    save(TREES[name](7), tmp_path / "tree.safetensors")
+    loaded = load_pytree(tmp_path / "tree.safetensors")
+    save_pytree(loaded, tmp_path / "again.safetensors")
+    assert_same(load_pytree(tmp_path / "again.safetensors"), loaded)
+    first, second = (tmp_path / f"{n}.safetensors" for n in ("tree", "again"))
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_containers_stand_for_modules(tmp_path: Path) -> None:
+    save(TREES["equinox_mlp"](1), tmp_path / "tree.safetensors")
+    assert isinstance(load_pytree(tmp_path / "tree.safetensors"), PyTreeContainer)

@@ -1,0 +1,94 @@
+"""What the tests mean by the same tree: structure, types, dtypes, shapes, weak types and bits.
+
+Written apart from the comparison inside the package, so that neither can hide the other's mistakes.
+"""
+
+import struct
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+
+_PARTIAL = {  # bits that count, of dtypes that do not fill their byte
+    "int1": 1, "uint1": 1, "int2": 2, "uint2": 2, "int4": 4, "uint4": 4, "float4_e2m1fn": 4,
+    "float6_e2m3fn": 6, "float6_e3m2fn": 6,
+}  # fmt: skip
+
+
+def assert_same(found: Any, expected: Any) -> None:
+    """Assert that two trees cannot be told apart, whatever is asked of their leaves."""
+    treedef: Any
+    pairs, treedef = jax.tree_util.tree_flatten_with_path(found)
+    expected_pairs, expected_treedef = jax.tree_util.tree_flatten_with_path(expected)
+    assert treedef == expected_treedef, f"{treedef} is not {expected_treedef}"
+    for (path, leaf), (_, expected_leaf) in zip(pairs, expected_pairs, strict=True):
+        assert identity(leaf) == identity(expected_leaf), jax.tree_util.keystr(path)
+
+
+def is_same(found: Any, expected: Any) -> bool:
+    """Whether two trees cannot be told apart."""
+    try:
+        assert_same(found, expected)
+    except AssertionError:
+        return False
+    return True
+
+
+def identity(leaf: Any) -> tuple[Any, ...]:
+    """All that tells one leaf from another."""
+    if isinstance(leaf, jax.Array):
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):  # type: ignore[attr-defined] # public, and not exported
+            data = np.asarray(jax.random.key_data(leaf))
+            return (
+                "key",
+                str(leaf.dtype),
+                str(jax.random.key_impl(leaf)),
+                leaf.shape,
+                data.tobytes(),
+            )
+        weak = bool(leaf.aval.weak_type) and leaf.shape == ()
+        return ("jax", leaf.dtype.name, leaf.shape, weak, bits(np.asarray(leaf)))
+    if isinstance(leaf, np.ndarray | np.generic):
+        kind = "numpy" if isinstance(leaf, np.ndarray) else "scalar"
+        return (kind, leaf.dtype.str, leaf.dtype.name, leaf.shape, bits(leaf))
+    if type(leaf) is float:
+        return ("float", struct.pack("<d", leaf))
+    if type(leaf) is complex:
+        return ("complex", struct.pack("<2d", leaf.real, leaf.imag))
+    return (type(leaf), leaf)
+
+
+def bits(values: Any) -> bytes:
+    """The bytes of an array in C order, without the bits that mean nothing."""
+    raw = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+    count = _PARTIAL.get(values.dtype.name, 8)
+    return bytes((raw & np.uint8(2**count - 1)).tobytes())
+
+
+def canonical(tree: Any) -> Any:
+    """What a tree is once it has been in a file: of NumPy's arrays, the values stay."""
+    return jax.tree_util.tree_map(_canonical, tree)
+
+
+def _canonical(leaf: Any) -> Any:
+    if not isinstance(leaf, np.ndarray | np.generic):
+        return leaf
+    native = np.array(leaf, order="C").reshape(leaf.shape)
+    if not native.dtype.isnative:
+        native = native.byteswap().view(native.dtype.newbyteorder("="))
+    return jax.device_put(native) if jax_holds(native.dtype) else native
+
+
+def jax_holds(dtype: Any) -> bool:
+    """Whether JAX has arrays of this dtype, without 64 bits unless enabled."""
+    if dtype.name in {"int64", "uint64", "float64", "complex128"}:
+        return bool(jax.config.jax_enable_x64)  # type: ignore[attr-defined] # JAX declares no options
+    return not dtype.name.startswith("float6_")
+
+
+def from_bits(bits: int, dtype: Any) -> Any:
+    """A 0-d NumPy array with exactly these bits."""
+    dtype = np.dtype(getattr(ml_dtypes, dtype, dtype) if isinstance(dtype, str) else dtype)
+    raw = bits.to_bytes(dtype.itemsize, "little")
+    return np.frombuffer(raw, dtype).reshape(()).copy()

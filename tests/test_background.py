@@ -1,0 +1,173 @@
+"""Saving in the background, and showing progress."""
+
+import subprocess
+import sys
+import threading
+from concurrent.futures import Future
+from itertools import pairwise
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from oracle import assert_same
+from pytree2safetensors import (
+    UnsupportedLeafError,
+    load_into_pytree,
+    load_pytree,
+    save_pytree,
+    save_pytree_async,
+)
+
+
+def test_the_file_is_that_of_the_synchronous_save(tmp_path: Path) -> None:
+    tree = {
+        "w": jnp.arange(9.0),
+        "k": jax.random.key(1),
+        "n": 2,
+        "s": "text",
+        "weak": jnp.asarray(1),
+    }
+    save_pytree(tree, tmp_path / "a", metadata={"run": "1"}, checksum=True)
+    future = save_pytree_async(tree, tmp_path / "b", metadata={"run": "1"}, checksum=True)
+    assert isinstance(future, Future)
+    assert future.result() is None
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_what_changes_after_the_call_is_not_saved(tmp_path: Path) -> None:
+    array = np.zeros(1_000_000, np.float32)
+    future = save_pytree_async({"a": array}, tmp_path / "file")
+    array[:] = 1
+    future.result()
+    assert not np.asarray(load_pytree(tmp_path / "file")["a"]).any()
+
+
+def test_what_is_donated_after_the_call_is_saved(tmp_path: Path) -> None:
+    array = jnp.arange(100_000.0)
+    expected = np.array(array)
+    future = save_pytree_async({"a": array}, tmp_path / "file")
+    jax.jit(lambda values: values * 0, donate_argnums=0)(array).block_until_ready()
+    future.result()
+    assert np.asarray(load_pytree(tmp_path / "file")["a"]).tobytes() == expected.tobytes()
+
+
+def test_two_saves_to_one_path_stay_in_order(tmp_path: Path) -> None:
+    futures = [
+        save_pytree_async({"a": np.full(size, number, np.int32)}, tmp_path / "file")
+        for number, size in enumerate((1_000_000, 10, 1))
+    ]
+    for future in futures:
+        future.result()
+    assert load_pytree(tmp_path / "file")["a"].tolist() == [2]
+
+
+def test_what_the_call_can_check_it_raises(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedLeafError, match="'@f'"):
+        save_pytree_async({"f": len}, tmp_path / "file")
+
+
+def test_what_writing_raises_reaches_the_result(tmp_path: Path) -> None:
+    future = save_pytree_async({"a": 1}, tmp_path / "missing" / "file")
+    with pytest.raises(FileNotFoundError) as caught:
+        future.result()
+    assert caught.value.filename == str(tmp_path / "missing" / "file")
+
+
+def test_a_relative_path_is_that_of_the_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "later").mkdir()
+    monkeypatch.chdir(tmp_path)
+    before = save_pytree_async({"a": np.zeros(2_000_000, np.float32)}, "first")
+    future = save_pytree_async({"a": 1}, "file")
+    monkeypatch.chdir(tmp_path / "later")
+    before.result()
+    future.result()
+    assert load_pytree(tmp_path / "file") == {"a": 1}
+
+
+def test_the_interpreter_waits_for_saves(tmp_path: Path) -> None:
+    code = (
+        "import sys, numpy as np, pytree2safetensors as p\n"
+        "for n in range(3):\n"
+        "    p.save_pytree_async({'a': np.full(3_000_000, n, np.float32)}, sys.argv[1])\n"
+    )
+    path = tmp_path / "file"
+    subprocess.run([sys.executable, "-c", code, str(path)], check=True)
+    assert float(load_pytree(path)["a"][-1]) == 2.0
+
+
+def test_progress_is_told_at_least_every_64_mib_and_at_the_end(tmp_path: Path) -> None:
+    tree = {f"{n}": np.zeros(10_000_000, np.float32) for n in range(5)}
+    told: list[tuple[int, int]] = []
+    save_pytree(tree, tmp_path / "file", durable=False, progress=lambda *both: told.append(both))
+    total = (tmp_path / "file").stat().st_size
+    check_told(told, total)
+    told.clear()
+    load_pytree(tmp_path / "file", progress=lambda *both: told.append(both))
+    check_told(told, 5 * 40_000_000)
+    told.clear()
+    load_into_pytree(tree, tmp_path / "file", progress=lambda *both: told.append(both))
+    check_told(told, 5 * 40_000_000)
+
+
+def check_told(told: list[tuple[int, int]], total: int) -> None:
+    assert told[-1] == (total, total)
+    assert {whole for _, whole in told} == {total}
+    done = [0, *(part for part, _ in told)]
+    steps = [later - earlier for earlier, later in pairwise(done)]
+    assert all(0 <= step <= 64 << 20 for step in steps)
+
+
+def test_a_small_tree_tells_its_end(tmp_path: Path) -> None:
+    told: list[tuple[int, int]] = []
+    save_pytree({}, tmp_path / "file", progress=lambda *both: told.append(both))
+    assert len(told) == 1
+    told.clear()
+    load_pytree(tmp_path / "file", progress=lambda *both: told.append(both))
+    assert told == [(0, 0)]
+
+
+def test_a_bar_is_shown_on_request_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_pytree({"a": np.zeros(9)}, tmp_path / "file")
+    assert capsys.readouterr() == ("", "")
+    save_pytree({"a": np.zeros(9)}, tmp_path / "file", progress=True)
+    assert "saving" in capsys.readouterr().err
+
+
+def test_a_missing_tqdm_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tqdm.auto", None)
+    with pytest.raises(ImportError, match=r"install pytree2safetensors\[progress\]"):
+        save_pytree({"a": 1}, tmp_path / "file", progress=True)
+    assert not (tmp_path / "file").exists()
+
+
+def test_an_error_in_the_callback_leaves_the_old_file(tmp_path: Path) -> None:
+    save_pytree({"a": 1}, tmp_path / "file")
+
+    def fail(done: int, total: int) -> None:
+        raise RuntimeError(f"{done} of {total}")
+
+    with pytest.raises(RuntimeError):
+        save_pytree({"a": 2}, tmp_path / "file", progress=fail)
+    assert_same(load_pytree(tmp_path / "file"), {"a": 1})
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_saves_from_many_threads_at_once(tmp_path: Path) -> None:
+    def save(number: int) -> None:
+        save_pytree({"a": np.full(50_000, number)}, tmp_path / f"{number}")
+
+    threads = [threading.Thread(target=save, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    template = {"a": np.zeros(50_000, np.int64)}
+    for number in range(8):
+        assert load_into_pytree(template, tmp_path / f"{number}")["a"].tolist() == [number] * 50_000

@@ -1,0 +1,281 @@
+"""The two containers are real pytree nodes, and no attribute changes how they behave."""
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from oracle import assert_same
+from pytree2safetensors import PyTreeContainer, UnkeyedContainer, dict2pytree, pytree2dict
+from pytree2safetensors.testing import pytrees
+
+# What Python, JAX or this class itself means something by.
+NAMES = [
+    "", "a", "a.b", "é", " ", "_attrs", "__attrs__", "attrs", "children", "shape", "dtype", "items", "keys", "get",
+    "__class__", "__dict__", "__slots__", "__module__", "__doc__", "__init__", "__new__", "__reduce__",
+    "__reduce_ex__", "__getattribute__", "__getattr__", "__setattr__", "__delattr__", "__getstate__",
+    "__setstate__", "__copy__", "__deepcopy__", "__repr__", "__str__", "__hash__", "__eq__", "__bool__", "__len__",
+    "__iter__", "__array__", "__jax_array__", "__weakref__", "tree_flatten", "tree_unflatten",
+    "tree_flatten_with_keys", "mro", "_fields", "__treescope_repr__", "__metadata__", "____", "__", "__a",
+]  # fmt: skip
+
+
+@pytest.fixture
+def container() -> PyTreeContainer:
+    return PyTreeContainer({"weight": jnp.arange(6.0).reshape(2, 3), "bias": jnp.ones(3)})
+
+
+# --- attributes -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_any_name_works(name: str) -> None:
+    container = PyTreeContainer({name: 1, "other": 2})
+    assert container[name] == 1
+    assert name in container
+    assert type(container) is PyTreeContainer
+    container[name] = 3
+    assert pytree2dict(container)[min(pytree2dict(container), key=len)] in {2, 3}
+    assert sorted(jax.tree_util.tree_leaves(container)) == [2, 3]
+    doubled = jax.tree_util.tree_map(lambda leaf: 2 * leaf, container)
+    assert doubled[name] == 6
+    for same in (
+        copy.copy(container),
+        copy.deepcopy(container),
+        pickle.loads(pickle.dumps(container)),
+        dict2pytree(pytree2dict(container)),
+    ):
+        assert_same(same, container)
+    assert repr(name) in repr(container) or f"{name}=" in repr(container)
+    del container[name]
+    assert name not in container
+    with pytest.raises(KeyError):
+        container[name]
+
+
+def is_dunder(name: str) -> bool:
+    return len(name) > 4 and name.startswith("__") and name.endswith("__")
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if not is_dunder(name)])
+def test_dots_serve_names_that_are_no_dunders(name: str) -> None:
+    container = PyTreeContainer()
+    with pytest.raises(AttributeError, match=f"PyTreeContainer has no attribute {name!r}"):
+        getattr(container, name)
+    with pytest.raises(AttributeError, match=f"PyTreeContainer has no attribute {name!r}"):
+        delattr(container, name)
+    setattr(container, name, 1)
+    assert getattr(container, name) == container[name] == 1
+    assert name in dir(container)
+    delattr(container, name)
+    assert not hasattr(container, name)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if is_dunder(name)])
+def test_dots_leave_dunders_to_python(name: str) -> None:
+    plain, container = PyTreeContainer(), PyTreeContainer({name: 1})
+    assert hasattr(container, name) == hasattr(plain, name)
+    if name not in {"__dict__", "__getattr__"} and hasattr(plain, name):
+        assert getattr(container, name) is not 1  # noqa: F632 - the very object
+    with pytest.raises(AttributeError, match="is set as container"):
+        setattr(container, name, 2)
+    with pytest.raises(AttributeError, match=f"PyTreeContainer has no attribute {name!r}"):
+        delattr(container, name)
+    assert container[name] == 1
+
+
+def test_attributes_are_copied_and_then_the_containers_own() -> None:
+    attrs = {"a": 1}
+    container = PyTreeContainer(attrs)
+    container.b = 2
+    attrs["c"] = 3
+    assert attrs == {"a": 1, "c": 3}
+    assert [*container] == ["a", "b"]
+    other = copy.copy(container)
+    other.a = 5
+    assert container.a == 1
+
+
+def test_a_name_is_a_str() -> None:
+    container = PyTreeContainer()
+    with pytest.raises(TypeError, match=r"(an attribute name is a str, not int|(parameter|argument) 'name')"):
+        container[1] = 1  # type: ignore[index] # what is tested
+    with pytest.raises(TypeError):
+        PyTreeContainer({"a": 1, 2: 3})  # type: ignore[dict-item] # what is tested
+    assert 1 not in container
+
+
+def test_containers_are_themselves_alone() -> None:
+    assert PyTreeContainer() != PyTreeContainer()
+    assert len({PyTreeContainer(), PyTreeContainer()}) == 2
+
+
+# --- as pytree nodes --------------------------------------------------------------------------
+
+
+@given(st.dictionaries(st.text(), st.integers(), max_size=6), st.randoms(use_true_random=False))
+@example({"b": 1, "a": 2}, None)
+def test_the_treedef_does_not_depend_on_the_order(attrs: dict[str, int], random: Any) -> None:
+    shuffled = list(reversed(attrs.items()))
+    if random is not None:
+        random.shuffle(shuffled)
+    assert_same(PyTreeContainer(dict(shuffled)), PyTreeContainer(attrs))
+    container = PyTreeContainer()
+    for name, value in shuffled:
+        container[name] = value
+    assert_same(container, PyTreeContainer(attrs))
+    assert hash(jax.tree_util.tree_structure(container)) == hash(
+        jax.tree_util.tree_structure(PyTreeContainer(attrs))
+    )
+
+
+def test_the_treedef_knows_no_dtypes(container: PyTreeContainer) -> None:
+    narrow = jax.tree_util.tree_map(lambda leaf: leaf.astype(jnp.bfloat16), container)
+    treedef: Any = jax.tree_util.tree_structure(container)
+    assert jax.tree_util.tree_structure(narrow) == treedef
+    assert narrow.weight.dtype == jnp.bfloat16
+
+
+def test_jit(container: PyTreeContainer) -> None:
+    traces = []
+
+    @jax.jit
+    def double(tree: Any) -> Any:
+        traces.append(tree)
+        return PyTreeContainer({"weight": tree.weight * 2, "bias": tree.bias * 2})
+
+    found = double(container)
+    again = double(PyTreeContainer({"bias": container.bias, "weight": container.weight}))
+    assert_same(found, jax.tree_util.tree_map(lambda leaf: leaf * 2, container))
+    assert_same(again, found)
+    assert len(traces) == 1
+    assert "PyTreeContainer" in repr(traces[0])
+
+
+def test_grad(container: PyTreeContainer) -> None:
+    found = jax.grad(lambda tree: (tree.weight * 3).sum() + tree.bias.sum())(container)
+    assert_same(found, PyTreeContainer({"weight": jnp.full((2, 3), 3.0), "bias": jnp.ones(3)}))
+
+
+def test_vmap(container: PyTreeContainer) -> None:
+    axes = PyTreeContainer({"weight": 0, "bias": None})
+    found = jax.vmap(lambda tree: tree.weight + tree.bias, in_axes=(axes,))(container)
+    assert_same(found, container.weight + container.bias)
+
+
+def test_eval_shape_and_scan(container: PyTreeContainer) -> None:
+    shapes = jax.eval_shape(lambda tree: tree, container)
+    assert shapes.weight.shape == (2, 3)
+    carry, _ = jax.lax.scan(
+        lambda tree, _: (jax.tree_util.tree_map(lambda leaf: leaf + 1, tree), None),
+        container,
+        None,
+        length=3,
+    )
+    assert_same(carry, jax.tree_util.tree_map(lambda leaf: leaf + 3, container))
+
+
+def test_leaves_of_any_kind() -> None:
+    tree = PyTreeContainer({"a": None, "b": [], "c": UnkeyedContainer([object, None])})
+    assert jax.tree_util.tree_leaves(tree) == [object]
+    marked = jax.tree_util.tree_map(lambda _: None, tree)  # as JAX itself does
+    assert marked.c[0] is None
+
+
+def test_unkeyed_containers() -> None:
+    container = UnkeyedContainer(iter([1, [2, 3]]))
+    assert (len(container), container[0], [*container]) == (2, 1, [1, [2, 3]])
+    assert container.children == (1, [2, 3])
+    assert pytree2dict(container) == {"#\\(0)": 1, "#\\(1)#0": 2, "#\\(1)#1": 3}
+    doubled = jax.jit(lambda tree: jax.tree_util.tree_map(lambda leaf: 2 * leaf, tree))(container)
+    assert type(doubled) is UnkeyedContainer
+    assert [int(leaf) for leaf in jax.tree_util.tree_leaves(doubled)] == [2, 4, 6]
+    assert UnkeyedContainer().children == ()
+
+
+def by_pickle(protocol: int) -> Callable[[Any], Any]:
+    return lambda tree: pickle.loads(pickle.dumps(tree, protocol))
+
+
+COPIES: dict[str, Callable[[Any], Any]] = {
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+    **{
+        f"pickle {protocol}": by_pickle(protocol) for protocol in range(pickle.HIGHEST_PROTOCOL + 1)
+    },
+}
+
+
+@pytest.mark.parametrize("make", COPIES.values(), ids=COPIES.keys())
+@given(tree=pytrees(st.integers(), nodes=(PyTreeContainer, UnkeyedContainer, list)))
+def test_copies_and_pickles(make: Callable[[Any], Any], tree: Any) -> None:
+    assert_same(make(tree), tree)
+
+
+@pytest.mark.parametrize("make", COPIES.values(), ids=COPIES.keys())
+def test_copies_of_arrays(make: Callable[[Any], Any], container: PyTreeContainer) -> None:
+    found = make(container)
+    assert_same(found, container)
+    assert found is not container
+
+
+def test_a_deep_copy_shares_nothing() -> None:
+    container = PyTreeContainer({"a": [1], "b": np.zeros(2)})
+    other = copy.deepcopy(container)
+    other.a.append(2)
+    other.b[0] = 1
+    assert container.a == [1]
+    assert container.b[0] == 0
+
+
+# --- printing ---------------------------------------------------------------------------------
+
+
+def test_prints_shapes_and_not_values(container: PyTreeContainer) -> None:
+    assert repr(container) == "PyTreeContainer(bias=float32[3], weight=float32[2,3])"
+    assert repr(UnkeyedContainer([container.bias, 1.5])) == "UnkeyedContainer([float32[3], 1.5])"
+    assert str(PyTreeContainer()) == "PyTreeContainer()"
+    assert repr(PyTreeContainer({"a b": "text", "": None})) == (
+        "PyTreeContainer('': None, 'a b': 'text')"
+    )
+
+
+def test_prints_a_large_tree_on_lines_of_its_own(container: PyTreeContainer) -> None:
+    shown = repr(PyTreeContainer({"layers": [container, container], "step": 3}))
+    assert shown.splitlines() == [
+        "PyTreeContainer(",
+        "  layers=[",
+        "    PyTreeContainer(bias=float32[3], weight=float32[2,3]),",
+        "    PyTreeContainer(bias=float32[3], weight=float32[2,3]),",
+        "  ],",
+        "  step=3,",
+        ")",
+    ]
+
+
+def test_prints_what_is_deep_or_cyclic() -> None:
+    deep: Any = PyTreeContainer()
+    for _ in range(5000):
+        deep = PyTreeContainer({"a": deep})
+    assert repr(deep).startswith("PyTreeContainer(")
+    cycle = PyTreeContainer()
+    cycle.me = [cycle]
+    assert "PyTreeContainer(" in repr(cycle)
+
+
+def test_the_classes_report_the_package() -> None:
+    assert repr(PyTreeContainer) == "<class 'pytree2safetensors.PyTreeContainer'>"
+    assert repr(UnkeyedContainer) == "<class 'pytree2safetensors.UnkeyedContainer'>"
+
+
+def test_what_jax_prints(container: PyTreeContainer) -> None:
+    assert "PyTreeContainer" in str(jax.tree_util.tree_structure(container))
+    pairs, _ = jax.tree_util.tree_flatten_with_path(container)
+    assert [jax.tree_util.keystr(path) for path, _ in pairs] == [".bias", ".weight"]

@@ -1,0 +1,220 @@
+"""What loading reads, what it keeps, and how it leaves the process."""
+
+import gc
+import os
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import pytree2safetensors
+from oracle import assert_same, identity
+from pytree2safetensors import (
+    FileFormatError,
+    load_abstract,
+    load_into_pytree,
+    load_pytree,
+    pytree2dict,
+    save_pytree,
+    set_weights,
+)
+
+SIZE = 100_000
+HEADER = 1 << 16  # what opening a file reads at the most, for a header of this size
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    tree = {side: {"w": np.full(SIZE, n, np.float32)} for n, side in enumerate("abcd")}
+    save_pytree(tree, tmp_path / "file")
+    return tmp_path / "file"
+
+
+@contextmanager
+def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """The sizes of all positioned reads."""
+    sizes: list[int] = []
+    preadv = os.preadv
+
+    def count(descriptor: int, buffers: Any, offset: int) -> int:
+        size = preadv(descriptor, buffers, offset)
+        sizes.append(size)
+        return size
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "preadv", count)
+        yield sizes
+
+
+def test_a_prefix_reads_its_subtree_alone(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with counted(monkeypatch) as sizes:
+        tree = load_pytree(path, prefix="@b")
+    assert np.asarray(tree["w"]).tobytes() == np.full(SIZE, 1, np.float32).tobytes()
+    assert 4 * SIZE <= sum(sizes) <= 4 * SIZE + HEADER
+
+
+def test_a_template_reads_what_it_needs_alone(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    template = {side: {"w": np.zeros(SIZE, np.float32)} for side in "ac"}
+    with counted(monkeypatch) as sizes:
+        tree = load_into_pytree(template, path, strict=False)
+    assert tree["c"]["w"][0] == 2
+    assert 8 * SIZE <= sum(sizes) <= 8 * SIZE + HEADER
+
+
+def test_the_header_is_enough_for_shapes(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with counted(monkeypatch) as sizes:
+        load_abstract(path)
+    assert sum(sizes) <= HEADER
+
+
+def test_a_mapped_file_is_not_read(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with counted(monkeypatch) as sizes:
+        tree = load_pytree(path, mmap=True)
+    assert sum(sizes) <= HEADER
+    assert_same(tree, load_pytree(path))
+
+
+def test_large_arrays_own_the_memory_that_was_read_into() -> None:
+    from pytree2safetensors._leaf import to_jax
+    from pytree2safetensors._load import aligned
+
+    memory = aligned(1 << 20)
+    assert memory.base is not None
+    alive = weakref.ref(memory.base)
+    (array,) = to_jax([memory.view(np.float32)])
+    assert array.unsafe_buffer_pointer() == memory.ctypes.data  # nothing was copied
+    del memory
+    assert alive() is not None
+    del array
+    gc.collect()
+    assert alive() is None  # nothing stays behind
+
+
+def test_loaded_numpy_arrays_share_memory_with_nothing(path: Path) -> None:
+    template = {side: {"w": np.zeros(SIZE, np.float32)} for side in "abcd"}
+    first = load_into_pytree(template, path)
+    second = load_into_pytree(template, path, mmap=True)
+    arrays = [*pytree2dict(first).values(), *pytree2dict(second).values()]
+    for number, array in enumerate(arrays):
+        assert array.flags.writeable
+        assert not any(np.shares_memory(array, other) for other in arrays[:number])
+        array[:] = -1
+    assert load_pytree(path)["d"]["w"][0] == 3
+
+
+def test_two_leaves_that_share_a_tensor_do_not_share_memory(path: Path) -> None:
+    template = [np.zeros(SIZE, np.float32), np.zeros(SIZE, np.float32)]
+    rename = {"#0": "@a@w", "#1": "@a@w"}
+    first, second = load_into_pytree(template, path, strict=False, rename=rename)
+    assert not np.shares_memory(first, second)
+
+
+def test_arrays_of_a_dictionary_are_copied(path: Path) -> None:
+    given = np.zeros(SIZE, np.float32)
+    placed = set_weights(
+        {"w": jnp.zeros(SIZE), "n": np.zeros(SIZE, np.float32)}, {"@w": given, "@n": given}
+    )
+    given[:] = 1
+    assert not np.asarray(placed["w"]).any()
+    assert not placed["n"].any()
+
+
+def test_files_of_safetensors_load_from_any_offset(tmp_path: Path) -> None:
+    for extra in range(9):
+        arrays: dict[str, Any] = {
+            "@" + "x" * extra: np.arange(20_000, dtype=np.float32),
+            "@b": np.arange(5, dtype=np.int8),
+            "@c": np.arange(70_000, dtype=np.int16).reshape(7, -1),
+        }
+        safetensors.numpy.save_file(arrays, tmp_path / "file")
+        for mmap in (False, True):
+            found = pytree2dict(load_pytree(tmp_path / "file", mmap=mmap))
+            assert found.keys() == arrays.keys()
+            for name, array in arrays.items():
+                assert identity(np.asarray(found[name])) == identity(array)
+
+
+@pytest.mark.parametrize("shape", [(4,), (3, 5), ()])
+def test_many_equal_leaves_load_in_groups(shape: tuple[int, ...], tmp_path: Path) -> None:
+    tree = [np.full(shape, n, np.float32) for n in range(1500)]
+    save_pytree(tree, tmp_path / "file", durable=False)
+    for number, leaf in enumerate(load_pytree(tmp_path / "file")):
+        assert isinstance(leaf, jax.Array)
+        assert leaf.shape == shape
+        assert np.asarray(leaf).tobytes() == tree[number].tobytes()
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_collector_is_left_as_it_was(enabled: bool, path: Path, tmp_path: Path) -> None:
+    works: list[Callable[[], Any]] = [
+        lambda: save_pytree({"a": 1}, tmp_path / "other"),
+        lambda: load_pytree(path),
+        lambda: load_into_pytree({"a": 1}, path),
+        lambda: load_pytree(tmp_path / "missing"),
+        lambda: save_pytree({"f": len}, tmp_path / "other"),
+    ]
+    before = gc.isenabled()
+    try:
+        for work in works:
+            (gc.enable if enabled else gc.disable)()
+            with suppress(OSError, TypeError, ValueError):
+                work()
+            assert gc.isenabled() is enabled
+    finally:
+        (gc.enable if before else gc.disable)()
+
+
+def test_no_thread_stays(path: Path) -> None:
+    before = threading.active_count()
+    load_pytree(path)
+    assert threading.active_count() == before
+
+
+def test_a_header_beyond_the_limit_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    tree = {"n" * 60_000_000: 1, "m" * 60_000_000: 2}
+    with pytest.raises(FileFormatError, match="save with max_shard_size="):
+        save_pytree(tree, tmp_path / "file")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_packed_tensor_that_nobody_asks_for_is_in_nobodys_way(tmp_path: Path) -> None:
+    header = (
+        b'{"@a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},'
+        b'"@p":{"dtype":"F4","shape":[2],"data_offsets":[4,5]}}'
+    )
+    content = len(header).to_bytes(8, "little") + header + np.float32(3).tobytes() + b"\x21"
+    (tmp_path / "file").write_bytes(content)
+    found = load_into_pytree({"a": np.zeros(1, np.float32)}, tmp_path / "file", strict=False)
+    assert found["a"].tolist() == [3]
+    with pytest.raises(FileFormatError, match="'@p' is of the packed dtype F4"):
+        load_pytree(tmp_path / "file")
+
+
+def test_load_file_is_safetensors_own_function() -> None:
+    import safetensors.flax
+
+    assert pytree2safetensors.load_file is safetensors.flax.load_file
+
+
+def test_nothing_changes_an_argument(tmp_path: Path) -> None:
+    tree: dict[str, Any] = {"b": [np.arange(4)[::2], 1], "a": jnp.ones(2)}
+    metadata = {"run": "1"}
+    kept = {"b": list(tree["b"]), "a": tree["a"]}
+    save_pytree(tree, tmp_path / "file", metadata=metadata, checksum=True)
+    assert metadata == {"run": "1"}
+    assert list(tree) == ["b", "a"]
+    dictionary = pytree2dict(tree)
+    before = dict(dictionary)
+    set_weights(tree, dictionary)
+    load_into_pytree(tree, tmp_path / "file")
+    assert dictionary == before
+    assert tree["b"][0] is kept["b"][0]
+    assert tree["a"] is kept["a"]

@@ -1,0 +1,112 @@
+"""Not only paths: file objects, bytes in memory, pipes."""
+
+import io
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from oracle import assert_same
+from pytree2safetensors import (
+    FileFormatError,
+    load_abstract,
+    load_into_pytree,
+    load_metadata,
+    load_pytree,
+    save_pytree,
+)
+
+TREE = {"w": jnp.arange(70_000, dtype=jnp.float32), "steps": (1, None), "run": "seventeen"}
+
+
+def saved(tree: Any = TREE) -> bytes:
+    file = io.BytesIO()
+    save_pytree(tree, file, metadata={"run": "17"})
+    return file.getvalue()
+
+
+def test_a_file_object_gets_the_bytes_of_a_file(tmp_path: Path) -> None:
+    save_pytree(TREE, tmp_path / "tree.safetensors", metadata={"run": "17"})
+    assert (tmp_path / "tree.safetensors").read_bytes() == saved()
+
+
+def test_bytes_load_through_every_loader() -> None:
+    assert_same(load_pytree(io.BytesIO(saved())), TREE)
+    assert_same(load_into_pytree(TREE, io.BytesIO(saved())), TREE)
+    assert load_metadata(io.BytesIO(saved())) == {"run": "17"}
+    assert load_abstract(io.BytesIO(saved()))["w"].shape == (70_000,)
+
+
+def test_a_stream_is_read_from_where_it_stands_to_its_end() -> None:
+    file = io.BytesIO(b"before" + saved())
+    file.seek(6)
+    assert_same(load_pytree(file), TREE)
+    assert not file.closed
+    assert file.read() == b""
+
+
+def test_a_stream_at_its_end_is_an_error_that_says_how_many_bytes_there_are() -> None:
+    file = io.BytesIO()
+    save_pytree(TREE, file)
+    with pytest.raises(FileFormatError, match="0 bytes"):
+        load_pytree(file)
+
+
+def test_fsspec_files_work() -> None:
+    with fsspec.open("memory://tree.safetensors", "wb") as file:
+        save_pytree(TREE, file)
+    with fsspec.open("memory://tree.safetensors", "rb") as file:
+        assert_same(load_pytree(file), TREE)
+
+
+def test_a_pipe_works_both_ways() -> None:
+    reader, writer = os.pipe()
+
+    def write() -> None:
+        with os.fdopen(writer, "wb") as file:
+            save_pytree(TREE, file)
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    with os.fdopen(reader, "rb") as file:
+        assert_same(load_pytree(file), TREE)
+    thread.join()
+
+
+def test_an_unbuffered_file_that_writes_short_gets_everything(tmp_path: Path) -> None:
+    class Short(io.RawIOBase):
+        def __init__(self) -> None:
+            self.content = bytearray()
+
+        def writable(self) -> bool:
+            return True
+
+        def write(self, data: Any) -> int:
+            self.content += bytes(data[:1000])
+            return min(1000, len(data))
+
+    file = Short()
+    save_pytree(TREE, file, metadata={"run": "17"})
+    assert bytes(file.content) == saved()
+
+
+def test_mapping_needs_a_file_on_disk() -> None:
+    with pytest.raises(ValueError, match="mmap=True maps a file on disk"):
+        load_pytree(io.BytesIO(saved()), mmap=True)
+
+
+def test_a_text_file_is_refused() -> None:
+    with pytest.raises(TypeError, match="binary mode"):
+        load_pytree(io.StringIO("text"))  # type: ignore[arg-type] # what is tested
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3, 0), (5,)])
+def test_empty_and_small_arrays_pass_through_streams(shape: tuple[int, ...]) -> None:
+    tree = {"a": np.zeros(shape, np.int16)}
+    found = load_into_pytree(tree, io.BytesIO(saved(tree)))
+    assert_same(found, tree)

@@ -1,0 +1,156 @@
+"""Templates and skipped leaves: what once went wrong, each case a test."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from oracle import assert_same
+from pytree2safetensors import (
+    FileFormatError,
+    PyTreeContainer,
+    UnsupportedLeafError,
+    WeightsMismatchError,
+    dict2pytree,
+    load_into_pytree,
+    load_pytree,
+    save_pytree,
+    set_weights,
+)
+
+COUNT = 1 << 18
+
+
+@pytest.mark.parametrize("mmap", [False, True])
+def test_a_numpy_leaf_shares_no_memory_with_a_jax_leaf(mmap: bool, tmp_path: Path) -> None:
+    save_pytree({"a": np.arange(COUNT, dtype=np.float32)}, tmp_path / "file")
+    abstract = jax.ShapeDtypeStruct((COUNT,), np.float32)  # type: ignore[no-untyped-call] # JAX gives it no types
+    template = {"x": np.zeros(COUNT, np.float32), "y": abstract}
+    found = load_into_pytree(template, tmp_path / "file", rename=lambda _: "@a", mmap=mmap)
+    found["x"][:] = -1
+    assert np.asarray(found["y"]).tobytes() == np.arange(COUNT, dtype=np.float32).tobytes()
+
+
+def test_a_str_of_two_surrogate_halves_is_refused() -> None:
+    with pytest.raises(UnsupportedLeafError):
+        save_pytree("\ud83d\ude00", io.BytesIO())
+    file = io.BytesIO()
+    save_pytree(["\ud83d", "\U0001f600"], file)
+    file.seek(0)
+    assert load_pytree(file) == ["\ud83d", "\U0001f600"]
+
+
+def test_a_file_object_that_writes_nothing_is_an_error() -> None:
+    class Nothing:
+        def write(self, data: Any) -> int:
+            return 0
+
+    with pytest.raises(OSError, match="wrote nothing"):
+        save_pytree({"a": 1}, Nothing())
+
+
+def test_a_stream_beyond_its_end_is_no_file() -> None:
+    file = io.BytesIO(b"abc")
+    file.seek(10)
+    with pytest.raises(FileFormatError, match="0 bytes"):
+        load_pytree(file)
+
+
+def test_cast_to_64_bits_never_narrows() -> None:
+    abstract = jax.ShapeDtypeStruct((2,), np.float64)  # type: ignore[no-untyped-call] # JAX gives it no types
+    found = set_weights({"w": abstract}, {"@w": jnp.ones(2)}, cast=True)
+    assert found["w"].dtype == np.float64
+
+
+def test_infinity_fits_no_dtype_without_one() -> None:
+    template = {"a": np.zeros((), ml_dtypes.float8_e4m3b11fnuz)}
+    with pytest.raises(WeightsMismatchError):
+        set_weights(template, {"@a": float("inf")})
+    assert np.isinf(set_weights({"a": np.zeros((), np.float32)}, {"@a": float("inf")})["a"])
+    assert np.isnan(set_weights({"a": np.zeros((), np.float32)}, {"@a": float("nan")})["a"])
+
+
+@pytest.mark.parametrize(
+    ("tree", "found"),
+    [
+        ({"b": {"c": {"g": len}, "h": len}}, {"b": {"c": {}}}),
+        ({"a": [{"f": len}, 1], "f": len}, {"a": [{}, 1]}),
+        ({"a": [len, 1, len]}, {"a": [None, 1, None]}),
+        (PyTreeContainer({"f": len, "x": 1}), PyTreeContainer({"x": 1})),
+        (len, None),
+    ],
+)
+def test_what_is_left_after_skipping_is_a_tree(tree: Any, found: Any, tmp_path: Path) -> None:
+    save_pytree(tree, tmp_path / "file", unsupported="skip")
+    assert_same(load_pytree(tmp_path / "file"), found)
+
+
+def test_a_deleted_leaf_cannot_be_kept(tmp_path: Path) -> None:
+    save_pytree({"b": np.ones(2, np.float32)}, tmp_path / "file")
+    gone = jnp.ones(3)
+    gone.delete()
+    with pytest.raises(WeightsMismatchError, match="1 missing"):
+        load_into_pytree({"a": gone, "b": jnp.ones(2)}, tmp_path / "file", strict=False)
+
+
+def test_a_huge_int_is_no_float() -> None:
+    with pytest.raises(WeightsMismatchError):
+        set_weights({"a": 0.0}, {"@a": 10**400}, cast=True)
+    assert set_weights({"a": 0.0}, {"@a": 3}, cast=True) == {"a": 3.0}
+
+
+def test_an_array_of_another_library_is_no_data(tmp_path: Path) -> None:
+    class Foreign:
+        shape = (2,)
+        dtype = "torch.float32"
+
+    save_pytree({"b": np.ones(2)}, tmp_path / "file")
+    foreign = Foreign()
+    found = load_into_pytree({"a": foreign, "b": np.zeros(2)}, tmp_path / "file")
+    assert found["a"] is foreign
+
+
+@pytest.mark.parametrize(
+    "second",
+    [
+        '[["dtype","F32"],["shape",[]],["data_offsets",[4,8]]]',
+        '{"dtype":"F32","shape":"","data_offsets":[4,8]}',
+        '{"dtype":"F32","shape":{},"data_offsets":[4,8]}',
+        '{"dtype":"F32","shape":[],"data_offsets":[4,8.0]}',
+        '{"dtype":"F32","shape":[],"data_offsets":[true,8]}',
+    ],
+)
+def test_a_tensor_like_another_is_checked_as_strictly(second: str, tmp_path: Path) -> None:
+    first = '{"dtype":"F32","shape":[],"data_offsets":[0,4]}'
+    header = f'{{"@a":{first},"@b":{second}}}'.encode()
+    (tmp_path / "file").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    with pytest.raises(FileFormatError):
+        load_pytree(tmp_path / "file")
+
+
+def test_names_are_strs() -> None:
+    with pytest.raises(TypeError):
+        dict2pytree({"@a": 1, 2: 3})  # type: ignore[dict-item] # what is tested
+    with pytest.raises(TypeError):
+        set_weights({"a": 1}, {"@p@a": 1, 2: 3}, prefix="@p")  # type: ignore[dict-item] # what is tested
+    with pytest.raises(TypeError):
+        save_pytree({"a": 1}, io.BytesIO(), metadata={"a": "b", 3: "c"})  # type: ignore[dict-item] # what is tested
+    with pytest.raises(TypeError):
+        PyTreeContainer({"a": 1, 2: 3})  # type: ignore[dict-item] # what is tested
+
+
+def test_a_path_that_can_write_is_a_path(tmp_path: Path) -> None:
+    class WritablePath:
+        def __fspath__(self) -> str:
+            return str(tmp_path / "file")
+
+        def write(self, data: Any) -> None:
+            raise AssertionError("a path is written to as a file")
+
+    save_pytree({"a": 1}, WritablePath())
+    assert load_pytree(tmp_path / "file") == {"a": 1}
