@@ -1,0 +1,161 @@
+"""The trees that every system saves and loads.
+
+A skeleton is a tree of `jax.ShapeDtypeStruct`; `fill` makes the same tree of arrays, always with the same bits, so
+that a worker which loads can check what it got without having been told.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+FLOAT32 = np.dtype(np.float32)
+BFLOAT16 = np.dtype(jnp.bfloat16)
+SMALL_ARRAY = 1 << 16
+DEVICES = 8
+
+
+class Layer(NamedTuple):
+    """Three small arrays with names, the inner node of workload D."""
+
+    kernel: Any
+    bias: Any
+    scale: Any
+
+
+class AdamState(NamedTuple):
+    """What Adam remembers."""
+
+    count: Any
+    mu: Any
+    nu: Any
+
+
+class TrainState(NamedTuple):
+    """Parameters and the optimizer's state."""
+
+    step: Any
+    params: Any
+    opt_state: AdamState
+
+
+def spec(*shape: int, dtype: np.dtype[Any] = FLOAT32) -> jax.ShapeDtypeStruct:
+    """Describe one array."""
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def big(scale: float) -> Any:
+    """A: 16 float32 arrays, 1 GiB together at scale 1, in dicts and lists."""
+    rows = max(1, int(4096 * scale))
+    return {
+        "encoder": {"layers": [{"kernel": spec(rows, 4096)} for _ in range(8)]},
+        "decoder": {"layers": [{"kernel": spec(rows, 4096)} for _ in range(8)]},
+    }
+
+
+def model(scale: float) -> Any:
+    """B: 200 bfloat16 weights of 1 to 4 MB and 200 float32 vectors of 4 to 32 KB, 535 MB together at scale 1."""
+    width = max(1, int(1024 * scale))
+    block = {
+        "attention": {
+            "query": spec(width, 512, dtype=BFLOAT16),
+            "out": spec(width, 1024, dtype=BFLOAT16),
+        },
+        "mlp": {"up": spec(width, 2048, dtype=BFLOAT16), "down": spec(width, 1600, dtype=BFLOAT16)},
+        "norms": [spec(1024), spec(2048), spec(4096), spec(8192)],
+    }
+    return {"blocks": [block for _ in range(50)]}
+
+
+def many(scale: float) -> Any:
+    """C: 100,000 leaves of shape (4,) at scale 1, in dicts and lists, five deep."""
+    groups = max(1, round(100 * scale))
+    return {
+        "model": [
+            {"heads": [{name: spec(4) for name in ("a", "b", "c", "d", "e")} for _ in range(200)]}
+            for _ in range(groups)
+        ]
+    }
+
+
+def train_state(scale: float) -> Any:
+    """D: a train state of namedtuples, 20,000 small leaves at scale 1."""
+    layer = Layer(kernel=spec(16, 32), bias=spec(32), scale=spec(16))
+    blocks = max(1, round(1111 * scale))
+    weights = {"blocks": [{"attention": layer, "mlp": layer} for _ in range(blocks)]}
+    counter = spec(dtype=np.dtype(np.int32))
+    return TrainState(
+        step=counter, params=weights, opt_state=AdamState(count=counter, mu=weights, nu=weights)
+    )
+
+
+def sharded(axis: int) -> Callable[[float], Any]:
+    """Make the skeleton whose arrays are divided along `axis` over eight devices."""
+
+    def skeleton(scale: float) -> Any:
+        devices = jax.devices()[:DEVICES]
+        names = ["x", None] if axis == 0 else [None, "x"]
+        sharding = jax.sharding.NamedSharding(
+            jax.sharding.Mesh(np.array(devices), ("x",)), jax.sharding.PartitionSpec(*names)
+        )
+        rows = max(8, int(4096 * scale) // 8 * 8)
+        return {
+            f"w{i:02}": jax.ShapeDtypeStruct((rows, 5120), FLOAT32, sharding=sharding)
+            for i in range(12)
+        }
+
+    return skeleton
+
+
+class Workload(NamedTuple):
+    """One tree: its title, its skeleton by scale, and the scale of the tree that warms a system up."""
+
+    title: str
+    skeleton: Callable[[float], Any]
+    warm_up: float
+    devices: int = 1
+
+
+WORKLOADS = {
+    "A": Workload("A, big: 16 float32 arrays, 1 GiB", big, 1 / 512),
+    "B": Workload("B, model: 400 bfloat16 and float32 arrays, 535 MB", model, 1 / 256),
+    "C": Workload("C, many: 100,000 leaves of shape (4,)", many, 1 / 100),
+    "D": Workload("D, train state: namedtuples, 20,000 small leaves", train_state, 1 / 100),
+    "rows": Workload("1 GB into 8 devices, by rows", sharded(0), 1 / 512, DEVICES),
+    "columns": Workload("1 GB into 8 devices, by columns", sharded(1), 1 / 512, DEVICES),
+}
+
+
+def nbytes(skeleton: Any) -> int:
+    """Count the bytes of data in a tree."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(skeleton))
+
+
+def numpy_leaves(skeleton: Any) -> list[np.ndarray[Any, Any]]:
+    """Make the arrays of a tree, as NumPy's, in JAX's order."""
+    random = np.random.default_rng(0)
+
+    def array(leaf: jax.ShapeDtypeStruct) -> np.ndarray[Any, Any]:
+        return np.asarray(random.standard_normal(leaf.shape, np.float32) * 1000).astype(leaf.dtype)
+
+    return [array(leaf) for leaf in jax.tree.leaves(skeleton)]
+
+
+def fill(skeleton: Any) -> Any:
+    """Make the tree of JAX arrays; the small ones come out of a jitted function, as those of a training step do."""
+    identity = jax.jit(lambda arrays: arrays)
+    arrays: list[Any] = []
+    small: list[np.ndarray[Any, Any]] = []
+    for array in numpy_leaves(skeleton):
+        if array.nbytes >= SMALL_ARRAY:
+            arrays += [*identity(small), jnp.array(array)]
+            small = []
+        else:
+            small.append(array)
+            if len(small) == 300:
+                arrays += identity(small)
+                small = []
+    leaves = [*arrays, *identity(small)]
+    return jax.block_until_ready(jax.tree.unflatten(jax.tree.structure(skeleton), leaves))

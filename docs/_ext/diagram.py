@@ -1,0 +1,67 @@
+"""Draws the path from a tree to a file: an SVG whose colours follow the page's theme."""
+
+from collections.abc import Sequence
+from html import escape
+
+WIDTH = 440
+LINE = 17
+STEPS: Sequence[tuple[str, str, Sequence[str]]] = (
+    ("", "a tree", ('{"layers": [(w, b)],', ' "name": "net", "step": 7}')),
+    (
+        "_tree.flatten",
+        "names and kinds of nodes",
+        ("@layers#0#0  @layers#0#1  @name  @step", "@layers#0 is a tuple"),
+    ),
+    (
+        "_leaf.describe",
+        "forms of leaves",
+        ("F32 [2,3]   F32 [3]   I64 []", '@name is the str "net", @step an int'),
+    ),
+    (
+        "_structure.write_note",
+        "the note",
+        ('{"leaves":{…},"nodes":{"@layers#0":"tuple"},', ' "version":1}'),
+    ),
+    (
+        "_layout.plan",
+        "the header",
+        (
+            '{"__metadata__":{…},"@step":{"dtype":"I64",',
+            ' "shape":[],"data_offsets":[0,8]},…}',
+            "spaces, up to a multiple of 64 or 4096",
+        ),
+    ),
+    (
+        "_file.write_file",
+        "the file",
+        ("length | header | data, in the header's order", "temporary file → flush → rename"),
+    ),
+)
+
+
+def text(x: float, y: float, content: str, style: str) -> str:
+    return f'<text x="{x}" y="{y}" class="{style}" xml:space="preserve">{escape(content)}</text>'
+
+
+def draw() -> str:
+    """Return the drawing, to stand inside a page."""
+    parts: list[str] = []
+    y = 4
+    for function, title, lines in STEPS:
+        if function:
+            parts.append(f'<path d="M{WIDTH / 2} {y}v30" class="arrow" marker-end="url(#tip)"/>')
+            parts.append(text(WIDTH / 2 + 14, y + 20, function, "call"))
+            y += 37
+        height = 38 + LINE * len(lines)
+        parts.append(
+            f'<rect x="4" y="{y}" width="{WIDTH - 8}" height="{height}" rx="6" class="box"/>'
+        )
+        parts.append(text(18, y + 21, title, "title"))
+        parts += [text(18, y + 42 + LINE * i, line, "code") for i, line in enumerate(lines)]
+        y += height + 4
+    return f"""<svg class="path" viewBox="0 0 {WIDTH} {y}" role="img" aria-label="The path from a tree to a file"
+ xmlns="http://www.w3.org/2000/svg">
+<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="8" markerHeight="8" orient="auto">
+<path d="M0 0 8 4 0 8z" class="tip"/></marker></defs>
+{chr(10).join(parts)}
+</svg>"""

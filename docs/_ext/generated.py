@@ -1,0 +1,110 @@
+"""The `generated` directive: parts of pages that are made from the project's own tables."""
+
+import ast
+import json
+from pathlib import Path
+from typing import Any
+
+from diagram import draw
+from docutils import nodes
+from environments import table
+from sphinx.application import Sphinx
+from sphinx.util.docutils import SphinxDirective
+
+ROOT = Path(__file__).parents[2]
+KEY_PATHS = ROOT / "tests" / "data" / "keypaths.json"
+KEYS = {
+    "attr": "GetAttrKey({!r})",
+    "item": "DictKey({!r})",
+    "literal": "DictKey({})",
+    "index": "SequenceKey({})",
+    "flat": "FlattenedIndexKey({})",
+}
+
+
+def code(text: str) -> str:
+    """Write `text` as inline code that stands in a table."""
+    shown = text if text.isprintable() and text.strip() == text and text else repr(text)
+    fence = "``" if "`" in shown else "`"
+    return fence + shown.replace("|", r"\|") + fence
+
+
+def accepted() -> list[str]:
+    """List the key paths of the tests' table, with their spelling."""
+    lines = ["| key path | spelling |", "|---|---|"]
+    for pair in json.loads(KEY_PATHS.read_text("utf-8"))["accepted"]:
+        keys = ", ".join(KEYS[kind].format(value) for kind, value in pair["path"])
+        lines.append(f"| {code(keys) if keys else 'no keys'} | {code(pair['string'])} |")
+    return lines
+
+
+def rejected() -> list[str]:
+    """List the strings of the tests' table that spell no key path, with the error's reason."""
+    from pytree2safetensors import KeyPathError, string2keypath
+
+    lines = ["| string | why it spells no key path |", "|---|---|"]
+    for string in json.loads(KEY_PATHS.read_text("utf-8"))["rejected"]:
+        try:
+            string2keypath(string)
+        except KeyPathError as error:
+            reason = str(error).split(" spells no key path: ")[-1].replace("|", r"\|")
+            lines.append(f"| {code(string)} | {code(reason)} |")
+    return lines
+
+
+def benchmarks() -> list[str]:
+    """Include the tables and the chart that the benchmarks wrote."""
+    return _published("speed") + _published("scaling") or [
+        "No figures have been published for this version yet."
+    ]
+
+
+def survival() -> list[str]:
+    """Include the table of what survives a round trip, by library."""
+    return _published("survival") or ["No table has been published for this version yet."]
+
+
+def _published(stem: str) -> list[str]:
+    folder = ROOT / "docs" / "benchmarks"
+    lines: list[str] = []
+    if (folder / f"{stem}.svg").exists():
+        lines += [f"```{{image}} /benchmarks/{stem}.svg", ":class: diagram", "```", ""]
+    if (folder / f"{stem}.rst").exists():
+        lines += ["```{eval-rst}", f".. include:: /benchmarks/{stem}.rst", "```", ""]
+    return lines
+
+
+def modules() -> list[str]:
+    """List the modules, each with what it says of itself."""
+    lines = ["| module | what it is |", "|---|---|"]
+    for path in sorted((ROOT / "src" / "pytree2safetensors").glob("*.py")):
+        said = ast.get_docstring(ast.parse(path.read_text("utf-8"))) or ""
+        lines.append(f"| `{path.name}` | {said.partition(chr(10))[0]} |")
+    return lines
+
+
+MAKERS = {
+    "modules": modules,
+    "accepted": accepted,
+    "rejected": rejected,
+    "benchmarks": benchmarks,
+    "survival": survival,
+    "environments": table,
+    "diagram": lambda: ["```{raw} html", draw(), "```"],
+}
+
+
+class Generated(SphinxDirective):
+    """Insert the Markdown that one of the makers gives."""
+
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        self.env.note_dependency(str(KEY_PATHS))
+        return self.parse_text_to_nodes("\n".join(MAKERS[self.arguments[0]]()))
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    """Register the directive."""
+    app.add_directive("generated", Generated)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
