@@ -105,7 +105,9 @@ def test_attributes_are_copied_and_then_the_containers_own() -> None:
 
 def test_a_name_is_a_str() -> None:
     container = PyTreeContainer()
-    with pytest.raises(TypeError, match=r"(an attribute name is a str, not int|(parameter|argument) 'name')"):
+    with pytest.raises(
+        TypeError, match=r"(an attribute name is a str, not int|(parameter|argument) 'name')"
+    ):
         container[1] = 1  # type: ignore[index] # what is tested
     with pytest.raises(TypeError):
         PyTreeContainer({"a": 1, 2: 3})  # type: ignore[dict-item] # what is tested
