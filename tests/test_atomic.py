@@ -80,7 +80,8 @@ def calls_of_a_save(path: Path, durable: bool) -> list[str]:
 def test_the_file_is_flushed_then_renamed_then_its_folder_is_flushed(tmp_path: Path) -> None:
     assert calls_of_a_save(tmp_path / "model", durable=True) == [
         "open temporary",
-        "write temporary",
+        "write temporary",  # the header
+        "write temporary",  # the data
         "fsync temporary",
         "close temporary",
         "replace temporary model",
@@ -94,7 +95,8 @@ def test_the_file_is_flushed_then_renamed_then_its_folder_is_flushed(tmp_path: P
 def test_without_durable_nothing_is_flushed(tmp_path: Path) -> None:
     assert calls_of_a_save(tmp_path / "model", durable=False) == [
         "open temporary",
-        "write temporary",
+        "write temporary",  # the header
+        "write temporary",  # the data
         "close temporary",
         "replace temporary model",
     ]

@@ -201,18 +201,33 @@ def host_array(leaf: Any) -> NDArray[Any]:
     return whole
 
 
-def small_bytes(leaf: Any, form: Form) -> Any:
-    """The bytes of a small tensor, as whatever `bytes.join` takes."""
-    on_one_device = type(getattr(leaf, "sharding", None)) is jax.sharding.SingleDeviceSharding
-    values = np.asarray(leaf) if on_one_device and form.kind is None else host_array(leaf)
-    # The dtypes of ml_dtypes share some of these characters.
-    own = values.dtype.isbuiltin == 1 and values.dtype.char in _BUFFERS
-    if own and values.flags.c_contiguous:
-        return values
-    return b"".join(memoryview(block) for block in blocks(values, form))  # type: ignore[arg-type] # before 3.12 no type says buffer
+def joined_bytes(leaves: list[Any], forms: list[Form]) -> bytes:
+    """The bytes of small tensors, one after the other."""
+    single = jax.sharding.SingleDeviceSharding
+    parts = [
+        leaf
+        if form.kind is None
+        and form.dtype in _BUFFERS
+        and type(getattr(leaf, "sharding", None)) is single
+        else _small_bytes(leaf, form)
+        for leaf, form in zip(leaves, forms, strict=True)
+    ]
+    try:
+        return b"".join(parts)
+    except TypeError:  # on other devices, or in a layout of its own, an array is no buffer
+        return b"".join(map(_small_bytes, leaves, forms))
 
 
-_BUFFERS: Final = frozenset("?bBhHiIlLqQefdFD" if sys.byteorder == "little" else "")
+def _small_bytes(leaf: Any, form: Form) -> bytes:
+    return b"".join(memoryview(block) for block in blocks(host_array(leaf), form))  # type: ignore[arg-type] # before 3.12 no type says buffer
+
+
+# Dtypes in which an array of JAX is a buffer of its values, as the file has them.
+_BUFFERS: Final = frozenset(
+    {"BOOL", "U8", "I8", "U16", "I16", "F16", "U32", "I32", "F32", "C64", "U64", "I64", "F64"}
+    if sys.byteorder == "little"
+    else ()
+)
 
 
 def host_shard(data: jax.Array) -> NDArray[Any]:

@@ -15,7 +15,7 @@ from pytree2safetensors._errors import TreeStructureError, UnsupportedLeafError,
 from pytree2safetensors._file import PathLike, Progress, Writable, write_file, write_stream
 from pytree2safetensors._keypath import cut, split
 from pytree2safetensors._layout import Plan, check_metadata, plan
-from pytree2safetensors._leaf import DeletedLeaf, Form, blocks, describe, host_array, small_bytes
+from pytree2safetensors._leaf import DeletedLeaf, Form, blocks, describe, host_array, joined_bytes
 from pytree2safetensors._progress import ProgressOption, reporter
 from pytree2safetensors._structure import NOTE, Note, write_note
 from pytree2safetensors._tree import Flat, PyTree, flatten
@@ -125,23 +125,26 @@ def write_planned(
 
 def pieces(planned: Plan, contents: Contents) -> Iterator[memoryview]:
     """The bytes of a file in order: large tensors as they are, small ones joined."""
-    waiting: list[Any] = [planned.head]
-    size = len(planned.head)
+    yield memoryview(planned.head)
+    leaves: list[Any] = []
+    forms: list[Form] = []
+    size = 0
     for name in planned.order:
         form = contents.forms[name]
         if form.nbytes < _SMALL:
-            waiting.append(small_bytes(contents.leaves[name], form))
+            leaves.append(contents.leaves[name])
+            forms.append(form)
             size += form.nbytes
             if size < _JOINED:
                 continue
-        if waiting:
-            yield memoryview(b"".join(waiting))
-            waiting, size = [], 0
+        if leaves:
+            yield memoryview(joined_bytes(leaves, forms))
+            leaves, forms, size = [], [], 0
         if form.nbytes >= _SMALL:
             for block in blocks(host_array(contents.leaves[name]), form):
                 yield memoryview(block)  # type: ignore[arg-type] # before 3.12 no type says buffer
-    if waiting:
-        yield memoryview(b"".join(waiting))
+    if leaves:
+        yield memoryview(joined_bytes(leaves, forms))
 
 
 def collect(
