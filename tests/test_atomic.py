@@ -484,8 +484,8 @@ def test_a_reader_that_began_before_a_save_reads_the_old_file(tmp_path: Path) ->
     with path.open("rb") as file, open_store(path) as store:
         save_pytree(version(2, 100_000), path)
         assert load_pytree(file)["step"] == 1
-        place = store.places["@data"]
-        old = np.frombuffer(place.source.read(place.offset, 400_000), np.int32)
+        source, offset = store.places["@data"]
+        old = np.frombuffer(source.read(offset, 400_000), np.int32)
     assert (old == 1).all()
     assert_holds(path, 2)
 

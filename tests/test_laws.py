@@ -389,6 +389,16 @@ def test_a_leaf_alone_is_a_tree(path: Path, leaf: Any) -> None:
     assert_same(found, canonical(leaf))
 
 
+def test_an_array_in_a_layout_of_its_own_is_saved_row_by_row(path: Path) -> None:
+    layouts: Any = pytest.importorskip("jax.experimental.layout")
+    if not hasattr(layouts, "Format"):
+        pytest.skip("this JAX spells layouts otherwise")
+    rows = jnp.arange(6.0).reshape(2, 3)
+    columns = jax.device_put(rows, layouts.Format(layouts.Layout((1, 0)), rows.sharding))
+    save_pytree([rows, columns, jnp.int8(1)], path)
+    assert_same(load_pytree(path), [rows, rows, jnp.int8(1)])
+
+
 def test_a_node_that_mixes_kinds_loads_into_a_template(path: Path) -> None:
     tree = Keyed({".a": 1, "@a": 2, "#3": 3, "#\\(0)": 4})
     save_pytree(tree, path)

@@ -676,7 +676,7 @@ def partial_plan(
 ) -> tuple[int, _sharding.ShardPlan]:
     """What a process reads that has some regions only, and where the tensor starts."""
     with open_store(path) as store:
-        form, start = store.forms["#0"], store.places["#0"].offset
+        form, start = store.forms["#0"], store.places["#0"][1]
         leaf = store.logical("#0")
     wanted = _sharding.Wanted("#0", leaf, SingleDeviceSharding(jax.devices()[0]))
     size = sum(math.prod(stop - begin for begin, stop in region) for region in regions) * 4

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pytree2safetensors._collector import collector_paused
 from pytree2safetensors._digest import DIGESTS, METADATA, check_digest
 from pytree2safetensors._errors import WeightsMismatchError, shorten
-from pytree2safetensors._file import PathLike, Progress, Read, Readable, fetch
+from pytree2safetensors._file import PathLike, Progress, Read, Readable, Source, fetch
 from pytree2safetensors._keypath import below, string2keypath
 from pytree2safetensors._leaf import (
     WEAK,
@@ -174,34 +174,36 @@ def take(
 ) -> dict[str, Any]:
     """Read leaves, as the file alone describes them."""
     found: dict[str, Any] = {}
-    tensors: list[str] = []
-    foreign: dict[str, None] = {}  # what JAX cannot hold here, in order
+    arrays: list[str] = []
+    others: list[str] = []  # Python scalars, and what JAX cannot hold here
+    special: list[str] = []  # arrays that are more than their values
+    foreign: dict[str, None] = {}
     held: dict[int, bool] = {}  # by form: most tensors share theirs with others
     for name in names:
         form = store.forms[name]
         if not form.dtype:
             found[name] = noted_value(form)
             continue
-        tensors.append(name)
         fits = held.get(id(form))
         if fits is None:
             dtype = store.logical(name).dtype
             fits = held[id(form)] = dtype is None or holds(dtype)
         if not fits:
             foreign[name] = None
-    values = read(store, tensors, mmap, progress, apart=foreign)
-    arrays: list[str] = []
-    for name in tensors:
-        form = store.forms[name]
-        if name in foreign:
-            found[name] = values[name]
+            others.append(name)
+        elif form.kind is None:
+            arrays.append(name)
         elif _is_scalar(form):
-            found[name] = python_value(values[name], form)
+            others.append(name)
         else:
             arrays.append(name)
-    made = to_jax([values[name] for name in arrays])
-    found.update(zip(arrays, made, strict=True))
-    for name in arrays:
+            special.append(name)
+    values = read(store, [*arrays, *others], mmap, progress, apart=foreign)
+    for name in others:
+        form = store.forms[name]
+        found[name] = values[name] if name in foreign else python_value(values[name], form)
+    found.update(zip(arrays, to_jax([values[name] for name in arrays]), strict=True))
+    for name in special:
         kind = store.forms[name].kind
         if kind in WEAK:
             found[name] = weaken(found[name])
@@ -254,13 +256,20 @@ def read(
     if not mmap:
         fetch((part for slab in slabs for part in slab.reads), progress)
     values: dict[str, NDArray[Any]] = {}
+    plain: dict[int, tuple[tuple[int, ...], np.dtype[Any]]] = {}  # shape and dtype by form
     for memory, parts, _ in slabs:
         for name, offset in parts:
             form = store.forms[name]
             if store.digests is not None:
                 raw = memory[offset : offset + form.nbytes]
                 check_digest(name, form, [raw], store.digests, store.label)
-            values[name] = from_bytes(memory, form, name, offset)
+            if id(form) in plain:
+                shape, dtype = plain[id(form)]
+                values[name] = np.ndarray(shape, dtype, memory, offset)
+                continue
+            value = values[name] = from_bytes(memory, form, name, offset)
+            if form.kind is None:
+                plain[id(form)] = value.shape, value.dtype
     return values
 
 
@@ -292,38 +301,43 @@ def _allocate(store: Store, names: list[str], apart: Container[str]) -> list[_Sl
     """Give each tensor its place in memory, in slabs of bounded size."""
     slabs: list[_Slab] = []
     parts: list[tuple[str, int]] = []  # of the slab to come
+    runs: list[_Run] = []
+    run = None
     size = 0
+    full = False
     for name in names:
         nbytes = store.forms[name].nbytes
+        source, offset = store.places[name]
         place = size if nbytes < _TINY else -(-size // _ALIGNMENT) * _ALIGNMENT
         alone = name in apart
-        if parts and (place + nbytes > _SLAB or alone):
-            slabs.append(_slab(store, parts, size))
-            parts, place = [], 0
+        if parts and (place + nbytes > _SLAB or alone or full):
+            slabs.append(_slab(parts, runs, size))
+            parts, runs, run, place = [], [], None, 0
+        shift = offset - place
+        if run is None or run.source is not source or run.shift != shift or run.stop != place:
+            run = _Run(source, shift, place)
+            runs.append(run)
         parts.append((name, place))
-        size = place + nbytes
-        if alone:
-            slabs.append(_slab(store, parts, size))
-            parts, size = [], 0
+        run.stop = size = place + nbytes
+        full = alone
     if parts:
-        slabs.append(_slab(store, parts, size))
+        slabs.append(_slab(parts, runs, size))
     return slabs
 
 
-def _slab(store: Store, parts: list[tuple[str, int]], size: int) -> _Slab:
+class _Run:
+    """Neighbours in the file and in memory, `shift` bytes apart: they are read at once."""
+
+    __slots__ = ("shift", "source", "start", "stop")
+
+    def __init__(self, source: Source, shift: int, start: int) -> None:
+        self.source, self.shift, self.start, self.stop = source, shift, start, start
+
+
+def _slab(parts: list[tuple[str, int]], runs: list[_Run], size: int) -> _Slab:
     memory = aligned(size)
     view = memoryview(memory)  # type: ignore[arg-type] # before 3.12 no type says buffer
-    reads: list[Read] = []
-    source, start, first, last = None, 0, 0, 0  # of the run that is read at once
-    for name, place in parts:
-        there, offset = store.places[name]
-        if there is not source or offset - start != place - first or place != last:
-            if source is not None:
-                reads.append(Read(source, start, view[first:last]))
-            source, start, first = there, offset, place
-        last = place + store.forms[name].nbytes
-    if source is not None:
-        reads.append(Read(source, start, view[first:last]))
+    reads = [Read(run.source, run.start + run.shift, view[run.start : run.stop]) for run in runs]
     return _Slab(memory, parts, reads)
 
 

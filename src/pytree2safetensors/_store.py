@@ -4,13 +4,14 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from functools import partial
+from itertools import repeat
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 from pytree2safetensors import _digest, _hub
 from pytree2safetensors._errors import FileFormatError, shorten
 from pytree2safetensors._file import PathLike, Readable, Source, open_source
-from pytree2safetensors._layout import LENGTH_BYTES, Entry, header_length, parse
+from pytree2safetensors._layout import LENGTH_BYTES, Tensors, header_length, parse
 from pytree2safetensors._leaf import Form, Logical, check_kind, logical
 from pytree2safetensors._structure import NOTE, Note, read_note
 
@@ -18,11 +19,7 @@ _HEAD = 1 << 16  # bytes: nearly every header is read with the first call
 _ATTEMPTS = 5  # at opening shards; only savers in a loop need more than two
 
 
-class Place(NamedTuple):
-    """Where the bytes of a tensor are."""
-
-    source: Source
-    offset: int
+Place: TypeAlias = tuple[Source, int]  # where the bytes of a tensor are
 
 
 class Store:
@@ -59,11 +56,11 @@ class Store:
         for source in self.sources:
             source.close()
 
-    def add(self, source: Source, start: int, entries: Iterable[Entry]) -> None:
+    def add(self, source: Source, start: int, tensors: Tensors) -> None:
         """Take in the tensors of a file whose data begin at `start`."""
-        for name, form, begin in entries:
-            self.forms[name] = form
-            self.places[name] = Place(source, start + begin)
+        offsets = [start + begin for begin in tensors.starts]
+        self.forms.update(zip(tensors.names, tensors.forms, strict=True))
+        self.places.update(zip(tensors.names, zip(repeat(source), offsets), strict=True))
 
     def read_metadata(self, metadata: dict[str, str]) -> None:
         """Check the metadata against the tensors, and take them in."""
@@ -128,9 +125,9 @@ def _read_shards(store: Store, index: _hub.Index) -> None:
     for shard in index.shards:
         source = index.open(shard)
         store.sources.append(source)
-        start, entries, _ = read_header(source)
-        index.check(shard, (entry.name for entry in entries))
-        store.add(source, start, entries)
+        start, tensors, _ = read_header(source)
+        index.check(shard, tensors.names)
+        store.add(source, start, tensors)
     store.read_metadata(index.metadata)
 
 
@@ -145,12 +142,12 @@ def _opened(store: Store, read: Callable[[], Any]) -> Store:
 
 
 def _read_file(store: Store, source: Source) -> None:
-    start, entries, metadata = read_header(source)
-    store.add(source, start, entries)
+    start, tensors, metadata = read_header(source)
+    store.add(source, start, tensors)
     store.read_metadata(metadata)
 
 
-def read_header(source: Source) -> tuple[int, list[Entry], dict[str, str]]:
+def read_header(source: Source) -> tuple[int, Tensors, dict[str, str]]:
     """Where the data of a file begin, its tensors and its metadata."""
     head = source.read(0, min(_HEAD, source.size))
     length = header_length(bytes(head[:LENGTH_BYTES]), source.size, source.label)
@@ -158,5 +155,5 @@ def read_header(source: Source) -> tuple[int, list[Entry], dict[str, str]]:
     header = head[LENGTH_BYTES:start]
     if len(header) < length:
         header += source.read(len(head), start - len(head))
-    entries, metadata = parse(bytes(header), source.size - start, source.label)
-    return start, entries, metadata
+    tensors, metadata = parse(bytes(header), source.size - start, source.label)
+    return start, tensors, metadata
