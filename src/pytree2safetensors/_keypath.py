@@ -15,6 +15,7 @@ No other module knows a marker or the escape character.
 
 import re
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from typing import TYPE_CHECKING, NoReturn, TypeAlias
 
 from pytree2safetensors._errors import KeyPathError, shorten
@@ -64,6 +65,7 @@ KeyPath: TypeAlias = tuple[Key, ...]
 
 MAX_INDEX = 2**31 - 1  # what JAX's keys hold
 
+_SHORT = 32
 _ENDS = ("", ".", "@", "#")  # what may follow a text
 _RESERVED = "__metadata__"  # as a tensor's name it would collide with the file's metadata
 
@@ -281,17 +283,15 @@ def _read(string: str) -> list[Key]:
     pieces = _pieces(string)
     _check_length(string, pieces)
     keys: list[Key] = []
-    known: dict[str, Key] = {}
-    for number, piece in enumerate(pieces):
-        key = known.get(piece)
-        if key is None:
-            try:
-                key = _read_piece(piece) if number else _read_first(piece)
-            except _Rejected as rejected:
-                raise _shift(rejected, piece, string, sum(map(len, pieces[:number]))) from None
-            if number:
-                known[piece] = key
-        keys.append(key)
+    try:
+        for piece in pieces:
+            if not keys:
+                keys.append(_read_first(piece))
+            else:
+                keys.append(_read_short(piece) if len(piece) <= _SHORT else _read_piece(piece))
+    except _Rejected as rejected:
+        read, piece = pieces[: len(keys)], pieces[len(keys)]
+        raise _shift(rejected, piece, string, sum(map(len, read))) from None
     return keys
 
 
@@ -347,6 +347,12 @@ def _read_piece(piece: str) -> Key:
     if marker == "#":
         return SequenceKey(_read_number(text, piece, "#{}"))
     return GetAttrKey(_unescape(text))
+
+
+@lru_cache(maxsize=4096)
+def _read_short(piece: str) -> Key:
+    """Read a segment of at most `_SHORT` characters: most are met again and again."""
+    return _read_piece(piece)
 
 
 def _unescape(text: str) -> str:

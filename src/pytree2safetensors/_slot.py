@@ -1,5 +1,6 @@
 """Slots: what a leaf of a template asks for, and whether a stored leaf fits."""
 
+from collections.abc import Callable, Iterable
 from typing import Any, Final, Literal, NamedTuple
 
 import jax
@@ -9,6 +10,7 @@ from pytree2safetensors._leaf import (
     PYTHON_SCALARS,
     Logical,
     form_of,
+    holds,
     holds_value,
     implementation_of,
     is_key_dtype,
@@ -19,55 +21,99 @@ from pytree2safetensors._literal import show as show_value
 
 _RANKS: Final = {"bool": 0, "int": 2, "float": 3, "complex": 4}
 
+# What becomes of a stored leaf: an array of JAX, or of NumPy because JAX cannot hold its dtype here
+# ("foreign") or because the template has one; one of NumPy's scalars; one of Python's.
+Target = Literal["jax", "foreign", "numpy", "scalar", "python"]
+
 
 class Slot(NamedTuple):
     """What a template leaf asks for: a leaf without its values, and where these shall live."""
 
     leaf: Logical
-    target: Literal["jax", "numpy", "scalar", "python"]
+    target: Target
     sharding: jax.sharding.Sharding | None = None
     abstract: bool = False
 
 
-def slot_of(leaf: Any) -> Slot | None:
-    """What a leaf of a template asks for; None where it is no data."""
-    kind = type(leaf)
+class _Look(NamedTuple):
+    """What tells the slot of a leaf: two leaves with one look have one slot."""
+
+    target: Target
+    shape: tuple[int, ...]
+    dtype: Any
+    weak: bool = False
+    sharding: jax.sharding.Sharding | None = None
+    abstract: bool = False
+
+
+def slots_of(leaves: Iterable[Any]) -> list[Slot | None]:
+    """What the leaves of a template ask for; None for what is no data. Equal slots are one object."""
+    lookers: dict[type, Callable[[Any], _Look | None]] = {}
+    slots: dict[_Look, Slot | None] = {}
+    found: list[Slot | None] = []
+    for leaf in leaves:
+        kind = type(leaf)
+        looker = lookers.get(kind)
+        if looker is None:
+            looker = lookers[kind] = _looker(kind)
+        look = looker(leaf)
+        if look is not None and look not in slots:
+            slots[look] = _slot(look)
+        found.append(None if look is None else slots[look])
+    return found
+
+
+def _looker(kind: type) -> Callable[[Any], _Look | None]:
     if kind in PYTHON_SCALARS:
-        return Slot(Logical(kind.__name__, None, ()), "python")  # type: ignore[arg-type] # one of the literals
-    if isinstance(leaf, np.ma.MaskedArray):
-        return None
-    shape, dtype = getattr(leaf, "shape", None), getattr(leaf, "dtype", None)
-    if not isinstance(shape, tuple) or dtype is None:
-        return None
-    if isinstance(leaf, np.ndarray | np.generic):
-        if form_of(leaf.dtype, leaf.shape) is None:
-            return None
-        target: Literal["numpy", "scalar"] = "numpy" if isinstance(leaf, np.ndarray) else "scalar"
-        return Slot(Logical("array", leaf.dtype.newbyteorder("="), leaf.shape), target)
-    abstract = not isinstance(leaf, jax.Array)
-    lost = abstract or (not isinstance(leaf, jax.core.Tracer) and leaf.is_deleted())
-    sharding = getattr(leaf, "sharding", None) if abstract else _committed_sharding(leaf)
-    try:
-        is_key = is_key_dtype(dtype)
-        dtype = dtype if is_key else np.dtype(dtype)
-    except TypeError:  # an array of another library
-        return None
-    if is_key:
-        impl = implementation_of(dtype)
-        if impl is None:
-            return None
-        return Slot(Logical("key", None, shape, impl=impl), "jax", sharding, lost)
-    weak = bool(getattr(leaf if abstract else leaf.aval, "weak_type", False))
-    return Slot(Logical("array", dtype, shape, weak), "jax", sharding, lost)
+        return lambda _: _Look("python", (), kind.__name__)
+    if issubclass(kind, np.ma.MaskedArray):
+        return lambda _: None
+    if issubclass(kind, np.ndarray):
+        return lambda leaf: _Look("numpy", leaf.shape, leaf.dtype)
+    if issubclass(kind, np.generic):
+        return lambda leaf: _Look("scalar", (), leaf.dtype)
+    if issubclass(kind, jax.core.Tracer):
+        return lambda leaf: _Look("jax", leaf.shape, leaf.dtype, leaf.aval.weak_type)
+    return _look_at_array if issubclass(kind, jax.Array) else _look_at_struct
 
 
-def _committed_sharding(leaf: jax.Array) -> jax.sharding.Sharding | None:
-    if isinstance(leaf, jax.core.Tracer):
-        return None
+def _look_at_array(leaf: jax.Array) -> _Look:
+    aval = leaf.aval
     committed = getattr(leaf, "committed", None)  # before JAX 0.5 under its private name alone
     if committed is None:
         committed = getattr(leaf, "_committed", True)
-    return leaf.sharding if committed else None
+    sharding = leaf.sharding if committed else None
+    return _Look("jax", aval.shape, aval.dtype, aval.weak_type, sharding, leaf.is_deleted())
+
+
+def _look_at_struct(leaf: Any) -> _Look | None:
+    shape, dtype = getattr(leaf, "shape", None), getattr(leaf, "dtype", None)
+    if not isinstance(shape, tuple) or dtype is None:
+        return None
+    try:
+        dtype = dtype if is_key_dtype(dtype) else np.dtype(dtype)
+    except TypeError:  # an array of another library
+        return None
+    sharding = getattr(leaf, "sharding", None)
+    sharding = sharding if isinstance(sharding, jax.sharding.Sharding) else None
+    return _Look("jax", shape, dtype, bool(getattr(leaf, "weak_type", False)), sharding, True)
+
+
+def _slot(look: _Look) -> Slot | None:
+    target, shape, dtype, weak, sharding, abstract = look
+    if target == "python":
+        return Slot(Logical(dtype, None, ()), target)
+    if target != "jax":
+        if form_of(dtype, shape) is None:
+            return None
+        return Slot(Logical("array", dtype.newbyteorder("="), shape), target)
+    if is_key_dtype(dtype):
+        impl = implementation_of(dtype)
+        if impl is None:
+            return None
+        return Slot(Logical("key", None, shape, impl=impl), target, sharding, abstract)
+    target = "jax" if holds(dtype) else "foreign"
+    return Slot(Logical("array", dtype, shape, weak), target, sharding, abstract)
 
 
 def misfit(slot: Slot, stored: Logical, value: Any, *, cast: bool) -> str | None:
