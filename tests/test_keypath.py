@@ -17,14 +17,14 @@ from hypothesis import strategies as st
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
 from pytree2safetensors import KeyPath, KeyPathError, keypath2string, string2keypath
-from pytree2safetensors._keypath import below, cut, join, split, under
+from pytree2safetensors._keypath import below, cut, item_key, join, split, under
 from pytree2safetensors.testing import keypaths
 
 CASES = json.loads((Path(__file__).parent / "data" / "keypaths.json").read_text("utf-8"))
 READERS = {
     "attr": GetAttrKey,
     "item": DictKey,
-    "literal": lambda literal: DictKey(ast.literal_eval(literal)),
+    "literal": lambda literal: item_key(ast.literal_eval(literal)),
     "index": SequenceKey,
     "flat": FlattenedIndexKey,
 }
@@ -223,7 +223,7 @@ def test_the_largest_index(kind: Any) -> None:
 def test_the_longest_and_deepest_dict_keys() -> None:
     for value in (10**4300 - 1, 1 - 10**4300, nested(64), -sys.float_info.max, 5e-324):
         key: Any
-        (key,) = string2keypath(keypath2string((DictKey(value),)))
+        (key,) = string2keypath(keypath2string((item_key(value),)))
         assert key.key == value
         assert type(key.key) is type(value)
     with pytest.raises(KeyPathError):

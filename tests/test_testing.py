@@ -28,6 +28,7 @@ from pytree2safetensors import (
     string2keypath,
     testing,
 )
+from pytree2safetensors._keypath import item_key
 from pytree2safetensors.testing import (
     NODES,
     Keyed,
@@ -95,7 +96,7 @@ KEYS: dict[str, Callable[[Any], bool]] = {
     "index without a key": lambda key: type(key) is FlattenedIndexKey,
     "the reserved name": lambda key: key == GetAttrKey("__metadata__"),
     "an empty name": lambda key: key == GetAttrKey(""),
-    "None": lambda key: key == DictKey(None),
+    "None": lambda key: key == item_key(None),
     "bool": lambda key: type(value_of(key)) is bool,
     "int": lambda key: type(value_of(key)) is int and value_of(key) < 0,
     "an int of 4,300 digits": lambda key: value_of(key) == 10**4300 - 1,

@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import TYPE_CHECKING, NoReturn, TypeAlias
 
+from jax.tree_util import tree_flatten_with_path
+
 from pytree2safetensors._errors import KeyPathError, shorten
 from pytree2safetensors._literal import (
     MAX_DIGITS,
@@ -388,7 +390,17 @@ def _read_parenthesis(piece: str) -> Key:
     if spelling != piece:
         reason = "a dict key in parentheses is written as Python's ascii() writes it, and is no str"
         raise _Rejected(3, reason, (0, len(piece), spelling))
-    return DictKey(value)
+    return item_key(value)
+
+
+def item_key(value: object) -> DictKey:
+    """The key of a dict's entry."""
+    if value is not None:
+        return DictKey(value)
+    # From JAX 0.4.36 to 0.6 flattening makes this key, and the class refuses to.
+    (((key,), _),), _ = tree_flatten_with_path({None: 0})
+    found: DictKey = key
+    return found
 
 
 def _closed(string: str) -> tuple[int, int, str] | None:
