@@ -28,7 +28,7 @@ from hostile import (
     structure_of,
     tensors_of,
 )
-from pytree2safetensors import load_abstract, load_metadata, load_pytree, save_pytree
+from pytree2safetensors import _layout, load_abstract, load_metadata, load_pytree, save_pytree
 
 _THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"
 # Together; one in CI takes some milliseconds.
@@ -55,6 +55,40 @@ def test_a_mutated_file_is_loaded_right_or_refused(kind: str) -> None:
         loaded += not isinstance(found, BaseException)
     # It tests little if everything loads, or nothing.
     assert 0 < loaded < MUTATIONS // len(MUTATORS)
+
+
+def test_headers_of_the_usual_form_are_read_as_any_other() -> None:
+    quick = 0
+    chance = random.Random(f"header {SEED}")
+    for _ in range(MUTATIONS):
+        text = chance.choice(HEADERS)
+        for _ in range(chance.randrange(3)):
+            start = chance.randrange(len(text) + 1)
+            piece = chance.choice(
+                [*'{}[]:,"\\0123é\x01F ', "", "-1", text[: chance.randint(0, 60)]]
+            )
+            text = text[:start] + piece + text[start + chance.randrange(3) :]
+        found = _layout._read_compact(text) if text[:1] == "{" else None  # `parse` asks that first
+        if found is not None:
+            assert found == _layout._read(text, "the file"), text
+            quick += 1
+    assert MUTATIONS / 10 < quick < MUTATIONS / 2  # it tests little otherwise
+
+
+def header_of(tree: Any, **options: Any) -> str:
+    file = io.BytesIO()
+    save_pytree(tree, file, **options)
+    content = file.getvalue()
+    return content[8 : 8 + int.from_bytes(content[:8], "little")].decode()
+
+
+HEADERS = [
+    header_of({"a": jnp.ones((2, 3)), "b": [jnp.zeros(2), jnp.ones(2)], "é": jnp.int8(1)}),
+    header_of((jnp.zeros((0, 2)), 1, "text"), metadata={"run": 'a "quoted", {braced} text'}),
+    '{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"b":{"dtype":"U8","shape":[1],"data_offsets":[1,2]}}',
+    '{"__metadata__":{"format":"pt"}}',
+    "{}",
+]
 
 
 def test_a_mutated_folder_is_loaded_right_or_refused(tmp_path: Path) -> None:
