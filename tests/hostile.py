@@ -33,7 +33,7 @@ from pytree2safetensors import (
     load_pytree,
     save_pytree,
 )
-from pytree2safetensors._file import open_source
+from pytree2safetensors._source import open_source
 from pytree2safetensors._store import read_header
 
 NOTE = "pytree2safetensors"

@@ -24,9 +24,9 @@ from safetensors.numpy import save_file
 
 from pytree2safetensors import PyTreeContainer, load_pytree, save_pytree
 from pytree2safetensors.__main__ import main, plain, size
-from pytree2safetensors._file import _Descriptor
 from pytree2safetensors._inspect import Leaf, compare_files, summarise_file, verify_file
 from pytree2safetensors._outline import outline
+from pytree2safetensors._source import _Descriptor
 
 Run = Callable[..., tuple[int, str, str]]
 

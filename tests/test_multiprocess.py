@@ -28,7 +28,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from numpy.typing import NDArray
 
 import pytree2safetensors as p2s
-from pytree2safetensors import _distributed, _file, _leaf
+from pytree2safetensors import _distributed, _file, _leaf, _source
 
 pytestmark = pytest.mark.multiprocess
 
@@ -489,7 +489,7 @@ def count_bytes(folder: str) -> tuple[int, int]:
     counts = []
     for spec in P("x"), P(None, "x"):
         times = np.zeros(size, np.int8)
-        original = _file._Descriptor.read_into
+        original = _source._Descriptor.read_into
 
         def read_into(source: Any, buffers: list[memoryview], offset: int) -> int:
             count = original(source, buffers, offset)
@@ -497,7 +497,7 @@ def count_bytes(folder: str) -> tuple[int, int]:
             return count
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(_file._Descriptor, "read_into", read_into)
+            patch.setattr(_source._Descriptor, "read_into", read_into)
             template = [spread(values, spec)]
             (found,) = p2s.load_into_pytree(template, f"{folder}/file")
         assert_same_shards(found, template[0])

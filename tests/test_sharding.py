@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 from numpy.typing import NDArray
 
 import pytree2safetensors as p2s
-from pytree2safetensors import _file, _load, _region, _sharding
+from pytree2safetensors import _load, _region, _sharding, _source
 from pytree2safetensors._leaf import Form
 from pytree2safetensors._region import Part, Region, bands_of, common, gather, runs_of, span_of
 from pytree2safetensors._store import open_store
@@ -649,14 +649,14 @@ class Counter:
 
     def __init__(self, patch: pytest.MonkeyPatch, size: int) -> None:
         self.times = np.zeros(size, np.int64)
-        original = _file._Descriptor.read_into
+        original = _source._Descriptor.read_into
 
         def read_into(source: Any, buffers: list[memoryview], offset: int) -> int:
             count = original(source, buffers, offset)
             self.times[offset : offset + count] += 1
             return count
 
-        patch.setattr(_file._Descriptor, "read_into", read_into)
+        patch.setattr(_source._Descriptor, "read_into", read_into)
 
 
 @pytest.mark.parametrize("spec", SPECS)

@@ -22,9 +22,6 @@ from pytree2safetensors._errors import (
     UnsupportedLeafError,
 )
 from pytree2safetensors._file import (
-    PathLike,
-    Progress,
-    Report,
     Writable,
     flush,
     is_special,
@@ -36,7 +33,9 @@ from pytree2safetensors._file import (
 )
 from pytree2safetensors._layout import Plan, plan
 from pytree2safetensors._leaf import BITS, Form, blocks, host_array, host_shard, to_bytes
+from pytree2safetensors._progress import Progress, Report
 from pytree2safetensors._region import Part, Region, gather, region_of, runs_of, shape_of
+from pytree2safetensors._source import PathLike
 
 if TYPE_CHECKING:
     from pytree2safetensors._save import Contents

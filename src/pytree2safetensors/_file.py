@@ -1,34 +1,25 @@
-"""Bytes in and out of files. Nothing else in the package opens a file."""
+"""Bytes into files, which appear whole or not at all. `_source` reads; nothing else opens files."""
 
 import errno
 import io
-import mmap
 import os
 import secrets
 import stat
 import sys
-import threading
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Any, Final, NamedTuple, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Final, Protocol, runtime_checkable
 
-import numpy as np
-from numpy.typing import NDArray
-
-from pytree2safetensors._errors import FileFormatError, shorten
+from pytree2safetensors._progress import Progress, Report
+from pytree2safetensors._source import PathLike
 
 if sys.platform != "win32":
     import fcntl
 
-
-@runtime_checkable
-class Readable(Protocol):
-    """A binary file object, open for reading."""
-
-    def read(self, size: int = -1, /) -> bytes:
-        """Read bytes."""
-        ...
+TEMPORARY: Final = ".pytree2safetensors-"  # what the names of unfinished files begin with
+_STEP: Final = 64 << 20  # bytes of one write
+_LINKS: Final = 40  # symbolic links in a row, as many as Linux follows
+_PREALLOCATED: Final = 8 << 20  # bytes: from here on reserving the space first is faster
 
 
 @runtime_checkable
@@ -38,240 +29,6 @@ class Writable(Protocol):
     def write(self, data: Any, /) -> Any:
         """Write bytes."""
         ...
-
-
-PathLike: TypeAlias = str | os.PathLike[str]
-Progress: TypeAlias = Callable[[int, int], object]
-
-TEMPORARY: Final = ".pytree2safetensors-"  # what the names of unfinished files begin with
-_PIECE: Final = 8 << 20  # bytes of one read
-_VECTORS: Final = 512  # buffers of one system call; the least that systems allow is 1024
-_STEP: Final = 64 << 20  # bytes of one write, and between two reports of progress
-_LINKS: Final = 40  # symbolic links in a row, as many as Linux follows
-_PREALLOCATED: Final = 8 << 20  # bytes: from here on reserving the space first is faster
-
-
-# --- reading ----------------------------------------------------------------------------------
-
-
-class Source:
-    """A file to read at any position, from any thread."""
-
-    def __init__(self, label: str, size: int) -> None:
-        self.label, self.size = label, size
-
-    def read_into(self, buffers: list[memoryview], offset: int) -> int:
-        """Read into buffers, in order; how many bytes arrived."""
-        raise NotImplementedError
-
-    def map(self) -> NDArray[np.uint8]:
-        """The whole file as read-only memory."""
-        raise NotImplementedError
-
-    def close(self) -> None:
-        """Let go of the file."""
-
-    def fill(self, buffers: list[memoryview], offset: int) -> None:
-        """Fill buffers with what stands at `offset`."""
-        while buffers:
-            count = self.read_into(buffers, offset)
-            if count <= 0:
-                raise FileFormatError(f"{self.label} became shorter while it was read")
-            offset += count
-            while buffers and count >= len(buffers[0]):
-                count -= len(buffers.pop(0))
-            if count:
-                buffers[0] = buffers[0][count:]
-
-    def read(self, offset: int, size: int) -> bytearray:
-        """Read a piece, whole."""
-        piece = bytearray(size)
-        if size:
-            self.fill([memoryview(piece)], offset)
-        return piece
-
-
-class _Descriptor(Source):
-    """A regular file."""
-
-    def __init__(self, label: str, size: int, descriptor: int) -> None:
-        super().__init__(label, size)
-        self.descriptor = descriptor
-        self.lock = threading.Lock()
-
-    def read_into(self, buffers: list[memoryview], offset: int) -> int:
-        if hasattr(os, "preadv"):
-            return os.preadv(self.descriptor, buffers, offset)
-        with self.lock:  # a system without positioned reads
-            os.lseek(self.descriptor, offset, os.SEEK_SET)
-            piece = os.read(self.descriptor, len(buffers[0]))
-        buffers[0][: len(piece)] = piece
-        return len(piece)
-
-    def map(self) -> NDArray[np.uint8]:
-        if not self.size:
-            return np.empty(0, np.uint8)
-        return np.frombuffer(mmap.mmap(self.descriptor, 0, access=mmap.ACCESS_READ), np.uint8)
-
-    def close(self) -> None:
-        os.close(self.descriptor)
-
-
-class _Memory(Source):
-    """What came from a stream that cannot seek."""
-
-    def __init__(self, label: str, content: bytes) -> None:
-        super().__init__(label, len(content))
-        self.content = memoryview(content)
-
-    def read_into(self, buffers: list[memoryview], offset: int) -> int:
-        piece = self.content[offset : offset + len(buffers[0])]
-        buffers[0][: len(piece)] = piece
-        return len(piece)
-
-    def map(self) -> NDArray[np.uint8]:
-        return np.frombuffer(self.content, np.uint8)
-
-
-class _Stream(Source):
-    """A file object that can seek, from its present position on."""
-
-    def __init__(self, label: str, file: Any) -> None:
-        self.file, self.start = file, file.tell()
-        super().__init__(label, max(0, file.seek(0, os.SEEK_END) - self.start))
-        self.lock = threading.Lock()
-
-    def read_into(self, buffers: list[memoryview], offset: int) -> int:
-        with self.lock:
-            self.file.seek(self.start + offset)
-            piece = _checked_bytes(self.file.read(len(buffers[0])), self.label)
-        buffers[0][: len(piece)] = piece
-        return len(piece)
-
-    def map(self) -> NDArray[np.uint8]:
-        raise ValueError("mmap=True maps a file on disk; load a file object without it")
-
-    def close(self) -> None:
-        with suppress(ValueError):  # the caller may have closed it
-            self.file.seek(self.start + self.size)
-
-
-def open_source(path: PathLike | Readable) -> Source:
-    """Open a file, or a file object, for reading."""
-    if isinstance(path, str | os.PathLike):
-        return _open_path(os.fspath(path))
-    label = _label_of(path)
-    seekable = getattr(path, "seekable", None)
-    if seekable is not None and seekable():
-        return _Stream(label, path)
-    return _Memory(label, _checked_bytes(path.read(), label))
-
-
-def _checked_bytes(content: Any, label: str) -> bytes:
-    if not isinstance(content, bytes):
-        raise TypeError(
-            f"{label} gives {type(content).__name__}, not bytes; open it in binary mode"
-        )
-    return content
-
-
-def _label_of(file: Any) -> str:
-    name = getattr(file, "name", None)
-    return shorten(name) if isinstance(name, str) else f"the {type(file).__name__}"
-
-
-def _open_path(path: str) -> Source:
-    label = shorten(path)
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | os.O_CLOEXEC)
-    try:
-        status = os.fstat(descriptor)
-        if stat.S_ISDIR(status.st_mode):
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
-        if stat.S_ISREG(status.st_mode):
-            return _Descriptor(label, status.st_size, descriptor)
-        with os.fdopen(os.dup(descriptor), "rb") as file:  # a pipe, read to its end
-            source = _Memory(label, file.read())
-    except BaseException:
-        os.close(descriptor)
-        raise
-    os.close(descriptor)
-    return source
-
-
-class Read(NamedTuple):
-    """A range of a source, and the memory that it goes to."""
-
-    source: Source
-    offset: int
-    buffer: memoryview
-
-
-def fetch(reads: Iterable[Read], progress: Progress | None = None) -> None:
-    """Carry out reads, neighbouring ones together, large ones by several threads."""
-    batches = list(_batches(reads))
-    total = sum(size for _, _, _, size in batches)
-    report = Report(progress, total)
-    workers = min(4, os.cpu_count() or 1, len(batches))
-
-    def run(batch: tuple[Source, int, list[memoryview], int]) -> None:
-        source, offset, buffers, size = batch
-        source.fill(buffers, offset)
-        report.add(size)
-
-    if workers <= 1 or total < _PIECE:
-        for batch in batches:
-            run(batch)
-    else:
-        with ThreadPoolExecutor(workers, "pytree2safetensors-read") as pool:
-            for _ in pool.map(run, batches):
-                pass
-    report.finish()
-
-
-def _batches(reads: Iterable[Read]) -> Iterator[tuple[Source, int, list[memoryview], int]]:
-    """Join reads that follow each other in the file, and cut those that are long."""
-    source, start, buffers, size = None, 0, [], 0  # type: tuple[Source | None, int, list[memoryview], int]
-    for read in reads:
-        buffer, offset = read.buffer, read.offset
-        if source is not read.source or start + size != offset:
-            if source is not None and size:
-                yield source, start, buffers, size
-            source, start, buffers, size = read.source, offset, [], 0
-        while len(buffer):
-            taken = buffer[: _PIECE - size]
-            buffers.append(taken)
-            size += len(taken)
-            buffer = buffer[len(taken) :]
-            if size == _PIECE or len(buffers) == _VECTORS:
-                yield read.source, start, buffers, size
-                start, buffers, size = start + size, [], 0
-    if source is not None and size:
-        yield source, start, buffers, size
-
-
-class Report:
-    """Tells a caller how far the work is, at least every `_STEP` bytes and at the end."""
-
-    def __init__(self, progress: Progress | None, total: int) -> None:
-        self.progress, self.total = progress, total
-        self.done, self.told = 0, 0
-        self.lock = threading.Lock()
-
-    def add(self, count: int) -> None:
-        if self.progress is None:
-            return
-        with self.lock:
-            self.done += count
-            if self.done - self.told >= _STEP // 2 and self.done < self.total:
-                self.told = self.done
-                self.progress(self.done, self.total)
-
-    def finish(self) -> None:
-        if self.progress is not None:
-            self.progress(self.total, self.total)
-
-
-# --- writing ----------------------------------------------------------------------------------
 
 
 def write_stream(

@@ -8,14 +8,8 @@ from contextlib import ExitStack, suppress
 from functools import partial
 from typing import NamedTuple
 
-from pytree2safetensors._file import (
-    Progress,
-    discard,
-    flush_folder,
-    locked,
-    temporary_in,
-    write_new,
-)
+from pytree2safetensors._file import discard, flush_folder, locked, temporary_in, write_new
+from pytree2safetensors._progress import Progress
 
 
 class Part(NamedTuple):

@@ -8,18 +8,12 @@ from json.encoder import encode_basestring_ascii as quote
 from typing import Any, Final, NamedTuple
 
 from pytree2safetensors._errors import FileFormatError, shorten
-from pytree2safetensors._file import (
-    TEMPORARY,
-    PathLike,
-    Progress,
-    Source,
-    Writable,
-    named,
-    open_source,
-)
+from pytree2safetensors._file import TEMPORARY, Writable, named
 from pytree2safetensors._folder import Part, replace_together
 from pytree2safetensors._layout import MAX_HEADER, Plan, in_order, plan
 from pytree2safetensors._leaf import Form
+from pytree2safetensors._progress import Progress
+from pytree2safetensors._source import PathLike, Source, open_source
 from pytree2safetensors._structure import NOTE, read_json
 
 _STEM: Final = "model"  # of the names, where a path is a folder

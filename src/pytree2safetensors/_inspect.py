@@ -17,10 +17,10 @@ from pytree2safetensors._errors import (
     TreeStructureError,
     shorten,
 )
-from pytree2safetensors._file import PathLike
 from pytree2safetensors._keypath import below
 from pytree2safetensors._leaf import COMPLEX128, Form, from_bytes, logical, python_value
 from pytree2safetensors._load import names_below
+from pytree2safetensors._source import PathLike
 from pytree2safetensors._store import Store, open_store
 from pytree2safetensors._structure import NOTE
 from pytree2safetensors._trie import Kind, build

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from pytree2safetensors._collector import collector_paused
 from pytree2safetensors._digest import DIGESTS, METADATA, check_digest
 from pytree2safetensors._errors import WeightsMismatchError, shorten
-from pytree2safetensors._file import PathLike, Progress, Read, Readable, Source, fetch
 from pytree2safetensors._keypath import below, string2keypath
 from pytree2safetensors._leaf import (
     WEAK,
@@ -28,7 +27,8 @@ from pytree2safetensors._leaf import (
     weaken,
     wrap_key,
 )
-from pytree2safetensors._progress import ProgressOption, reporter
+from pytree2safetensors._progress import Progress, ProgressOption, reporter
+from pytree2safetensors._source import PathLike, Read, Readable, Source, fetch
 from pytree2safetensors._store import Store, open_store
 from pytree2safetensors._structure import NOTE
 from pytree2safetensors._tree import PyTree

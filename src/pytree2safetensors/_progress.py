@@ -1,13 +1,15 @@
 """Showing how far long work is."""
 
+import threading
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 import jax
 
-from pytree2safetensors._file import Progress
+Progress: TypeAlias = Callable[[int, int], object]
+ProgressOption: TypeAlias = bool | Progress
 
-ProgressOption: TypeAlias = bool | Callable[[int, int], object]
+_STEP: Final = 32 << 20  # bytes between two reports
 
 
 def reporter(progress: ProgressOption, what: str) -> Progress | None:
@@ -49,3 +51,25 @@ def part_of(progress: Progress | None, before: int, total: int) -> Progress | No
         progress(before + done, total)
 
     return show
+
+
+class Report:
+    """Tells a caller how far the work is, at least every `_STEP` bytes and at the end."""
+
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        self.progress, self.total = progress, total
+        self.done, self.told = 0, 0
+        self.lock = threading.Lock()
+
+    def add(self, count: int) -> None:
+        if self.progress is None:
+            return
+        with self.lock:
+            self.done += count
+            if self.done - self.told >= _STEP and self.done < self.total:
+                self.told = self.done
+                self.progress(self.done, self.total)
+
+    def finish(self) -> None:
+        if self.progress is not None:
+            self.progress(self.total, self.total)

@@ -12,11 +12,12 @@ from jaxtyping import jaxtyped
 from pytree2safetensors import _digest, _distributed, _hub
 from pytree2safetensors._collector import collector_paused
 from pytree2safetensors._errors import TreeStructureError, UnsupportedLeafError, shorten
-from pytree2safetensors._file import PathLike, Progress, Writable, write_file, write_stream
+from pytree2safetensors._file import Writable, write_file, write_stream
 from pytree2safetensors._keypath import cut, split
 from pytree2safetensors._layout import Plan, check_metadata, plan
 from pytree2safetensors._leaf import DeletedLeaf, Form, blocks, describe, host_array, joined_bytes
-from pytree2safetensors._progress import ProgressOption, reporter
+from pytree2safetensors._progress import Progress, ProgressOption, reporter
+from pytree2safetensors._source import PathLike
 from pytree2safetensors._structure import NOTE, Note, write_note
 from pytree2safetensors._tree import Flat, PyTree, flatten
 from pytree2safetensors._trie import Kind

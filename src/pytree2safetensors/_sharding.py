@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from pytree2safetensors._digest import check_digest
 from pytree2safetensors._errors import WeightsMismatchError, shorten
-from pytree2safetensors._file import Progress, Read, Report, fetch
 from pytree2safetensors._leaf import (
     BITS,
     Form,
@@ -25,7 +24,7 @@ from pytree2safetensors._leaf import (
     wrap_key,
 )
 from pytree2safetensors._load import aligned, read
-from pytree2safetensors._progress import part_of
+from pytree2safetensors._progress import Progress, Report, part_of
 from pytree2safetensors._region import (
     BAND,
     Part,
@@ -41,6 +40,7 @@ from pytree2safetensors._region import (
     span_of,
     within,
 )
+from pytree2safetensors._source import Read, fetch
 from pytree2safetensors._store import Store
 
 _SMALL: Final = (

@@ -10,9 +10,9 @@ from typing import Any, TypeAlias
 
 from pytree2safetensors import _digest, _hub
 from pytree2safetensors._errors import FileFormatError, shorten
-from pytree2safetensors._file import PathLike, Readable, Source, open_source
 from pytree2safetensors._layout import LENGTH_BYTES, Tensors, header_length, parse
 from pytree2safetensors._leaf import Form, Logical, check_kind, logical
+from pytree2safetensors._source import PathLike, Readable, Source, open_source
 from pytree2safetensors._structure import NOTE, Note, read_note
 
 _HEAD = 1 << 16  # bytes: nearly every header is read with the first call

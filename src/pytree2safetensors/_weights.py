@@ -10,7 +10,6 @@ from jaxtyping import jaxtyped
 from numpy.typing import NDArray
 
 from pytree2safetensors._collector import collector_paused
-from pytree2safetensors._file import PathLike, Readable
 from pytree2safetensors._keypath import below, string2keypath
 from pytree2safetensors._leaf import Logical, to_host, to_jax, weaken, wrap_key
 from pytree2safetensors._load import names_below, read, take, warn_foreign
@@ -18,6 +17,7 @@ from pytree2safetensors._match import Options, Rename, match
 from pytree2safetensors._progress import ProgressOption, part_of, reporter
 from pytree2safetensors._sharding import Wanted, concrete, place, plan_shards, read_sharded
 from pytree2safetensors._slot import Slot, slots_of, to_python
+from pytree2safetensors._source import PathLike, Readable
 from pytree2safetensors._store import Store, open_store
 from pytree2safetensors._tree import PyTree, flatten
 
