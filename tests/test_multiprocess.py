@@ -28,7 +28,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from numpy.typing import NDArray
 
 import pytree2safetensors as p2s
-from pytree2safetensors import _distributed, _file, _leaf, _source
+from pytree2safetensors import _distributed, _file, _source, _values
 
 pytestmark = pytest.mark.multiprocess
 
@@ -822,7 +822,7 @@ def test_nothing_is_needed_of_one_process() -> None:
 
 def test_shards_on_the_host_leave_no_copy_behind() -> None:
     data: Any = jnp.arange(8)
-    assert raw(_leaf.host_shard(data)) == raw(np.arange(8, dtype=np.int32))
+    assert raw(_values.host_shard(data)) == raw(np.arange(8, dtype=np.int32))
     assert data._npy_value is None  # where JAX keeps it
 
 

@@ -83,8 +83,8 @@ def test_a_mapped_file_is_not_read(path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_large_arrays_own_the_memory_that_was_read_into() -> None:
-    from pytree2safetensors._leaf import to_jax
     from pytree2safetensors._load import aligned
+    from pytree2safetensors._values import to_jax
 
     memory = aligned(1 << 20)
     assert memory.base is not None

@@ -13,11 +13,11 @@ from pytree2safetensors import _distributed
 from pytree2safetensors._collector import collector_paused
 from pytree2safetensors._errors import FileFormatError
 from pytree2safetensors._file import Writable
-from pytree2safetensors._leaf import host_array
 from pytree2safetensors._progress import ProgressOption, reporter
 from pytree2safetensors._save import Contents, collect, write
 from pytree2safetensors._source import PathLike
 from pytree2safetensors._tree import PyTree
+from pytree2safetensors._values import host_array
 
 
 @jaxtyped(typechecker=beartype)

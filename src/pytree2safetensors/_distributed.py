@@ -32,10 +32,11 @@ from pytree2safetensors._file import (
     write_at,
 )
 from pytree2safetensors._layout import Plan, plan
-from pytree2safetensors._leaf import BITS, Form, blocks, host_array, host_shard, to_bytes
+from pytree2safetensors._leaf import BITS, Form
 from pytree2safetensors._progress import Progress, Report
 from pytree2safetensors._region import Part, Region, gather, region_of, runs_of, shape_of
 from pytree2safetensors._source import PathLike
+from pytree2safetensors._values import blocks, host_array, host_shard, to_bytes
 
 if TYPE_CHECKING:
     from pytree2safetensors._save import Contents

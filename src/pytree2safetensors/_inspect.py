@@ -18,12 +18,13 @@ from pytree2safetensors._errors import (
     shorten,
 )
 from pytree2safetensors._keypath import below
-from pytree2safetensors._leaf import COMPLEX128, Form, from_bytes, logical, python_value
+from pytree2safetensors._leaf import COMPLEX128, Form, logical
 from pytree2safetensors._load import names_below
 from pytree2safetensors._source import PathLike
 from pytree2safetensors._store import Store, open_store
 from pytree2safetensors._structure import NOTE
 from pytree2safetensors._trie import Kind, build
+from pytree2safetensors._values import from_bytes, python_value
 
 _PIECE: Final = 8 << 20  # bytes that are read at once; a multiple of every item size
 

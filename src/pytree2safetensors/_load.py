@@ -15,24 +15,14 @@ from pytree2safetensors._collector import collector_paused
 from pytree2safetensors._digest import DIGESTS, METADATA, check_digest
 from pytree2safetensors._errors import WeightsMismatchError, shorten
 from pytree2safetensors._keypath import below, string2keypath
-from pytree2safetensors._leaf import (
-    WEAK,
-    Form,
-    abstract,
-    from_bytes,
-    holds,
-    noted_value,
-    python_value,
-    to_jax,
-    weaken,
-    wrap_key,
-)
+from pytree2safetensors._leaf import WEAK, Form, abstract, holds, noted_value
 from pytree2safetensors._progress import Progress, ProgressOption, reporter
 from pytree2safetensors._source import PathLike, Read, Readable, Source, fetch
 from pytree2safetensors._store import Store, open_store
 from pytree2safetensors._structure import NOTE
 from pytree2safetensors._tree import PyTree
 from pytree2safetensors._trie import Kind, build
+from pytree2safetensors._values import from_bytes, python_value, to_jax, weaken, wrap_key
 
 _SLAB: Final = 64 << 20  # bytes: what one leaf that lives on can keep in memory, at most
 _ALIGNMENT: Final = 64  # what JAX needs to take memory over

@@ -15,12 +15,13 @@ from pytree2safetensors._errors import TreeStructureError, UnsupportedLeafError,
 from pytree2safetensors._file import Writable, write_file, write_stream
 from pytree2safetensors._keypath import cut, split
 from pytree2safetensors._layout import Plan, check_metadata, plan
-from pytree2safetensors._leaf import DeletedLeaf, Form, blocks, describe, host_array, joined_bytes
+from pytree2safetensors._leaf import DeletedLeaf, Form, describe
 from pytree2safetensors._progress import Progress, ProgressOption, reporter
 from pytree2safetensors._source import PathLike
 from pytree2safetensors._structure import NOTE, Note, write_note
 from pytree2safetensors._tree import Flat, PyTree, flatten
 from pytree2safetensors._trie import Kind
+from pytree2safetensors._values import blocks, host_array, joined_bytes
 
 _SMALL: Final = 1 << 16  # bytes: smaller tensors are written together
 _JOINED: Final = 4 << 20  # bytes that are written together

@@ -13,16 +13,7 @@ from numpy.typing import NDArray
 
 from pytree2safetensors._digest import check_digest
 from pytree2safetensors._errors import WeightsMismatchError, shorten
-from pytree2safetensors._leaf import (
-    BITS,
-    Form,
-    Logical,
-    from_bytes,
-    host_array,
-    is_key_dtype,
-    weaken,
-    wrap_key,
-)
+from pytree2safetensors._leaf import BITS, Form, Logical, is_key_dtype
 from pytree2safetensors._load import aligned, read
 from pytree2safetensors._progress import Progress, Report, part_of
 from pytree2safetensors._region import (
@@ -42,6 +33,7 @@ from pytree2safetensors._region import (
 )
 from pytree2safetensors._source import Read, fetch
 from pytree2safetensors._store import Store
+from pytree2safetensors._values import from_bytes, host_array, weaken, wrap_key
 
 _SMALL: Final = (
     1 << 20

@@ -11,13 +11,13 @@ from pytree2safetensors._leaf import (
     Logical,
     form_of,
     holds,
-    holds_value,
     implementation_of,
     is_key_dtype,
     key_shape,
     rank_of,
 )
 from pytree2safetensors._literal import show as show_value
+from pytree2safetensors._values import holds_value
 
 _RANKS: Final = {"bool": 0, "int": 2, "float": 3, "complex": 4}
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from pytree2safetensors._collector import collector_paused
 from pytree2safetensors._keypath import below, string2keypath
-from pytree2safetensors._leaf import Logical, to_host, to_jax, weaken, wrap_key
+from pytree2safetensors._leaf import Logical
 from pytree2safetensors._load import names_below, read, take, warn_foreign
 from pytree2safetensors._match import Options, Rename, match
 from pytree2safetensors._progress import ProgressOption, part_of, reporter
@@ -20,6 +20,7 @@ from pytree2safetensors._slot import Slot, slots_of, to_python
 from pytree2safetensors._source import PathLike, Readable
 from pytree2safetensors._store import Store, open_store
 from pytree2safetensors._tree import PyTree, flatten
+from pytree2safetensors._values import to_host, to_jax, weaken, wrap_key
 
 
 @jaxtyped(typechecker=beartype)
