@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 
 import pytree2safetensors._file
+import pytree2safetensors._progress
 from pytree2safetensors import (
     FileFormatError,
     UnsupportedLeafError,
@@ -171,6 +172,7 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the calls of a large file those of a small one."""
     monkeypatch.setattr(pytree2safetensors._file, "_PREALLOCATED", 0)
     monkeypatch.setattr(pytree2safetensors._file, "_STEP", 640)
+    monkeypatch.setattr(pytree2safetensors._progress, "_STEP", 320)
 
 
 def recorded(path: Path, existing: bool, recorder: Recorder) -> BaseException | None:

@@ -494,9 +494,7 @@ def test_single_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, route: 
         assert_in_place(found, values, SingleDeviceSharding(device))
 
 
-@pytest.mark.skipif(
-    not hasattr(jax.sharding, "PositionalSharding"), reason="this JAX has no PositionalSharding"
-)
+@pytest.mark.skipif(jax.__version_info__ >= (0, 7), reason="this JAX has no PositionalSharding")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # JAX is about to remove it
 def test_positional_shardings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     take_route("bands", monkeypatch)
