@@ -86,8 +86,10 @@ def jax_holds(dtype: Any) -> bool:
         return bool(jax.config.jax_enable_x64)  # type: ignore[attr-defined] # JAX declares no options
     if dtype.kind in "biufc" and dtype.num < 256:  # NumPy's own
         return True
+    if dtype.name.startswith("float6_"):
+        return jax.__version_info__ >= (0, 11)
     # An ml_dtypes newer than this JAX has dtypes that it does not know.
-    return hasattr(jax.numpy, dtype.name) and not dtype.name.startswith("float6_")
+    return hasattr(jax.numpy, dtype.name)
 
 
 def from_bits(bits: int, dtype: Any) -> Any:

@@ -142,6 +142,15 @@ def test_a_header_of_one_huge_string_is_read() -> None:
         assert len(load_metadata(io.BytesIO(content))["a"]) == MAX_HEADER - 30
 
 
+@pytest.mark.parametrize("piece", ['\\"', '"', '",', '"":"",', "{", '"a":{},', "}"])
+def test_metadata_of_many_small_things_take_memory_in_proportion(piece: str) -> None:
+    repeated = piece * (2_000_000 // len(piece))
+    for header in f'{{"__metadata__":{{"a":"{repeated}"}}}}', f'{{"__metadata__":{{{repeated}':
+        content = file(header.encode())
+        with no_hang(), bounded_memory(len(content)):
+            attempt(load_metadata, content)
+
+
 @pytest.mark.parametrize("inner", ["[]", "{}", "0", '""', '{"":0}', "[[]]", '"\\u0000"'])
 def test_a_header_of_many_small_things_takes_memory_in_proportion(inner: str) -> None:
     count = 2_000_000 // (len(inner) + 1)

@@ -16,6 +16,7 @@ from pytree2safetensors import (
     PyTreeContainer,
     UnsupportedLeafError,
     WeightsMismatchError,
+    _leaf,
     dict2pytree,
     load_into_pytree,
     load_pytree,
@@ -154,3 +155,32 @@ def test_a_path_that_can_write_is_a_path(tmp_path: Path) -> None:
 
     save_pytree({"a": 1}, WritablePath())
     assert load_pytree(tmp_path / "file") == {"a": 1}
+
+
+def test_what_jax_holds_is_the_same_under_a_trace(tmp_path: Path) -> None:
+    template = {"w": jnp.zeros(3, jnp.bfloat16)}
+    save_pytree(template, tmp_path / "file")
+    _leaf._holds.cache_clear()
+    traced = jax.jit(lambda x: set_weights({"w": jnp.zeros(3, jnp.bfloat16)}, {"@w": x}, cast=True))
+    assert_same(traced(jnp.ones(3)), {"w": jnp.ones(3, jnp.bfloat16)})
+    assert isinstance(load_pytree(tmp_path / "file")["w"], jax.Array)
+
+
+def test_what_is_traced_and_no_array_is_no_data() -> None:
+    def token(x: jax.Array) -> jax.Array:
+        tree = set_weights({"w": x, "token": jax.lax.create_token()}, {"@w": x + 1})  # type: ignore[no-untyped-call] # JAX gives it no types
+        found: jax.Array = tree["w"]
+        return found
+
+    assert_same(jax.jit(token)(jnp.ones(3)), jnp.full(3, 2.0))
+
+
+@pytest.mark.parametrize("shape", [([2],), (np.ones(2),)])
+def test_a_shape_that_is_none_is_no_data(shape: Any) -> None:
+    class Odd:
+        dtype = np.dtype(np.float32)
+
+    odd = Odd()
+    odd.shape = shape  # type: ignore[attr-defined] # as another library's array may have
+    found = set_weights({"a": 0.0, "odd": odd}, {"@a": 1.0})
+    assert found == {"a": 1.0, "odd": odd}

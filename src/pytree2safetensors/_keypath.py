@@ -397,7 +397,7 @@ def item_key(value: object) -> DictKey:
     """The key of a dict's entry."""
     if value is not None:
         return DictKey(value)
-    # From JAX 0.4.36 to 0.6 flattening makes this key, and the class refuses to.
+    # From JAX 0.4.36 to 0.6 flattening a plain dict makes this key, and the class refuses to.
     (((key,), _),), _ = tree_flatten_with_path({None: 0})
     found: DictKey = key
     return found

@@ -10,7 +10,7 @@ import numpy as np
 
 from pytree2safetensors._errors import FileFormatError, shorten
 from pytree2safetensors._leaf import BITS, Form
-from pytree2safetensors._structure import read_json
+from pytree2safetensors._structure import read_json, read_json_at
 
 MAX_HEADER: Final = 100_000_000  # bytes, as safetensors' own parser
 MAX_DIMENSIONS: Final = 64 if np.lib.NumpyVersion(np.__version__) >= "2.0.0" else 32
@@ -155,30 +155,33 @@ def _without_holes(tensors: Tensors, file: str) -> tuple[Tensors, int]:
     return Tensors(names, forms, starts), position
 
 
-# The metadata, first, and a tensor as this package and safetensors write them: without spaces, in
-# this order, and nothing in a name that JSON escapes.
-_FIRST: Final = re.compile(r'\{"__metadata__":(\{[^"{}]*(?:"[^"\\]*(?:\\.[^"\\]*)*"[^"{}]*)*\})')
+# A tensor as this package and safetensors write it: without spaces, in this order, and nothing in
+# its name that JSON escapes.
 _TENSOR: Final = re.compile(
     r',"([^"\\\x00-\x1f]*)":\{"dtype":"([A-Z0-9_]{1,20})","shape":\[([0-9,]*)\],'
-    r'"data_offsets":\[(0|[1-9][0-9]{0,19}),(0|[1-9][0-9]{0,19})\]\}'
+    r'"data_offsets":\[(0|[1-9][0-9]{0,18}),(0|[1-9][0-9]{0,18})\]\}'
 )
+_FIRST: Final = f'{{"{_METADATA}":'
 
 
 def _read_compact(text: str) -> tuple[Tensors, dict[str, str]] | None:
     """Read a header of the usual form, at half the cost; None for any other, and for what is wrong."""
-    first = _FIRST.match(text)
-    parts = _TENSOR.split(text[first.end() :] if first else "," + text[1:])
-    names, starts, stops = parts[1::6], [*map(int, parts[4::6])], [*map(int, parts[5::6])]
-    between = parts[::6]
-    if between.pop().rstrip(" ") != "}" or any(between) or len({_METADATA, *names}) <= len(names):
-        return None
     known: dict[tuple[str, str], Form] = {}  # by dtype and shape, as they are written
     forms: list[Form] = []
+    metadata: dict[str, str] = {}
     try:
-        metadata = _metadata(read_json(first[1], "", keep_pairs=True), "") if first else {}
-        for name, look, start, stop in zip(
-            names, zip(parts[2::6], parts[3::6], strict=True), starts, stops, strict=True
-        ):
+        rest = "," + text[1:]
+        if text.startswith(_FIRST):
+            pairs, end = read_json_at(text, len(_FIRST))
+            metadata, rest = _metadata(pairs, ""), text[end:]
+        parts = _TENSOR.split(rest)
+        names, starts, stops = parts[1::6], [*map(int, parts[4::6])], [*map(int, parts[5::6])]
+        between = parts[::6]
+        unique = len({_METADATA, *names}) > len(names)
+        if between.pop().rstrip(" ") != "}" or any(between) or not unique:
+            return None
+        looks = zip(parts[2::6], parts[3::6], strict=True)
+        for name, look, start, stop in zip(names, looks, starts, stops, strict=True):
             form = known.get(look)
             if form is None:
                 content = {"dtype": look[0], "shape": read_json(f"[{look[1]}]", "")}
@@ -196,11 +199,13 @@ def _read(text: str, file: str) -> tuple[Tensors, dict[str, str]]:
     pairs = read_json(text, f"the header of {file}", keep_pairs=True)
     metadata = _metadata(next((value for name, value in pairs if name == _METADATA), None), file)
     tensors = Tensors([], [], [])
+    known: dict[Form, Form] = {}  # equal forms are one object
     for name, content in pairs:
         if name != _METADATA:
             fields = dict(content) if type(content) is tuple else {}
+            form = _form(name, fields, file)
             tensors.names.append(name)
-            tensors.forms.append(_form(name, fields, file))
+            tensors.forms.append(known.setdefault(form, form))
             tensors.starts.append(fields["data_offsets"][0])
     return tensors, metadata
 

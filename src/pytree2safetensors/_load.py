@@ -165,9 +165,9 @@ def take(
     """Read leaves, as the file alone describes them."""
     found: dict[str, Any] = {}
     arrays: list[str] = []
-    others: list[str] = []  # Python scalars, and what JAX cannot hold here
     special: list[str] = []  # arrays that are more than their values
-    foreign: dict[str, None] = {}
+    scalars: list[str] = []
+    foreign: dict[str, None] = {}  # what JAX cannot hold here, in order
     held: dict[int, bool] = {}  # by form: most tensors share theirs with others
     for name in names:
         form = store.forms[name]
@@ -180,18 +180,16 @@ def take(
             fits = held[id(form)] = dtype is None or holds(dtype)
         if not fits:
             foreign[name] = None
-            others.append(name)
         elif form.kind is None:
             arrays.append(name)
         elif _is_scalar(form):
-            others.append(name)
+            scalars.append(name)
         else:
             arrays.append(name)
             special.append(name)
-    values = read(store, [*arrays, *others], mmap, progress, apart=foreign)
-    for name in others:
-        form = store.forms[name]
-        found[name] = values[name] if name in foreign else python_value(values[name], form)
+    values = read(store, [*arrays, *scalars, *foreign], mmap, progress, apart=foreign)
+    found.update((name, values[name]) for name in foreign)
+    found.update((name, python_value(values[name], store.forms[name])) for name in scalars)
     found.update(zip(arrays, to_jax([values[name] for name in arrays]), strict=True))
     for name in special:
         kind = store.forms[name].kind

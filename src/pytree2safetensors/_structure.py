@@ -131,6 +131,18 @@ def read_json(text: str, what: str, *, keep_pairs: bool = False, fractions: bool
     return found
 
 
+def read_json_at(text: str, start: int) -> tuple[Pairs, int]:
+    """Read the object of strings that begins at `start`, as strictly; its pairs, and its end."""
+    try:
+        pairs, end = _DECODER.raw_decode(text, start)
+        if type(pairs) is not tuple:
+            raise ValueError("no object")
+        _object(pairs)
+    except (ValueError, RecursionError):
+        raise FileFormatError(f"no object of JSON begins at {start}") from None
+    return pairs, end
+
+
 class _Duplicate(ValueError):
     """A name that an object has twice."""
 
@@ -161,3 +173,10 @@ def _first_repeated(names: Iterable[str]) -> str:
 
 def _refuse(constant: str) -> Any:
     raise ValueError(f"{constant} is no integer")
+
+
+_DECODER: Final = json.JSONDecoder(
+    object_pairs_hook=tuple,
+    parse_constant=_refuse,
+    parse_float=_refuse,
+)
