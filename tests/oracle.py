@@ -87,7 +87,7 @@ def jax_holds(dtype: Any) -> bool:
     if dtype.kind in "biufc" and dtype.num < 256:  # NumPy's own
         return True
     if dtype.name.startswith("float6_"):
-        return jax.__version_info__ >= (0, 11)
+        return bool(jax.__version_info__ >= (0, 11))
     # An ml_dtypes newer than this JAX has dtypes that it does not know.
     return hasattr(jax.numpy, dtype.name)
 
