@@ -7,11 +7,13 @@ Later results replace earlier ones of the same environment.
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 KEPT = Path(__file__).parents[1] / "compatibility.json"
+PYTHON = re.compile(r"^Python (\S+)", re.MULTILINE)  # in what the first command prints
 PACKAGES = ("jax", "numpy", "safetensors")
 
 
@@ -26,7 +28,7 @@ def condense(result: dict[str, Any]) -> dict[str, dict[str, str]]:
         )
         passed = all(command["retcode"] == 0 for command in environment["test"])
         found[name] = {
-            "python": environment["python"]["version"].split()[0],
+            "python": PYTHON.search(environment["test"][0]["output"])[1],
             **{package: installed[package] for package in PACKAGES},
             "result": "passes" if passed else "fails",
         }
