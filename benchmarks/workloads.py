@@ -134,13 +134,16 @@ def nbytes(skeleton: Any) -> int:
 
 
 def numpy_leaves(skeleton: Any) -> list[np.ndarray[Any, Any]]:
-    """Make the arrays of a tree, as NumPy's, in JAX's order."""
-    random = np.random.default_rng(0)
+    """Make the arrays of a tree, as NumPy's, in JAX's order: parts of one long row of random numbers."""
+    leaves = jax.tree.leaves(skeleton)
+    largest = max(leaf.size for leaf in leaves)
+    row = np.random.default_rng(0).standard_normal(largest + (1 << 20), np.float32) * 1000
 
-    def array(leaf: jax.ShapeDtypeStruct) -> np.ndarray[Any, Any]:
-        return np.asarray(random.standard_normal(leaf.shape, np.float32) * 1000).astype(leaf.dtype)
+    def array(position: int, leaf: jax.ShapeDtypeStruct) -> np.ndarray[Any, Any]:
+        start = position * 104_729 % (1 << 20)
+        return row[start : start + leaf.size].reshape(leaf.shape).astype(leaf.dtype)
 
-    return [array(leaf) for leaf in jax.tree.leaves(skeleton)]
+    return [array(position, leaf) for position, leaf in enumerate(leaves)]
 
 
 def fill(skeleton: Any) -> Any:
