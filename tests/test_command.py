@@ -23,10 +23,13 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from pytree2safetensors import PyTreeContainer, load_pytree, save_pytree
-from pytree2safetensors.__main__ import main, plain, size
-from pytree2safetensors._inspect import Leaf, compare_files, summarise_file, verify_file
+from pytree2safetensors.__main__ import main
+from pytree2safetensors._diff import compare_files
 from pytree2safetensors._outline import outline
+from pytree2safetensors._screen import plain, size
 from pytree2safetensors._source import _Descriptor
+from pytree2safetensors._summary import Leaf, summarise_file
+from pytree2safetensors._verify import verify_file
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -519,7 +522,7 @@ def test_diff_counts_the_elements_whose_bits_differ(
 
 
 def test_diff_compares_in_pieces(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pytree2safetensors._inspect._PIECE", 64)
+    monkeypatch.setattr("pytree2safetensors._store._PIECE", 64)
     before = np.arange(1000, dtype=np.complex128)
     after = before.copy()
     after[[3, 500, 999]] += [1, 2j, 3]

@@ -228,8 +228,16 @@ def test_the_map_is_complete() -> None:
     package = ROOT / "src" / "pytree2safetensors"
     named = {name for _, sources, _ in rows for name in re.findall(r"`([^`]+)`", sources)}
     # What the specification says nothing of.
-    apart = {"__init__.py", "__main__.py", "_compare.py", "_inspect.py", "_outline.py"}
-    apart |= {"_progress.py", "_show.py", "_version.py", "testing.py"}
+    apart = {"__init__.py", "__main__.py", "_compare.py", "_diff.py", "_outline.py"}
+    apart |= {
+        "_progress.py",
+        "_screen.py",
+        "_show.py",
+        "_summary.py",
+        "_verify.py",
+        "_version.py",
+        "testing.py",
+    }
     assert {path.name for path in package.glob("*.py")} - apart <= named
     for _, sources, tests in rows:
         for name in re.findall(r"`([^`]+)`", sources):

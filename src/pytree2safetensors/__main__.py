@@ -1,33 +1,26 @@
 """The command: `pytree2safetensors show FILE`, `diff A B` and `verify FILE`."""
 
 import argparse
+import json
 import os
-import shutil
 import sys
-import textwrap
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
-from pytree2safetensors._errors import Pytree2SafetensorsError, shorten
-from pytree2safetensors._inspect import (
+from pytree2safetensors._diff import (
     Change,
     Comparison,
     Difference,
-    Leaf,
-    Summary,
     Values,
-    Verdict,
     compare_files,
     comparison_json,
-    summarise_file,
-    summary_json,
-    to_json,
-    verdict_json,
-    verify_file,
 )
+from pytree2safetensors._errors import Pytree2SafetensorsError, shorten
 from pytree2safetensors._outline import Row, outline
+from pytree2safetensors._screen import GLUE, Cells, labelled, plain, size, table
+from pytree2safetensors._summary import Leaf, Summary, summarise_file, summary_json
+from pytree2safetensors._verify import Verdict, verdict_json, verify_file
 from pytree2safetensors._version import __version__
 
 FINE: Final = 0
@@ -36,21 +29,8 @@ _INTERRUPTED: Final = 130  # as a shell reports it
 
 _MOST_LINES: Final = 100  # of a list of differences, unless all are asked for
 _MOST_METADATA: Final = 20
-_NARROWEST: Final = 40  # columns that every screen takes
-_LONGEST_NAME: Final = 400
 _LONGEST_ENTRY: Final = 1000
 _LONGEST_VALUE: Final = 32
-_UNITS: Final = ("kB", "MB", "GB", "TB", "PB")
-_GLUE: Final = "\N{NO-BREAK SPACE}"  # a space at which no line is cut
-_LABEL: Final = 10  # columns of the labels at the left
-
-
-class Cells(NamedTuple):
-    """A row of a table."""
-
-    name: str
-    detail: str
-    amount: str
 
 
 class Answer(NamedTuple):
@@ -74,7 +54,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(_with_command(sys.argv[1:] if arguments is None else arguments))
     try:
         answer: Answer = options.run(options)
-        lines = [to_json(answer.content())] if options.json else answer.lines()
+        lines = (
+            [json.dumps(answer.content(), indent=1, allow_nan=False)]
+            if options.json
+            else answer.lines()
+        )
         _print(lines)
         if answer.complaint:
             _complain(answer.complaint)
@@ -191,69 +175,8 @@ def _os_error(error: OSError) -> str:
     return f"{plain(os.fsdecode(error.filename))}: {reason}" if error.filename else reason
 
 
-def plain(text: str) -> str:
-    """Text as it is where that is safe and unmistakable, and else as a Python literal."""
-    safe = text.isprintable() and text.strip() == text and text[:1] not in {"", "'", '"'}
-    return text if safe and len(text) <= _LONGEST_NAME else shorten(text, _LONGEST_NAME)
-
-
-def size(nbytes: int) -> str:
-    """A number of bytes, in decimal units."""
-    if nbytes < 1000:
-        return f"{nbytes} B"
-    value, place = nbytes / 1000, 0
-    while value >= 999.95 and place < len(_UNITS) - 1:
-        value, place = value / 1000, place + 1
-    return f"{value:.1f} {_UNITS[place]}"
-
-
 def _leaves(count: int) -> str:
     return "1 leaf" if count == 1 else f"{count:,} leaves"
-
-
-def _columns(text: str) -> int:
-    """How many columns of a terminal a text takes."""
-    if text.isascii():
-        return len(text)
-    wide = sum(unicodedata.east_asian_width(character) in "WF" for character in text)
-    return len(text) + wide - sum(unicodedata.combining(character) != 0 for character in text)
-
-
-def _padded(text: str, width: int) -> str:
-    return text + " " * (width - _columns(text))
-
-
-def _screen() -> int:
-    """The width to print for; that of a pipe is 80, or what COLUMNS says."""
-    return max(_NARROWEST, shutil.get_terminal_size((80, 24)).columns)
-
-
-def _table(rows: Sequence[Cells]) -> Iterator[str]:
-    """Print rows in columns; what does not fit beside its name goes below it."""
-    if not rows:
-        return
-    screen = _screen()
-    last = max(_columns(row.amount) for row in rows)
-    first, middle = (max(map(_columns, column)) for column in list(zip(*rows, strict=True))[:2])
-    room = screen - last - 4
-    if first + middle > room:  # the names give way to half of the room, the details to the rest
-        middle = min(middle, max(room // 2, room - first))
-        first = room - middle
-    for name, detail, amount in rows:
-        left = name
-        if _columns(name) > first or _columns(detail) > middle:
-            yield name
-            left = ""
-        indent = first if _columns(detail) <= middle else 4
-        rest = _padded(detail, first + middle - indent)
-        yield f"{_padded(left, indent)}  {rest}  {amount:>{last}}".rstrip()
-
-
-def _labelled(label: str, text: str) -> Iterator[str]:
-    """Print a text beside its label, on as many lines as it needs."""
-    for line in textwrap.wrap(text, _screen() - _LABEL, break_on_hyphens=False):
-        yield f"{label:<{_LABEL}}{line.replace(_GLUE, ' ')}"
-        label = ""
 
 
 # --- show -------------------------------------------------------------------------------------
@@ -264,7 +187,7 @@ def _show_lines(file: str, summary: Summary, everything: bool) -> Iterator[str]:
     rows = outline(summary.leaves, summary.nodes, everything=everything)
     if rows:
         yield ""
-        yield from _table([_show_row(row) for row in rows])
+        yield from table([_show_row(row) for row in rows])
     if any(row.left_out or row.closed for row in rows):
         yield ""
         yield "Where it says ..., there is more: show it with --prefix NAME, or all with --all."
@@ -276,17 +199,17 @@ def _show_head(file: str, summary: Summary) -> Iterator[str]:
     amount = size(sum(leaf.nbytes for leaf in leaves))
     shards = f" in {summary.files:,} shards" if summary.files > 1 else ""
     whole = f"{size(summary.file_bytes)} on disk{shards}"
-    yield from _labelled("leaves", f"{len(leaves):,}, {amount}; {whole}")
+    yield from labelled("leaves", f"{len(leaves):,}, {amount}; {whole}")
     types = Counter(leaf.type.partition("[")[0] for leaf in leaves).most_common()
-    yield from _labelled("types", ", ".join(f"{count:,}{_GLUE}{name}" for name, count in types))
+    yield from labelled("types", ", ".join(f"{count:,}{GLUE}{name}" for name, count in types))
     if summary.digests:
-        yield from _labelled("digests", "one for each tensor, which verify checks")
+        yield from labelled("digests", "one for each tensor, which verify checks")
     entries = sorted(summary.metadata.items())
     for number, (key, value) in enumerate(entries[:_MOST_METADATA]):
         text = f"{plain(key)}: {shorten(value, _LONGEST_ENTRY)}"
-        yield from _labelled("" if number else "metadata", text)
+        yield from labelled("" if number else "metadata", text)
     if len(entries) > _MOST_METADATA:
-        yield from _labelled("", f"... and {len(entries) - _MOST_METADATA:,} more in --json")
+        yield from labelled("", f"... and {len(entries) - _MOST_METADATA:,} more in --json")
 
 
 def _show_row(row: Row) -> Cells:
@@ -330,7 +253,7 @@ def _diff_lines(found: Comparison, everything: bool) -> Iterator[str]:
     rows += [_change_row("node", change, plain) for change in found.nodes]
     rows += [_change_row("metadata", change, _entry_text) for change in found.metadata]
     shown = rows if everything else rows[:_MOST_LINES]
-    yield from _table(shown)
+    yield from table(shown)
     if len(shown) < len(rows):
         yield f"... and {len(rows) - len(shown):,} more, which --all lists"
     if rows:
@@ -399,14 +322,14 @@ def _verify_lines(file: str, verdict: Verdict, everything: bool) -> Iterator[str
     yield f"{plain(file)}: {'broken' if verdict.problems else 'sound'}"
     if verdict.opened:
         tensors = "1 tensor" if verdict.tensors == 1 else f"{verdict.tensors:,} tensors"
-        yield from _labelled("read", f"{tensors}, {size(verdict.nbytes)}")
-        yield from _labelled("digests", _digests_text(verdict))
+        yield from labelled("read", f"{tensors}, {size(verdict.nbytes)}")
+        yield from labelled("digests", _digests_text(verdict))
     for label, texts in (("problem", verdict.problems), ("remark", verdict.remarks)):
         shown = texts if everything else texts[:_MOST_LINES]
         for text in shown:
-            yield from _labelled(label, text)
+            yield from labelled(label, text)
         if len(shown) < len(texts):
-            yield from _labelled("", f"... and {len(texts) - len(shown):,} more, which --all lists")
+            yield from labelled("", f"... and {len(texts) - len(shown):,} more, which --all lists")
 
 
 def _digests_text(verdict: Verdict) -> str:

@@ -8,8 +8,8 @@ from typing import Any, Final, NamedTuple
 
 from pytree2safetensors._collector import collector_paused
 from pytree2safetensors._errors import KeyPathError
-from pytree2safetensors._inspect import Leaf, kind_text
 from pytree2safetensors._keypath import cut, join, split
+from pytree2safetensors._summary import Leaf, kind_text
 from pytree2safetensors._trie import Kind
 
 MOST_ROWS: Final = 200  # of an outline that is not asked to show everything

@@ -1,12 +1,15 @@
 """What is stored: a file, opened and checked, ready to give its tensors."""
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from functools import partial
 from itertools import repeat
 from types import TracebackType
 from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
 
 from pytree2safetensors import _digest, _hub
 from pytree2safetensors._errors import FileFormatError, shorten
@@ -15,6 +18,7 @@ from pytree2safetensors._leaf import Form, Logical, check_kind, logical
 from pytree2safetensors._source import PathLike, Readable, Source, open_source
 from pytree2safetensors._structure import NOTE, Note, read_note
 
+_PIECE = 8 << 20  # bytes of a tensor that are read at once; a multiple of every item size
 _HEAD = 1 << 16  # bytes: nearly every header is read with the first call
 _ATTEMPTS = 5  # at opening shards; only savers in a loop need more than two
 
@@ -90,6 +94,13 @@ class Store:
         if found is None:
             found = self._logical[id(form)] = logical(form, name)
         return found
+
+    def pieces(self, name: str) -> Iterator[NDArray[np.uint8]]:
+        """The bytes of a tensor in order."""
+        source, offset = self.places[name]
+        nbytes = self.forms[name].nbytes
+        for start in range(0, nbytes, _PIECE):
+            yield np.frombuffer(source.read(offset + start, min(_PIECE, nbytes - start)), np.uint8)
 
 
 def open_store(path: PathLike | Readable) -> Store:

@@ -1,0 +1,153 @@
+"""Summaries: what a file holds, from its header."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from pytree2safetensors._collector import collector_paused
+from pytree2safetensors._digest import DIGESTS, METADATA
+from pytree2safetensors._errors import (
+    FileFormatError,
+)
+from pytree2safetensors._keypath import below
+from pytree2safetensors._leaf import Form, logical
+from pytree2safetensors._load import names_below
+from pytree2safetensors._source import PathLike
+from pytree2safetensors._store import Store, open_store
+from pytree2safetensors._structure import NOTE
+from pytree2safetensors._trie import Kind
+
+
+class Leaf(NamedTuple):
+    """A leaf as a header describes it.
+
+    Attributes:
+        name: Its spelled name.
+        kind: "array", "key", "str", or the type of a Python scalar.
+        dtype: The dtype of an array, as JAX calls it, or the implementation of a key.
+        shape: The shape of an array.
+        nbytes: The bytes of its tensor.
+        weak: Whether it is weakly typed.
+        value: What lives in the header itself: a str, or the hexadecimal of a large int.
+    """
+
+    name: str
+    kind: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    weak: bool = False
+    value: str | None = None
+
+    @property
+    def type(self) -> str:
+        """The type on a few characters: `float32[3,4]`."""
+        if self.kind not in {"array", "key"}:
+            return self.kind
+        dtype = f"key<{self.dtype}>" if self.kind == "key" else self.dtype
+        return f"{dtype}[{','.join(map(str, self.shape))}]{' weak' if self.weak else ''}"
+
+
+class Summary(NamedTuple):
+    """What a file holds, from its header.
+
+    Attributes:
+        leaves: The leaves, sorted by name.
+        nodes: The nodes that the note speaks of.
+        metadata: The metadata, without the entries of this package.
+        files: How many files these are.
+        file_bytes: Their size.
+        digests: Whether there is a digest of each tensor.
+    """
+
+    leaves: list[Leaf]
+    nodes: Mapping[str, Kind]
+    metadata: Mapping[str, str]
+    files: int
+    file_bytes: int
+    digests: bool
+
+
+def summarise_file(path: PathLike, prefix: str = "") -> Summary:
+    """Read the header of a file, and nothing else.
+
+    Raises:
+        Pytree2SafetensorsError: The file is damaged, or has nothing at `prefix`.
+        OSError: The file cannot be read.
+    """
+    with collector_paused(), open_store(path) as store:
+        names = set(names_below(store, prefix).values())
+        leaves = [leaf for leaf in leaves_of(store) if leaf.name in names]
+        nodes = store.note.nodes
+        nodes = {path: nodes[path] for path in nodes if below(prefix, path) is not None}
+        return Summary(
+            leaves,
+            nodes,
+            own_metadata(store),
+            len(store.sources),
+            sum(source.size for source in store.sources),
+            store.digests is not None,
+        )
+
+
+def own_metadata(store: Store) -> dict[str, str]:
+    ours = {NOTE, DIGESTS, METADATA}
+    return {key: store.metadata[key] for key in store.metadata if key not in ours}
+
+
+def leaves_of(store: Store) -> Iterator[Leaf]:
+    """The leaves, in order. A dtype is looked up once, whatever the number of tensors."""
+    known: dict[tuple[str, str], Leaf] = {}
+    for name in sorted(store.forms):
+        form = store.forms[name]
+        if isinstance(form.kind, list):
+            yield _describe(name, form)
+            continue
+        described = known.get((form.dtype, form.kind or ""))
+        if described is None:
+            described = known[form.dtype, form.kind or ""] = _describe(name, form)
+        kind, dtype, weak = described.kind, described.dtype, described.weak
+        shape = form.shape if kind == "array" else ()
+        if dtype == "complex128":
+            shape = shape[:-1]
+        yield Leaf(name, kind, dtype, shape, form.nbytes, weak)
+
+
+def _describe(name: str, form: Form) -> Leaf:
+    try:
+        # The name is for messages alone, and would defeat the caches.
+        found = logical(form, "")
+    except FileFormatError:  # what JAX cannot load here is shown as it is stored
+        return Leaf(name, "array", form.dtype, form.shape, form.nbytes)
+    dtype = found.impl if found.dtype is None else found.dtype.name
+    value = form.kind[1] if isinstance(form.kind, list) and not form.dtype else None
+    return Leaf(name, found.kind, dtype, found.shape, form.nbytes, found.weak, value)
+
+
+def kind_text(kind: Kind) -> str:
+    """A node's kind on one line."""
+    return kind if isinstance(kind, str) else f"{kind[0]}({', '.join(kind[1])})"
+
+
+def summary_json(file: str, summary: Summary) -> dict[str, Any]:
+    """What `show --json` prints."""
+    return {
+        "file": file,
+        "files": summary.files,
+        "file_bytes": summary.file_bytes,
+        "tensor_bytes": sum(leaf.nbytes for leaf in summary.leaves),
+        "digests": summary.digests,
+        "metadata": dict(summary.metadata),
+        "nodes": dict(summary.nodes),
+        "leaves": [leaf_json(leaf) for leaf in summary.leaves],
+    }
+
+
+def leaf_json(leaf: Leaf) -> dict[str, Any]:
+    """A leaf, in what any command prints."""
+    found: dict[str, Any] = {"name": leaf.name, "kind": leaf.kind}
+    if leaf.kind in {"array", "key"}:
+        found |= {"dtype": leaf.dtype, "shape": list(leaf.shape), "weak": leaf.weak}
+    found["bytes"] = leaf.nbytes
+    if leaf.value is not None:
+        found["value"] = leaf.value
+    return found
