@@ -112,7 +112,8 @@ def import_times(pythons: dict[str, str], rounds: int) -> dict[str, list[float]]
             program = IMPORT if key == "here" else IMPORT.replace(", beartype", "")
             run = subprocess.run(
                 [python, "-c", program],
-                env=os.environ | source,
+                # What is installed has its bytecode.
+                env=os.environ | source | {"PYTHONDONTWRITEBYTECODE": ""},
                 capture_output=True,
                 text=True,
                 check=False,
