@@ -55,11 +55,19 @@ def _texts() -> SearchStrategy[str]:
 
     Left out: lone surrogates, which no file can hold.
     """
-    # Of characters, not by st.text: releases of Hypothesis fail to shrink texts of two alphabets.
-    names = st.lists(st.sampled_from("abcxyz01_"), min_size=1, max_size=4).map("".join)
-    marked = st.lists(st.sampled_from(".@#\\()a0"), max_size=8).map("".join)
     special = st.integers(0, len(_SPECIAL) - 1).map(lambda index: _SPECIAL[index])
-    return names | marked | special | st.text()
+    return _words("abcxyz01_", 1, 4) | _words("a.@#\\()0", 0, 6) | special | st.text()
+
+
+def _words(alphabet: str, least: int, most: int) -> SearchStrategy[str]:
+    """Short texts, each from one number: a tree has many, and Hypothesis takes its time by draws."""
+    lengths, base = most - least + 1, len(alphabet)
+
+    def spell(number: int) -> str:
+        number, length = divmod(number, lengths)
+        return "".join(alphabet[number // base**i % base] for i in range(least + length))
+
+    return st.integers(0, lengths * base**most - 1).map(spell)
 
 
 # Names that mean something elsewhere, and long ones.
