@@ -861,3 +861,23 @@ def test_a_damaged_header_gets_one_line_whatever_the_damage(run: Run) -> None:
             assert err.count("\n") == code
             codes.add((arguments[0], code))
     assert codes >= {("show", 0), ("show", 1), ("verify", 0), ("verify", 1), ("diff", 1)}
+
+
+@pytest.mark.parametrize(("closed", "code"), [(">&-", 0), ("2>&-", 0), (">&- 2>&-", 0)])
+def test_closed_streams_are_no_error(closed: str, code: int) -> None:
+    save_pytree({"a": 1}, "tree")
+    for file, expected in (("tree", code), ("missing", 1)):
+        command = f"{sys.executable} -m pytree2safetensors show {file} {closed}"
+        run = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+        assert run.returncode == expected
+        assert "Traceback" not in run.stderr
+
+
+def test_diff_tells_keys_of_unknown_implementations_apart(run: Run) -> None:
+    for name in ("one", "two"):
+        note = {"version": 1, "nodes": {}, "leaves": {"@k": ["key", name]}}
+        save_file({"@k": np.zeros(2, np.uint32)}, name, {"pytree2safetensors": json.dumps(note)})
+    code, out, _ = run("diff", "one", "two")
+    assert code == 1
+    assert "key one" in out
+    assert "key two" in out

@@ -281,3 +281,19 @@ def test_what_jax_prints(container: PyTreeContainer) -> None:
     assert "PyTreeContainer" in str(jax.tree_util.tree_structure(container))
     pairs, _ = jax.tree_util.tree_flatten_with_path(container)
     assert [jax.tree_util.keystr(path) for path, _ in pairs] == [".bias", ".weight"]
+
+
+def test_a_container_that_holds_itself_is_copied() -> None:
+    cycle = PyTreeContainer({"a": 1})
+    cycle.me = [cycle]
+    for found in (copy.deepcopy(cycle), pickle.loads(pickle.dumps(cycle))):
+        assert found is not cycle
+        assert found.me[0] is found
+        assert found.a == 1
+
+
+@pytest.mark.parametrize("base", [PyTreeContainer, UnkeyedContainer])
+def test_there_are_no_subclasses(base: type) -> None:
+    # Its instances would be leaves to JAX.
+    with pytest.raises(TypeError, match="register a pytree node of your own"):
+        type("Mine", (base,), {})

@@ -38,6 +38,7 @@ from pytree2safetensors import (
     set_weights,
     string2keypath,
 )
+from pytree2safetensors._leaf import DeletedLeaf
 
 superuser = not hasattr(os, "geteuid") or os.geteuid() == 0
 
@@ -63,6 +64,11 @@ def test_each_error_is_the_packages_and_a_built_in_one(
     assert getattr(pytree2safetensors, error.__name__) is error
     assert error.__name__ in pytree2safetensors.__all__
     assert error.__doc__
+
+
+def test_what_is_deleted_cannot_be_stored() -> None:
+    assert issubclass(DeletedLeaf, UnsupportedLeafError)
+    assert issubclass(DeletedLeaf, RuntimeError)  # as JAX's own error of it is
 
 
 def test_there_are_no_other_errors() -> None:
@@ -327,7 +333,7 @@ TREES: list[tuple[Any, type[Exception], str]] = [
     ),
     (
         {"a": deleted()},
-        RuntimeError,
+        DeletedLeaf,
         "the array at '@a' has been deleted or donated; save it before, or save the array that "
         "took its place",
     ),
@@ -351,14 +357,28 @@ TREES: list[tuple[Any, type[Exception], str]] = [
     (
         [Twins()],
         KeyPathError,
-        "two leaves have the key path '#0.same': a node of this tree gives two of its children "
-        "one key",
+        "two children of one node have the key path '#0.same': the node type test_errors.Twins "
+        "gives both one key",
     ),
     (
         {"a": {1: 1, "b": 2}},
         TreeStructureError,
-        "JAX cannot sort the keys of the dict at '@a', which are of the types int, str; use keys "
-        "of one type",
+        "JAX cannot sort the keys of the dict at '@a', of these types: int, str; use keys that "
+        "compare with each other",
+    ),
+    (
+        {"a": {1j: 1, 2j: 2}},
+        KeyPathError,
+        "a dict key is a str, None, bool, int, float, bytes or a tuple of these, not 1j of type "
+        "builtins.complex, in a key path that begins '@a'",
+    ),
+    (
+        {"s": "\ud83d\ude00"},
+        UnsupportedLeafError,
+        "1 of the tree's leaves cannot be stored:\n"
+        "  '@s': builtins.str with the two halves of a surrogate pair, which JSON makes one "
+        'character\nSave with unsupported="skip" to leave them out; load_into_pytree then keeps '
+        "those of its template.",
     ),
     (
         cyclic(),

@@ -430,6 +430,8 @@ def test_names_that_make_no_tree_are_refused(
 ) -> None:
     content = names(*found)
     refused(content, error, text, by_all=False)
+    with pytest.raises(error, match=r"^the names in the BytesIO make no tree: .*into a template$"):
+        load_pytree(io.BytesIO(content))
     if len(content) < 100_000:
         with bounded_memory(len(content)):
             attempt(load_pytree, content)

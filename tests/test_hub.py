@@ -1157,3 +1157,25 @@ def test_huggingface_hub_reads_the_folder_and_its_cache_loads(
     assert path.is_symlink()
     assert is_same(tree_of(1), load_pytree(path.parent))
     assert is_same(tree_of(1), load_pytree(path))
+
+
+def test_shards_without_an_index_are_told_by_the_path_of_the_save(tmp_path: Path) -> None:
+    tree = {"a": np.zeros(9), "b": np.zeros(9)}
+    save_pytree(tree, tmp_path / "model.safetensors", max_shard_size=80)
+    assert (tmp_path / INDEX).exists()
+    (tmp_path / INDEX).unlink()
+    for path in (tmp_path, tmp_path / INDEX, tmp_path / "model.safetensors"):
+        with pytest.raises(FileFormatError, match="and no index: a save was cut short"):
+            load_pytree(path)
+
+
+def test_what_cannot_be_removed_afterwards_is_an_error_before(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").mkdir()
+    with pytest.raises(IsADirectoryError):
+        save_pytree({"a": np.zeros(9), "b": np.zeros(9)}, tmp_path, max_shard_size=80)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_a_file_called_like_an_index_is_a_file(tmp_path: Path) -> None:
+    save_pytree({"a": 1}, tmp_path / "tree.json")
+    assert load_pytree(tmp_path / "tree.json") == {"a": 1}

@@ -27,6 +27,8 @@ from pytree2safetensors import (
     set_weights,
 )
 
+struct: Any = jax.ShapeDtypeStruct
+
 SIZE = 100_000
 HEADER = 1 << 16  # what opening a file reads at the most, for a header of this size
 
@@ -218,3 +220,23 @@ def test_nothing_changes_an_argument(tmp_path: Path) -> None:
     assert dictionary == before
     assert tree["b"][0] is kept["b"][0]
     assert tree["a"] is kept["a"]
+
+
+@pytest.mark.parametrize("leaf", [struct((), np.int32), np.zeros((), np.int64)])
+def test_python_scalars_are_read_together(
+    leaf: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_pytree([*range(5000)], tmp_path / "file")
+    with counted(monkeypatch) as sizes:
+        found = load_into_pytree([leaf] * 5000, tmp_path / "file")
+    assert len(sizes) < 20
+    assert [*map(int, found)] == [*range(5000)]
+
+
+def test_medium_arrays_own_the_memory_that_was_read_into(tmp_path: Path) -> None:
+    tree = [np.full((20, 100 + n), n, np.float32) for n in range(100)]
+    save_pytree(tree, tmp_path / "file")
+    found = load_pytree(tmp_path / "file")
+    assert_same(found, [jnp.asarray(leaf) for leaf in tree])
+    places = sorted(leaf.unsafe_buffer_pointer() for leaf in found)
+    assert places[-1] - places[0] < 2 * sum(leaf.nbytes for leaf in tree)  # in one piece

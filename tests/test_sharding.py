@@ -21,7 +21,16 @@ from numpy.typing import NDArray
 import pytree2safetensors as p2s
 from pytree2safetensors import _load, _region, _sharding, _source
 from pytree2safetensors._leaf import Form
-from pytree2safetensors._region import Part, Region, bands_of, common, gather, runs_of, span_of
+from pytree2safetensors._region import (
+    Part,
+    Region,
+    bands_of,
+    common,
+    gather,
+    runs_in,
+    span_of,
+    starts_of,
+)
 from pytree2safetensors._store import open_store
 
 P: Any = PartitionSpec  # whose constructor JAX leaves untyped
@@ -116,7 +125,9 @@ def test_runs_are_where_a_region_stands(
     shape, region = case
     array = np.arange(math.prod(shape), dtype=f"u{itemsize}").reshape(shape)
     whole = array.tobytes()
-    starts, length = runs_of(region, shape, itemsize)
+    starts = starts_of(region, shape, itemsize)
+    number, length = runs_in(region, shape, itemsize)
+    assert number == len(starts)
     pieces = [whole[start : start + length] for start in starts.tolist()]
     expected = select(array, region).tobytes()
     assert b"".join(pieces) == expected
@@ -137,8 +148,8 @@ def test_bands_cut_a_tensor_into_runs(
         bands = list(bands_of(shape, itemsize))
     position = 0
     for band in bands:
-        starts, length = runs_of(band, shape, itemsize)
-        assert starts.tolist() == [position]
+        length = runs_in(band, shape, itemsize).length
+        assert starts_of(band, shape, itemsize).tolist() == [position]
         assert length <= max(limit, itemsize)
         position += length
     assert position == math.prod(shape) * itemsize
@@ -856,3 +867,33 @@ def test_the_header_of_a_file_says_nothing_of_devices(tmp_path: Path, mesh: Mesh
     assert set(header) == {"__metadata__", "#0"}
     assert header["__metadata__"] == {"format": "flax"}
     assert set(header["#0"]) == {"dtype", "shape", "data_offsets"}
+
+
+def test_thin_slices_take_no_memory_for_their_places() -> None:
+    region: Region = ((0, 2**40), (0, 1))
+    assert runs_in(region, (2**40, 8), 1) == (2**40, 1)
+
+
+def test_progress_of_a_map_is_told_at_its_end(tmp_path: Path, mesh: Mesh) -> None:
+    values = values_of((1024, 1024))
+    p2s.save_pytree([values, values], tmp_path / "file")
+    told: list[tuple[int, int]] = []
+    sharded = Struct(values.shape, values.dtype, sharding=NamedSharding(mesh, P("x")))
+    p2s.load_into_pytree(
+        [sharded, Struct(values.shape, values.dtype)],
+        tmp_path / "file",
+        mmap=True,
+        progress=lambda *both: told.append(both),
+    )
+    assert told[-1] == (2 * values.nbytes, 2 * values.nbytes)
+
+
+@pytest.mark.parametrize("size", [4, 1 << 21])
+def test_a_sharding_that_does_not_fit_is_a_mismatch(tmp_path: Path, mesh: Mesh, size: int) -> None:
+    values = np.zeros(size + 1, np.float32)
+    p2s.save_pytree({"x": values}, tmp_path / "file")
+    template = {"x": Struct(values.shape, values.dtype, sharding=NamedSharding(mesh, P("x")))}
+    with pytest.raises(p2s.WeightsMismatchError, match="'@x' does not fit the sharding"):
+        p2s.load_into_pytree(template, tmp_path / "file")
+    with pytest.raises(p2s.WeightsMismatchError, match="'@x' does not fit the sharding"):
+        p2s.set_weights(template, {"@x": values})

@@ -110,3 +110,26 @@ def test_empty_and_small_arrays_pass_through_streams(shape: tuple[int, ...]) -> 
     tree = {"a": np.zeros(shape, np.int16)}
     found = load_into_pytree(tree, io.BytesIO(saved(tree)))
     assert_same(found, tree)
+
+
+def test_a_text_file_is_not_written_to(tmp_path: Path) -> None:
+    with (tmp_path / "file").open("w") as file, pytest.raises(TypeError, match="binary mode"):
+        save_pytree(TREE, file)
+    with pytest.raises(TypeError, match="binary mode"):
+        save_pytree(TREE, io.StringIO())
+
+
+class BytesPath:
+    """A path that is bytes, as some file systems have them."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __fspath__(self) -> bytes:
+        return os.fsencode(self.path)
+
+
+def test_a_path_of_bytes_is_a_path(tmp_path: Path) -> None:
+    path: Any = BytesPath(tmp_path / "file")
+    save_pytree(TREE, path)
+    assert_same(load_pytree(path), load_pytree(tmp_path / "file"))

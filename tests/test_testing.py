@@ -566,7 +566,7 @@ class Forgetful(Repeating):
 
 
 def test_nodes_of_other_libraries() -> None:
-    with pytest.raises(KeyPathError, match="two leaves have the key path 'child'"):
+    with pytest.raises(KeyPathError, match="two children of one node have the key path 'child'"):
         assert_round_trips(Repeating(1, 2))
     with pytest.raises((AssertionError, pytree2safetensors.Pytree2SafetensorsError)):
         assert_round_trips(Forgetful(1, 2))
@@ -580,3 +580,7 @@ def test_the_package_needs_no_hypothesis() -> None:
     assert run.stdout == "False\n"
     program = "import sys; sys.modules['hypothesis'] = None; import pytree2safetensors"
     subprocess.run([sys.executable, "-c", program], check=True)
+    failed = subprocess.run(
+        [sys.executable, "-c", f"{program}.testing"], capture_output=True, check=False, text=True
+    )
+    assert "install pytree2safetensors[testing]" in failed.stderr

@@ -2,6 +2,7 @@
 
 import sys
 from collections import OrderedDict, defaultdict
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -152,13 +153,13 @@ def test_conflicts_name_both(names: list[str], message: str) -> None:
 OTHERS: list[tuple[dict[str, Any], str]] = [
     (
         {"@a": 1, "@\\(1)": 2},
-        "JAX cannot sort the keys of the dict at '', which are of the types int, str; "
-        "use keys of one type",
+        "JAX cannot sort the keys of the dict at '', of these types: int, str; "
+        "use keys that compare with each other",
     ),
     (
         {"x@\\(None)": 1, "x@a": 2},
-        "JAX cannot sort the keys of the dict at 'x', which are of the types NoneType, str; "
-        "use keys of one type",
+        "JAX cannot sort the keys of the dict at 'x', of these types: NoneType, str; "
+        "use keys that compare with each other",
     ),
     ({"#\\(1)": 1}, "the node without keys at '' lacks 1 of its 2 children"),
     ({"a#\\(0)": 1, "a#\\(5)": 1}, "the node without keys at 'a' lacks 4 of its 6 children"),
@@ -305,16 +306,21 @@ item, attr, index = (
 )
 
 
-def test_two_leaves_of_one_key_path() -> None:
+def test_two_children_of_one_key_path() -> None:
     tree = {"a": Named((attr("b"), 1), (attr("b"), 2))}
     with pytest.raises(KeyPathError) as caught:
         pytree2dict(tree)
     assert str(caught.value) == (
-        "two leaves have the key path '@a.b': a node of this tree gives two of its children one key"
+        "two children of one node have the key path '@a.b': the node type test_tree.Named gives "
+        "both one key"
     )
-    nested = Named((attr("b"), [1]), (attr("b"), [2]))
-    with pytest.raises(KeyPathError, match="two leaves have the key path 'b#0'"):
-        pytree2dict(nested)
+
+
+@pytest.mark.parametrize("children", [([1], [2]), ({"p": 1}, {"q": 2}), ([], ()), (None, 1)])
+def test_two_nodes_of_one_key_path(children: tuple[Any, Any]) -> None:
+    tree = Named(*((attr("b"), child) for child in children))
+    with pytest.raises(KeyPathError, match="two children of one node have the key path 'b'"):
+        pytree2dict(tree)
 
 
 def test_keys_that_are_equal_and_spelled_apart() -> None:
@@ -340,8 +346,8 @@ def test_dicts_that_jax_cannot_sort() -> None:
     with pytest.raises(TreeStructureError) as caught:
         pytree2dict([{"a": 1, 2: 3}])
     assert str(caught.value) == (
-        "JAX cannot sort the keys of the dict at '#0', which are of the types int, str; "
-        "use keys of one type"
+        "JAX cannot sort the keys of the dict at '#0', of these types: int, str; "
+        "use keys that compare with each other"
     )
     unsorted = OrderedDict([("a", 1), (2, 3)])
     assert pytree2dict(unsorted) == {"@a": 1, "@\\(2)": 3}
@@ -396,3 +402,45 @@ def test_the_defects_of_the_original(tree: Any, tmp_path: Any) -> None:
     save_pytree(tree, tmp_path / "tree.safetensors")
     found: Any = jax.tree_util.tree_structure(load_pytree(tmp_path / "tree.safetensors"))
     assert found == jax.tree_util.tree_structure(tree)
+
+
+class Node:
+    """A node whose one child is set later."""
+
+    def __init__(self, child: Any = None) -> None:
+        self.child = child
+
+
+jax.tree_util.register_pytree_node(Node, lambda node: ([node.child], None), lambda _, c: Node(*c))
+
+
+def unflattenable() -> list[Any]:
+    alone, in_list, container = Node(), Node(), PyTreeContainer()
+    alone.child, in_list.child, container.me = alone, [in_list], container
+    deep: Any = Node()
+    for _ in range(3000):
+        deep = Node(deep)
+    return [alone, in_list, container, deep, {"a": container, 1: 2}, [1, container]]
+
+
+def frames_left() -> int:
+    """How many calls the stack still takes: JAX can lose count of them."""
+    return 1 + frames_left_below(0)
+
+
+def frames_left_below(depth: int) -> int:
+    try:
+        return frames_left_below(depth + 1)
+    except RecursionError:
+        return depth
+
+
+@pytest.mark.parametrize("tree", unflattenable(), ids=range(6))
+def test_what_cannot_be_flattened_costs_the_thread_nothing(tree: Any, tmp_path: Path) -> None:
+    before = frames_left()
+    for _ in range(5):
+        for use in (pytree2dict, lambda tree: save_pytree(tree, tmp_path / "file")):
+            with pytest.raises((TreeStructureError, KeyPathError)):
+                use(tree)
+    assert frames_left() >= before
+    assert not [*tmp_path.iterdir()]

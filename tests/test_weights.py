@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.experimental
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -17,7 +18,9 @@ from pytree2safetensors import (
     UnsupportedLeafError,
     WeightsMismatchError,
     _leaf,
+    _match,
     dict2pytree,
+    load_abstract,
     load_into_pytree,
     load_pytree,
     save_pytree,
@@ -184,3 +187,63 @@ def test_a_shape_that_is_none_is_no_data(shape: Any) -> None:
     odd.shape = shape  # type: ignore[attr-defined] # as another library's array may have
     found = set_weights({"a": 0.0, "odd": odd}, {"@a": 1.0})
     assert found == {"a": 1.0, "odd": odd}
+
+
+@pytest.mark.parametrize("x64", [False, True])
+def test_weak_types_of_every_kind_come_back(x64: bool, tmp_path: Path) -> None:
+    with _enable_x64(x64):
+        tree = [jnp.asarray(1), jnp.asarray(1.5), jnp.asarray(1j), jnp.asarray(1) < 2]
+        assert all(leaf.weak_type for leaf in tree)
+        save_pytree(tree, tmp_path / "file")
+        assert_same(load_pytree(tmp_path / "file"), tree)
+        assert_same(load_into_pytree(tree, tmp_path / "file"), tree)
+        abstract = load_abstract(tmp_path / "file")
+        assert [leaf.dtype for leaf in abstract] == [leaf.dtype for leaf in tree]
+
+
+def test_what_is_cast_is_as_weak_as_the_template(tmp_path: Path) -> None:
+    save_pytree({"w": jnp.asarray(3)}, tmp_path / "file")
+    template = {"w": jnp.zeros((), jnp.float32)}
+    found = load_into_pytree(template, tmp_path / "file", cast=True)
+    assert_same(found, {"w": jnp.float32(3)})
+    assert_same(found, set_weights(template, {"@w": jnp.asarray(3)}, cast=True))
+    assert_same(load_into_pytree({"w": jnp.int32(0)}, tmp_path / "file"), {"w": jnp.asarray(3)})
+
+
+@pytest.mark.parametrize("many", [1, 1100])
+def test_values_pass_whatever_jax_watches_for(many: int, tmp_path: Path) -> None:
+    weak = jax.lax.full_like(jnp.asarray(0.0), np.float32("nan"))
+    tree = [*[np.full(2, np.nan, np.float32)] * many, weak, jax.random.key(0)]
+    save_pytree(tree, tmp_path / "file")
+    expected = load_pytree(tmp_path / "file")
+    template = jax.tree_util.tree_map(lambda leaf: struct(leaf.shape, leaf.dtype), expected)
+    with jax.debug_nans(True), jax.debug_infs(True), jax.transfer_guard("disallow"):
+        found = load_pytree(tmp_path / "file")
+        into = load_into_pytree(template, tmp_path / "file")
+    assert_same(found, expected)
+    assert_same(into, expected)
+
+
+@pytest.mark.parametrize(
+    ("rename", "kind"),
+    [(lambda _: None, "NoneType"), (lambda _: ["@a"], "list"), ({"@a": "@a", "@b": 5}, "int")],
+)
+def test_rename_gives_strs(rename: Any, kind: str) -> None:
+    with pytest.raises(TypeError) as caught:
+        set_weights({"a": 1, "b": 2}, {"@a": 3, "@b": 4}, rename=rename)
+    where = "@b" if kind == "int" else "@a"
+    assert kind in str(caught.value)
+    assert where in str(caught.value) or "jaxtyping" in type(caught.value).__module__
+
+
+def test_the_nearest_names_are_looked_for_among_so_many_characters() -> None:
+    names = ["a" * 30_000, "b" * 10_000, "c"]
+    assert _match._up_to(40_000, names) == names[:2]
+
+
+struct: Any = jax.ShapeDtypeStruct
+
+
+def _enable_x64(enabled: bool) -> Any:
+    experimental: Any = jax.experimental
+    return (jax if hasattr(jax, "enable_x64") else experimental).enable_x64(enabled)

@@ -151,6 +151,8 @@ def _run_verify(options: argparse.Namespace) -> Answer:
 
 def _print(lines: Iterable[str]) -> None:
     """Print, and end quietly where nobody reads on."""
+    if sys.stdout is None:  # closed before the start
+        return
     try:
         for line in lines:
             sys.stdout.write(_encodable(line, sys.stdout.encoding) + "\n")
@@ -161,6 +163,8 @@ def _print(lines: Iterable[str]) -> None:
 
 
 def _complain(message: str) -> None:
+    if sys.stderr is None:
+        return
     line = "pytree2safetensors: " + " ".join(message.splitlines())
     print(_encodable(line, sys.stderr.encoding), file=sys.stderr)
 

@@ -65,7 +65,7 @@ def save_pytree_async(
     """
     report = reporter(progress, "saving")
     if isinstance(path, str | os.PathLike):  # the process may change its folder meanwhile
-        path = os.path.join(os.getcwd(), os.fspath(path))  # noqa: PTH109, PTH118 - keeps a last "/"
+        path = os.path.join(os.getcwd(), os.fsdecode(path))  # noqa: PTH109, PTH118 - keeps a last "/"
     with collector_paused():
         contents = collect(tree, metadata or {}, unsupported)
         if _distributed.is_needed(contents.leaves.values()):

@@ -81,8 +81,12 @@ class PyTreeContainer:
     def __dir__(self) -> Iterable[str]:
         return [*object.__dir__(self), *attrs_of(self)]
 
+    def __init_subclass__(cls) -> None:
+        raise TypeError("PyTreeContainer has no subclasses; register a pytree node of your own")
+
     def __reduce__(self) -> tuple[object, ...]:
-        return PyTreeContainer, (dict(attrs_of(self)),)
+        # As items, which are set once the container is there: one may hold the container itself.
+        return PyTreeContainer, (), None, None, iter(attrs_of(self).items())
 
     def __repr__(self) -> str:
         from pytree2safetensors._show import render  # rendering knows the containers
@@ -136,6 +140,9 @@ class UnkeyedContainer:
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.children)
+
+    def __init_subclass__(cls) -> None:
+        raise TypeError("UnkeyedContainer has no subclasses; register a pytree node of your own")
 
     def __reduce__(self) -> tuple[object, ...]:
         return UnkeyedContainer, (self.children,)

@@ -34,8 +34,9 @@ from pytree2safetensors._file import (
 from pytree2safetensors._layout import Plan, plan
 from pytree2safetensors._leaf import BITS, Form
 from pytree2safetensors._progress import Progress, Report
-from pytree2safetensors._region import Part, Region, gather, region_of, runs_of, shape_of
+from pytree2safetensors._region import Part, Region, gather, region_of, runs_in, shape_of, span_of
 from pytree2safetensors._source import PathLike
+from pytree2safetensors._tree import open_once
 from pytree2safetensors._values import blocks, host_array, host_shard, to_bytes
 
 if TYPE_CHECKING:
@@ -44,8 +45,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Piece = tuple[int, memoryview]  # bytes, and where they go
 
-_WORDS: Final = 4096  # bytes of what one process says
 _TEXT: Final = 400  # characters of an error that the others are told
+_WORDS: Final = 8192  # bytes of what one process says; JSON takes up to 12 for a character
 _SMALL: Final = 1 << 16  # bytes: smaller pieces are written together
 _JOINED: Final = 4 << 20  # bytes that are written together
 _LARGEST: Final = 32 << 20  # bytes of one write, so that progress is told often
@@ -91,7 +92,7 @@ def _arrays_in(tree: Any) -> Iterator[jax.Array]:
             pending.extend(node)
         else:
             with suppress(Exception):  # that there is one is what all are to be told
-                pending.extend(jax.tree_util.tree_leaves(node))
+                pending.extend(child for _, child in open_once(node))
 
 
 def save(
@@ -194,7 +195,9 @@ def _described(error: BaseException) -> dict[str, Any]:
     if isinstance(error, OSError) and error.errno is not None:
         text = f"{error.strerror}: {error.filename!r}"
         return {"error": "OSError", "text": text[:_TEXT], "errno": error.errno}
-    return {"error": type(error).__name__, "text": text[:_TEXT]}
+    kinds = [kind.__name__ for kind in type(error).__mro__]
+    public = next((kind for kind in kinds if kind in _KINDS), kinds[0])
+    return {"error": public, "text": text[:_TEXT]}
 
 
 def _error_of(process: int, words: dict[str, Any]) -> Exception:
@@ -273,10 +276,11 @@ def _shards(leaf: jax.Array, form: Form) -> Iterator[Piece]:
     itemsize = BITS[form.dtype] // 8
     scattered: list[Part] = []
     for region, data in _owned(leaf, form):
-        starts, _ = runs_of(region, form.shape, itemsize)
-        if len(starts) == 1:
-            yield from _in_a_row(host_shard(data), form, int(starts[0]))
-        elif len(starts):
+        number, _ = runs_in(region, form.shape, itemsize)
+        if number == 1:
+            start, _ = span_of(region, form.shape, itemsize)
+            yield from _in_a_row(host_shard(data), form, start)
+        elif number:
             raw = to_bytes(host_shard(data), form)
             scattered.append(Part(region, np.ndarray(shape_of(region), f"u{itemsize}", raw)))
     if scattered:

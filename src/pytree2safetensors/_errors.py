@@ -1,6 +1,7 @@
 """The exceptions: one base class, and one class for each thing that can be wrong."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 
 class Pytree2SafetensorsError(Exception):
@@ -58,6 +59,15 @@ class WeightsMismatchError(Pytree2SafetensorsError, ValueError):
 
     def __reduce__(self) -> tuple[object, ...]:
         return type(self), (str(self), self.missing, self.unexpected, self.mismatched)
+
+
+@contextmanager
+def errors_of(file: str) -> Iterator[None]:
+    """Say which file the errors are about that know no more than a name in it."""
+    try:
+        yield
+    except FileFormatError as error:
+        raise FileFormatError(f"in {file}, {error}") from None
 
 
 def shorten(text: str, limit: int = 200) -> str:

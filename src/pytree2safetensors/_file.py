@@ -17,7 +17,7 @@ if sys.platform != "win32":
     import fcntl
 
 TEMPORARY: Final = ".pytree2safetensors-"  # what the names of unfinished files begin with
-_STEP: Final = 64 << 20  # bytes of one write
+_STEP: Final = 32 << 20  # bytes of one write, so that progress is told often
 _LINKS: Final = 40  # symbolic links in a row, as many as Linux follows
 _PREALLOCATED: Final = 8 << 20  # bytes: from here on reserving the space first is faster
 
@@ -35,6 +35,8 @@ def write_stream(
     file: Writable, pieces: Iterable[memoryview], size: int, progress: Progress | None = None
 ) -> None:
     """Write bytes to a file object, as far as it takes them."""
+    if isinstance(file, io.TextIOBase):
+        raise TypeError(f"{type(file).__name__} takes text, not bytes; open it in binary mode")
     report = Report(progress, size)
     for piece in _cut(pieces):
         rest = piece
@@ -107,7 +109,7 @@ def replacing(path: PathLike, *, durable: bool, name: str | None = None) -> Iter
     Until then the file has the given name, beside the one it replaces.
     """
     try:
-        target = _followed(os.fspath(path))
+        target = _followed(os.fsdecode(path))
         try:
             status = os.stat(target)
         except FileNotFoundError:
@@ -138,7 +140,7 @@ def replacing(path: PathLike, *, durable: bool, name: str | None = None) -> Iter
 def joining(path: PathLike, name: str) -> Iterator[int]:
     """A descriptor of the file that another process has under way, in `replacing` the same path."""
     try:
-        target = _followed(os.fspath(path))
+        target = _followed(os.fsdecode(path))
         flags = os.O_RDWR | os.O_CLOEXEC | getattr(os, "O_BINARY", 0)
         descriptor = os.open(os.path.join(os.path.dirname(target), name), flags)
         with _Closing(descriptor) as closing:
@@ -305,4 +307,4 @@ def named(error: OSError, path: PathLike) -> OSError:
     """The same error, naming the file that the caller asked for."""
     if error.errno is None or type(error).__module__ != "builtins":  # not the system's own
         return error
-    return OSError(error.errno, error.strerror, os.fspath(path))
+    return OSError(error.errno, error.strerror, os.fsdecode(path))

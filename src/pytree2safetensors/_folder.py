@@ -52,6 +52,8 @@ def replace_together(
             undo.callback(discard, temporary)
         _write(folder, parts, temporaries, durable, progress)
         with locked(folder):
+            for name in stale(os.listdir(folder)):
+                _status(os.path.join(folder, name))  # what cannot be removed is an error by now
             _commit(folder, temporaries, durable)
             if durable:
                 for made in missing:

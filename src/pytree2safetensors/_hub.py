@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing
 from decimal import Decimal
 from json.encoder import encode_basestring_ascii as quote
 from typing import Any, Final, NamedTuple
@@ -10,7 +11,7 @@ from typing import Any, Final, NamedTuple
 from pytree2safetensors._errors import FileFormatError, shorten
 from pytree2safetensors._file import TEMPORARY, Writable, named
 from pytree2safetensors._folder import Part, replace_together
-from pytree2safetensors._layout import MAX_HEADER, Plan, in_order, plan
+from pytree2safetensors._layout import LENGTH_BYTES, MAX_HEADER, Plan, in_order, plan
 from pytree2safetensors._leaf import Form
 from pytree2safetensors._progress import Progress
 from pytree2safetensors._source import PathLike, Source, open_source
@@ -64,7 +65,7 @@ def save(
             f"the metadata may not set {_TOTAL!r}, which an index of shards says itself; "
             "choose another name"
         )
-    folder, stem = _split_path(os.fspath(path))
+    folder, stem = _split_path(os.fsdecode(path))
     shards = split(forms, limit)
     parts, rival = (
         _single(forms, metadata, pieces, stem)
@@ -240,8 +241,14 @@ class Index(NamedTuple):
 
 
 def is_index(path: str) -> bool:
-    """Whether a path names an index, and no safetensors file."""
-    return path.endswith(".json")
+    """Whether a path names an index, and no safetensors file that is called like one."""
+    if not path.endswith(".json") or not os.path.isfile(path):
+        return path.endswith(".json")
+    with closing(open_source(path)) as source:
+        head = bytes(source.read(0, min(LENGTH_BYTES + 1, source.size)))
+    # As the length of a header, eight characters of JSON are beyond what the format allows.
+    length = int.from_bytes(head[:LENGTH_BYTES], "little")
+    return head[LENGTH_BYTES:] != b"{" or length > MAX_HEADER
 
 
 def locate(path: str) -> str:
@@ -253,7 +260,8 @@ def locate(path: str) -> str:
     """
     if not os.path.isdir(path):
         index = path + ".index.json"  # of what was saved as this path, and took several shards
-        return index if not os.path.lexists(path) and os.path.isfile(index) else path
+        saved = path.endswith(_SUFFIX) and not os.path.lexists(path)
+        return index if saved and _has_parts(index) else path
     names = os.listdir(path)
     indexes = sorted(filter(_INDEX.fullmatch, names))
     if _index_of(_STEM) in indexes:
@@ -279,6 +287,18 @@ def locate(path: str) -> str:
     return os.path.join(path, found[0])
 
 
+def _has_parts(index: str) -> bool:
+    """Whether there is an index, or shards that lack it."""
+    return os.path.isfile(index) or bool(_shards_beside(index))
+
+
+def _shards_beside(index: str) -> list[str]:
+    """The shards that belong to an index by their names, whether it is there or not."""
+    folder, stem = _split_path(index)
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    return sorted(name for name in names if _stem_of(name) == stem)
+
+
 def _check_not_cut_short(folder: str, shards: list[str]) -> None:
     """Say so where there are shards, finished or not, and no index."""
     if shards:
@@ -299,10 +319,7 @@ def read_index(path: str) -> Index:
         status = _status(path)
         source = open_source(path)
     except FileNotFoundError:
-        folder, stem = _split_path(path)
-        if os.path.isdir(folder):
-            older = sorted(name for name in os.listdir(folder) if _stem_of(name) == stem)
-            _check_not_cut_short(folder, older)
+        _check_not_cut_short(os.path.dirname(path) or os.curdir, _shards_beside(path))
         raise
     label = source.label
     try:

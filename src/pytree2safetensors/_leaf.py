@@ -14,7 +14,7 @@ import jax.experimental
 import ml_dtypes
 import numpy as np
 
-from pytree2safetensors._errors import FileFormatError, shorten
+from pytree2safetensors._errors import FileFormatError, UnsupportedLeafError, shorten
 from pytree2safetensors._trie import Kind
 
 _Struct: Any = jax.ShapeDtypeStruct  # whose constructor JAX leaves untyped
@@ -55,6 +55,7 @@ _PRNG: Final = ("threefry2x32", "rbg", "unsafe_rbg")  # what every JAX version r
 
 COMPLEX128: Final = ("complex128", "weak complex128")  # an axis of 2 for the parts
 WEAK: Final = ("weak", "weak complex128")
+_WEAK_DTYPES: Final = frozenset({"BOOL", "I32", "I64", "F32", "F64", "C64"})  # JAX has no others
 LEAF_KINDS: Final = frozenset({*SCALARS, *_NOTED, *COMPLEX128, *WEAK, "key", "str"})
 
 
@@ -94,7 +95,7 @@ def _describer(kind: type) -> Callable[[Any], Form | None]:
     return lambda _: None
 
 
-class DeletedLeaf(Exception):
+class DeletedLeaf(UnsupportedLeafError, RuntimeError):  # JAX's own error of it is the latter
     """An array whose values are gone."""
 
 
@@ -186,7 +187,7 @@ def check_kind(kind: Kind, dtype: str, shape: tuple[int, ...], name: str) -> Non
     if word in SCALARS:
         fits = dtype == SCALARS[word] and shape == ((2,) if word == "complex" else ())
     elif word == "weak":
-        fits = shape == () and dtype in NUMPY
+        fits = shape == () and dtype in _WEAK_DTYPES
     elif word in COMPLEX128:
         fits = dtype == "F64" and (shape == (2,) if word in WEAK else shape[-1:] == (2,))
     elif word == "key":
@@ -258,20 +259,25 @@ def logical(form: Form, name: str) -> Logical:
 def key_shape(impl: str, name: str) -> tuple[int, ...]:
     """The shape of the data of one key of an implementation."""
     try:
-        key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0, impl=impl)))
+        data = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0, impl=impl)))
     except ValueError:
         raise FileFormatError(
             f"{shorten(name)} is a key of the PRNG implementation {shorten(impl)}, which this "
             "process does not know; register it, or install a newer JAX"
         ) from None
-    return tuple(key.shape)
+    return tuple(data.shape)
+
+
+def _key_dtype(impl: str) -> Any:
+    """The dtype of keys of an implementation; no key is made."""
+    return jax.eval_shape(lambda: jax.random.key(0, impl=impl)).dtype
 
 
 def abstract(leaf: Logical) -> jax.ShapeDtypeStruct:
     """The shape and dtype of an array or key."""
     dtype: Any = leaf.dtype
     if leaf.kind == "key":
-        dtype = jax.eval_shape(lambda: jax.random.key(0, impl=leaf.impl)).dtype
+        dtype = _key_dtype(leaf.impl)
     weak = {"weak_type": True} if leaf.weak and _structs_are_weak() else {}
     struct: jax.ShapeDtypeStruct = _Struct(leaf.shape, dtype, **weak)
     return struct
@@ -305,7 +311,7 @@ def rank_of(dtype: np.dtype[Any]) -> int:
 @lru_cache(maxsize=16)
 def implementation_of(dtype: Any) -> str | None:
     """The registered name of the implementation of keys with this dtype."""
-    same = (name for name in _PRNG if jax.random.key(0, impl=name).dtype == dtype)
+    same = (name for name in _PRNG if _key_dtype(name) == dtype)
     return next(same, None) or _implementation(_Struct((), dtype))
 
 

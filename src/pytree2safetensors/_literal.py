@@ -115,6 +115,11 @@ def _read_atom(token: str, kind: str) -> object:
         return _ESCAPE.sub(_character, token[1:-1])
     if len(token) > MAX_DIGITS + 1:
         raise KeyPathError(f"a dict key is a number of more than {MAX_DIGITS} digits")
+    if token.lstrip("+-").isdigit():
+        try:
+            return int(token)
+        except ValueError as error:  # the process allows fewer digits than 4,300
+            raise KeyPathError(f"a dict key cannot be read: {error}") from None
     readers: tuple[Callable[[str], object], ...] = (int, lambda text: int(text, 0), float)
     for reader in readers:
         try:

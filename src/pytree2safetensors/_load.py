@@ -13,20 +13,26 @@ from numpy.typing import NDArray
 
 from pytree2safetensors._collector import collector_paused
 from pytree2safetensors._digest import DIGESTS, METADATA, check_digest
-from pytree2safetensors._errors import WeightsMismatchError, shorten
+from pytree2safetensors._errors import WeightsMismatchError, errors_of, shorten
 from pytree2safetensors._keypath import below, string2keypath
 from pytree2safetensors._leaf import WEAK, Form, abstract, holds, noted_value
-from pytree2safetensors._progress import Progress, ProgressOption, reporter
+from pytree2safetensors._progress import Progress, ProgressOption, Report, reporter
 from pytree2safetensors._source import PathLike, Read, Readable, Source, fetch
 from pytree2safetensors._store import Store, open_store
 from pytree2safetensors._structure import NOTE
 from pytree2safetensors._tree import PyTree
 from pytree2safetensors._trie import Kind, build
-from pytree2safetensors._values import from_bytes, python_value, to_jax, weaken, wrap_key
+from pytree2safetensors._values import (
+    TAKEN_OVER,
+    from_bytes,
+    python_value,
+    to_jax,
+    weaken,
+    wrap_key,
+)
 
 _SLAB: Final = 64 << 20  # bytes: what one leaf that lives on can keep in memory, at most
 _ALIGNMENT: Final = 64  # what JAX needs to take memory over
-_TINY: Final = 1 << 12  # bytes: smaller tensors are copied anyway, so they need no alignment
 
 
 @jaxtyped(typechecker=beartype)
@@ -240,8 +246,11 @@ def read(
     """Read tensors into memory that their arrays will own, `apart` each into its own."""
     names = set(names)
     wanted = [name for name in store.places if name in names]  # in the order of the data
-    slabs = _map(store, wanted, apart) if mmap else _allocate(store, wanted, apart)
-    if not mmap:
+    if mmap:
+        slabs = _map(store, wanted, apart)
+        Report(progress, sum(store.forms[name].nbytes for name in wanted)).finish()
+    else:
+        slabs = _allocate(store, wanted, apart)
         fetch((part for slab in slabs for part in slab.reads), progress)
     values: dict[str, NDArray[Any]] = {}
     plain: dict[int, tuple[tuple[int, ...], np.dtype[Any]]] = {}  # shape and dtype by form
@@ -255,7 +264,8 @@ def read(
                 shape, dtype = plain[id(form)]
                 values[name] = np.ndarray(shape, dtype, memory, offset)
                 continue
-            value = values[name] = from_bytes(memory, form, name, offset)
+            with errors_of(store.label):
+                value = values[name] = from_bytes(memory, form, name, offset)
             if form.kind is None:
                 plain[id(form)] = value.shape, value.dtype
     return values
@@ -296,7 +306,8 @@ def _allocate(store: Store, names: list[str], apart: Container[str]) -> list[_Sl
     for name in names:
         nbytes = store.forms[name].nbytes
         source, offset = store.places[name]
-        place = size if nbytes < _TINY else -(-size // _ALIGNMENT) * _ALIGNMENT
+        # What is copied anyway needs no alignment.
+        place = size if nbytes < TAKEN_OVER else -(-size // _ALIGNMENT) * _ALIGNMENT
         alone = name in apart
         if parts and (place + nbytes > _SLAB or alone or full):
             slabs.append(_slab(parts, runs, size))

@@ -1,7 +1,8 @@
 """Matching: which stored leaf goes to which leaf of a template, and every reason why not."""
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 from pytree2safetensors._errors import WeightsMismatchError, shorten
@@ -12,7 +13,7 @@ from pytree2safetensors._slot import Slot, misfit
 Rename: TypeAlias = Callable[[str], str] | Mapping[str, str]
 
 _LISTED = 20  # of each kind of mismatch in a message
-_COMPARED = 2000  # names among which the nearest is looked for
+_COMPARED = 40_000  # characters of the names among which the nearest is looked for
 
 
 class Options(NamedTuple):
@@ -43,7 +44,7 @@ def match(
     paths: Sequence[str],
     slots: Sequence[Slot | None],
     available: Mapping[str, Logical | None],
-    values: Mapping[str, Any],
+    values: Callable[[Collection[str]], Mapping[str, Any]],
     options: Options,
 ) -> list[tuple[int, str]]:
     """Which name goes to which leaf of the template, by position.
@@ -52,18 +53,23 @@ def match(
         paths: The spelled key paths of the template's leaves.
         slots: What these ask for; None for what is no data.
         available: What is stored under each name; None for what is no data.
-        values: The stored leaves themselves, of which Python scalars are looked at.
+        values: Gives the Python scalars that are stored under names, for those whose fit depends
+            on it.
         options: How to match.
     """
     outcome = _Outcome()
+    names = [
+        "" if slot is None else _renamed(path, options)
+        for path, slot in zip(paths, slots, strict=True)
+    ]
+    scalars = values(_asked(names, slots, available))
     fitting: set[tuple[int, int]] = set()  # slots and stored leaves, by identity
-    for position, (path, slot) in enumerate(zip(paths, slots, strict=True)):
+    for position, (path, name, slot) in enumerate(zip(paths, names, slots, strict=True)):
         if slot is None:
-            name = under(options.prefix, path)  # `rename` knows the names of data alone
-            if name in available and available[name] is None:
-                outcome.used.add(name)  # neither is data
+            same = under(options.prefix, path)  # `rename` knows the names of data alone
+            if same in available and available[same] is None:
+                outcome.used.add(same)  # neither is data
             continue
-        name = _renamed(path, options)
         if name not in available:
             outcome.missing.append((path, name))
             outcome.lost = outcome.lost or slot.abstract
@@ -73,7 +79,7 @@ def match(
         if (id(slot), id(stored)) in fitting:
             outcome.found.append((position, name))
             continue
-        value = values[name] if _needs_value(slot, stored) else None
+        value = scalars[name] if _needs_value(slot, stored) else None
         reason = _unfit(slot, stored, value, options.cast)
         if reason is None:
             outcome.found.append((position, name))
@@ -92,8 +98,25 @@ def _renamed(path: str, options: Options) -> str:
     if rename is None:
         return under(options.prefix, path)
     if isinstance(rename, Mapping):
-        return rename[path] if path in rename else under(options.prefix, path)
-    return rename(path)
+        name = rename[path] if path in rename else under(options.prefix, path)
+    else:
+        name = rename(path)
+    if not isinstance(name, str):
+        raise TypeError(
+            f"rename= gives {shorten(path)} a name of type {type(name).__name__}, and a name is a str"
+        )
+    return name
+
+
+def _asked(
+    names: Iterable[str], slots: Iterable[Slot | None], available: Mapping[str, Logical | None]
+) -> set[str]:
+    """The names of scalars whose values decide whether they fit."""
+    return {
+        name
+        for name, slot in zip(names, slots, strict=True)
+        if slot is not None and name in available and _needs_value(slot, available[name])
+    }
 
 
 def _needs_value(slot: Slot, stored: Logical | None) -> bool:
@@ -126,7 +149,7 @@ def _check(outcome: _Outcome, wanted: bool, available: Mapping[str, Any], option
     if not (strictly or outcome.lost or nothing):
         return
     counts = f"{len(missing)} missing, {len(unexpected)} unexpected, {len(mismatched)} mismatched"
-    candidates = unexpected[:_COMPARED]
+    candidates = _up_to(_COMPARED, unexpected)
     missing_lines = [_with_nearest(name, candidates) for _, name in missing[:_LISTED]]
     parts = [
         f"{options.label} does not fit the template: {counts}",
@@ -142,6 +165,12 @@ def _check(outcome: _Outcome, wanted: bool, available: Mapping[str, Any], option
     raise WeightsMismatchError(
         "\n".join(parts), [path for path, _ in missing], unexpected, mismatched
     )
+
+
+def _up_to(characters: int, names: list[str]) -> list[str]:
+    """As many of the first names as have so many characters together."""
+    lengths = itertools.accumulate(map(len, names))
+    return [name for name, length in zip(names, lengths, strict=True) if length <= characters]
 
 
 def _with_nearest(name: str, candidates: list[str]) -> str:

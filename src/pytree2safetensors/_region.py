@@ -33,27 +33,40 @@ def shape_of(region: Region) -> Shape:
 
 
 class Runs(NamedTuple):
-    """Equal runs of bytes: where each starts, in order, and their length."""
+    """Equal runs of bytes: how many there are, and the length of each."""
 
-    starts: NDArray[np.int64]
+    number: int
     length: int
 
 
-def runs_of(region: Region, shape: Shape, itemsize: int) -> Runs:
-    """Where a region stands, in bytes from the start of its tensor."""
-    if 0 in shape_of(region):
-        return Runs(np.empty(0, np.int64), 0)
+def runs_in(region: Region, shape: Shape, itemsize: int) -> Runs:
+    """How many runs a region is."""
+    sizes = shape_of(region)
+    if 0 in sizes:
+        return Runs(0, 0)
+    cut = _cut_axis(region, shape)
+    return Runs(math.prod(sizes[:cut]), math.prod(sizes[cut:]) * itemsize)
+
+
+def _cut_axis(region: Region, shape: Shape) -> int:
+    """The last axis of which a region lacks something: what lies below is in one piece."""
     partial = [axis for axis, bounds in enumerate(region) if bounds != (0, shape[axis])]
-    last = partial[-1] if partial else 0
-    strides = [math.prod(shape[axis + 1 :]) * itemsize for axis in range(len(shape))]
-    if not shape:
-        return Runs(np.zeros(1, np.int64), itemsize)
-    start, stop = region[last]
-    starts = np.array([start * strides[last]], np.int64)
-    for axis in reversed(range(last)):
-        steps = np.arange(*region[axis], dtype=np.int64) * strides[axis]
-        starts = (steps[:, None] + starts).reshape(-1)
-    return _joined(Runs(starts, (stop - start) * strides[last]))
+    return partial[-1] if partial else 0
+
+
+def starts_of(region: Region, shape: Shape, itemsize: int) -> NDArray[np.int64]:
+    """Where the runs of a region start, in bytes from the start of its tensor, in order."""
+    if 0 in shape_of(region):
+        return np.empty(0, np.int64)
+    starts = np.zeros(1, np.int64)
+    if shape:
+        cut = _cut_axis(region, shape)
+        strides = [math.prod(shape[axis + 1 :]) * itemsize for axis in range(len(shape))]
+        starts += region[cut][0] * strides[cut]
+        for axis in reversed(range(cut)):
+            steps = np.arange(*region[axis], dtype=np.int64) * strides[axis]
+            starts = (steps[:, None] + starts).reshape(-1)
+    return starts
 
 
 def span_of(region: Region, shape: Shape, itemsize: int) -> tuple[int, int]:
@@ -62,14 +75,6 @@ def span_of(region: Region, shape: Shape, itemsize: int) -> tuple[int, int]:
     for (start, stop), size in zip(region, shape, strict=True):
         first, last = first * size + start, last * size + stop - 1
     return first * itemsize, (last + 1) * itemsize
-
-
-def _joined(runs: Runs) -> Runs:
-    """One run where each follows the one before."""
-    starts, length = runs
-    if len(starts) > 1 and int(starts[-1] - starts[0]) == length * (len(starts) - 1):
-        return Runs(starts[:1], length * len(starts))
-    return runs
 
 
 def bands_of(shape: Shape, itemsize: int) -> Iterator[Region]:
@@ -128,18 +133,22 @@ def gather(parts: Sequence[Part], shape: Shape, itemsize: int) -> Iterator[tuple
             if shared is not None:
                 values = memory[:size].view(part.values.dtype).reshape(shape_of(band))
                 values[within(shared, band)] = part.values[within(shared, part.region)]
-                found.append(runs_of(shared, shape, itemsize))
+                found.append(shared)
         origin, _ = span_of(band, shape, itemsize)
         view = memoryview(memory)  # type: ignore[arg-type] # before 3.12 no type says buffer
-        for start, stop in ranges_of(found):
+        for start, stop in ranges_of(found, shape, itemsize):
             yield start, view[start - origin : stop - origin]
 
 
-def ranges_of(found: Iterable[Runs], gap: int = 0) -> Iterator[tuple[int, int]]:
-    """Where bytes start and stop that follow each other, or with such a gap at most, in order."""
-    pairs = [
-        np.stack([runs.starts, runs.starts + runs.length], axis=1) for runs in found if runs.length
-    ]
+def ranges_of(
+    regions: Iterable[Region], shape: Shape, itemsize: int, gap: int = 0
+) -> Iterator[tuple[int, int]]:
+    """Where bytes of regions start and stop that follow each other, or with such a gap at most."""
+    pairs = []
+    for region in regions:
+        starts, length = starts_of(region, shape, itemsize), runs_in(region, shape, itemsize).length
+        if length:
+            pairs.append(np.stack([starts, starts + length], axis=1))
     if not pairs:
         return
     ranges = np.concatenate(pairs)

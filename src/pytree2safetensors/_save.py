@@ -11,7 +11,7 @@ from jaxtyping import jaxtyped
 
 from pytree2safetensors import _digest, _distributed, _hub
 from pytree2safetensors._collector import collector_paused
-from pytree2safetensors._errors import TreeStructureError, UnsupportedLeafError, shorten
+from pytree2safetensors._errors import UnsupportedLeafError, shorten
 from pytree2safetensors._file import Writable, write_file, write_stream
 from pytree2safetensors._keypath import cut, split
 from pytree2safetensors._layout import Plan, check_metadata, plan
@@ -61,7 +61,8 @@ def save_pytree(
         progress: True for a bar, or a function of (done_bytes, total_bytes).
 
     Raises:
-        UnsupportedLeafError: Leaves that a file cannot hold; nothing was written.
+        UnsupportedLeafError: Leaves that a file cannot hold, or an array that was deleted or
+            donated; nothing was written.
         KeyPathError: A key has no spelling, or two leaves have one.
         TreeStructureError: JAX cannot flatten the tree.
         FileFormatError: The metadata or the header are beyond what the format allows.
@@ -71,9 +72,9 @@ def save_pytree(
 
     >>> save_pytree({"w": 1.5, "steps": (1, 2)}, "model.safetensors")
     """
-    report = reporter(progress, "saving")
     with collector_paused():
         try:
+            report = reporter(progress, "saving")
             contents = collect(tree, metadata or {}, unsupported)
         except BaseException as error:
             _distributed.tell(tree, error)
@@ -163,7 +164,7 @@ def collect(
         try:
             form = describe(leaf)
         except DeletedLeaf:
-            raise RuntimeError(
+            raise DeletedLeaf(
                 f"the array at {shorten(name)} has been deleted or donated; save it before, "
                 "or save the array that took its place"
             ) from None
@@ -179,12 +180,6 @@ def collect(
         if unsupported == "raise":
             raise UnsupportedLeafError(_unfit_message(unfit))
         leave_out([name for name, _ in unfit], flat)
-    clashing = flat.kinds.keys() & set(flat.names)
-    if clashing:
-        raise TreeStructureError(
-            f"the tree has a leaf and a node at {shorten(min(clashing))}: "
-            "a node gives two of its children one key"
-        )
     if flat.kinds.get("") == "dict":
         del flat.kinds[""]  # the default reading of a file without names
     note = write_note(Note(flat.kinds, kinds))
@@ -208,6 +203,8 @@ def _type_name(leaf: Any) -> str:
     name = f"{kind.__module__}.{kind.__qualname__}"
     if isinstance(leaf, jax.core.Tracer):
         return f"{name}, a traced value: save outside of jit"
+    if kind is str:
+        return f"{name} with the two halves of a surrogate pair, which JSON makes one character"
     dtype = getattr(leaf, "dtype", None)
     return f"{name} of dtype {dtype}" if dtype is not None else name
 
@@ -220,6 +217,7 @@ def leave_out(names: Iterable[str], flat: Flat) -> None:
     left_out = set(names)
     kept = [name for name in flat.names if name not in left_out]
     parents = _ancestors([*kept, *flat.kinds])
+    keyless: dict[str, set[str]] = {}  # the segments that OrderedDicts lose
     for name in sorted(left_out, key=lambda name: len(split(name)), reverse=True):
         if not name:
             flat.kinds[name] = "None"
@@ -231,10 +229,13 @@ def leave_out(names: Iterable[str], flat: Flat) -> None:
             continue
         kind = flat.kinds.get(parent)
         if isinstance(kind, list):
-            flat.kinds[parent] = [kind[0], [key for key in kind[1] if key != segment]]
+            keyless.setdefault(parent, set()).add(segment)
         elif parent not in parents:
             flat.kinds[parent] = "dict" if segment[0] == "@" else "PyTreeContainer"
             parents |= _ancestors([parent])
+    for parent, gone in keyless.items():
+        kind = flat.kinds[parent]
+        flat.kinds[parent] = [kind[0], [segment for segment in kind[1] if segment not in gone]]
     remaining = [
         (n, leaf) for n, leaf in zip(flat.names, flat.leaves, strict=True) if n not in left_out
     ]

@@ -12,7 +12,7 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from numpy.typing import NDArray
 
 from pytree2safetensors._digest import check_digest
-from pytree2safetensors._errors import WeightsMismatchError, shorten
+from pytree2safetensors._errors import WeightsMismatchError, errors_of, shorten
 from pytree2safetensors._leaf import BITS, Form, Logical, is_key_dtype
 from pytree2safetensors._load import aligned, read
 from pytree2safetensors._progress import Progress, Report, part_of
@@ -26,9 +26,10 @@ from pytree2safetensors._region import (
     gather,
     ranges_of,
     region_of,
-    runs_of,
+    runs_in,
     shape_of,
     span_of,
+    starts_of,
     within,
 )
 from pytree2safetensors._source import Read, fetch
@@ -61,8 +62,19 @@ def concrete(sharding: Sharding, name: str) -> Sharding:
     return jax.sharding.NamedSharding(current, found.spec, memory_kind=found.memory_kind)
 
 
-def place(value: Any, sharding: Sharding) -> jax.Array:
+def _check_fits(sharding: Sharding, shape: tuple[int, ...], name: str) -> None:
+    """Refuse a shape whose axes the sharding does not divide."""
+    try:
+        sharding.shard_shape(shape)
+    except ValueError as error:
+        raise WeightsMismatchError(
+            f"{shorten(name)} does not fit the sharding of its template: {error}", mismatched=[name]
+        ) from error
+
+
+def place(value: Any, sharding: Sharding, name: str) -> jax.Array:
     """Put the values of an array into a sharding, of which this process may hold a part."""
+    _check_fits(sharding, value.shape, name)
     is_global = not getattr(value, "is_fully_addressable", True)
     if is_global or _is_ordinary(sharding, value.shape):
         moved: jax.Array = jax.device_put(value, sharding)
@@ -114,13 +126,8 @@ def plan_shards(store: Store, wanted: Wanted) -> ShardPlan:
     """Plan what to read for a sharding."""
     name, leaf, sharding = wanted
     form = store.forms[name]
-    try:
-        sharding.shard_shape(leaf.shape)
-        indices = sharding.addressable_devices_indices_map(leaf.shape)
-    except ValueError as error:
-        raise WeightsMismatchError(
-            f"{shorten(name)} does not fit the sharding of its template: {error}", mismatched=[name]
-        ) from error
+    _check_fits(sharding, leaf.shape, name)
+    indices = sharding.addressable_devices_indices_map(leaf.shape)
     regions: dict[Region, list[jax.Device]] = {}
     for device, index in indices.items():
         regions.setdefault(region_of(index or (), form.shape), []).append(device)
@@ -168,7 +175,8 @@ def _batches(plans: Sequence[ShardPlan]) -> Iterator[list[int]]:
 
 
 def _finished(store: Store, wanted: Wanted, array: jax.Array) -> jax.Array:
-    if not store.logical(wanted.name).weak:
+    stored = store.logical(wanted.name)
+    if not stored.weak or array.dtype != stored.dtype:  # what was cast is as the template has it
         return array
     weak = weaken(array)
     return weak if weak.sharding == wanted.sharding else jax.device_put(weak, wanted.sharding)
@@ -201,7 +209,7 @@ class _Shard(NamedTuple):
     offset: int
 
     def raw(self) -> NDArray[np.uint8]:
-        return self.memory[self.offset : self.offset + len(self.runs.starts) * self.runs.length]
+        return self.memory[self.offset : self.offset + self.runs.number * self.runs.length]
 
     def items(self) -> NDArray[Any]:
         unit = np.dtype(f"u{_itemsize(self.plan.form)}")
@@ -212,7 +220,7 @@ class _Shard(NamedTuple):
 def _cut_by_us(
     store: Store, plans: Sequence[ShardPlan], mmap: bool, progress: Progress | None
 ) -> list[jax.Array]:
-    shards = _mapped(store, plans) if mmap else _read(store, plans, progress)
+    shards = (_mapped if mmap else _read)(store, plans, progress)
     if store.digests is not None:
         for plan, mine in zip(plans, shards, strict=True):
             if plan.wanted.sharding.is_fully_addressable:
@@ -220,7 +228,7 @@ def _cut_by_us(
                 pieces = gather(parts, plan.form.shape, _itemsize(plan.form))
                 raw = (piece for _, piece in pieces)
                 check_digest(plan.wanted.name, plan.form, raw, store.digests, store.label)
-    return _assembled(plans, shards)
+    return _assembled(plans, shards, store.label)
 
 
 def _allocated(plans: Sequence[ShardPlan], is_needed: Callable[[Runs], bool]) -> list[list[_Shard]]:
@@ -231,10 +239,10 @@ def _allocated(plans: Sequence[ShardPlan], is_needed: Callable[[Runs], bool]) ->
     for plan in plans:
         mine: list[_Shard] = []
         for region in plan.regions:
-            runs = runs_of(region, plan.form.shape, _itemsize(plan.form))
+            runs = runs_in(region, plan.form.shape, _itemsize(plan.form))
             if is_needed(runs):
                 mine.append(_Shard(plan, region, runs, nothing, size))
-                size += -(-len(runs.starts) * runs.length // _ALIGNMENT) * _ALIGNMENT
+                size += -(-runs.number * runs.length // _ALIGNMENT) * _ALIGNMENT
             else:
                 mine.append(_Shard(plan, region, runs, nothing, -1))
         shards.append(mine)
@@ -245,12 +253,14 @@ def _allocated(plans: Sequence[ShardPlan], is_needed: Callable[[Runs], bool]) ->
     ]
 
 
-def _mapped(store: Store, plans: Sequence[ShardPlan]) -> list[list[_Shard]]:
+def _mapped(
+    store: Store, plans: Sequence[ShardPlan], progress: Progress | None
+) -> list[list[_Shard]]:
     """Shards that are one run as they are in the file, copies of the others."""
     maps: dict[int, NDArray[np.uint8]] = {}
     copies: list[tuple[NDArray[Any], NDArray[Any]]] = []
     found: list[list[_Shard]] = []
-    for mine in _allocated(plans, lambda runs: len(runs.starts) > 1):
+    for mine in _allocated(plans, lambda runs: runs.number > 1):
         found.append([])
         for shard in mine:
             source, start = store.places[shard.plan.wanted.name]
@@ -258,8 +268,10 @@ def _mapped(store: Store, plans: Sequence[ShardPlan]) -> list[list[_Shard]]:
                 maps[id(source)] = source.map()
             mapped = maps[id(source)]
             if shard.offset < 0:
-                first = int(shard.runs.starts[0]) if len(shard.runs.starts) else 0
-                found[-1].append(shard._replace(memory=mapped, offset=start + first))
+                form = shard.plan.form
+                if shard.runs.number:
+                    start += span_of(shard.region, form.shape, _itemsize(form))[0]
+                found[-1].append(shard._replace(memory=mapped, offset=start))
             else:
                 form, items = shard.plan.form, shard.items()
                 whole: NDArray[Any] = np.ndarray(form.shape, items.dtype, mapped, start)
@@ -270,6 +282,7 @@ def _mapped(store: Store, plans: Sequence[ShardPlan]) -> list[list[_Shard]]:
         with ThreadPoolExecutor(_workers(len(copies)), "pytree2safetensors-copy") as pool:
             for _ in pool.map(lambda pair: np.copyto(*pair), copies):
                 pass
+    Report(progress, sum(plan.size for plan in plans)).finish()
     return found
 
 
@@ -291,7 +304,8 @@ def _read(
             for shard in mine:
                 view = memoryview(shard.raw())  # type: ignore[arg-type] # before 3.12 no type says buffer
                 length = shard.runs.length
-                for count, position in enumerate(shard.runs.starts.tolist()):
+                starts = starts_of(shard.region, plan.form.shape, _itemsize(plan.form))
+                for count, position in enumerate(starts.tolist()):
                     piece = view[count * length : (count + 1) * length]
                     reads.append(Read(source, start + position, piece))
         else:
@@ -307,8 +321,8 @@ def _read(
 
 def _is_direct(shard: _Shard) -> bool:
     """Whether the runs of a shard are worth a read each."""
-    starts, length = shard.runs
-    return len(starts) <= 1 or length >= _LONG
+    number, length = shard.runs
+    return number <= 1 or length >= _LONG
 
 
 def _read_bands(store: Store, bands: Sequence[tuple[list[_Shard], Region]], report: Report) -> None:
@@ -343,7 +357,7 @@ def _read_band(
     if plan.size == plan.form.nbytes:  # nothing of the tensor is left out
         ranges = [(origin, end)]
     else:
-        ranges = list(ranges_of((runs_of(cut, shape, itemsize) for _, cut in needed), _GAP))
+        ranges = list(ranges_of((cut for _, cut in needed), shape, itemsize, _GAP))
     for first, last in ranges:
         source.fill([view[first - origin : last - origin]], start + first)
     whole: NDArray[Any] = np.ndarray(shape_of(band), f"u{itemsize}", memory)
@@ -353,12 +367,15 @@ def _read_band(
     return memory
 
 
-def _assembled(plans: Sequence[ShardPlan], shards: Sequence[list[_Shard]]) -> list[jax.Array]:
+def _assembled(
+    plans: Sequence[ShardPlan], shards: Sequence[list[_Shard]], label: str
+) -> list[jax.Array]:
     """Hand shards to their devices, all at once, and make arrays of them."""
     hosts: list[Any] = []
     places: list[Sharding] = []
     for shard in (shard for mine in shards for shard in mine):
-        values = _values(shard)
+        with errors_of(label):
+            values = _values(shard)
         for device in shard.plan.regions[shard.region]:
             hosts.append(values)
             places.append(_single(device, shard.plan.wanted.sharding))

@@ -136,7 +136,7 @@ class _Stream(Source):
 def open_source(path: PathLike | Readable) -> Source:
     """Open a file, or a file object, for reading."""
     if isinstance(path, str | os.PathLike):
-        return _open_path(os.fspath(path))
+        return _open_path(os.fsdecode(path))
     label = _label_of(path)
     seekable = getattr(path, "seekable", None)
     if seekable is not None and seekable():

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pytree2safetensors import _digest, _hub
-from pytree2safetensors._errors import FileFormatError, shorten
+from pytree2safetensors._errors import FileFormatError, errors_of, shorten
 from pytree2safetensors._layout import LENGTH_BYTES, Tensors, header_length, parse
 from pytree2safetensors._leaf import Form, Logical, check_kind, logical
 from pytree2safetensors._source import PathLike, Readable, Source, open_source
@@ -84,7 +84,8 @@ class Store:
                     f"the note of {self.label} speaks of {shorten(name)}, which is no tensor"
                 )
             else:
-                check_kind(kind, form.dtype, form.shape, name)
+                with errors_of(self.label):
+                    check_kind(kind, form.dtype, form.shape, name)
                 self.forms[name] = form._replace(kind=kind)
 
     def logical(self, name: str) -> Logical:
@@ -92,7 +93,8 @@ class Store:
         form = self.forms[name]
         found = self._logical.get(id(form))  # tensors of one dtype and shape share their form
         if found is None:
-            found = self._logical[id(form)] = logical(form, name)
+            with errors_of(self.label):
+                found = self._logical[id(form)] = logical(form, name)
         return found
 
     def pieces(self, name: str) -> Iterator[NDArray[np.uint8]]:
@@ -106,7 +108,7 @@ class Store:
 def open_store(path: PathLike | Readable) -> Store:
     """Open a file, a file object, a folder of shards or its index, and check it."""
     if isinstance(path, str | os.PathLike):
-        path = _hub.locate(os.fspath(path))
+        path = _hub.locate(os.fsdecode(path))
         if _hub.is_index(path):
             return _open_shards(path)
     source = open_source(path)

@@ -118,6 +118,7 @@ def read_json(text: str, what: str, *, keep_pairs: bool = False, fractions: bool
             text,
             object_pairs_hook=hook,
             parse_constant=_refuse,
+            parse_int=_integer,
             parse_float=float if fractions else _refuse,
         )
         if keep_pairs:
@@ -169,6 +170,12 @@ def _first_repeated(names: Iterable[str]) -> str:
             return name
         seen.add(name)
     return ""
+
+
+def _integer(digits: str) -> int:
+    if digits == "-0":  # which is a float to other readers
+        _refuse(digits)
+    return int(digits)
 
 
 def _refuse(constant: str) -> Any:

@@ -116,8 +116,10 @@ def _describe(name: str, form: Form) -> Leaf:
     try:
         # The name is for messages alone, and would defeat the caches.
         found = logical(form, "")
-    except FileFormatError:  # what JAX cannot load here is shown as it is stored
-        return Leaf(name, "array", form.dtype, form.shape, form.nbytes)
+    except FileFormatError:  # what JAX cannot load here is shown as it is stored and noted
+        noted = " ".join(form.kind) if isinstance(form.kind, list) else form.kind
+        dtype = f"{form.dtype} ({noted})" if noted else form.dtype
+        return Leaf(name, "array", dtype, form.shape, form.nbytes)
     dtype = found.impl if found.dtype is None else found.dtype.name
     value = form.kind[1] if isinstance(form.kind, list) and not form.dtype else None
     return Leaf(name, found.kind, dtype, found.shape, form.nbytes, found.weak, value)

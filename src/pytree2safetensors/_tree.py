@@ -1,8 +1,8 @@
 """Trees and flat dicts: spelling every leaf of a tree, and building a tree from spelled names."""
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
 
 import jax
 import numpy as np
@@ -18,7 +18,7 @@ from pytree2safetensors._keypath import (
     spell_item,
     spell_key,
 )
-from pytree2safetensors._trie import DEEP, Kind, build, check_depth, too_deep, unsortable
+from pytree2safetensors._trie import DEEP, Kind, build_tree, check_depth, too_deep, unsortable
 
 if TYPE_CHECKING:
     # To type checkers jaxtyping's own is unknown, which strict ones report to our users.
@@ -62,18 +62,28 @@ def flatten(tree: Any) -> Flat:
     """Walk a tree as JAX does, spelling names on the way."""
     walk = _Walk()
     walk.run(tree)
-    if len(set(walk.flat.names)) != len(walk.flat.names):
-        raise _repeated(walk.flat.names)
     return walk.flat
 
 
-def _repeated(names: Iterable[str]) -> KeyPathError:
-    seen: set[str] = set()
-    twice = next(name for name in names if name in seen or seen.add(name))  # type: ignore[func-returns-value] # for its effect
-    return KeyPathError(
-        f"two leaves have the key path {shorten(twice)}: "
-        "a node of this tree gives two of its children one key"
-    )
+def open_once(node: Any) -> list[tuple[Any, Any]]:
+    """The key paths and the children of a node, of one level and no deeper.
+
+    Raises:
+        RecursionError: The node is its own child.
+    """
+    meetings = 0
+
+    def is_leaf(part: Any) -> bool:
+        nonlocal meetings
+        meetings += part is node
+        # JAX may look twice; a node that is its own child it would meet for ever. To raise from
+        # here would make it lose count of the stack.
+        return part is not node or meetings > 2
+
+    pairs, _ = jax.tree_util.tree_flatten_with_path(node, is_leaf=is_leaf)
+    if meetings > 2:
+        raise RecursionError
+    return cast("list[tuple[Any, Any]]", pairs)
 
 
 Children = Iterator[tuple[str, Any]]  # the spelled segment of each child, and the child
@@ -137,7 +147,9 @@ class _Walk:
             self.flat.kinds[name] = "dict"
         try:
             keys = sorted(node)
-        except TypeError:
+        except Exception:  # noqa: BLE001 - whatever the comparison of foreign keys raises
+            for key in node:
+                self.item(key, name)  # a key that has no spelling is the better reason
             raise unsortable(name, node) from None
         return ((self.item(key, name), node[key]) for key in keys)
 
@@ -172,22 +184,16 @@ class _Walk:
 
     def open_registered(self, node: Any, name: str) -> Children:
         """The children of a node of any other type, as its own registration gives them."""
-        meetings = 0
-
-        def is_leaf(part: Any) -> bool:
-            nonlocal meetings
-            meetings += part is node
-            if meetings > 2:  # JAX may look twice; a node that is its own child it meets for ever
-                raise too_deep(name)
-            return part is not node
-
         try:
-            pairs, _ = jax.tree_util.tree_flatten_with_path(node, is_leaf=is_leaf)
+            pairs = open_once(node)
         except (SystemError, RecursionError):
             raise too_deep(name) from None
         if not pairs:
             self.flat.kinds[name] = "PyTreeContainer"
-        return ((self.registered(path, name), child) for path, child in pairs)
+        children = [(self.registered(path, name), child) for path, child in pairs]
+        if len(dict(children)) != len(children):
+            raise _repeated(type(node), [segment for segment, _ in children], name)
+        return iter(children)
 
     def registered(self, path: tuple[Any, ...], name: str) -> str:
         return "".join(_spelled(spell_key, key, name) for key in path)
@@ -199,6 +205,14 @@ class _Walk:
         if segment is None:
             segment = self.items[key] = _spelled(spell_item, key, name)
         return segment
+
+
+def _repeated(kind: type, segments: list[str], name: str) -> KeyPathError:
+    twice = next(segment for segment in segments if segments.count(segment) > 1)
+    return KeyPathError(
+        f"two children of one node have the key path {shorten(join(name, twice))}: "
+        f"the node type {kind.__module__}.{kind.__qualname__} gives both one key"
+    )
 
 
 def _spelled(speller: Callable[[Any], str], key: Any, name: str) -> str:
@@ -241,4 +255,4 @@ def dict2pytree(dictionary: Mapping[str, Any]) -> PyTree:
                     "does not take for a leaf; give each of its leaves a name"
                 )
             leaf_types.add(type(leaf))
-    return build(dictionary, {})
+    return build_tree(dictionary, {})

@@ -43,8 +43,18 @@ class _Node:
         self.kind: Kind | None = None
 
 
-def build(leaves: Mapping[str, Any], kinds: Mapping[str, Kind], file: str = "") -> Any:
-    """Build a tree from its leaves, and from what the note of a file says of its nodes."""
+def build(leaves: Mapping[str, Any], kinds: Mapping[str, Kind], file: str) -> Any:
+    """Build the tree in a file from its leaves, and from what the note says of its nodes."""
+    try:
+        return build_tree(leaves, kinds, file)
+    except (KeyPathError, TreeStructureError) as error:
+        raise type(error)(
+            f"the names in {file} make no tree: {error}; load_into_pytree loads them into a template"
+        ) from None
+
+
+def build_tree(leaves: Mapping[str, Any], kinds: Mapping[str, Kind], file: str = "") -> Any:
+    """Build a tree, wherever its leaves are from."""
     trie = _Trie()
     for name, leaf in leaves.items():
         trie.insert(name, leaf)
@@ -218,7 +228,7 @@ class _Trie:
 
     def finish(self) -> Any:
         if self.deepest > DEEP:
-            check_depth(self.deepest, "")
+            check_depth(self.deepest, self.name_of(max(self.nodes, key=lambda node: node.depth)))
         for node in reversed(self.nodes):
             if node.parent is not None:
                 node.parent.entries[node.key] = self.finished(node)
@@ -332,6 +342,6 @@ def unsortable(name: str, keys: Iterable[Any]) -> TreeStructureError:
     """The error of a dict whose keys JAX cannot sort."""
     kinds = ", ".join(sorted({type(key).__name__ for key in keys}))
     return TreeStructureError(
-        f"JAX cannot sort the keys of the dict at {shorten(name)}, which are of the types {kinds}; "
-        "use keys of one type"
+        f"JAX cannot sort the keys of the dict at {shorten(name)}, of these types: {kinds}; "
+        "use keys that compare with each other"
     )

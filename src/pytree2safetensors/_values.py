@@ -3,6 +3,7 @@
 import cmath
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Final
 
 import jax
@@ -192,7 +193,7 @@ def to_host(value: Any, dtype: np.dtype[Any] | None) -> NDArray[Any]:
 # --- to JAX -----------------------------------------------------------------------------------
 
 
-_LARGE = 1 << 16  # bytes: from here on JAX takes an aligned array over without a copy
+TAKEN_OVER: Final = 1 << 12  # bytes: from here on JAX gets the memory itself, and no copy of it
 _CHUNK = 128  # arrays in one call of the identity
 _MANY = 1024  # equal arrays that make it worth compiling
 _WITHOUT_PROGRAMS: Final = frozenset({"int1", "uint1"})  # JAX holds these, and compiles nothing
@@ -212,37 +213,53 @@ def to_jax(arrays: list[NDArray[Any]]) -> list[jax.Array]:
     groups: dict[tuple[Any, tuple[int, ...]], list[int]] = {}
     alone: list[int] = []
     for position, array in enumerate(arrays):
-        if array.nbytes >= _LARGE:
+        if array.nbytes >= TAKEN_OVER:
             alone.append(position)
         else:
             groups.setdefault((array.dtype, array.shape), []).append(position)
     values = [arrays[position] for position in alone]
-    for (dtype, _), positions in groups.items():
-        many = len(positions) >= _MANY and dtype.name not in _WITHOUT_PROGRAMS
-        compiled = len(positions) - len(positions) % _CHUNK if many else 0
-        for start in range(0, compiled, _CHUNK):
-            chunk = positions[start : start + _CHUNK]
-            for position, made in zip(chunk, _identity([arrays[i] for i in chunk]), strict=True):
-                found[position] = made
-        # Copies, as JAX may take these over too, and the memory they are in with them. Not by
-        # jnp.array, which compiles a program for each shape.
-        alone.extend(positions[compiled:])
-        values.extend(arrays[position].copy() for position in positions[compiled:])
-    for position, made in zip(alone, jax.device_put(values), strict=True):
-        found[position] = made
+    with values_unwatched():
+        for (dtype, _), positions in groups.items():
+            many = len(positions) >= _MANY and dtype.name not in _WITHOUT_PROGRAMS
+            compiled = len(positions) - len(positions) % _CHUNK if many else 0
+            for start in range(0, compiled, _CHUNK):
+                chunk = positions[start : start + _CHUNK]
+                made = _identity([arrays[i] for i in chunk])
+                for position, array in zip(chunk, made, strict=True):
+                    found[position] = array
+            # Copies, as JAX may take these over too, and the memory they are in with them. Not by
+            # jnp.array, which compiles a program for each shape.
+            alone.extend(positions[compiled:])
+            values.extend(arrays[position].copy() for position in positions[compiled:])
+    for position, array in zip(alone, jax.device_put(values), strict=True):
+        found[position] = array
     return found
+
+
+@contextmanager
+def values_unwatched() -> Iterator[None]:
+    """Let JAX pass values through programs of its own, whatever it is told to watch for.
+
+    NaNs and transfers are what a load is about, not what a user looks for when he looks for them.
+    """
+    with jax.debug_nans(False), jax.debug_infs(False), jax.transfer_guard("allow"):
+        yield
 
 
 def weaken(array: jax.Array) -> jax.Array:
     """The same 0-d array, weakly typed, where JAX has a weak type of its dtype."""
     dtype = np.dtype(array.dtype)
     for wide in (False, True):
-        with _enable_x64(wide):  # which dtypes are weak depends on it
-            for prototype in (0, 0.0, 0j):
-                weak = jnp.asarray(prototype)
-                if weak.dtype == dtype:
-                    return jax.lax.full_like(weak, array)
+        with _enable_x64(wide), values_unwatched():  # which dtypes are weak depends on the former
+            for prototype in (jnp.asarray(0), jnp.asarray(0.0), jnp.asarray(0j), _weak_bool()):
+                if prototype.dtype == dtype:
+                    return jax.lax.full_like(prototype, array)
     return array
+
+
+def _weak_bool() -> jax.Array:
+    """What comparisons of weakly typed numbers give."""
+    return jax.lax.lt(jnp.asarray(0), jnp.asarray(1))
 
 
 def _enable_x64(enabled: bool) -> Any:
@@ -252,5 +269,6 @@ def _enable_x64(enabled: bool) -> Any:
 
 def wrap_key(data: Any, impl: str) -> jax.Array:
     """The typed key array that has this data."""
-    key: jax.Array = jax.random.wrap_key_data(jnp.asarray(data), impl=impl)
+    with values_unwatched():
+        key: jax.Array = jax.random.wrap_key_data(jnp.asarray(data), impl=impl)
     return key

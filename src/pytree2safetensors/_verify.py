@@ -18,7 +18,7 @@ from pytree2safetensors._errors import (
 from pytree2safetensors._leaf import logical
 from pytree2safetensors._source import PathLike
 from pytree2safetensors._store import Store, open_store
-from pytree2safetensors._trie import build
+from pytree2safetensors._trie import build_tree
 
 
 class Verdict(NamedTuple):
@@ -65,12 +65,12 @@ def _tree_remarks(store: Store, problems: list[str]) -> Iterable[str]:
     """Check that names and note make a tree. That names alone make none is no damage."""
     leaves = dict.fromkeys(store.forms, 0)
     try:
-        build(leaves, store.note.nodes, store.label)
+        build_tree(leaves, store.note.nodes, store.label)
     except FileFormatError as error:
         problems.append(str(error))
     except (KeyPathError, TreeStructureError) as error:
         try:
-            build(leaves, {})
+            build_tree(leaves, {})
         except (KeyPathError, TreeStructureError):
             yield f"it loads only into a template: {error}"
         else:

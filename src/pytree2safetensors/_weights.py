@@ -1,6 +1,6 @@
 """Templates: putting stored leaves into the places that a tree of your own has for them."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -68,7 +68,7 @@ def set_weights(
         name: None if slot is None else slot.leaf for name, slot in zip(names, slots, strict=True)
     }
     options = Options("the dictionary", strict, cast, prefix, rename)
-    matches = match(template.names, template.slots, available, dictionary, options)
+    matches = match(template.names, template.slots, available, lambda _: dictionary, options)
     leaves = list(template.leaves)
     for position, name in matches:
         slot = template.slots[position]
@@ -123,7 +123,11 @@ def load_into_pytree(
         template = _template(module)
         names = names_below(store, prefix).values()
         options = Options(store.label, strict, cast, prefix, rename)
-        available, scalars = _Stored(store, names), _Scalars(store)
+        available = _Stored(store, names)
+
+        def scalars(asked: Collection[str]) -> Mapping[str, Any]:
+            return take(store, asked, False, None)
+
         matches = match(template.names, template.slots, available, scalars, options)
         leaves = list(template.leaves)
         for position, value in _read_matches(store, template, matches, mmap, progress):
@@ -168,22 +172,6 @@ class _Stored(Mapping[str, Logical | None]):
         return len(self.names)
 
 
-class _Scalars(Mapping[str, Any]):
-    """The Python scalars of a store, read when they are asked for."""
-
-    def __init__(self, store: Store) -> None:
-        self.store = store
-
-    def __getitem__(self, name: str) -> Any:
-        return take(self.store, [name], False, None)[name]
-
-    def __iter__(self) -> Any:
-        return iter(self.store.forms)
-
-    def __len__(self) -> int:
-        return len(self.store.forms)
-
-
 # --- values -----------------------------------------------------------------------------------
 
 
@@ -210,7 +198,7 @@ def _fitted(slot: Slot, value: Any, name: str) -> Any:
         value = wrap_key(value, slot.leaf.impl)
     if slot.sharding is None or not isinstance(value, jax.Array):
         return value
-    return place(value, concrete(slot.sharding, name))
+    return place(value, concrete(slot.sharding, name), name)
 
 
 def _read_matches(
@@ -271,8 +259,10 @@ def _placed(
         leaf = value
         if slot.leaf.kind == "key":
             leaf = wrap_key(leaf, slot.leaf.impl)
-        elif name in store.note.leaves and store.logical(name).weak:
-            leaf = weaken(leaf)
+        elif name in store.note.leaves:
+            stored = store.logical(name)
+            if stored.weak and leaf.dtype == stored.dtype:  # not where it was cast
+                leaf = weaken(leaf)
         yield position, leaf
     foreign = [name for _, name, slot in whole if slot.target == "foreign"]
     if foreign:

@@ -15,10 +15,16 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from hypothesis import strategies as st
-from hypothesis.extra.numpy import array_shapes
-from hypothesis.strategies import SearchStrategy
 from numpy.typing import NDArray
+
+try:
+    from hypothesis import strategies as st
+    from hypothesis.extra.numpy import array_shapes
+    from hypothesis.strategies import SearchStrategy
+except ImportError:
+    raise ImportError(
+        "pytree2safetensors.testing needs Hypothesis; install pytree2safetensors[testing]"
+    ) from None
 
 from pytree2safetensors._compare import VALUE_BITS, assert_same, assert_same_leaves, is_prng_key
 from pytree2safetensors._container import PyTreeContainer, UnkeyedContainer
@@ -281,7 +287,10 @@ def arrays(
 @st.composite
 def _weak_arrays(draw: Draw) -> Any:
     """Generate weakly typed 0-d JAX arrays, as counters and hyperparameters are."""
-    weak = jnp.asarray(draw(st.sampled_from([0, 0.0, 0j])))
+    scalar = draw(st.sampled_from([0, 0.0, 0j, False]))
+    if scalar is False:  # only comparisons are weak bools
+        return jax.lax.eq(jnp.asarray(draw(st.integers(0, 1))), jnp.asarray(1))
+    weak = jnp.asarray(scalar)
     size = weak.dtype.itemsize
     raw = draw(st.binary(min_size=size, max_size=size))
     values = _values(np.dtype(weak.dtype), 1, raw, draw(st.booleans())).reshape(())
