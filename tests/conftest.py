@@ -1,4 +1,4 @@
-"""What every test runs under: eight CPU devices, and one of two Hypothesis profiles."""
+"""What every test runs under: eight CPU devices, and one of three Hypothesis profiles."""
 
 # The package itself is not imported here: what a conftest imports can escape the runtime type checks.
 import os
@@ -21,14 +21,15 @@ jax.config.update("jax_platforms", "cpu")  # type: ignore[no-untyped-call] # JAX
 settings.register_profile(
     "ci", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
-settings.register_profile(
-    "thorough",
-    derandomize=False,
-    deadline=None,
-    max_examples=20_000,
-    print_blob=True,
-    suppress_health_check=[HealthCheck.too_slow],
-)
+for _name, _examples in (("random", 2_000), ("thorough", 20_000)):
+    settings.register_profile(
+        _name,
+        derandomize=False,
+        deadline=None,
+        max_examples=_examples,
+        print_blob=True,
+        suppress_health_check=[HealthCheck.too_slow],
+    )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 

@@ -29,7 +29,8 @@ class Options(NamedTuple):
 class _Outcome:
     """What was found, and what was not."""
 
-    def __init__(self) -> None:
+    def __init__(self, cast: bool) -> None:
+        self.cast = cast
         self.found: list[tuple[int, str]] = []
         self.used: set[str] = set()
         self.missing: list[
@@ -38,6 +39,19 @@ class _Outcome:
         self.mismatched: list[str] = []
         self.lost = False  # an abstract leaf has no value to fall back on
         self.castable = False
+
+    def judge(
+        self, position: int, path: str, name: str, slot: Slot, stored: Logical | None, value: Any
+    ) -> bool:
+        """Whether a stored leaf fits a slot; `value` is that of a Python scalar."""
+        reason = _unfit(slot, stored, value, self.cast)
+        if reason is None:
+            self.found.append((position, name))
+            return True
+        self.mismatched.append(f"{shorten(path)}: {reason}")
+        self.lost = self.lost or slot.abstract
+        self.castable |= _unfit(slot, stored, value, True) is None
+        return False
 
 
 def match(
@@ -57,19 +71,16 @@ def match(
             on it.
         options: How to match.
     """
-    outcome = _Outcome()
-    names = [
-        "" if slot is None else _renamed(path, options)
-        for path, slot in zip(paths, slots, strict=True)
-    ]
-    scalars = values(_asked(names, slots, available))
+    outcome = _Outcome(options.cast)
+    waiting: list[tuple[int, str, str, Slot, Logical]] = []  # for the value of a Python scalar
     fitting: set[tuple[int, int]] = set()  # slots and stored leaves, by identity
-    for position, (path, name, slot) in enumerate(zip(paths, names, slots, strict=True)):
+    for position, (path, slot) in enumerate(zip(paths, slots, strict=True)):
         if slot is None:
-            same = under(options.prefix, path)  # `rename` knows the names of data alone
-            if same in available and available[same] is None:
-                outcome.used.add(same)  # neither is data
+            name = under(options.prefix, path)  # `rename` knows the names of data alone
+            if name in available and available[name] is None:
+                outcome.used.add(name)  # neither is data
             continue
+        name = _renamed(path, options)
         if name not in available:
             outcome.missing.append((path, name))
             outcome.lost = outcome.lost or slot.abstract
@@ -78,17 +89,13 @@ def match(
         stored = available[name]
         if (id(slot), id(stored)) in fitting:
             outcome.found.append((position, name))
-            continue
-        value = scalars[name] if _needs_value(slot, stored) else None
-        reason = _unfit(slot, stored, value, options.cast)
-        if reason is None:
-            outcome.found.append((position, name))
-            if value is None:
-                fitting.add((id(slot), id(stored)))
-        else:
-            outcome.mismatched.append(f"{shorten(path)}: {reason}")
-            outcome.lost = outcome.lost or slot.abstract
-            outcome.castable |= _unfit(slot, stored, value, True) is None
+        elif stored is not None and _needs_value(slot, stored):
+            waiting.append((position, path, name, slot, stored))
+        elif outcome.judge(position, path, name, slot, stored, None):
+            fitting.add((id(slot), id(stored)))
+    scalars = values({name for _, _, name, _, _ in waiting})
+    for position, path, name, slot, stored in waiting:
+        outcome.judge(position, path, name, slot, stored, scalars[name])
     _check(outcome, any(slot is not None for slot in slots), available, options)
     return outcome.found
 
@@ -108,21 +115,9 @@ def _renamed(path: str, options: Options) -> str:
     return name
 
 
-def _asked(
-    names: Iterable[str], slots: Iterable[Slot | None], available: Mapping[str, Logical | None]
-) -> set[str]:
-    """The names of scalars whose values decide whether they fit."""
-    return {
-        name
-        for name, slot in zip(names, slots, strict=True)
-        if slot is not None and name in available and _needs_value(slot, available[name])
-    }
-
-
-def _needs_value(slot: Slot, stored: Logical | None) -> bool:
+def _needs_value(slot: Slot, stored: Logical) -> bool:
     return (
-        stored is not None
-        and stored.dtype is None
+        stored.dtype is None
         and stored.kind not in {"key", "str"}
         and (
             slot.leaf.dtype is not None
