@@ -9,13 +9,13 @@ It needs Linux. The library is taken from this checkout; the original 0.1.4 gets
 the first run and kept in benchmarks/.cache. Every run is a process of its own; the systems take turns, so that a
 machine whose speed drifts is slow for all of them. The results go to docs/benchmarks: `speed.json` (every run),
 `speed.rst` (tables) and `speed.svg`; a run with --quick or of less than everything prints, and writes only where
---output says.
+--output says, after each workload.
 
 How to read it. Times of saving are without a flush to the disk, as all the peers save, unless it
 says "flushed". The floor writes the bytes after `fallocate`, and reads them with two threads into
 fresh memory. Extra memory is the highest resident memory over what there was before; mapped pages
 of the file count in it, and "anonymous" leaves them out. Before each run a small tree of the same
-kind is saved and loaded, the file is in the page cache, and the memory that the run is about to use
+kind is saved and loaded (so what a first load of many equal leaves compiles is not in "loaded"; "first load" has it), the file is in the page cache, and the memory that the run is about to use
 is touched once and given back: on a virtual machine the first touch of memory costs twenty times
 what the second does, and is what one would measure otherwise. One run in each cell is watched for
 its memory and its result, which is compared bit by bit; its time does not count. Where one core does
@@ -134,9 +134,6 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
         driver = Driver(folder, scale, options.timeout, pythons)
-        for workload in options.workloads:
-            print(WORKLOADS[workload].title, flush=True)
-            measure(driver, workload, options.systems, rounds)
         result: dict[str, Any] = {
             "machine": machine(folder),
             "versions": versions(),
@@ -144,12 +141,19 @@ def main() -> None:
             "rounds": rounds,
             "scale": scale,
             "imports": import_times(pythons, max(rounds, 3)),
-            "failures": [vars(cell) | {"reason": why} for cell, why in driver.failures.items()],
+            "failures": [],
             "runs": driver.runs,
         }
+        for workload in options.workloads:
+            print(WORKLOADS[workload].title, flush=True)
+            measure(driver, workload, options.systems, rounds)
+            failures = driver.failures.items()
+            result["failures"] = [vars(cell) | {"reason": why} for cell, why in failures]
+            if options.output:  # what is there stays, whatever happens to the rest
+                write(result, options.output)
     print(report.as_text(result))
-    if options.output or whole:
-        write(result, options.output or OUTPUT)
+    if whole and not options.output:
+        write(result, OUTPUT)
 
 
 def write(result: dict[str, Any], output: Path) -> None:

@@ -29,6 +29,7 @@ class System:
     loads = True
     workloads = TREES
     written_by = ""
+    warm_up = 0.0  # the scale of the tree before, where it is not the workload's own
     environment = "here"
 
     def prepare(self, tree: Any) -> Any:
@@ -128,6 +129,12 @@ class OursReading(Ours):
         super().__init__(template, **options)
         self.written_by = written_by
         self.workloads = workloads
+
+
+class OursFirst(OursReading):
+    """The first load of a shape in a process: the tree before is too small to compile for."""
+
+    warm_up = 1 / 200
 
 
 class Original(Ours):
@@ -390,6 +397,7 @@ SYSTEMS: dict[str, System] = {
     "pytree2safetensors, flushed": OursDurable(),
     "pytree2safetensors, saved again": OursAgain(),
     "pytree2safetensors, no template": OursReading("pytree2safetensors", ("D",), template=False),
+    "pytree2safetensors, first load": OursFirst("pytree2safetensors", ("C", "D")),
     "pytree2safetensors, file of safetensors": OursReading(
         "safetensors", ("A", "B"), template=True
     ),

@@ -113,7 +113,7 @@ def run(task: dict[str, Any]) -> dict[str, Any]:
     system, workload = SYSTEMS[task["system"]], WORKLOADS[task["workload"]]
     writer = SYSTEMS[system.written_by or task["system"]]
     skeleton, path = workload.skeleton(task["scale"]), Path(task["path"])
-    warm_up(system, writer, workload.skeleton(workload.warm_up), task["op"])
+    warm_up(system, writer, workload.skeleton(system.warm_up or workload.warm_up), task["op"])
     if task["op"] == "save":
         prepared = system.prepare(fill(skeleton))
 

@@ -121,8 +121,9 @@ class Workload(NamedTuple):
 WORKLOADS = {
     "A": Workload("A, big: 16 float32 arrays, 1 GiB", big, 1 / 512),
     "B": Workload("B, model: 400 bfloat16 and float32 arrays, 535 MB", model, 1 / 256),
-    "C": Workload("C, many: 100,000 leaves of shape (4,)", many, 1 / 100),
-    "D": Workload("D, train state: namedtuples, 20,000 small leaves", train_state, 1 / 100),
+    # More than 1,024 leaves of each shape: from there on this library compiles a program for a shape.
+    "C": Workload("C, many: 100,000 leaves of shape (4,)", many, 1 / 50),
+    "D": Workload("D, train state: namedtuples, 20,000 small leaves", train_state, 1 / 6),
     "rows": Workload("1 GB into 8 devices, by rows", sharded(0), 1 / 512, DEVICES),
     "columns": Workload("1 GB into 8 devices, by columns", sharded(1), 1 / 512, DEVICES),
 }
