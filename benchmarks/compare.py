@@ -15,9 +15,10 @@ How to read it. Times of saving are without a flush to the disk, as all the peer
 says "flushed". The floor writes the bytes after `fallocate`, and reads them with two threads into
 fresh memory. Extra memory is the highest resident memory over what there was before; mapped pages
 of the file count in it, and "anonymous" leaves them out. Before each run a small tree of the same
-kind is saved and loaded (so what a first load of many equal leaves compiles is not in "loaded"; "first load" has it), the file is in the page cache, and the memory that the run is about to use
-is touched once and given back: on a virtual machine the first touch of memory costs twenty times
-what the second does, and is what one would measure otherwise. One run in each cell is watched for
+kind is saved and loaded (so what a first load of many equal leaves compiles is in "first load"
+alone), the file is in the page cache, and the memory that the run is about to use is touched once
+and given back: on a virtual machine the first touch of memory costs twenty times what the second
+does, and is what one would measure otherwise. One run in each cell is watched for
 its memory and its result, which is compared bit by bit; its time does not count. Where one core does
 all the work (C and D), "times ours" compares CPU time, and wall time elsewhere.
 """
