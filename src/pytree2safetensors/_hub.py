@@ -244,7 +244,11 @@ def is_index(path: str) -> bool:
     """Whether a path names an index, and no safetensors file that is called like one."""
     if not path.endswith(".json") or not os.path.isfile(path):
         return path.endswith(".json")
-    with closing(open_source(path)) as source:
+    try:
+        source = open_source(path)
+    except OSError:  # a save may be replacing it
+        return True
+    with closing(source):
         head = bytes(source.read(0, min(LENGTH_BYTES + 1, source.size)))
     # As the length of a header, eight characters of JSON are beyond what the format allows.
     length = int.from_bytes(head[:LENGTH_BYTES], "little")

@@ -251,15 +251,12 @@ def weaken(array: jax.Array) -> jax.Array:
     dtype = np.dtype(array.dtype)
     for wide in (False, True):
         with _enable_x64(wide), values_unwatched():  # which dtypes are weak depends on the former
-            for prototype in (jnp.asarray(0), jnp.asarray(0.0), jnp.asarray(0j), _weak_bool()):
-                if prototype.dtype == dtype:
+            if dtype == np.bool_:  # which only comparisons make
+                return jax.lax.ne(jax.lax.full_like(0, array), jax.lax.full_like(0, 0))
+            for prototype in (0, 0.0, 0j):
+                if jnp.result_type(prototype) == dtype:
                     return jax.lax.full_like(prototype, array)
     return array
-
-
-def _weak_bool() -> jax.Array:
-    """What comparisons of weakly typed numbers give."""
-    return jax.lax.lt(jnp.asarray(0), jnp.asarray(1))
 
 
 def _enable_x64(enabled: bool) -> Any:
