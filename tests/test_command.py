@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pickle
+import re
 import subprocess
 import sys
 import zipfile
@@ -871,6 +872,12 @@ def test_closed_streams_are_no_error(closed: str, code: int) -> None:
         run = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
         assert run.returncode == expected
         assert "Traceback" not in run.stderr
+
+
+def test_a_leaf_that_is_a_node_too_has_its_own_size(run: Run) -> None:
+    save_file({"w": np.zeros(2, np.float32), "w.scale": np.zeros(4, np.float32)}, "both")
+    _, out, _ = run("show", "both")
+    assert re.search(r"^w +float32\[2\] +8 B$", out, re.MULTILINE)
 
 
 def test_diff_tells_keys_of_unknown_implementations_apart(run: Run) -> None:

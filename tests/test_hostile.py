@@ -424,6 +424,19 @@ NAMES: list[tuple[tuple[str, ...], type[Pytree2SafetensorsError], str]] = [
 ]
 
 
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a pointer of Git LFS"),
+        (b"<!DOCTYPE html><html></html>", "a web page"),
+        (b"PK\3\4" + b"x" * 30, "a zip archive"),
+    ],
+)
+def test_what_looks_like_something_else_is_told(content: bytes, kind: str) -> None:
+    with pytest.raises(FileFormatError, match=f"looks like {kind}"):
+        load_pytree(io.BytesIO(content))
+
+
 @pytest.mark.parametrize(("found", "error", "text"), NAMES, ids=range(len(NAMES)))
 def test_names_that_make_no_tree_are_refused(
     found: tuple[str, ...], error: type[Pytree2SafetensorsError], text: str

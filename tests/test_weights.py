@@ -236,6 +236,45 @@ def test_rename_gives_strs(rename: Any, kind: str) -> None:
     assert where in str(caught.value) or "jaxtyping" in type(caught.value).__module__
 
 
+def test_a_mapping_that_renames_nothing_is_told() -> None:
+    template, found = {"a": 1, "b": 2}, {"x.a": 3, "x.b": 4}
+    with pytest.raises(WeightsMismatchError) as caught:
+        set_weights(template, found, rename={"x.a": "@a", "@b": "x.c"})
+    assert "    '@a'" in str(caught.value)
+    assert "    'x.c' (renamed from '@b') (nearest: 'x.b')" in str(caught.value)
+    assert "  rename= maps from key paths that the template lacks: 'x.a'" in str(caught.value)
+    assert caught.value.missing == ("@a", "@b")
+
+
+def test_what_cast_does_not_convert_is_told() -> None:
+    template = {"a": np.zeros(3, np.int32)}
+    for shape, told in ((3, True), (4, False)):
+        with pytest.raises(WeightsMismatchError) as caught:
+            set_weights(template, {"@a": np.zeros(shape, np.float32)}, cast=True)
+        assert ("which cast=True does not convert" in str(caught.value)) is told
+
+
+def test_skipping_leaves_out_no_array(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedLeafError, match="have values"):
+        save_pytree([struct((), np.int32), print], tmp_path / "file", unsupported="skip")
+
+    def save(x: Any) -> Any:
+        with pytest.raises(UnsupportedLeafError, match="a traced value"):
+            save_pytree([x, print], tmp_path / "file", unsupported="skip")
+        return x
+
+    jax.jit(save)(1.0)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_prefix_that_is_not_there_gets_the_nearest(tmp_path: Path) -> None:
+    save_pytree({"params": {"w": 1, "b": 2}, "opt": [3]}, tmp_path / "file")
+    for prefix, found in (("params", "@params"), ("@param@w", "@params@w"), ("@op", "@opt")):
+        with pytest.raises(WeightsMismatchError) as caught:
+            load_pytree(tmp_path / "file", prefix=prefix)
+        assert f"nothing at the prefix '{prefix}' (nearest: '{found}')" in str(caught.value)
+
+
 def test_the_nearest_names_are_looked_for_among_so_many_characters() -> None:
     names = ["a" * 30_000, "b" * 10_000, "c"]
     assert _match._up_to(40_000, names) == names[:2]

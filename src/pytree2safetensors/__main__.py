@@ -218,7 +218,9 @@ def _show_head(file: str, summary: Summary) -> Iterator[str]:
 
 def _show_row(row: Row) -> Cells:
     indent = "  " * row.depth
-    amount = size(row.nbytes) if row.nbytes else ""
+    # A tensor in whose name others begin is a leaf all the same.
+    nbytes = row.nbytes if row.leaf is None else row.times * row.leaf.nbytes
+    amount = size(nbytes) if nbytes else ""
     if row.left_out:
         return Cells(f"{indent}...", f"{row.times:,} more, {_leaves(row.leaves)}", amount)
     times = f"{row.times:,} x " if row.times > 1 else ""

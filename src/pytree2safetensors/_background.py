@@ -49,7 +49,8 @@ def save_pytree_async(
         progress: True for a bar, or a function, called from another thread.
 
     Returns:
-        A future whose `result()` is None, or raises what writing raised.
+        A future whose `result()` is None, or raises what writing raised. Ask for it: an error that
+        nobody asks for is lost.
 
     Raises:
         UnsupportedLeafError: Leaves that a file cannot hold.

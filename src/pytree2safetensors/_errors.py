@@ -1,5 +1,6 @@
 """The exceptions: one base class, and one class for each thing that can be wrong."""
 
+import difflib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -76,3 +77,9 @@ def shorten(text: str, limit: int = 200) -> str:
         return repr(text)
     half = limit // 2
     return f"{text[:half]!r}...{text[-half:]!r} ({len(text):,} characters)"
+
+
+def nearest(name: str, candidates: Sequence[str]) -> str:
+    """Which name is most like one that is not there, to be said behind that."""
+    near = difflib.get_close_matches(name, candidates, 1) if len(name) <= 300 else []
+    return f" (nearest: {shorten(near[0])})" if near else ""

@@ -101,8 +101,17 @@ def header_length(head: bytes, file_size: int | None, file: str) -> int:
     return length
 
 
+_MAGIC: Final = {
+    b"PK": "a zip archive",
+    b"\x80": "a pickle",
+    b"\x93NUMPY": "NumPy's",
+    b"version ": "a pointer of Git LFS: fetch the file itself",
+    b"<": "a web page",
+}
+
+
 def _guess(head: bytes) -> str:
-    for magic, kind in ((b"PK", "a zip archive"), (b"\x80", "a pickle"), (b"\x93NUMPY", "NumPy's")):
+    for magic, kind in _MAGIC.items():
         if head.startswith(magic):
             return f" (it looks like {kind})"
     return ""

@@ -99,6 +99,11 @@ class DeletedLeaf(UnsupportedLeafError, RuntimeError):  # JAX's own error of it 
     """An array whose values are gone."""
 
 
+def is_valueless(leaf: Any) -> bool:
+    """Whether a leaf is an array that has no values: traced, or abstract."""
+    return isinstance(leaf, jax.core.Tracer | jax.ShapeDtypeStruct)
+
+
 def _describe_array(leaf: jax.Array) -> Form | None:
     if leaf.is_deleted():
         raise DeletedLeaf

@@ -3,6 +3,8 @@
 import sys
 import warnings
 from collections.abc import Container, Iterable, Mapping
+from contextlib import suppress
+from itertools import islice
 from types import FrameType
 from typing import Any, Final, NamedTuple
 
@@ -13,8 +15,14 @@ from numpy.typing import NDArray
 
 from pytree2safetensors._collector import collector_paused
 from pytree2safetensors._digest import DIGESTS, METADATA, check_digest
-from pytree2safetensors._errors import WeightsMismatchError, errors_of, shorten
-from pytree2safetensors._keypath import below, string2keypath
+from pytree2safetensors._errors import (
+    KeyPathError,
+    WeightsMismatchError,
+    errors_of,
+    nearest,
+    shorten,
+)
+from pytree2safetensors._keypath import below, join, split, string2keypath
 from pytree2safetensors._leaf import WEAK, Form, abstract, holds, noted_value
 from pytree2safetensors._progress import Progress, ProgressOption, Report, reporter
 from pytree2safetensors._source import PathLike, Read, Readable, Source, fetch
@@ -32,6 +40,7 @@ from pytree2safetensors._values import (
 )
 
 _SLAB: Final = 64 << 20  # bytes: what one leaf that lives on can keep in memory, at most
+_COMPARED: Final = 2000  # names among which the prefix that was meant is looked for
 _ALIGNMENT: Final = 64  # what JAX needs to take memory over
 
 
@@ -79,13 +88,14 @@ def load_pytree(
 
 @jaxtyped(typechecker=beartype)
 def load_abstract(path: PathLike | Readable) -> PyTree:
-    """Load the tree in a file with a `jax.ShapeDtypeStruct` for each array, from the header alone.
+    """Load the tree in a file with a `jax.ShapeDtypeStruct` for each array; none of these is read.
 
     Args:
         path: A file, a binary file object, a folder of shards or its index.
 
     Returns:
-        The tree of `load_pytree`; Python scalars and strs are there as themselves.
+        The tree of `load_pytree`; Python scalars and strs are there as themselves (the values of
+        the former are read, too).
 
     Raises:
         FileFormatError: The file is damaged, or no safetensors file.
@@ -151,10 +161,21 @@ def names_below(store: Store, prefix: str) -> dict[str, str]:
             found[rest] = name
     if not found and not nodes_below(store, prefix):
         raise WeightsMismatchError(
-            f"{store.label} has nothing at the prefix {shorten(prefix)}; its names begin with "
+            f"{store.label} has nothing at the prefix {shorten(prefix)}{_nearest_node(store, prefix)}; "
+            f"its names begin with "
             f"{', '.join(map(shorten, sorted(store.forms)[:5])) or 'nothing, for it is empty'}"
         )
     return found
+
+
+def _nearest_node(store: Store, prefix: str) -> str:
+    """Which prefix of as many keys may have been meant."""
+    count = len(split(prefix))
+    nodes: dict[str, None] = {}
+    for name in islice(store.forms, _COMPARED):
+        with suppress(KeyPathError):  # a foreign name has no prefix
+            nodes[join("", *split(name)[:count])] = None
+    return nearest(prefix, list(nodes))
 
 
 def nodes_below(store: Store, prefix: str) -> Mapping[str, Kind]:

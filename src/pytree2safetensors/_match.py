@@ -1,11 +1,10 @@
 """Matching: which stored leaf goes to which leaf of a template, and every reason why not."""
 
-import difflib
 import itertools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
-from pytree2safetensors._errors import WeightsMismatchError, shorten
+from pytree2safetensors._errors import WeightsMismatchError, nearest, shorten
 from pytree2safetensors._keypath import under
 from pytree2safetensors._leaf import Logical
 from pytree2safetensors._slot import Slot, misfit
@@ -29,8 +28,8 @@ class Options(NamedTuple):
 class _Outcome:
     """What was found, and what was not."""
 
-    def __init__(self, cast: bool) -> None:
-        self.cast = cast
+    def __init__(self, paths: Sequence[str], cast: bool) -> None:
+        self.paths, self.cast = paths, cast
         self.found: list[tuple[int, str]] = []
         self.used: set[str] = set()
         self.missing: list[
@@ -71,7 +70,7 @@ def match(
             on it.
         options: How to match.
     """
-    outcome = _Outcome(options.cast)
+    outcome = _Outcome(paths, options.cast)
     waiting: list[tuple[int, str, str, Slot, Logical]] = []  # for the value of a Python scalar
     fitting: set[tuple[int, int]] = set()  # slots and stored leaves, by identity
     for position, (path, slot) in enumerate(zip(paths, slots, strict=True)):
@@ -145,7 +144,7 @@ def _check(outcome: _Outcome, wanted: bool, available: Mapping[str, Any], option
         return
     counts = f"{len(missing)} missing, {len(unexpected)} unexpected, {len(mismatched)} mismatched"
     candidates = _up_to(_COMPARED, unexpected)
-    missing_lines = [_with_nearest(name, candidates) for _, name in missing[:_LISTED]]
+    missing_lines = [_missing_line(*pair, options, candidates) for pair in missing[:_LISTED]]
     parts = [
         f"{options.label} does not fit the template: {counts}",
         *_section("missing (the template has them)", missing_lines, len(missing)),
@@ -155,6 +154,7 @@ def _check(outcome: _Outcome, wanted: bool, available: Mapping[str, Any], option
             len(unexpected),
         ),
         *_section("mismatched", mismatched[:_LISTED], len(mismatched)),
+        *_useless(options.rename, outcome.paths),
         _remedy(options, bool(missing), outcome.castable, nothing),
     ]
     raise WeightsMismatchError(
@@ -168,9 +168,18 @@ def _up_to(characters: int, names: list[str]) -> list[str]:
     return [name for name, length in zip(names, lengths, strict=True) if length <= characters]
 
 
-def _with_nearest(name: str, candidates: list[str]) -> str:
-    near = difflib.get_close_matches(name[:300], candidates, 1) if len(name) <= 300 else []
-    return shorten(name) + (f" (nearest: {shorten(near[0])})" if near else "")
+def _missing_line(path: str, name: str, options: Options, candidates: list[str]) -> str:
+    renamed = "" if name == under(options.prefix, path) else f" (renamed from {shorten(path)})"
+    return shorten(name) + renamed + nearest(name, candidates)
+
+
+def _useless(rename: Rename | None, paths: Sequence[str]) -> list[str]:
+    """What to say of a mapping that is written the wrong way round, or misspelled."""
+    others = sorted(set(rename) - set(paths)) if isinstance(rename, Mapping) else []
+    if not others:
+        return []
+    shown = ", ".join(map(shorten, others[:3])) + (", ..." if len(others) > 3 else "")
+    return [f"  rename= maps from key paths that the template lacks: {shown}"]
 
 
 def _section(title: str, lines: Iterable[str], count: int) -> list[str]:

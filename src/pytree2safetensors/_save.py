@@ -15,7 +15,7 @@ from pytree2safetensors._errors import UnsupportedLeafError, shorten
 from pytree2safetensors._file import Writable, write_file, write_stream
 from pytree2safetensors._keypath import cut, split
 from pytree2safetensors._layout import Plan, check_metadata, plan
-from pytree2safetensors._leaf import DeletedLeaf, Form, describe
+from pytree2safetensors._leaf import DeletedLeaf, Form, describe, is_valueless
 from pytree2safetensors._progress import Progress, ProgressOption, reporter
 from pytree2safetensors._source import PathLike
 from pytree2safetensors._structure import NOTE, Note, write_note
@@ -52,9 +52,10 @@ def save_pytree(
     Args:
         tree: Any pytree of arrays, Python scalars, strs and PRNG keys.
         path: The file to write, replaced whole or not at all; or a binary file object; with
-            `max_shard_size` a folder.
+            `max_shard_size` a folder, or a file in it whose stem the names begin with.
         metadata: Strings to keep beside the tensors.
-        unsupported: "skip" leaves out the leaves that a file cannot hold.
+        unsupported: "skip" leaves out the leaves that a file cannot hold, but for traced and
+            abstract arrays, which are always an error.
         durable: Whether the file has reached the disk when this returns.
         checksum: Keep a digest of each tensor, which loading checks. Costs a second pass.
         max_shard_size: Split what is larger, in bytes or such as "5GB", as model hubs do.
@@ -160,6 +161,7 @@ def collect(
     leaves: dict[str, Any] = {}
     kinds: dict[str, Kind] = {}
     unfit: list[tuple[str, Any]] = []
+    valueless = False  # arrays without values, which nobody means to leave out
     for name, leaf in zip(flat.names, flat.leaves, strict=True):
         try:
             form = describe(leaf)
@@ -170,6 +172,7 @@ def collect(
             ) from None
         if form is None:
             unfit.append((name, leaf))
+            valueless = valueless or is_valueless(leaf)
             continue
         if form.kind is not None:
             kinds[name] = form.kind
@@ -177,8 +180,8 @@ def collect(
             forms[name] = form
             leaves[name] = leaf
     if unfit:
-        if unsupported == "raise":
-            raise UnsupportedLeafError(_unfit_message(unfit))
+        if unsupported == "raise" or valueless:
+            raise UnsupportedLeafError(_unfit_message(unfit, valueless))
         leave_out([name for name, _ in unfit], flat)
     if flat.kinds.get("") == "dict":
         del flat.kinds[""]  # the default reading of a file without names
@@ -189,20 +192,22 @@ def collect(
     return Contents(forms, leaves, whole)
 
 
-def _unfit_message(unfit: list[tuple[str, Any]]) -> str:
+def _unfit_message(unfit: list[tuple[str, Any]], valueless: bool) -> str:
     lines = [f"  {shorten(name)}: {_type_name(leaf)}" for name, leaf in unfit]
-    return (
-        f"{len(unfit)} of the tree's leaves cannot be stored:\n" + "\n".join(lines) + "\n"
-        'Save with unsupported="skip" to leave them out; load_into_pytree then keeps those of '
-        "its template."
+    remedy = (
+        "Save arrays that have values: outside of jit, and no abstract ones."
+        if valueless
+        else 'Save with unsupported="skip" to leave them out; load_into_pytree then keeps those of '
+        "its template. (A class of your own is no leaf once it is registered as a pytree node.)"
     )
+    return "\n".join([f"{len(unfit)} of the tree's leaves cannot be stored:", *lines, remedy])
 
 
 def _type_name(leaf: Any) -> str:
     kind = type(leaf)
     name = f"{kind.__module__}.{kind.__qualname__}"
     if isinstance(leaf, jax.core.Tracer):
-        return f"{name}, a traced value: save outside of jit"
+        return f"{name}, a traced value"
     if kind is str:
         return f"{name} with the two halves of a surrogate pair, which JSON makes one character"
     dtype = getattr(leaf, "dtype", None)

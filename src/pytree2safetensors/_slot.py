@@ -19,6 +19,7 @@ from pytree2safetensors._leaf import (
 from pytree2safetensors._literal import show as show_value
 from pytree2safetensors._values import holds_value
 
+_NO_NUMBERS: Final = frozenset({"key", "str"})
 _RANKS: Final = {"bool": 0, "int": 2, "float": 3, "complex": 4}
 
 # What becomes of a stored leaf: an array of JAX, or of NumPy because JAX cannot hold its dtype here
@@ -130,14 +131,18 @@ def misfit(slot: Slot, stored: Logical, value: Any, *, cast: bool) -> str | None
     if wanted.kind == "key" and stored.kind == "array":
         data = (*wanted.shape, *key_shape(wanted.impl, ""))
         fits = stored.dtype == np.uint32 and stored.shape == data
-    elif wanted.kind in {"key", "str"} or stored.kind in {"key", "str"}:
+    elif wanted.kind in _NO_NUMBERS or stored.kind in _NO_NUMBERS:
         fits = (wanted.kind, wanted.impl, wanted.shape) == (stored.kind, stored.impl, stored.shape)
     elif wanted.shape == stored.shape:
         fits = _dtype_fits(wanted, stored, value, cast)
     if fits:
         return None
     of = f" ({show_value(value)})" if value is not None else ""
-    return f"the template has {show(wanted)}, and stored is {show(stored)}{of}"
+    refused = (
+        cast and wanted.shape == stored.shape and {wanted.kind, stored.kind}.isdisjoint(_NO_NUMBERS)
+    )
+    why = ", which cast=True does not convert" if refused else ""
+    return f"the template has {show(wanted)}, and stored is {show(stored)}{of}{why}"
 
 
 def _dtype_fits(wanted: Logical, stored: Logical, value: Any, cast: bool) -> bool:
