@@ -11,6 +11,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import pytest
+from hypothesis import settings
 
 from hostile import (
     MUTATORS,
@@ -30,11 +31,14 @@ from hostile import (
 )
 from pytree2safetensors import _layout, load_abstract, load_metadata, load_pytree, save_pytree
 
-_THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"
-# Together; one in CI takes some milliseconds.
-MUTATIONS = int(os.environ.get("HOSTILE_MUTATIONS", "250000" if _THOROUGH else "2500"))
-# The seed is a new one in a thorough run. A failure shows it, and so can be repeated.
-SEED = os.environ.get("HOSTILE_SEED", f"{random.SystemRandom().random()}" if _THOROUGH else "0")
+pytestmark = pytest.mark.fuzz
+
+# Together; each takes some milliseconds, and shows less than an example of Hypothesis does.
+MUTATIONS = int(os.environ.get("HOSTILE_MUTATIONS", 25 * settings().max_examples))
+# A random seed where Hypothesis has one. A failure shows it, and so can be repeated.
+SEED = os.environ.get(
+    "HOSTILE_SEED", "0" if settings().derandomize else f"{random.SystemRandom().random()}"
+)
 
 
 @pytest.mark.parametrize("kind", MUTATORS)

@@ -249,7 +249,7 @@ def cases(draw: st.DrawFn) -> tuple[tuple[int, ...], Any]:
     return tuple(shape), P(*entries)
 
 
-@settings(max_examples=60)
+@settings(max_examples=settings().max_examples * 3 // 5)
 @given(
     cases(),
     st.sampled_from(["float32", "bfloat16", "int8", "bool", "complex64", "float16"]),
