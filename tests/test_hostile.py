@@ -1,6 +1,7 @@
 """Files that lie, each with what loading them says."""
 
 import copy
+import inspect
 import io
 import json
 import pickle
@@ -38,6 +39,7 @@ from pytree2safetensors import (
     Pytree2SafetensorsError,
     PyTreeContainer,
     TreeStructureError,
+    _structure,
     dict2pytree,
     load_abstract,
     load_into_pytree,
@@ -52,6 +54,12 @@ from pytree2safetensors._layout import MAX_DIMENSIONS, MAX_HEADER
 
 FLOAT = tensor("F32", [2], 0, 8)
 WHOLE = file({"@a": FLOAT}, bytes(8))
+
+
+@pytest.fixture(autouse=True)
+def _unchecked_integers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The runtime type check of each of a million integers would take a minute."""
+    monkeypatch.setattr(_structure, "_integer", inspect.unwrap(_structure._integer))
 
 
 def refused(

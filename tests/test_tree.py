@@ -438,9 +438,8 @@ def frames_left_below(depth: int) -> int:
 @pytest.mark.parametrize("tree", unflattenable(), ids=range(6))
 def test_what_cannot_be_flattened_costs_the_thread_nothing(tree: Any, tmp_path: Path) -> None:
     before = frames_left()
-    for _ in range(5):
-        for use in (pytree2dict, lambda tree: save_pytree(tree, tmp_path / "file")):
-            with pytest.raises((TreeStructureError, KeyPathError)):
-                use(tree)
+    for use in (pytree2dict, lambda tree: save_pytree(tree, tmp_path / "file")):
+        with pytest.raises((TreeStructureError, KeyPathError)):
+            use(tree)
     assert frames_left() >= before
     assert not [*tmp_path.iterdir()]
