@@ -7,28 +7,33 @@ Later results replace earlier ones of the same environment.
 """
 
 import json
-import re
 import sys
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 KEPT = Path(__file__).parents[1] / "compatibility.json"
-PYTHON = re.compile(r"^Python (\S+)", re.MULTILINE)  # in what the first command prints
 PACKAGES = ("jax", "numpy", "safetensors")
+OTHERS = ("types", "docs", "coverage")  # which have JAX, and ask something else
 
 
-def condense(result: dict[str, Any]) -> dict[str, dict[str, str]]:
-    """Take from tox's result what the table shows."""
+def condense(path: Path) -> dict[str, dict[str, str]]:
+    """Take from tox's results what the table shows: of environments that tested with JAX."""
+    result: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    day = datetime.fromtimestamp(path.stat().st_mtime, timezone.utc).date().isoformat()
     found = {}
     for name, environment in result["testenvs"].items():
-        if not name.startswith("py") or not environment.get("test"):
+        if name.startswith(".") or not environment.get("test"):
             continue
         installed = dict(
             line.split("==") for line in environment["installed_packages"] if "==" in line
         )
+        if "jax" not in installed or name in OTHERS:
+            continue
         passed = all(command["retcode"] == 0 for command in environment["test"])
         found[name] = {
-            "python": PYTHON.search(environment["test"][0]["output"])[1],
+            "date": day,
+            "python": ".".join(map(str, environment["python"]["version_info"][:3])),
             **{package: installed[package] for package in PACKAGES},
             "result": "passes" if passed else "fails",
         }
@@ -41,8 +46,8 @@ def table() -> list[str]:
         return ["No results have been published for this version yet."]
     kept = json.loads(KEPT.read_text("utf-8"))
     lines = [
-        "| environment | Python | JAX | NumPy | safetensors | tests |",
-        "|---|---|---|---|---|---|",
+        "| environment | Python | JAX | NumPy | safetensors | tests | run on |",
+        "|---|---|---|---|---|---|---|",
     ]
     rows = sorted(
         ([[int(part) for part in kept[name]["jax"].split(".")], name] for name in kept),
@@ -50,7 +55,8 @@ def table() -> list[str]:
     )
     for _, name in rows:
         cells = kept[name]
-        shown = [cells["python"], *(cells[package] for package in PACKAGES), cells["result"]]
+        columns = ("python", *PACKAGES, "result", "date")
+        shown = [cells[column] for column in columns]
         lines.append(f"| `{name}` | {' | '.join(shown)} |")
     return lines
 
@@ -59,7 +65,7 @@ def main() -> None:
     """Merge the results that are named on the command line."""
     kept = json.loads(KEPT.read_text("utf-8")) if KEPT.exists() else {}
     for path in sys.argv[1:]:
-        kept |= condense(json.loads(Path(path).read_text("utf-8")))
+        kept |= condense(Path(path))
     KEPT.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n", "utf-8")
 
 
