@@ -656,6 +656,27 @@ def test_a_pipe_is_written_to(tmp_path: Path) -> None:
 
 
 @posix
+def test_a_pipe_without_a_name_is_written_to() -> None:
+    reader, writer = os.pipe()
+    save_pytree(version(1), f"/dev/fd/{writer}")  # as /dev/stdout is, or >(a command) of a shell
+    os.close(writer)
+    with os.fdopen(reader, "rb") as file:
+        assert_same(version(1), load_pytree(file), "from the pipe")
+
+
+@posix
+def test_a_file_without_a_name_is_written_to(tmp_path: Path) -> None:
+    with (tmp_path / "file").open("w+b") as file:
+        file.write(b"longer than what takes its place" * 1000)
+        file.flush()
+        (tmp_path / "file").unlink()
+        save_pytree(version(1), f"/dev/fd/{file.fileno()}")
+        file.seek(0)
+        assert_same(version(1), load_pytree(file), "from the file")
+    assert not [*tmp_path.iterdir()]
+
+
+@posix
 def test_a_pipe_is_read_from(tmp_path: Path) -> None:
     path = tmp_path / "pipe"
     os.mkfifo(path)

@@ -37,6 +37,17 @@ def test_the_file_is_that_of_the_synchronous_save(tmp_path: Path) -> None:
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="a folder in use cannot be removed")
+def test_a_whole_path_needs_no_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    save_pytree_async({"a": 1}, tmp_path / "file").result()
+    assert load_pytree(tmp_path / "file") == {"a": 1}
+
+
 def test_what_changes_after_the_call_is_not_saved(tmp_path: Path) -> None:
     array = np.zeros(1_000_000, np.float32)
     future = save_pytree_async({"a": array}, tmp_path / "file")

@@ -639,6 +639,12 @@ def strictly(text: str) -> Any:
     return json.loads(text, parse_constant=refuse)
 
 
+def test_options_may_stand_before_a_file_alone(run: Run) -> None:
+    save_pytree(small(), "tree")
+    assert run("--json", "tree") == run("show", "tree", "--json")
+    assert run("--all", "--prefix", "", "tree") == run("show", "tree", "--all")
+
+
 def test_show_json(run: Run) -> None:
     save_pytree(
         {"w": jnp.zeros((2, 3), jnp.bfloat16), "k": jax.random.key(0), "s": "\x1b", "n": (1,)},

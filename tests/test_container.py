@@ -1,6 +1,7 @@
 """The two containers are real pytree nodes, and no attribute changes how they behave."""
 
 import copy
+import inspect
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -226,6 +227,20 @@ def test_copies_of_arrays(make: Callable[[Any], Any], container: PyTreeContainer
     found = make(container)
     assert_same(found, container)
     assert found is not container
+
+
+@pytest.mark.parametrize("make", COPIES.values(), ids=COPIES.keys())
+def test_a_copy_of_what_holds_itself_holds_itself(make: Callable[[Any], Any]) -> None:
+    children: list[Any] = []
+    container = UnkeyedContainer([children])
+    children.append(container)
+    made = make(container)
+    assert made[0][0] is (container if make is copy.copy else made)
+
+
+def test_the_signatures_are_those_of_the_constructors() -> None:
+    assert [*inspect.signature(PyTreeContainer).parameters] == ["attrs"]
+    assert [*inspect.signature(UnkeyedContainer).parameters] == ["children"]
 
 
 def test_a_deep_copy_shares_nothing() -> None:

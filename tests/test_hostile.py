@@ -379,6 +379,15 @@ def test_a_note_that_contradicts_the_tensors_is_refused(content: bytes, text: st
     assert text in str(found)
 
 
+@pytest.mark.parametrize("path", [".a", "#01", "@b\\q", "@\ud800"])
+def test_a_noted_leaf_without_a_tensor_has_a_key_path(path: str) -> None:
+    content = leaves({path: ["str", "text"]})
+    for load in (load_pytree, load_abstract, load_metadata):
+        found = attempt(load, content)
+        assert type(found) is FileFormatError
+        assert "the note of the BytesIO has a leaf that no tree has: " in str(found)
+
+
 def test_noted_nodes_of_two_kinds_make_no_tree() -> None:
     found = attempt(load_pytree, nodes({"@a": "list", "b": "list"}))
     assert type(found) is TreeStructureError

@@ -105,6 +105,23 @@ def test_a_text_file_is_refused() -> None:
         load_pytree(io.StringIO("text"))  # type: ignore[arg-type] # what is tested
 
 
+def test_a_file_opened_as_text_is_refused_whatever_its_bytes(tmp_path: Path) -> None:
+    save_pytree({"a": np.full(3, -1.0)}, tmp_path / "file")
+    with (
+        (tmp_path / "file").open(encoding="utf-8") as file,  # which these bytes are not
+        pytest.raises(TypeError, match="binary mode"),
+    ):
+        load_pytree(file)  # type: ignore[arg-type] # what is tested
+
+
+def test_a_file_object_need_not_say_where_it_sought_to() -> None:
+    class Silent(io.BytesIO):
+        def seek(self, *arguments: int) -> None:  # type: ignore[override] # as before Python 3.13 in mmap
+            super().seek(*arguments)
+
+    assert_same(load_pytree(Silent(saved())), TREE)
+
+
 @pytest.mark.parametrize("shape", [(), (0,), (3, 0), (5,)])
 def test_empty_and_small_arrays_pass_through_streams(shape: tuple[int, ...]) -> None:
     tree = {"a": np.zeros(shape, np.int16)}

@@ -159,9 +159,9 @@ def test_options_are_keyword_only(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         load_pytree(path, "")  # type: ignore[call-arg]
     with pytest.raises(TypeError):
-        load_into_pytree({}, path, True)  # type: ignore[call-arg]
+        load_into_pytree({}, path, True, True)  # type: ignore[call-arg]
     with pytest.raises(TypeError):
-        set_weights({}, {}, True)  # type: ignore[call-arg]
+        set_weights({}, {}, True, True)  # type: ignore[call-arg]
 
 
 def test_key_paths_and_strings_are_not_mixed_up() -> None:

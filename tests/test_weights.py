@@ -1,5 +1,6 @@
 """Templates and skipped leaves: what once went wrong, each case a test."""
 
+import inspect
 import io
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,12 @@ from pytree2safetensors import (
     WeightsMismatchError,
     _leaf,
     _match,
+    _save,
     dict2pytree,
     load_abstract,
     load_into_pytree,
     load_pytree,
+    pytree2dict,
     save_pytree,
     set_weights,
 )
@@ -286,3 +289,49 @@ struct: Any = jax.ShapeDtypeStruct
 def _enable_x64(enabled: bool) -> Any:
     experimental: Any = jax.experimental
     return (jax if hasattr(jax, "enable_x64") else experimental).enable_x64(enabled)
+
+
+# --- verbose, the third argument of 0.1.4 -----------------------------------------------------
+
+
+def test_verbose_tells_what_was_left(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    template = {"a": 0, "b": np.zeros(2), "c": 1}
+    stored = {"@a": 5, "@b": np.zeros(3), "@d": 2}
+    found = set_weights(template, stored, True, strict=False)
+    assert (found["a"], found["c"]) == (5, 1)
+    expected = (
+        "the dictionary does not fit the template: 1 missing, 1 unexpected, 1 mismatched\n"
+        "  missing (the template has them):\n"
+        "    '@c'\n"
+        "  unexpected (the template has no place for them):\n"
+        "    '@d'\n"
+        "  mismatched:\n"
+        "    '@b': the template has float64[2], and stored is float64[3]\n"
+    )
+    assert capfd.readouterr() == ("", expected)
+    save_pytree({"a": 5, "d": 2}, tmp_path / "file")
+    load_into_pytree({"a": 0}, tmp_path / "file", verbose=True, strict=False)
+    assert capfd.readouterr().err.endswith("place for them):\n    '@d'\n")
+
+
+def test_verbose_says_nothing_where_all_fits(capfd: pytest.CaptureFixture[str]) -> None:
+    assert set_weights({"a": 0}, {"@a": 5}, verbose=True) == {"a": 5}
+    with pytest.raises(WeightsMismatchError):  # which says it all
+        set_weights({"a": 0}, {"@a": 5, "@b": 6}, verbose=True)
+    set_weights({"a": 0}, {"@a": 5, "@b": 6}, strict=False)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_what_a_cast_loses_is_no_warning(tmp_path: Path) -> None:
+    tree = {"a": np.array([1e9, np.nan, -1e-9], np.float32)}
+    save_pytree(tree, tmp_path / "file")
+    for template in ({"a": np.zeros(3, np.float16)}, {"a": jnp.zeros(3, jnp.float16)}):
+        found = load_into_pytree(template, tmp_path / "file", cast=True)
+        assert np.isinf(found["a"][0])
+        assert_same(set_weights(template, pytree2dict(tree), cast=True), found)
+
+
+def test_nothing_but_skip_leaves_leaves_out() -> None:
+    unchecked: Any = inspect.unwrap(_save.collect)  # as where the runtime type checks are off
+    with pytest.raises(UnsupportedLeafError):
+        unchecked({"a": 1, "b": print}, {}, "ignore")

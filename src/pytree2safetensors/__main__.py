@@ -108,9 +108,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _with_command(arguments: Sequence[str]) -> list[str]:
-    """A file alone is shown."""
-    first = arguments[0] if arguments else "-"
-    given = first in {"show", "diff", "verify"} or first.startswith("-")
+    """A file alone is shown, whatever options come with it."""
+    of_all = {"show", "diff", "verify", "-h", "--help", "--version"}
+    given = not arguments or arguments[0] in of_all
     return [*arguments] if given else ["show", *arguments]
 
 

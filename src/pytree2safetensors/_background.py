@@ -66,7 +66,9 @@ def save_pytree_async(
     """
     report = reporter(progress, "saving")
     if isinstance(path, str | os.PathLike):  # the process may change its folder meanwhile
-        path = os.path.join(os.getcwd(), os.fsdecode(path))  # noqa: PTH109, PTH118 - keeps a last "/"
+        path = os.fsdecode(path)
+        if not os.path.isabs(path):  # noqa: PTH117 - a str it is, and stays: it keeps a last "/"
+            path = os.path.join(os.getcwd(), path)  # noqa: PTH109, PTH118
     with collector_paused():
         contents = collect(tree, metadata or {}, unsupported)
         if _distributed.is_needed(contents.leaves.values()):

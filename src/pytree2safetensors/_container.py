@@ -32,7 +32,7 @@ class PyTreeContainer:
     __slots__ = ("__attrs__", "__weakref__")
     __attrs__: dict[str, Any]
 
-    def __new__(cls, *_: Any, **__: Any) -> "PyTreeContainer":
+    def __new__(cls, attrs: Mapping[str, Any] = {}) -> "PyTreeContainer":  # noqa: ARG004 - as __init__
         return container_of({})  # so that an error in __init__ can show it
 
     @jaxtyped(typechecker=beartype)
@@ -125,7 +125,7 @@ class UnkeyedContainer:
     __slots__ = ("__weakref__", "children")
     children: tuple[Any, ...]
 
-    def __new__(cls, *_: Any, **__: Any) -> "UnkeyedContainer":
+    def __new__(cls, children: Iterable[Any] = ()) -> "UnkeyedContainer":  # noqa: ARG004 - as __init__
         return _unflatten_unkeyed(None, ())  # so that an error in __init__ can show it
 
     @jaxtyped(typechecker=beartype)
@@ -145,7 +145,8 @@ class UnkeyedContainer:
         raise TypeError("UnkeyedContainer has no subclasses; register a pytree node of your own")
 
     def __reduce__(self) -> tuple[object, ...]:
-        return UnkeyedContainer, (self.children,)
+        # As a state, which is set once the container is there: a child may hold the container.
+        return UnkeyedContainer, (), (None, {"children": self.children})
 
     def __repr__(self) -> str:
         from pytree2safetensors._show import render  # rendering knows the containers

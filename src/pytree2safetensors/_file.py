@@ -109,13 +109,12 @@ def replacing(path: PathLike, *, durable: bool, name: str | None = None) -> Iter
     Until then the file has the given name, beside the one it replaces.
     """
     try:
-        target = _followed(os.fsdecode(path))
-        try:
-            status = os.stat(target)
-        except FileNotFoundError:
-            status = None
-        if status is not None and not stat.S_ISREG(status.st_mode):
-            with _special(target) as descriptor:
+        whole = os.fsdecode(path)
+        status = _status(whole)
+        special = status is not None and not stat.S_ISREG(status.st_mode)
+        target = whole if special else _followed(whole)
+        if special or (status is not None and _is_nameless(target)):
+            with _special(whole) as descriptor:
                 yield descriptor
             return
         folder = os.path.dirname(target)
@@ -177,6 +176,18 @@ def write_at(descriptor: int, piece: memoryview, offset: int) -> None:
 def is_special(path: PathLike) -> bool:
     """Whether there is something that is not a regular file."""
     return os.path.exists(path) and not os.path.isfile(path)
+
+
+def _status(path: str) -> os.stat_result | None:
+    try:
+        return os.stat(path)
+    except FileNotFoundError:
+        return None
+
+
+def _is_nameless(target: str) -> bool:
+    """Whether Linux says so, of a file that a link of the kind of /dev/fd/3 leads to."""
+    return target.endswith(" (deleted)") and not os.path.lexists(target)
 
 
 def _followed(path: str) -> str:
@@ -262,8 +273,8 @@ class _Closing:
 
 @contextmanager
 def _special(path: str) -> Iterator[int]:
-    """What is not a regular file (a device, a pipe) is written to, not replaced."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    """What is not a regular file (a device, a pipe), or has no name, is written to, not replaced."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC)
     try:
         yield descriptor
     finally:

@@ -1,6 +1,7 @@
 """Matching: which stored leaf goes to which leaf of a template, and every reason why not."""
 
 import itertools
+import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -20,6 +21,7 @@ class Options(NamedTuple):
 
     label: str
     strict: bool
+    verbose: bool
     cast: bool
     prefix: str
     rename: Rename | None
@@ -135,12 +137,13 @@ def _unfit(slot: Slot, stored: Logical | None, value: Any, cast: bool) -> str | 
 
 
 def _check(outcome: _Outcome, wanted: bool, available: Mapping[str, Any], options: Options) -> None:
-    """Raise one error for everything that does not match, if that is too much."""
+    """Raise one error for everything that does not match, if that is too much; or tell it."""
     missing, mismatched = outcome.missing, outcome.mismatched
     unexpected = [name for name in available if name not in outcome.used]
     nothing = not outcome.found and (bool(available) or wanted)
-    strictly = options.strict and (missing or unexpected or mismatched)
-    if not (strictly or outcome.lost or nothing):
+    left = bool(missing or unexpected or mismatched)
+    fails = (options.strict and left) or outcome.lost or nothing
+    if not fails and not (options.verbose and left):
         return
     counts = f"{len(missing)} missing, {len(unexpected)} unexpected, {len(mismatched)} mismatched"
     candidates = _up_to(_COMPARED, unexpected)
@@ -155,8 +158,11 @@ def _check(outcome: _Outcome, wanted: bool, available: Mapping[str, Any], option
         ),
         *_section("mismatched", mismatched[:_LISTED], len(mismatched)),
         *_useless(options.rename, outcome.paths),
-        _remedy(options, bool(missing), outcome.castable, nothing),
     ]
+    if not fails:
+        sys.stderr.write("\n".join([*parts, ""]))
+        return
+    parts.append(_remedy(options, bool(missing), outcome.castable, nothing))
     raise WeightsMismatchError(
         "\n".join(parts), [path for path, _ in missing], unexpected, mismatched
     )

@@ -67,6 +67,7 @@ def save_pytree(
         KeyPathError: A key has no spelling, or two leaves have one.
         TreeStructureError: JAX cannot flatten the tree.
         FileFormatError: The metadata or the header are beyond what the format allows.
+        ValueError: `max_shard_size` is no size, or `path` then is no path.
         OSError: The file cannot be written; what was there before still is.
 
     Specification: *Files*.
@@ -180,7 +181,7 @@ def collect(
             forms[name] = form
             leaves[name] = leaf
     if unfit:
-        if unsupported == "raise" or valueless:
+        if unsupported != "skip" or valueless:
             raise UnsupportedLeafError(_unfit_message(unfit, valueless))
         leave_out([name for name, _ in unfit], flat)
     if flat.kinds.get("") == "dict":

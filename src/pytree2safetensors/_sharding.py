@@ -34,7 +34,7 @@ from pytree2safetensors._region import (
 )
 from pytree2safetensors._source import Read, fetch
 from pytree2safetensors._store import Store
-from pytree2safetensors._values import from_bytes, host_array, weaken, wrap_key
+from pytree2safetensors._values import cast_array, from_bytes, host_array, weaken, wrap_key
 
 _SMALL: Final = (
     1 << 20
@@ -191,7 +191,7 @@ def _cut_by_jax(
         if leaf.kind == "key":
             values.append(wrap_key(hosts[name], leaf.impl))
         else:
-            values.append(hosts[name].astype(leaf.dtype, copy=False))
+            values.append(cast_array(hosts[name], leaf.dtype))
     made: list[jax.Array] = jax.device_put(values, [plan.wanted.sharding for plan in plans])
     return made
 
@@ -398,7 +398,6 @@ def _values(shard: _Shard) -> NDArray[Any]:
     shape = shape_of(shard.region)
     form = shard.plan.form._replace(shape=shape, nbytes=len(shard.raw()))
     values = from_bytes(shard.memory, form, name, shard.offset)
-    if leaf.dtype is not None:
-        values = values.astype(leaf.dtype, copy=False)
+    values = cast_array(values, leaf.dtype)
     beyond = shape[len(leaf.shape) :] if leaf.kind == "key" else ()
     return values.reshape((*sharding.shard_shape(leaf.shape), *beyond))

@@ -1,6 +1,7 @@
 """Bytes out of files, file objects and maps. `_file` opens files to write; nothing else opens any."""
 
 import errno
+import io
 import mmap
 import os
 import stat
@@ -115,7 +116,8 @@ class _Stream(Source):
 
     def __init__(self, label: str, file: Any) -> None:
         self.file, self.start = file, file.tell()
-        super().__init__(label, max(0, file.seek(0, os.SEEK_END) - self.start))
+        file.seek(0, os.SEEK_END)  # which returns the position, or nothing
+        super().__init__(label, max(0, file.tell() - self.start))
         self.lock = threading.Lock()
 
     def read_into(self, buffers: list[memoryview], offset: int) -> int:
@@ -138,6 +140,8 @@ def open_source(path: PathLike | Readable) -> Source:
     if isinstance(path, str | os.PathLike):
         return _open_path(os.fsdecode(path))
     label = _label_of(path)
+    if isinstance(path, io.TextIOBase):
+        raise TypeError(f"{label} gives str, not bytes; open it in binary mode")
     seekable = getattr(path, "seekable", None)
     if seekable is not None and seekable():
         return _Stream(label, path)

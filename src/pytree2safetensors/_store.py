@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pytree2safetensors import _digest, _hub
-from pytree2safetensors._errors import FileFormatError, errors_of, shorten
+from pytree2safetensors._errors import FileFormatError, KeyPathError, errors_of, shorten
+from pytree2safetensors._keypath import string2keypath
 from pytree2safetensors._layout import LENGTH_BYTES, Tensors, header_length, parse
 from pytree2safetensors._leaf import Form, Logical, check_kind, logical
 from pytree2safetensors._source import PathLike, Readable, Source, open_source
@@ -78,6 +79,7 @@ class Store:
                     raise FileFormatError(
                         f"{self.label} has a tensor {shorten(name)}, and a note that it has none"
                     )
+                _check_path(name, self.label)
                 self.forms[name] = Form("", (), 0, kind)
             elif form is None:
                 raise FileFormatError(
@@ -103,6 +105,14 @@ class Store:
         nbytes = self.forms[name].nbytes
         for start in range(0, nbytes, _PIECE):
             yield np.frombuffer(source.read(offset + start, min(_PIECE, nbytes - start)), np.uint8)
+
+
+def _check_path(name: str, label: str) -> None:
+    """Refuse what only a note can give a name that no save spells."""
+    try:
+        string2keypath(name)
+    except KeyPathError as error:
+        raise FileFormatError(f"the note of {label} has a leaf that no tree has: {error}") from None
 
 
 def open_store(path: PathLike | Readable) -> Store:

@@ -164,8 +164,7 @@ def python_value(values: NDArray[Any], form: Form) -> Any:
 def holds_value(dtype: np.dtype[Any], value: Any) -> bool:
     """Whether a dtype has the value of a Python scalar: an integer exactly, a float rounded."""
     try:
-        with np.errstate(all="ignore"):
-            held = scalar_array(value, dtype)
+        held = scalar_array(value, dtype)
     except (OverflowError, TypeError, ValueError):
         return False
     if rank_of(dtype) < 3:
@@ -178,16 +177,22 @@ def holds_value(dtype: np.dtype[Any], value: Any) -> bool:
 
 def scalar_array(value: Any, dtype: np.dtype[Any]) -> NDArray[Any]:
     """A Python scalar as a 0-d array; an integer of any size goes through no other dtype."""
-    return np.array(value, object if type(value) is int else None).astype(dtype)
+    return cast_array(np.array(value, object if type(value) is int else None), dtype)
 
 
 def to_host(value: Any, dtype: np.dtype[Any] | None) -> NDArray[Any]:
     """The values of a leaf as a NumPy array, in a dtype where one is given."""
-    if dtype is None:
-        return host_array(value)
-    if type(value) in PYTHON_SCALARS:
+    if dtype is not None and type(value) in PYTHON_SCALARS:
         return scalar_array(value, dtype)
-    return host_array(value).astype(dtype, copy=False)
+    return cast_array(host_array(value), dtype)
+
+
+def cast_array(values: NDArray[Any], dtype: np.dtype[Any] | None) -> NDArray[Any]:
+    """The values in the dtype that is asked for, if one is: what that loses is no warning."""
+    if dtype is None or values.dtype == dtype:
+        return values
+    with np.errstate(all="ignore"):
+        return values.astype(dtype, copy=False)
 
 
 # --- to JAX -----------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ import jax
 import numpy as np
 from beartype import beartype
 from jaxtyping import jaxtyped
-from numpy.typing import NDArray
 
 from pytree2safetensors._collector import collector_paused
 from pytree2safetensors._keypath import below, string2keypath
@@ -20,13 +19,14 @@ from pytree2safetensors._slot import Slot, slots_of, to_python
 from pytree2safetensors._source import PathLike, Readable
 from pytree2safetensors._store import Store, open_store
 from pytree2safetensors._tree import PyTree, flatten
-from pytree2safetensors._values import to_host, to_jax, weaken, wrap_key
+from pytree2safetensors._values import cast_array, to_host, to_jax, weaken, wrap_key
 
 
 @jaxtyped(typechecker=beartype)
 def set_weights(
     module: PyTree,
     dictionary: Mapping[str, Any],
+    verbose: bool = False,
     *,
     strict: bool = True,
     cast: bool = False,
@@ -38,6 +38,7 @@ def set_weights(
     Args:
         module: The template: arrays, `jax.ShapeDtypeStruct`s, NumPy arrays, Python scalars.
         dictionary: Names to leaves, such as `pytree2dict` gives.
+        verbose: Whether to tell on stderr what `strict=False` left as it was, or did not use.
         strict: Whether every leaf must be there and fit, and none be left over. Where False, the
             template keeps what does not fit; nothing fitting at all is still an error.
         cast: Convert dtypes to those of the template, as far as NumPy's "same_kind" goes.
@@ -67,7 +68,7 @@ def set_weights(
     available = {
         name: None if slot is None else slot.leaf for name, slot in zip(names, slots, strict=True)
     }
-    options = Options("the dictionary", strict, cast, prefix, rename)
+    options = Options("the dictionary", strict, verbose, cast, prefix, rename)
     matches = match(template.names, template.slots, available, lambda _: dictionary, options)
     leaves = list(template.leaves)
     for position, name in matches:
@@ -81,6 +82,7 @@ def set_weights(
 def load_into_pytree(
     module: PyTree,
     path: PathLike | Readable,
+    verbose: bool = False,
     *,
     strict: bool = True,
     cast: bool = False,
@@ -95,6 +97,7 @@ def load_into_pytree(
         module: The template: arrays, `jax.ShapeDtypeStruct`s, NumPy arrays, Python scalars. A leaf
             with a sharding gets its values in that sharding.
         path: A file, a binary file object, a folder of shards or its index.
+        verbose: Whether to tell on stderr what `strict=False` left as it was, or did not use.
         strict: Whether every leaf must be there and fit, and none be left over. Where False, the
             template keeps what does not fit; nothing fitting at all is still an error.
         cast: Convert dtypes to those of the template, as far as NumPy's "same_kind" goes.
@@ -122,7 +125,7 @@ def load_into_pytree(
     with collector_paused(), open_store(path) as store:
         template = _template(module)
         names = names_below(store, prefix).values()
-        options = Options(store.label, strict, cast, prefix, rename)
+        options = Options(store.label, strict, verbose, cast, prefix, rename)
         available = _Stored(store, names)
 
         def scalars(asked: Collection[str]) -> Mapping[str, Any]:
@@ -250,11 +253,11 @@ def _placed(
         if slot.target == "python":
             yield position, to_python(host, slot.leaf)
         elif slot.target != "jax":
-            host = _converted(host, slot.leaf.dtype)
+            host = cast_array(host, slot.leaf.dtype)
             host = host.copy() if name in given else host  # two leaves of the template, one tensor
             given.add(name)
             yield position, host[()] if slot.target == "scalar" else host
-    made = to_jax([_converted(hosts[name], slot.leaf.dtype) for _, name, slot in arrays])
+    made = to_jax([cast_array(hosts[name], slot.leaf.dtype) for _, name, slot in arrays])
     for (position, name, slot), value in zip(arrays, made, strict=True):
         leaf = value
         if slot.leaf.kind == "key":
@@ -267,7 +270,3 @@ def _placed(
     foreign = [name for _, name, slot in whole if slot.target == "foreign"]
     if foreign:
         warn_foreign(store, foreign)
-
-
-def _converted(host: NDArray[Any], dtype: np.dtype[Any] | None) -> NDArray[Any]:
-    return host if dtype is None or host.dtype == dtype else host.astype(dtype)
