@@ -129,8 +129,8 @@ def load_metadata(path: PathLike | Readable) -> dict[str, str]:
         path: A file, a binary file object, a folder of shards or its index.
 
     Returns:
-        The metadata, without the entries that this package writes itself: `format`, where it is
-        "flax", is one of them.
+        The metadata, without the entries that this package writes itself, of which a `format` that
+        is "flax" is one.
 
     Raises:
         FileFormatError: The file is damaged, or no safetensors file.
