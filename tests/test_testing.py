@@ -394,8 +394,7 @@ SHRUNK: dict[str, tuple[st.SearchStrategy[Any], Callable[[Any], bool], int]] = {
     "a str": (leaves(), lambda leaf: type(leaf) is str and leaf != "", 3),
     "a key array": (leaves(), is_key, 60),
     "a tree": (pytrees(), lambda tree: True, 40),
-    # "[0]", or "[None]", than which no list with something in it is shorter either.
-    "a list": (pytrees(st.just(0)), lambda tree: type(tree) is list and tree != [], 6),
+    "a list": (pytrees(st.just(0)), lambda tree: type(tree) is list and tree != [], 5),
     "a tuple in a list": (pytrees(st.just(0)), within(list, tuple), 30),
 }
 

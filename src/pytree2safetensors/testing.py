@@ -252,8 +252,15 @@ _LAYOUTS: Final[tuple[Callable[[NDArray[Any]], Any], ...]] = (
     _scalar,
 )
 
-# Left out: sizes and numbers of axes that would only take longer.
-_SHAPES: Final = array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=4)
+
+def _shape(number: int) -> tuple[int, ...]:
+    """The shape of up to four axes of up to four elements that has this number."""
+    number, axes = divmod(number, 5)
+    return tuple(number // 5**axis % 5 for axis in range(axes))
+
+
+# From one number, as names are. Left out: sizes and numbers of axes that would only take longer.
+_SHAPES: Final = st.integers(0, 5**5 - 1).map(_shape)
 
 
 @st.composite
@@ -437,25 +444,37 @@ def pytrees(
     unknown = set(nodes) - set(NODES)
     if unknown:
         raise ValueError(f"nodes are some of NODES, and these are not: {unknown}")
-    return _trees(leaves, tuple(kind for kind in NODES if kind in nodes), min_size, max_depth)
+    unfit = _CHILDLESS if min_size else ()
+    kinds = tuple(kind for kind in NODES if kind in nodes and kind not in unfit)
+    return _trees(leaves, kinds, min_size, max_depth)
 
 
 @st.composite
-def _trees(draw: Draw, leaves: SearchStrategy[Any], nodes: Any, min_size: int, depth: int) -> Any:
-    if not depth or not draw(st.integers(0, 3)):
+def _trees(draw: Draw, leaves: SearchStrategy[Any], kinds: Any, min_size: int, depth: int) -> Any:
+    if not depth:
         return draw(leaves)
-    return draw(_nodes(leaves, nodes, min_size, depth))
+    nodes = _nodes(leaves, kinds, min_size, depth)
+    # One number decides. The first, for every fourth tree, are a leaf.
+    alone = len(nodes) // 3 + 1
+    number = draw(_below(alone + len(nodes))) - alone
+    return draw(leaves if number < 0 else nodes[number])
 
 
 @lru_cache(maxsize=256)
 def _nodes(
-    leaves: SearchStrategy[Any], nodes: Any, min_size: int, depth: int
-) -> SearchStrategy[Any]:
+    leaves: SearchStrategy[Any], kinds: Any, min_size: int, depth: int
+) -> list[SearchStrategy[Any]]:
     # Kept, as what a strategy finds out about its parts takes longer than drawing from it.
-    children = _trees(leaves, nodes, min_size, depth - 1)
-    return st.one_of([_BUILDERS[kind](children, min_size) for kind in nodes])
+    children = _trees(leaves, kinds, min_size, depth - 1)
+    return [_BUILDERS[kind](children, min_size) for kind in kinds]
 
 
+@cache
+def _below(count: int) -> SearchStrategy[int]:
+    return st.integers(0, count - 1)
+
+
+_CHILDLESS: Final = (type(None), Nothing)
 _Children = SearchStrategy[Any]
 _MOST = 4  # children of one node: a tree of few leaves has no more at its every level
 
@@ -532,8 +551,8 @@ _BUILDERS: Final[Mapping[type, Callable[[_Children, int], SearchStrategy[Any]]]]
     tuple: _tuples,
     PyTreeContainer: _containers,
     UnkeyedContainer: lambda children, least: st.builds(UnkeyedContainer, _lists(children, least)),
-    type(None): lambda _, least: st.none() if not least else st.nothing(),
-    Nothing: lambda _, least: st.just(Nothing()) if not least else st.nothing(),
+    type(None): lambda _, __: st.none(),
+    Nothing: lambda _, __: st.just(Nothing()),
     Pair: lambda children, _: st.builds(Pair, children, children),
     Record: lambda children, _: st.builds(Record, children, children),
     Keyed: _keyed,
