@@ -62,8 +62,7 @@ def generated(strategy: st.SearchStrategy[Any], count: int) -> list[Any]:
     return found
 
 
-# What was generated for one test of a group is there for all of them, if one process runs them.
-one_process = pytest.mark.xdist_group
+# The tests that use one of these are an xdist_group: one process generates for all of them.
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +130,7 @@ def text_of(key: Any) -> str:
     return value_of(key) if type(value_of(key)) is str else ""
 
 
-@one_process("keys")
+@pytest.mark.xdist_group("keys")
 @pytest.mark.parametrize("condition", KEYS.values(), ids=KEYS.keys())
 def test_keys_reach(some_keys: list[Any], condition: Callable[[Any], bool]) -> None:
     assert any(map(condition, some_keys))
@@ -163,7 +162,7 @@ def test_the_dtypes_are_all_there_are() -> None:
     assert len(testing._DTYPES) == len({*testing._DTYPES})
 
 
-@one_process("arrays")
+@pytest.mark.xdist_group("arrays")
 @pytest.mark.parametrize("dtype", testing._DTYPES, ids=str)
 def test_arrays_reach_every_dtype(some_arrays: list[Any], dtype: np.dtype[Any]) -> None:
     found = [leaf for leaf in some_arrays if leaf.dtype == dtype]
@@ -219,7 +218,7 @@ LAYOUTS: dict[str, Callable[[Any], bool]] = {
 }
 
 
-@one_process("arrays")
+@pytest.mark.xdist_group("arrays")
 @pytest.mark.parametrize("condition", LAYOUTS.values(), ids=LAYOUTS.keys())
 def test_arrays_reach_every_layout(
     some_arrays: list[Any], condition: Callable[[Any], bool]
@@ -272,7 +271,7 @@ def is_weak(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array) and not is_key(leaf) and bool(leaf.weak_type)
 
 
-@one_process("leaves")
+@pytest.mark.xdist_group("leaves")
 @pytest.mark.parametrize("condition", LEAVES.values(), ids=LEAVES.keys())
 def test_leaves_reach(some_leaves: list[Any], condition: Callable[[Any], bool]) -> None:
     assert any(map(condition, some_leaves))
@@ -347,7 +346,7 @@ TREES: dict[str, Callable[[Any], bool]] = {
 }
 
 
-@one_process("trees")
+@pytest.mark.xdist_group("trees")
 @pytest.mark.parametrize("condition", TREES.values(), ids=TREES.keys())
 def test_pytrees_reach(some_trees: list[Any], condition: Callable[[Any], bool]) -> None:
     assert any(map(condition, some_trees))

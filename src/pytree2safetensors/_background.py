@@ -12,7 +12,7 @@ from jaxtyping import jaxtyped
 from pytree2safetensors import _distributed
 from pytree2safetensors._collector import collector_paused
 from pytree2safetensors._errors import FileFormatError
-from pytree2safetensors._file import Writable
+from pytree2safetensors._file import Writable, absolute
 from pytree2safetensors._progress import ProgressOption, reporter
 from pytree2safetensors._save import Contents, collect, write
 from pytree2safetensors._source import PathLike
@@ -66,9 +66,7 @@ def save_pytree_async(
     """
     report = reporter(progress, "saving")
     if isinstance(path, str | os.PathLike):  # the process may change its folder meanwhile
-        path = os.fsdecode(path)
-        if not os.path.isabs(path):  # noqa: PTH117 - a str it is, and stays: it keeps a last "/"
-            path = os.path.join(os.getcwd(), path)  # noqa: PTH109, PTH118
+        path = absolute(os.fsdecode(path))
     with collector_paused():
         contents = collect(tree, metadata or {}, unsupported)
         if _distributed.is_needed(contents.leaves.values()):

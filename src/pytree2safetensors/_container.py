@@ -32,14 +32,12 @@ class PyTreeContainer:
     __slots__ = ("__attrs__", "__weakref__")
     __attrs__: dict[str, Any]
 
-    def __new__(cls, attrs: Mapping[str, Any] = {}) -> "PyTreeContainer":  # noqa: ARG004 - as __init__
-        return container_of({})  # so that an error in __init__ can show it
-
+    # Not in __init__, so that no error has to show a container that is not made yet.
     @jaxtyped(typechecker=beartype)
-    def __init__(self, attrs: Mapping[str, Any] = {}) -> None:
+    def __new__(cls, attrs: Mapping[str, Any] = {}) -> "PyTreeContainer":
         if not all(isinstance(name, str) for name in attrs):
             raise TypeError("the names of attributes are strs")
-        _set_attrs(self, dict(attrs))
+        return container_of(dict(attrs))
 
     def __getattribute__(self, name: str) -> Any:
         if _is_dunder(name):
@@ -125,12 +123,9 @@ class UnkeyedContainer:
     __slots__ = ("__weakref__", "children")
     children: tuple[Any, ...]
 
-    def __new__(cls, children: Iterable[Any] = ()) -> "UnkeyedContainer":  # noqa: ARG004 - as __init__
-        return _unflatten_unkeyed(None, ())  # so that an error in __init__ can show it
-
     @jaxtyped(typechecker=beartype)
-    def __init__(self, children: Iterable[Any] = ()) -> None:
-        self.children = tuple(children)
+    def __new__(cls, children: Iterable[Any] = ()) -> "UnkeyedContainer":
+        return _unflatten_unkeyed(None, children)
 
     def __getitem__(self, index: int) -> Any:
         return self.children[index]

@@ -109,14 +109,15 @@ def replacing(path: PathLike, *, durable: bool, name: str | None = None) -> Iter
     Until then the file has the given name, beside the one it replaces.
     """
     try:
-        whole = os.fsdecode(path)
-        status = _status(whole)
-        special = status is not None and not stat.S_ISREG(status.st_mode)
-        target = whole if special else _followed(whole)
-        if special or (status is not None and _is_nameless(target)):
-            with _special(whole) as descriptor:
+        if is_special(path):
+            with _special(os.fsdecode(path)) as descriptor:
                 yield descriptor
             return
+        target = _followed(os.fsdecode(path))
+        try:
+            status = os.stat(target)
+        except FileNotFoundError:
+            status = None
         folder = os.path.dirname(target)
         temporary = os.path.join(folder, name or temporary_name())
         with ExitStack() as undo:
@@ -174,26 +175,27 @@ def write_at(descriptor: int, piece: memoryview, offset: int) -> None:
 
 
 def is_special(path: PathLike) -> bool:
-    """Whether there is something that is not a regular file."""
-    return os.path.exists(path) and not os.path.isfile(path)
-
-
-def _status(path: str) -> os.stat_result | None:
+    """Whether there is something that nothing can take the place of."""
     try:
-        return os.stat(path)
+        mode = os.stat(path).st_mode
     except FileNotFoundError:
-        return None
-
-
-def _is_nameless(target: str) -> bool:
-    """Whether Linux says so, of a file that a link of the kind of /dev/fd/3 leads to."""
+        return False
+    if not stat.S_ISREG(mode):  # a device, a pipe, a folder
+        return True
+    target = _followed(os.fsdecode(path))
+    # What Linux says of a file without a name, which a link of the kind of /dev/fd/3 leads to.
     return target.endswith(" (deleted)") and not os.path.lexists(target)
+
+
+def absolute(path: str) -> str:
+    """The path from the root, otherwise as it is: one that ends in "/" still does."""
+    # An empty path stays what no file has.
+    return os.path.join(os.getcwd(), path) if path and not os.path.isabs(path) else path
 
 
 def _followed(path: str) -> str:
     """Where a path leads, there or not: a symbolic link stays, and its target is replaced."""
-    if path and not os.path.isabs(path):  # an empty path stays what no file has
-        path = os.path.join(os.getcwd(), path)
+    path = absolute(path)
     for _ in range(_LINKS):
         try:
             link = os.readlink(path)
@@ -273,7 +275,7 @@ class _Closing:
 
 @contextmanager
 def _special(path: str) -> Iterator[int]:
-    """What is not a regular file (a device, a pipe), or has no name, is written to, not replaced."""
+    """What nothing can take the place of is written to."""
     descriptor = os.open(path, os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC)
     try:
         yield descriptor

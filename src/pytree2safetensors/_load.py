@@ -70,6 +70,7 @@ def load_pytree(
         KeyPathError: A name in the file spells no key path; load such files into a template.
         TreeStructureError: The names make no tree.
         WeightsMismatchError: There is nothing at `prefix`.
+        ValueError: `mmap` of a file object.
         OSError: The file cannot be read.
 
     Specification: *Loading*.

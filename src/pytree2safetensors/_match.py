@@ -160,7 +160,7 @@ def _check(outcome: _Outcome, wanted: bool, available: Mapping[str, Any], option
         *_useless(options.rename, outcome.paths),
     ]
     if not fails:
-        sys.stderr.write("\n".join([*parts, ""]))
+        print(*parts, sep="\n", file=sys.stderr)  # noqa: T201 - what `verbose` asks for
         return
     parts.append(_remedy(options, bool(missing), outcome.castable, nothing))
     raise WeightsMismatchError(

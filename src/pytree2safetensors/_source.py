@@ -140,8 +140,8 @@ def open_source(path: PathLike | Readable) -> Source:
     if isinstance(path, str | os.PathLike):
         return _open_path(os.fsdecode(path))
     label = _label_of(path)
-    if isinstance(path, io.TextIOBase):
-        raise TypeError(f"{label} gives str, not bytes; open it in binary mode")
+    if isinstance(path, io.TextIOBase):  # some of whose bytes may be no text
+        raise _no_bytes(str, label)
     seekable = getattr(path, "seekable", None)
     if seekable is not None and seekable():
         return _Stream(label, path)
@@ -150,10 +150,12 @@ def open_source(path: PathLike | Readable) -> Source:
 
 def _checked_bytes(content: Any, label: str) -> bytes:
     if not isinstance(content, bytes):
-        raise TypeError(
-            f"{label} gives {type(content).__name__}, not bytes; open it in binary mode"
-        )
+        raise _no_bytes(type(content), label)
     return content
+
+
+def _no_bytes(kind: type, label: str) -> TypeError:
+    return TypeError(f"{label} gives {kind.__name__}, not bytes; open it in binary mode")
 
 
 def _label_of(file: Any) -> str:

@@ -192,7 +192,7 @@ def cast_array(values: NDArray[Any], dtype: np.dtype[Any] | None) -> NDArray[Any
     if dtype is None or values.dtype == dtype:
         return values
     with np.errstate(all="ignore"):
-        return values.astype(dtype, copy=False)
+        return values.astype(dtype)
 
 
 # --- to JAX -----------------------------------------------------------------------------------

@@ -114,6 +114,7 @@ def load_into_pytree(
         FileFormatError: The file is damaged, or no safetensors file.
         KeyPathError: A key path of `module`, or `prefix`, has no spelling.
         TreeStructureError: JAX cannot flatten `module`.
+        ValueError: `mmap` of a file object.
         OSError: The file cannot be read.
 
     Specification: *Loading into a template*.

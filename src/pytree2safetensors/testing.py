@@ -41,6 +41,7 @@ from pytree2safetensors._keypath import (
     read_segment,
     spell_key,
 )
+from pytree2safetensors._leaf import holds
 from pytree2safetensors._literal import MAX_DIGITS
 from pytree2safetensors._load import load_pytree
 from pytree2safetensors._save import save_pytree
@@ -171,22 +172,6 @@ def _known(name: str) -> bool:
 _DTYPES: Final = tuple(np.dtype(getattr(ml_dtypes, name, name)) for name in _NAMES if _known(name))
 
 
-def _in_jax(dtype: np.dtype[Any]) -> bool:
-    """Whether JAX has arrays of this dtype, as it is configured now."""
-    wide = dtype.name in {"int64", "uint64", "float64", "complex128"}
-    if wide:
-        return bool(jax.config.jax_enable_x64)  # type: ignore[attr-defined] # JAX declares no options
-    return _backend_holds(dtype)
-
-
-@lru_cache(maxsize=64)
-def _backend_holds(dtype: np.dtype[Any]) -> bool:
-    try:
-        return bool(jax.device_put(np.zeros((), dtype)).dtype == dtype)
-    except Exception:  # noqa: BLE001 - JAX raises whatever its backend raises
-        return False
-
-
 # Bytes from which signs, exponents and mantissas take their extremes: NaNs with and without
 # payloads, infinities, subnormals, zeros of both signs, the largest and smallest integers.
 _EDGES: Final = bytes([0x00, 0x01, 0x7F, 0x80, 0xFF, 0x7C, 0xF0, 0xC0] * 32)
@@ -234,7 +219,7 @@ def _scalar(values: NDArray[Any]) -> Any:
 
 
 def _jax_array(values: NDArray[Any]) -> Any:
-    return jax.device_put(values) if _in_jax(values.dtype) else values
+    return jax.device_put(values) if holds(values.dtype) else values
 
 
 _LAYOUTS: Final[tuple[Callable[[NDArray[Any]], Any], ...]] = (
@@ -453,25 +438,19 @@ def pytrees(
 def _trees(draw: Draw, leaves: SearchStrategy[Any], kinds: Any, min_size: int, depth: int) -> Any:
     if not depth:
         return draw(leaves)
-    nodes = _nodes(leaves, kinds, min_size, depth)
-    # One number decides. The first, for every fourth tree, are a leaf.
-    alone = len(nodes) // 3 + 1
-    number = draw(_below(alone + len(nodes))) - alone
-    return draw(leaves if number < 0 else nodes[number])
+    choices = _choices(leaves, kinds, min_size, depth)
+    return draw(choices[draw(st.integers(0, len(choices) - 1))])
 
 
 @lru_cache(maxsize=256)
-def _nodes(
+def _choices(
     leaves: SearchStrategy[Any], kinds: Any, min_size: int, depth: int
 ) -> list[SearchStrategy[Any]]:
+    """What a tree can be: in one of four cases a leaf, to which it shrinks."""
     # Kept, as what a strategy finds out about its parts takes longer than drawing from it.
     children = _trees(leaves, kinds, min_size, depth - 1)
-    return [_BUILDERS[kind](children, min_size) for kind in kinds]
-
-
-@cache
-def _below(count: int) -> SearchStrategy[int]:
-    return st.integers(0, count - 1)
+    nodes = [_BUILDERS[kind](children, min_size) for kind in kinds]
+    return [leaves] * (len(nodes) // 3 + 1) + nodes
 
 
 _CHILDLESS: Final = (type(None), Nothing)
