@@ -462,6 +462,7 @@ def _dicts(children: _Children, least: int) -> SearchStrategy[dict[Any, Any]]:
     # JAX sorts the keys of one dict, so they are of kinds that compare.
     sortable: Sequence[SearchStrategy[Any]] = (
         _texts(),
+        st.integers(),  # which alone are far more frequent than with the floats and bools below
         _numbers(),
         st.binary(max_size=8),
         st.tuples(st.integers(), _texts()),
