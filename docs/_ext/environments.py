@@ -7,6 +7,7 @@ Later results replace earlier ones of the same environment.
 """
 
 import json
+import re
 import sys
 from datetime import datetime, timezone
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 KEPT = Path(__file__).parents[1] / "compatibility.json"
 PACKAGES = ("jax", "numpy", "safetensors")
+VERSION = re.compile(r"\bPython ([0-9]+\.[0-9]+\.[0-9]+)")
 OTHERS = ("types", "docs", "coverage")  # which have JAX, and ask something else
 
 
@@ -31,9 +33,13 @@ def condense(path: Path) -> dict[str, dict[str, str]]:
         if "jax" not in installed or name in OTHERS:
             continue
         passed = all(command["retcode"] == 0 for command in environment["test"])
+        printed = "".join(command["output"] for command in environment["test"])
+        version = VERSION.search(printed)  # which tox knows by its minor release alone
+        if version is None:
+            raise ValueError(f"{path}: {name} does not print its Python's version")
         found[name] = {
             "date": day,
-            "python": ".".join(map(str, environment["python"]["version_info"][:3])),
+            "python": version[1],
             **{package: installed[package] for package in PACKAGES},
             "result": "passes" if passed else "fails",
         }
