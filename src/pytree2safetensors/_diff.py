@@ -210,13 +210,12 @@ def _distances(a: NDArray[Any], b: NDArray[Any]) -> NDArray[Any]:
         high, low = np.maximum(a, b), np.minimum(a, b)
         exact: NDArray[Any] = high.astype(np.uint64) - low.astype(np.uint64)  # modulo 2**64
         return exact
-    distances: NDArray[Any]
+    is_complex = a.dtype.kind == "c"
+    wide = np.complex128 if is_complex else np.float64
     with np.errstate(all="ignore"):
-        if a.dtype.kind == "c":
-            gaps = a.astype(np.complex128) - b.astype(np.complex128)
-            distances = np.hypot(gaps.real, gaps.imag)  # whose last digit abs may miss
-        else:
-            distances = np.abs(a.astype(np.float64) - b.astype(np.float64))
+        gaps = a.astype(wide) - b.astype(wide)
+        # Of a complex number NumPy's abs may miss the last digit.
+        distances: NDArray[Any] = np.hypot(gaps.real, gaps.imag) if is_complex else np.abs(gaps)
     return distances
 
 
