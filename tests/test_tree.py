@@ -359,12 +359,44 @@ class Layer(NamedTuple):
     bias: Any
 
 
-def test_names_are_those_of_jax() -> None:
-    tree = {
-        "params": [Layer(1, 2), Record(3, (4, None))],
-        "state": OrderedDict(z=Unkeyed([5, {6: 7}]), a=defaultdict(int, b=8)),
-        "other": Keyed({".x": 9, "@y": 10, "#3": 11}),
-    }
+class Masked(NamedTuple):
+    """A namedtuple whose registration keeps back what is masked."""
+
+    shown: Any
+    masked: Any
+
+
+class Backwards(Layer):
+    """A namedtuple that iterates otherwise than JAX opens it."""
+
+    def __iter__(self) -> Any:
+        return reversed(tuple(self[i] for i in range(len(self))))
+
+
+jax.tree_util.register_pytree_node(
+    Masked,
+    lambda node: ((node.shown,) if node.masked else (node.shown, node.masked), None),
+    lambda _, children: Masked(*children, *[None] * (2 - len(children))),
+)
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        {
+            "params": [Layer(1, 2), Record(3, (4, None))],
+            "state": OrderedDict(z=Unkeyed([5, {6: 7}]), a=defaultdict(int, b=8)),
+            "other": Keyed({".x": 9, "@y": 10, "#3": 11}),
+        },
+        [Layer(1, Layer(2, Layer(None, 3))), Layer(Layer(4, ()), [Layer(5, 6)])],
+        [Pair(Layer(1, 2), Pair(3, 4)), Layer(Pair(5, 6), None)],
+        [Masked(1, 0), Masked(2, 1), Masked(3, False)],
+        [Backwards(1, 2), Backwards(3, 4), Layer(5, 6)],
+        [Record(1, 2), Record(3, None), Unkeyed([4]), Unkeyed([5, 6]), Keyed({"@y": 7}), Keyed({})],
+    ],
+    ids=["all kinds", "namedtuples", "two types", "registered", "own iteration", "other nodes"],
+)
+def test_names_are_those_of_jax(tree: Any) -> None:
     pairs, _ = jax.tree_util.tree_flatten_with_path(tree)
     assert [*pytree2dict(tree)] == [keypath2string(path) for path, _ in pairs]
     assert [*pytree2dict(tree).values()] == [leaf for _, leaf in pairs]

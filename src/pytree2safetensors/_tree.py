@@ -140,6 +140,7 @@ class _Walk:
         if jax.tree_util.all_leaves([node]):
             self.leaf_types.add(type(node))  # JAX tells leaves from nodes by type alone
             return None
+        self.openers[type(node)] = self.open_registered
         return self.open_registered(node, name)
 
     def open_dict(self, node: dict[Any, Any], name: str) -> Children:
@@ -193,6 +194,9 @@ class _Walk:
         children = [(self.registered(path, name), child) for path, child in pairs]
         if len(dict(children)) != len(children):
             raise _repeated(type(node), [segment for segment, _ in children], name)
+        if children and _is_plain_namedtuple(node):  # JAX need not open the next of its type
+            segments = [segment for segment, _ in children]
+            self.openers[type(node)] = lambda other, _: zip(segments, other, strict=True)
         return iter(children)
 
     def registered(self, path: tuple[Any, ...], name: str) -> str:
@@ -205,6 +209,14 @@ class _Walk:
         if segment is None:
             segment = self.items[key] = _spelled(spell_item, key, name)
         return segment
+
+
+def _is_plain_namedtuple(node: Any) -> bool:
+    """Whether JAX opens a node as a namedtuple that nobody registered, which only its print tells."""
+    if not isinstance(node, tuple) or type(node).__iter__ is not tuple.__iter__:
+        return False
+    shown = str(jax.tree_util.tree_structure(node, is_leaf=lambda part: part is not node))
+    return shown.startswith(f"PyTreeDef(CustomNode(namedtuple[{type(node).__name__}], ")
 
 
 def _repeated(kind: type, segments: list[str], name: str) -> KeyPathError:
