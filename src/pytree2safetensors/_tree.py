@@ -191,16 +191,13 @@ class _Walk:
             raise too_deep(name) from None
         if not pairs:
             self.flat.kinds[name] = "PyTreeContainer"
-        children = [(self.registered(path, name), child) for path, child in pairs]
+        children = [(_spelled(spell_key, key, name), child) for (key,), child in pairs]
         if len(dict(children)) != len(children):
             raise _repeated(type(node), [segment for segment, _ in children], name)
         if children and _is_plain_namedtuple(node):  # JAX need not open the next of its type
             segments = [segment for segment, _ in children]
             self.openers[type(node)] = lambda other, _: zip(segments, other, strict=True)
         return iter(children)
-
-    def registered(self, path: tuple[Any, ...], name: str) -> str:
-        return "".join(_spelled(spell_key, key, name) for key in path)
 
     def item(self, key: object, name: str) -> str:
         if type(key) is not str:  # 1, 1.0 and True are one key to a cache
