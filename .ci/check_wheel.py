@@ -74,7 +74,7 @@ def main() -> None:
     check_wheel(wheel)
     check_sdist(sdist)
     check_installed()
-    print(f"{wheel.name} and {sdist.name} hold what they should")
+    print(f"Python {sys.version.split()[0]}: {wheel.name} and {sdist.name} hold what they should")
 
 
 if __name__ == "__main__":
