@@ -89,7 +89,8 @@ def measure(driver: Driver, workload: str, systems: list[str], rounds: int) -> N
     for name, path in files.items():
         driver.run(Cell(workload, name, "save"), path, 0, watch=True)
     for turn in range(rounds + 1):
-        for name in mine:
+        first = turn % len(mine)  # nobody always follows the same one, and what it leaves to write
+        for name in mine[first:] + mine[:first]:
             system = SYSTEMS[name]
             file = files[system.written_by or name]
             if turn and system.saves and name in files and workload in TREES:
