@@ -48,11 +48,13 @@ def _panel(axis: Any, fastest_first: list[Figure], title: str) -> None:
         error_kw={"elinewidth": 0.7, "ecolor": "#333333"},
     )
     axis.set_xscale("log")
+    axis.xaxis.set_minor_formatter("")  # on less than a decade its labels would overlap
     base = ours(found)
     for place, figure in enumerate(found):
-        ratio = f" {figure.wall / base.wall:.2g}x" if base else ""
+        ratio = figure.wall / base.wall if base else 0
+        text = f" {ratio:.0f}x" if ratio >= 10 else f" {ratio:.2g}x" if ratio else ""
         axis.annotate(
-            ratio, (figure.slowest, place), va="center", xytext=(2, 0), textcoords="offset points"
+            text, (figure.slowest, place), va="center", xytext=(2, 0), textcoords="offset points"
         )
     axis.margins(x=0.15)
     axis.set_title(title, loc="left")
