@@ -380,6 +380,24 @@ jax.tree_util.register_pytree_node(
 )
 
 
+class Unprintable:
+    """What a registration keeps apart from the children, and nobody may print."""
+
+    def __repr__(self) -> str:
+        raise RuntimeError
+
+
+class Apart(NamedTuple):
+    """A namedtuple whose registration keeps something apart."""
+
+    child: Any
+
+
+jax.tree_util.register_pytree_node(
+    Apart, lambda node: (tuple(node), Unprintable()), lambda _, children: Apart(*children)
+)
+
+
 @pytest.mark.parametrize(
     "tree",
     [
@@ -391,10 +409,19 @@ jax.tree_util.register_pytree_node(
         [Layer(1, Layer(2, Layer(None, 3))), Layer(Layer(4, ()), [Layer(5, 6)])],
         [Pair(Layer(1, 2), Pair(3, 4)), Layer(Pair(5, 6), None)],
         [Masked(1, 0), Masked(2, 1), Masked(3, False)],
+        [Apart(1), Apart(2)],
         [Backwards(1, 2), Backwards(3, 4), Layer(5, 6)],
         [Record(1, 2), Record(3, None), Unkeyed([4]), Unkeyed([5, 6]), Keyed({"@y": 7}), Keyed({})],
     ],
-    ids=["all kinds", "namedtuples", "two types", "registered", "own iteration", "other nodes"],
+    ids=[
+        "all kinds",
+        "namedtuples",
+        "two types",
+        "registered",
+        "unprintable",
+        "own iteration",
+        "other nodes",
+    ],
 )
 def test_names_are_those_of_jax(tree: Any) -> None:
     pairs, _ = jax.tree_util.tree_flatten_with_path(tree)

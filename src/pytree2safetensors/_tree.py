@@ -141,7 +141,11 @@ class _Walk:
             self.leaf_types.add(type(node))  # JAX tells leaves from nodes by type alone
             return None
         self.openers[type(node)] = self.open_registered
-        return self.open_registered(node, name)
+        children = self.open_registered(node, name)
+        if _is_plain_namedtuple(node):  # JAX need not open the next of its type
+            segments = [_spelled(spell_attr, field, name) for field in node._fields]
+            self.openers[type(node)] = lambda other, _: zip(segments, other, strict=True)
+        return children
 
     def open_dict(self, node: dict[Any, Any], name: str) -> Children:
         if not node:
@@ -194,9 +198,6 @@ class _Walk:
         children = [(_spelled(spell_key, key, name), child) for (key,), child in pairs]
         if len(dict(children)) != len(children):
             raise _repeated(type(node), [segment for segment, _ in children], name)
-        if children and _is_plain_namedtuple(node):  # JAX need not open the next of its type
-            segments = [segment for segment, _ in children]
-            self.openers[type(node)] = lambda other, _: zip(segments, other, strict=True)
         return iter(children)
 
     def item(self, key: object, name: str) -> str:
@@ -209,11 +210,15 @@ class _Walk:
 
 
 def _is_plain_namedtuple(node: Any) -> bool:
-    """Whether JAX opens a node as a namedtuple that nobody registered, which only its print tells."""
-    if not isinstance(node, tuple) or type(node).__iter__ is not tuple.__iter__:
+    """Whether JAX opens a node, which has fields, as a namedtuple that nobody registered."""
+    if not isinstance(node, tuple) or not node or type(node).__iter__ is not tuple.__iter__:
         return False
-    shown = str(jax.tree_util.tree_structure(node, is_leaf=lambda part: part is not node))
-    return shown.startswith(f"PyTreeDef(CustomNode(namedtuple[{type(node).__name__}], ")
+    structure: Any = jax.tree_util.tree_structure(node, is_leaf=lambda part: part is not node)
+    data = structure.node_data()
+    if data is None or data[1] is not None:  # what a registration keeps apart, and may not print
+        return False
+    # Only the print of a structure tells the two kinds of namedtuple.
+    return str(structure).startswith(f"PyTreeDef(CustomNode(namedtuple[{type(node).__name__}], ")
 
 
 def _repeated(kind: type, segments: list[str], name: str) -> KeyPathError:
