@@ -45,20 +45,21 @@ def plan(forms: Mapping[str, Form], metadata: Mapping[str, str]) -> Plan:
     if metadata:
         items = ",".join(f"{quote(key)}:{quote(metadata[key])}" for key in sorted(metadata))
         pieces.append(f'"{_METADATA}":{{{items}}}')
-    tails: dict[tuple[str, tuple[int, ...]], str] = {}
-    offset = 0
+    tails: dict[int, str] = {}  # by form: most tensors share theirs with others
+    size, start = 0, "0"
     for name in order:
         form = forms[name]
-        tail = tails.get((form.dtype, form.shape))
+        tail = tails.get(id(form))
         if tail is None:
             shape = ",".join(map(str, form.shape))
             tail = f':{{"dtype":"{form.dtype}","shape":[{shape}],"data_offsets":['
-            tails[form.dtype, form.shape] = tail
-        stop = offset + form.nbytes
-        pieces.append(f"{quote(name)}{tail}{offset},{stop}]}}")
-        offset = stop
+            tails[id(form)] = tail
+        size += form.nbytes
+        stop = str(size)
+        pieces.append(f"{quote(name)}{tail}{start},{stop}]}}")
+        start = stop
     header = "{" + ",".join(pieces) + "}"
-    return Plan(_padded(header, offset), order, offset)
+    return Plan(_padded(header, size), order, size)
 
 
 def in_order(forms: Mapping[str, Form]) -> list[str]:

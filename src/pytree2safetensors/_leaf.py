@@ -5,7 +5,7 @@ No module but this one and `_values` knows a dtype.
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import Any, Final, Literal, NamedTuple
 
@@ -72,31 +72,49 @@ class Form(NamedTuple):
 
 
 _SMALLEST, _LARGEST = -(2**63), 2**63 - 1
+_INT: Final = Form("I64", (), 8, "int")
 
 
-def describe(leaf: Any) -> Form | None:
-    """The form of a leaf; None where a file cannot hold it."""
-    kind = type(leaf)
-    describer = _DESCRIBERS.get(kind)
-    if describer is None:
-        describer = _describer(kind)
-        if kind.__module__.partition(".")[0] in {"jaxlib", "numpy"}:  # few, and there to stay
-            _DESCRIBERS[kind] = describer
-    return describer(leaf)
+def describe(leaves: Iterable[Any]) -> list[Form | None]:
+    """The form of each leaf; None where a file cannot hold it."""
+    describers: dict[type, Callable[[Any], Form | None]] = {**PYTHON_SCALARS}
+    known: dict[int, tuple[Any, Form | None]] = {}  # by what JAX says of an array: many share it
+
+    def describe_array(leaf: jax.Array) -> Form | None:
+        aval = leaf.aval
+        found = known.get(id(aval))
+        if found is None:
+            found = known[id(aval)] = aval, _array_form(leaf)
+        return None if leaf.is_deleted() else found[1]
+
+    forms = []
+    for leaf in leaves:
+        kind = type(leaf)
+        describer = describers.get(kind)
+        if describer is None:
+            describer = describers[kind] = _describer(kind, describe_array)
+        forms.append(describer(leaf))
+    return forms
 
 
-def _describer(kind: type) -> Callable[[Any], Form | None]:
+def _describer(
+    kind: type, describe_array: Callable[[Any], Form | None]
+) -> Callable[[Any], Form | None]:
     if issubclass(kind, jax.core.Tracer | np.ma.MaskedArray):
         return lambda _: None
     if issubclass(kind, np.ndarray | np.generic):
         return lambda leaf: form_of(leaf.dtype, leaf.shape)
-    if issubclass(kind, jax.Array):
-        return _describe_array
-    return lambda _: None
+    return describe_array if issubclass(kind, jax.Array) else lambda _: None
 
 
 class DeletedLeaf(UnsupportedLeafError, RuntimeError):  # JAX's own error of it is the latter
     """An array whose values are gone."""
+
+
+def is_deleted(leaf: Any) -> bool:
+    """Whether a leaf is an array whose values are gone."""
+    traced = isinstance(leaf, jax.core.Tracer)
+    return isinstance(leaf, jax.Array) and not traced and leaf.is_deleted()
 
 
 def is_valueless(leaf: Any) -> bool:
@@ -104,9 +122,7 @@ def is_valueless(leaf: Any) -> bool:
     return isinstance(leaf, jax.core.Tracer | jax.ShapeDtypeStruct)
 
 
-def _describe_array(leaf: jax.Array) -> Form | None:
-    if leaf.is_deleted():
-        raise DeletedLeaf
+def _array_form(leaf: jax.Array) -> Form | None:
     aval = leaf.aval
     if is_key_dtype(aval.dtype):
         return _describe_key(leaf)
@@ -123,7 +139,7 @@ def is_key_dtype(dtype: Any) -> bool:
 
 def _describe_int(leaf: int) -> Form:
     if _SMALLEST <= leaf <= _LARGEST:
-        return Form("I64", (), 8, "int")
+        return _INT
     return Form("", (), 0, ["int", hex(leaf)])
 
 
@@ -137,14 +153,17 @@ def _describe_str(leaf: str) -> Form | None:
     return Form("", (), 0, ["str", leaf])
 
 
+def _always(form: Form) -> Callable[[Any], Form]:
+    return lambda _: form
+
+
 PYTHON_SCALARS: dict[type, Callable[[Any], Form | None]] = {
     int: _describe_int,
-    float: lambda _: Form("F64", (), 8, "float"),
-    bool: lambda _: Form("BOOL", (), 1, "bool"),
-    complex: lambda _: Form("F64", (2,), 16, "complex"),
+    float: _always(Form("F64", (), 8, "float")),
+    bool: _always(Form("BOOL", (), 1, "bool")),
+    complex: _always(Form("F64", (2,), 16, "complex")),
     str: _describe_str,
 }
-_DESCRIBERS: dict[type, Callable[[Any], Form | None]] = {**PYTHON_SCALARS}
 
 
 _LONG: Final = (np.longdouble, np.clongdouble)  # whatever their size

@@ -15,12 +15,11 @@ from pytree2safetensors._errors import UnsupportedLeafError, shorten
 from pytree2safetensors._file import Writable, write_file, write_stream
 from pytree2safetensors._keypath import cut, split
 from pytree2safetensors._layout import Plan, check_metadata, plan
-from pytree2safetensors._leaf import DeletedLeaf, Form, describe, is_valueless
+from pytree2safetensors._leaf import DeletedLeaf, Form, describe, is_deleted, is_valueless
 from pytree2safetensors._progress import Progress, ProgressOption, reporter
 from pytree2safetensors._source import PathLike
 from pytree2safetensors._structure import NOTE, Note, write_note
 from pytree2safetensors._tree import Flat, PyTree, flatten
-from pytree2safetensors._trie import Kind
 from pytree2safetensors._values import blocks, host_array, joined_bytes
 
 _SMALL: Final = 1 << 16  # bytes: smaller tensors are written together
@@ -131,25 +130,32 @@ def write_planned(
 def pieces(planned: Plan, contents: Contents) -> Iterator[memoryview]:
     """The bytes of a file in order: large tensors as they are, small ones joined."""
     yield memoryview(planned.head)
-    leaves: list[Any] = []
-    forms: list[Form] = []
+    forms, leaves, _ = contents
+    small: list[str] = []
     size = 0
     for name in planned.order:
-        form = contents.forms[name]
-        if form.nbytes < _SMALL:
-            leaves.append(contents.leaves[name])
-            forms.append(form)
-            size += form.nbytes
+        nbytes = forms[name].nbytes
+        if nbytes < _SMALL:
+            small.append(name)
+            size += nbytes
             if size < _JOINED:
                 continue
-        if leaves:
-            yield memoryview(joined_bytes(leaves, forms))
-            leaves, forms, size = [], [], 0
-        if form.nbytes >= _SMALL:
-            for block in blocks(host_array(contents.leaves[name]), form):
+        if small:
+            yield _joined(small, contents)
+            small, size = [], 0
+        if nbytes >= _SMALL:
+            for block in blocks(host_array(leaves[name]), forms[name]):
                 yield memoryview(block)  # type: ignore[arg-type] # before 3.12 no type says buffer
-    if leaves:
-        yield memoryview(joined_bytes(leaves, forms))
+    if small:
+        yield _joined(small, contents)
+
+
+def _joined(names: list[str], contents: Contents) -> memoryview:
+    """The bytes of small tensors, one after the other."""
+    forms, leaves, _ = contents
+    return memoryview(
+        joined_bytes([leaves[name] for name in names], [forms[name] for name in names])
+    )
 
 
 def collect(
@@ -158,32 +164,18 @@ def collect(
     """Check a tree wholly, before anything is written."""
     check_metadata(metadata, lambda key: key == NOTE or key.startswith(NOTE + "."))
     flat = flatten(tree)
-    forms: dict[str, Form] = {}
-    leaves: dict[str, Any] = {}
-    kinds: dict[str, Kind] = {}
-    unfit: list[tuple[str, Any]] = []
-    valueless = False  # arrays without values, which nobody means to leave out
-    for name, leaf in zip(flat.names, flat.leaves, strict=True):
-        try:
-            form = describe(leaf)
-        except DeletedLeaf:
-            raise DeletedLeaf(
-                f"the array at {shorten(name)} has been deleted or donated; save it before, "
-                "or save the array that took its place"
-            ) from None
-        if form is None:
-            unfit.append((name, leaf))
-            valueless = valueless or is_valueless(leaf)
-            continue
-        if form.kind is not None:
-            kinds[name] = form.kind
-        if form.dtype:
-            forms[name] = form
-            leaves[name] = leaf
+    found = describe(flat.leaves)
+    places = [place for place, form in enumerate(found) if form is None]
+    unfit = [(flat.names[place], flat.leaves[place]) for place in places]
     if unfit:
-        if unsupported != "skip" or valueless:
-            raise UnsupportedLeafError(_unfit_message(unfit, valueless))
+        _check_unfit(unfit, skip=unsupported == "skip")
         leave_out([name for name, _ in unfit], flat)
+    forms = dict(zip(flat.names, filter(None, found), strict=True))
+    leaves = dict(zip(flat.names, flat.leaves, strict=True))
+    kinds = {name: form.kind for name, form in forms.items() if form.kind is not None}
+    for name in kinds:
+        if not forms[name].dtype:  # the note holds all of it
+            del forms[name], leaves[name]
     if flat.kinds.get("") == "dict":
         del flat.kinds[""]  # the default reading of a file without names
     note = write_note(Note(flat.kinds, kinds))
@@ -191,6 +183,20 @@ def collect(
     if note is not None:
         whole[NOTE] = note
     return Contents(forms, leaves, whole)
+
+
+def _check_unfit(unfit: list[tuple[str, Any]], *, skip: bool) -> None:
+    """Refuse leaves that a file cannot hold, unless they are to be left out."""
+    deleted = next((name for name, leaf in unfit if is_deleted(leaf)), None)
+    if deleted is not None:
+        raise DeletedLeaf(
+            f"the array at {shorten(deleted)} has been deleted or donated; save it before, "
+            "or save the array that took its place"
+        )
+    # Arrays without values nobody means to leave out.
+    valueless = any(is_valueless(leaf) for _, leaf in unfit)
+    if valueless or not skip:
+        raise UnsupportedLeafError(_unfit_message(unfit, valueless))
 
 
 def _unfit_message(unfit: list[tuple[str, Any]], valueless: bool) -> str:

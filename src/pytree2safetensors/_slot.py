@@ -50,7 +50,7 @@ class _Look(NamedTuple):
 def slots_of(leaves: Iterable[Any]) -> list[Slot | None]:
     """What the leaves of a template ask for; None for what is no data. Equal slots are one object."""
     lookers: dict[type, Callable[[Any], _Look | None]] = {}
-    slots: dict[_Look, Slot | None] = {}
+    slots: dict[_Look | None, Slot | None] = {}
     found: list[Slot | None] = []
     for leaf in leaves:
         kind = type(leaf)
@@ -58,20 +58,26 @@ def slots_of(leaves: Iterable[Any]) -> list[Slot | None]:
         if looker is None:
             looker = lookers[kind] = _looker(kind)
         look = looker(leaf)
-        if look is not None and look not in slots:
-            slots[look] = _slot(look)
-        found.append(None if look is None else slots[look])
+        slot = slots.get(look)
+        if slot is None and look is not None:
+            slot = slots[look] = _slot(look)
+        found.append(slot)
     return found
 
 
 def _looker(kind: type) -> Callable[[Any], _Look | None]:
-    """How to look at leaves of a type: the frequent types at less cost than any."""
+    """How to look at leaves of a type."""
     if kind in PYTHON_SCALARS:
         return lambda _: _Look("python", (), kind.__name__)
-    if kind is np.ndarray:
+    if issubclass(kind, np.ma.MaskedArray):
+        return lambda _: None
+    if issubclass(kind, np.ndarray):
         return lambda leaf: _Look("numpy", leaf.shape, leaf.dtype)
-    concrete = issubclass(kind, jax.Array) and not issubclass(kind, jax.core.Tracer)
-    return _look_at_array if concrete else _look_at_any
+    if issubclass(kind, np.generic):
+        return lambda leaf: _Look("scalar", leaf.shape, leaf.dtype)
+    if issubclass(kind, jax.core.Tracer):
+        return _look_at_tracer
+    return _look_at_array if issubclass(kind, jax.Array) else _look_at_any
 
 
 def _look_at_array(leaf: jax.Array) -> _Look:
@@ -83,25 +89,33 @@ def _look_at_array(leaf: jax.Array) -> _Look:
     return _Look("jax", aval.shape, aval.dtype, aval.weak_type, sharding, leaf.is_deleted())
 
 
-def _look_at_any(leaf: Any) -> _Look | None:
-    shape, dtype = getattr(leaf, "shape", None), getattr(leaf, "dtype", None)
-    if not isinstance(shape, tuple) or dtype is None or isinstance(leaf, np.ma.MaskedArray):
+def _look_at_tracer(leaf: Any) -> _Look | None:
+    seen = _shape_and_dtype(leaf)
+    if seen is None:
         return None
-    if isinstance(leaf, np.ndarray | np.generic):
-        return _Look("numpy" if isinstance(leaf, np.ndarray) else "scalar", shape, leaf.dtype)
-    traced = isinstance(leaf, jax.core.Tracer)
-    if isinstance(leaf, jax.Array) and not traced:
-        return _look_at_array(leaf)
+    weak = bool(getattr(leaf.aval, "weak_type", False))
+    # An array under a trace has a value, and nowhere to live.
+    return _Look("jax", *seen, weak, abstract=not isinstance(leaf, jax.Array))
+
+
+def _look_at_any(leaf: Any) -> _Look | None:
+    seen = _shape_and_dtype(leaf)
+    if seen is None:
+        return None
+    sharding = getattr(leaf, "sharding", None)
+    sharding = sharding if isinstance(sharding, jax.sharding.Sharding) else None
+    return _Look("jax", *seen, bool(getattr(leaf, "weak_type", False)), sharding, True)
+
+
+def _shape_and_dtype(leaf: Any) -> tuple[tuple[int, ...], Any] | None:
+    shape, dtype = getattr(leaf, "shape", None), getattr(leaf, "dtype", None)
+    if not isinstance(shape, tuple) or dtype is None:
+        return None
     try:
         hash(shape)
-        dtype = dtype if is_key_dtype(dtype) else np.dtype(dtype)
+        return shape, dtype if is_key_dtype(dtype) else np.dtype(dtype)
     except TypeError:  # an array of another library
         return None
-    if isinstance(leaf, jax.Array):  # under a trace: it has a value, and nowhere to live
-        return _Look("jax", shape, dtype, bool(getattr(leaf.aval, "weak_type", False)))
-    sharding = None if traced else getattr(leaf, "sharding", None)
-    sharding = sharding if isinstance(sharding, jax.sharding.Sharding) else None
-    return _Look("jax", shape, dtype, bool(getattr(leaf, "weak_type", False)), sharding, True)
 
 
 def _slot(look: _Look) -> Slot | None:
