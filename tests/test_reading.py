@@ -101,7 +101,7 @@ def test_large_arrays_own_the_memory_that_was_read_into() -> None:
     assert alive() is None  # nothing stays behind
 
 
-@pytest.mark.parametrize("shape", [(), (3,), (0,), (16, 32)])
+@pytest.mark.parametrize("shape", [(), (3,), (0,), (16, 32), (1,) * 32])
 @pytest.mark.parametrize("dtype", ["float32", "int32", "uint32", "float16", "int8"])
 def test_equal_arrays_made_together_have_their_own_bits(
     dtype: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
@@ -113,6 +113,7 @@ def test_equal_arrays_made_together_have_their_own_bits(
     arrays = [row.view(dtype).reshape(shape) for row in bits]
     for least in (301, 300):  # so many of them are cut out of one
         monkeypatch.setattr(_values, "_CUT", least)
+        monkeypatch.setattr(_values, "_SHORT", 1 << 12)
         monkeypatch.setattr(_values, "_MANY", 300)
         made = _values.to_jax(arrays)
         assert {(array.dtype, array.shape) for array in made} == {(np.dtype(dtype), shape)}

@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 from numpy.typing import NDArray
 
 import pytree2safetensors as p2s
+from oracle import assert_same
 from pytree2safetensors import _load, _region, _sharding, _source
 from pytree2safetensors._leaf import Form
 from pytree2safetensors._region import (
@@ -584,6 +585,23 @@ def test_uncommitted_stays_uncommitted(tmp_path: Path) -> None:
     found = p2s.load_into_pytree([jnp.asarray(values)], tmp_path / "file")[0]
     assert not is_committed(found)
     assert raw(found) == raw(values)
+
+
+def test_a_mesh_that_is_set_changes_nothing(mesh: Mesh, tmp_path: Path) -> None:
+    sharding: Any = jax.sharding
+    enter = getattr(jax, "set_mesh", None) or getattr(sharding, "use_mesh", None)
+    if enter is None or not hasattr(sharding, "get_abstract_mesh"):
+        pytest.skip("this JAX sets no mesh")
+    tree = [[np.full(3, n, np.float32) for n in range(1100)], jnp.asarray(1.5), jax.random.key(0)]
+    p2s.save_pytree(tree, tmp_path / "file")
+    with enter(mesh):
+        found = p2s.load_pytree(tmp_path / "file")
+        traced = jax.jit(lambda: p2s.set_weights({"w": jnp.zeros(3)}, {"@w": np.ones(3, "f4")}))()
+        assert not sharding.get_abstract_mesh().empty
+    assert_same(found, jax.tree_util.tree_map(jnp.asarray, tree))
+    assert not any(map(is_committed, jax.tree_util.tree_leaves(found)))
+    assert {len(leaf.devices()) for leaf in jax.tree_util.tree_leaves(found)} == {1}
+    assert raw(traced["w"]) == raw(np.ones(3, np.float32))
 
 
 def test_set_weights_puts_leaves_into_shardings(mesh: Mesh) -> None:

@@ -45,7 +45,7 @@ def plan(forms: Mapping[str, Form], metadata: Mapping[str, str]) -> Plan:
     if metadata:
         items = ",".join(f"{quote(key)}:{quote(metadata[key])}" for key in sorted(metadata))
         pieces.append(f'"{_METADATA}":{{{items}}}')
-    tails: dict[int, str] = {}  # by form: most tensors share theirs with others
+    tails: dict[int, str] = {}  # by the identity of a form, which many tensors share
     size, start = 0, "0"
     for name in order:
         form = forms[name]

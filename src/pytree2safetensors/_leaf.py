@@ -76,9 +76,10 @@ _INT: Final = Form("I64", (), 8, "int")
 
 
 def describe(leaves: Iterable[Any]) -> list[Form | None]:
-    """The form of each leaf; None where a file cannot hold it."""
+    """The form of each leaf; None where a file cannot hold it, or its values are gone."""
     describers: dict[type, Callable[[Any], Form | None]] = {**PYTHON_SCALARS}
-    known: dict[int, tuple[Any, Form | None]] = {}  # by what JAX says of an array: many share it
+    # By the identity of an aval, which many arrays share; kept, so that no other gets its identity.
+    known: dict[int, tuple[Any, Form | None]] = {}
 
     def describe_array(leaf: jax.Array) -> Form | None:
         aval = leaf.aval

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 Shape = tuple[int, ...]
 Region = tuple[tuple[int, int], ...]  # where it starts and stops on each axis
 
-BAND = 2 << 20  # bytes: few enough for the cache, many enough for one call
+BAND = 4 << 20  # bytes: few enough for the cache, many enough for one call
 
 
 def region_of(index: Sequence[Any], shape: Shape) -> Region:

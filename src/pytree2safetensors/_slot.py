@@ -50,7 +50,7 @@ class _Look(NamedTuple):
 def slots_of(leaves: Iterable[Any]) -> list[Slot | None]:
     """What the leaves of a template ask for; None for what is no data. Equal slots are one object."""
     lookers: dict[type, Callable[[Any], _Look | None]] = {}
-    slots: dict[_Look | None, Slot | None] = {}
+    slots: dict[_Look | None, Slot | None] = {None: None}
     found: list[Slot | None] = []
     for leaf in leaves:
         kind = type(leaf)
@@ -58,10 +58,9 @@ def slots_of(leaves: Iterable[Any]) -> list[Slot | None]:
         if looker is None:
             looker = lookers[kind] = _looker(kind)
         look = looker(leaf)
-        slot = slots.get(look)
-        if slot is None and look is not None:
-            slot = slots[look] = _slot(look)
-        found.append(slot)
+        if look is not None and look not in slots:
+            slots[look] = _slot(look)
+        found.append(slots[look])
     return found
 
 

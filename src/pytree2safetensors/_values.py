@@ -3,7 +3,8 @@
 import cmath
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, Final
 
 import jax
@@ -50,16 +51,20 @@ def host_array(leaf: Any) -> NDArray[Any]:
 
 def joined_bytes(leaves: list[Any], forms: list[Form]) -> bytes:
     """The bytes of small tensors, one after the other."""
+    single = jax.sharding.SingleDeviceSharding
     of_jax = {kind: issubclass(kind, jax.Array) for kind in set(map(type, leaves))}
     parts = [
         leaf
-        if of_jax[type(leaf)] and form.kind is None and form.dtype in _BUFFERS
+        if of_jax[type(leaf)]
+        and form.kind is None
+        and form.dtype in _BUFFERS
+        and type(leaf.sharding) is single
         else _small_bytes(leaf, form)
         for leaf, form in zip(leaves, forms, strict=True)
     ]
     try:
         return b"".join(parts)
-    except TypeError:  # on several devices, or in a layout of its own, an array is no buffer
+    except TypeError:  # on other devices, or in a layout of its own, an array is no buffer
         return b"".join(map(_small_bytes, leaves, forms))
 
 
@@ -200,9 +205,10 @@ TAKEN_OVER: Final = 1 << 12  # bytes: from here on JAX gets the memory itself, a
 _CHUNK = 128  # arrays in one call of the identity
 _MANY = 1024  # equal arrays that make it worth compiling
 _WITHOUT_PROGRAMS: Final = frozenset({"int1", "uint1"})  # JAX holds these, and compiles nothing
-_ROWS = 32  # arrays that are cut out of one
-_CUT = 1 << 16  # equal arrays that make that worth compiling, which takes eight times as long
-_UNTOUCHED: Final = frozenset({"float32", "int32", "uint32"})  # no compiler converts these
+_ROWS = 24  # arrays that are cut out of one
+_CUT = 1 << 16  # equal arrays that make it worth compiling that, which takes six times as long
+_SHORT: Final = 1 << 10  # bytes: with larger arrays it gains nothing
+_UNTOUCHED: Final = frozenset({"float32", "int32", "uint32"})  # NaNs of others change in programs
 
 
 @jax.jit
@@ -210,21 +216,23 @@ def _identity(arrays: list[Any]) -> list[Any]:
     return arrays
 
 
-@jax.jit
-def _rows(block: Any) -> list[Any]:
-    return [block[row] for row in range(block.shape[0])]
+@partial(jax.jit, static_argnums=1)
+def _rows(block: Any, shape: tuple[int, ...]) -> list[Any]:
+    return [row.reshape(shape) for row in jnp.split(block, _ROWS)]
 
 
 def _cut(arrays: list[NDArray[Any]]) -> list[Any]:
-    made: list[Any] = _rows(np.concatenate(arrays, None).reshape(len(arrays), *arrays[0].shape))
+    made: list[Any] = _rows(np.concatenate(arrays, None), arrays[0].shape)
     return made
 
 
-def _maker(dtype: np.dtype[Any], count: int) -> tuple[Callable[[list[Any]], list[Any]], int] | None:
-    """The compiled call that makes so many equal arrays, and how many each call makes."""
-    if count >= _CUT and dtype.name in _UNTOUCHED:
+def _maker(array: NDArray[Any], count: int) -> tuple[Callable[[list[Any]], list[Any]], int] | None:
+    """The compiled call that makes so many arrays like this one, and how many each call makes."""
+    if count >= _CUT and array.nbytes < _SHORT and array.dtype.name in _UNTOUCHED:
         return _cut, _ROWS
-    return (_identity, _CHUNK) if count >= _MANY and dtype.name not in _WITHOUT_PROGRAMS else None
+    if count >= _MANY and array.dtype.name not in _WITHOUT_PROGRAMS:
+        return _identity, _CHUNK
+    return None
 
 
 def to_jax(arrays: list[NDArray[Any]]) -> list[jax.Array]:
@@ -242,9 +250,9 @@ def to_jax(arrays: list[NDArray[Any]]) -> list[jax.Array]:
         else:
             groups.setdefault((array.dtype, array.shape), []).append(position)
     values = [arrays[position] for position in alone]
-    with values_unwatched():
-        for (dtype, _), positions in groups.items():
-            maker, rest = _maker(dtype, len(positions)), positions
+    with own_programs():
+        for positions in groups.values():
+            maker, rest = _maker(arrays[positions[0]], len(positions)), positions
             if maker is not None:
                 make, size = maker
                 compiled = len(positions) - len(positions) % size
@@ -264,26 +272,42 @@ def to_jax(arrays: list[NDArray[Any]]) -> list[jax.Array]:
 
 
 @contextmanager
-def values_unwatched() -> Iterator[None]:
-    """Let JAX pass values through programs of its own, whatever it is told to watch for.
+def own_programs() -> Iterator[None]:
+    """Let JAX run the programs of a load, whatever it is told to watch for or to do elsewhere.
 
     NaNs and transfers are what a load is about, not what a user looks for when he looks for them.
-    Without jit the programs would give their arguments back, which are no arrays of JAX.
+    Without jit a program may give its arguments back, which are no arrays of JAX, and under a mesh
+    it spreads its results over the devices.
     """
     with (
         jax.debug_nans(False),
         jax.debug_infs(False),
         jax.transfer_guard("allow"),
         jax.disable_jit(False),
+        _no_mesh(),
     ):
         yield
+
+
+def _no_mesh() -> AbstractContextManager[Any]:
+    sharding: Any = jax.sharding
+    enter = getattr(jax, "set_mesh", None) or getattr(sharding, "use_mesh", None)  # of JAX 0.6
+    if enter is None or not hasattr(sharding, "get_abstract_mesh"):
+        return nullcontext()
+    if sharding.get_abstract_mesh().empty:
+        return nullcontext()
+    try:
+        entered: AbstractContextManager[Any] = enter(sharding.Mesh(np.empty((), object), ()))
+    except ValueError:  # a trace keeps the mesh that it began with
+        return nullcontext()
+    return entered
 
 
 def weaken(array: jax.Array) -> jax.Array:
     """The same 0-d array, weakly typed, where JAX has a weak type of its dtype."""
     dtype = np.dtype(array.dtype)
     for wide in (False, True):
-        with _enable_x64(wide), values_unwatched():  # which dtypes are weak depends on the former
+        with _enable_x64(wide), own_programs():  # which dtypes are weak depends on the former
             if dtype == np.bool_:  # which only comparisons make
                 return jax.lax.ne(jax.lax.full_like(0, array), jax.lax.full_like(0, 0))
             for prototype in (0, 0.0, 0j):
@@ -299,6 +323,6 @@ def _enable_x64(enabled: bool) -> Any:
 
 def wrap_key(data: Any, impl: str) -> jax.Array:
     """The typed key array that has this data."""
-    with values_unwatched():
+    with own_programs():
         key: jax.Array = jax.random.wrap_key_data(jnp.asarray(data), impl=impl)
     return key
