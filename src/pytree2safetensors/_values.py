@@ -3,7 +3,7 @@
 import cmath
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any, Final
 
@@ -289,18 +289,16 @@ def own_programs() -> Iterator[None]:
         yield
 
 
-def _no_mesh() -> AbstractContextManager[Any]:
+@contextmanager
+def _no_mesh() -> Iterator[None]:
     sharding: Any = jax.sharding
     enter = getattr(jax, "set_mesh", None) or getattr(sharding, "use_mesh", None)  # of JAX 0.6
-    if enter is None or not hasattr(sharding, "get_abstract_mesh"):
-        return nullcontext()
-    if sharding.get_abstract_mesh().empty:
-        return nullcontext()
-    try:
-        entered: AbstractContextManager[Any] = enter(sharding.Mesh(np.empty((), object), ()))
-    except ValueError:  # a trace keeps the mesh that it began with
-        return nullcontext()
-    return entered
+    current = getattr(sharding, "get_abstract_mesh", None)
+    with ExitStack() as stack:
+        if enter is not None and current is not None and not current().empty:
+            with suppress(ValueError):  # a trace keeps the mesh that it began with
+                stack.enter_context(enter(sharding.Mesh(np.empty((), object), ())))
+        yield
 
 
 def weaken(array: jax.Array) -> jax.Array:
