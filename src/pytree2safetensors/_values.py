@@ -2,9 +2,8 @@
 
 import cmath
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
 from typing import Any, Final
 
 import jax
@@ -52,13 +51,11 @@ def host_array(leaf: Any) -> NDArray[Any]:
 def joined_bytes(leaves: list[Any], forms: list[Form]) -> bytes:
     """The bytes of small tensors, one after the other."""
     single = jax.sharding.SingleDeviceSharding
-    of_jax = {kind: issubclass(kind, jax.Array) for kind in set(map(type, leaves))}
     parts = [
         leaf
-        if of_jax[type(leaf)]
-        and form.kind is None
+        if form.kind is None
         and form.dtype in _BUFFERS
-        and type(leaf.sharding) is single
+        and type(getattr(leaf, "sharding", None)) is single
         else _small_bytes(leaf, form)
         for leaf, form in zip(leaves, forms, strict=True)
     ]
@@ -205,10 +202,6 @@ TAKEN_OVER: Final = 1 << 12  # bytes: from here on JAX gets the memory itself, a
 _CHUNK = 128  # arrays in one call of the identity
 _MANY = 1024  # equal arrays that make it worth compiling
 _WITHOUT_PROGRAMS: Final = frozenset({"int1", "uint1"})  # JAX holds these, and compiles nothing
-_ROWS = 24  # arrays that are cut out of one
-_CUT = 1 << 16  # equal arrays that make it worth compiling that, which takes six times as long
-_SHORT: Final = 1 << 10  # bytes: with larger arrays it gains nothing
-_UNTOUCHED: Final = frozenset({"float32", "int32", "uint32"})  # NaNs of others change in programs
 
 
 @jax.jit
@@ -216,30 +209,10 @@ def _identity(arrays: list[Any]) -> list[Any]:
     return arrays
 
 
-@partial(jax.jit, static_argnums=1)
-def _rows(block: Any, shape: tuple[int, ...]) -> list[Any]:
-    return [row.reshape(shape) for row in jnp.split(block, _ROWS)]
-
-
-def _cut(arrays: list[NDArray[Any]]) -> list[Any]:
-    made: list[Any] = _rows(np.concatenate(arrays, None), arrays[0].shape)
-    return made
-
-
-def _maker(array: NDArray[Any], count: int) -> tuple[Callable[[list[Any]], list[Any]], int] | None:
-    """The compiled call that makes so many arrays like this one, and how many each call makes."""
-    if count >= _CUT and array.nbytes < _SHORT and array.dtype.name in _UNTOUCHED:
-        return _cut, _ROWS
-    if count >= _MANY and array.dtype.name not in _WITHOUT_PROGRAMS:
-        return _identity, _CHUNK
-    return None
-
-
 def to_jax(arrays: list[NDArray[Any]]) -> list[jax.Array]:
     """Make uncommitted JAX arrays, taking over the memory of large ones.
 
-    Creating an array costs JAX some 20 us; as one result of a compiled call a fifth of that, and
-    where one array goes in for many results, half of this again.
+    Creating an array costs JAX some 20 us; as the results of one compiled call, a sixth of that.
     """
     found: list[Any] = list(arrays)
     groups: dict[tuple[Any, tuple[int, ...]], list[int]] = {}
@@ -251,21 +224,18 @@ def to_jax(arrays: list[NDArray[Any]]) -> list[jax.Array]:
             groups.setdefault((array.dtype, array.shape), []).append(position)
     values = [arrays[position] for position in alone]
     with own_programs():
-        for positions in groups.values():
-            maker, rest = _maker(arrays[positions[0]], len(positions)), positions
-            if maker is not None:
-                make, size = maker
-                compiled = len(positions) - len(positions) % size
-                rest = positions[compiled:]
-                for start in range(0, compiled, size):
-                    chunk = positions[start : start + size]
-                    made = make([arrays[i] for i in chunk])
-                    for position, array in zip(chunk, made, strict=True):
-                        found[position] = array
+        for (dtype, _), positions in groups.items():
+            many = len(positions) >= _MANY and dtype.name not in _WITHOUT_PROGRAMS
+            compiled = len(positions) - len(positions) % _CHUNK if many else 0
+            for start in range(0, compiled, _CHUNK):
+                chunk = positions[start : start + _CHUNK]
+                made = _identity([arrays[i] for i in chunk])
+                for position, array in zip(chunk, made, strict=True):
+                    found[position] = array
             # Copies, as JAX may take these over too, and the memory they are in with them. Not by
             # jnp.array, which compiles a program for each shape.
-            alone.extend(rest)
-            values.extend(arrays[position].copy() for position in rest)
+            alone.extend(positions[compiled:])
+            values.extend(arrays[position].copy() for position in positions[compiled:])
     for position, array in zip(alone, jax.device_put(values), strict=True):
         found[position] = array
     return found
