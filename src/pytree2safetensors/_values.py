@@ -262,10 +262,10 @@ def own_programs() -> Iterator[None]:
 @contextmanager
 def _no_mesh() -> Iterator[None]:
     sharding: Any = jax.sharding
-    enter = getattr(jax, "set_mesh", None) or getattr(sharding, "use_mesh", None)  # of JAX 0.6
-    current = getattr(sharding, "get_abstract_mesh", None)
+    current = getattr(sharding, "get_abstract_mesh", None)  # JAX 0.5.0 lacks it, and older ones
     with ExitStack() as stack:
-        if enter is not None and current is not None and not current().empty:
+        if current is not None and not current().empty:
+            enter = getattr(jax, "set_mesh", None) or sharding.use_mesh  # its name before JAX 0.8
             with suppress(ValueError):  # a trace keeps the mesh that it began with
                 stack.enter_context(enter(sharding.Mesh(np.empty((), object), ())))
         yield
