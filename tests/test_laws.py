@@ -155,6 +155,7 @@ def dictionaries(draw: Any) -> dict[str, Any]:
 @example({"@\\(-1)": 1, "@\\(2)": 2})
 @example({".": 1, ".@a": 2})
 @example({".": 1, ".__metadata__": 2})
+@example({"x": 1, "\n\n.x": 2})
 def test_law_3_flattening_inverts_building(dictionary: dict[str, Any]) -> None:
     tree = attempt(lambda: [dict2pytree(dictionary)])
     event("accepted" if tree is not None else "rejected")
@@ -172,6 +173,7 @@ def test_law_3_flattening_inverts_building(dictionary: dict[str, Any]) -> None:
 @example([{"a": [[1], 2]}])
 @example(PyTreeContainer({"": 1}))
 @example(PyTreeContainer({"__class__": PyTreeContainer({"tree_flatten": 1})}))
+@example(PyTreeContainer({"\t": 1, "\n\n": PyTreeContainer({"\t": 2})}))
 def test_law_4_building_inverts_flattening(tree: Any) -> None:
     found = dict2pytree(pytree2dict(tree))
     treedef: Any = jax.tree_util.tree_structure(tree)

@@ -78,7 +78,7 @@ class _Trie:
         self.nodes: list[_Node] = []  # parents before children
         self.parents: dict[str, _Node] = {}  # of leaves, by spelled name
         self.segments: dict[str, tuple[str, Any]] = {}
-        self.last = ("\n\n", self.top)  # the parent of the leaf before: none yet
+        self.last = ("", self.top)  # the parent of the leaf before, unless it is the root
         self.deepest = 0
         self.gaps = 0
         self.mixes = False  # two kinds of children at one node
@@ -88,7 +88,9 @@ class _Trie:
             self.put(self.top, "", leaf, name)
             return
         prefix, parent = self.last
-        known = self.segments.get(name[len(prefix) :]) if name.startswith(prefix) else None
+        known = None
+        if prefix and name.startswith(prefix):
+            known = self.segments.get(name[len(prefix) :])
         if known is None:  # no sibling of the leaf before
             try:
                 prefix, segment = cut(name)
