@@ -34,6 +34,10 @@ def check_wheel(path: Path) -> None:
     plain = {line.split(">=")[0] for line in required if "extra ==" not in line}
     extra = {line.split(">=")[0] for line in required if "extra ==" in line}
     assert (plain, extra) == (DEPENDENCIES, OPTIONAL), required
+    description = metadata.get_payload()
+    assert "](https://github.com/" in description
+    assert "](docs/" not in description, "links that lead nowhere on a package index"
+    assert "Until 0.2.0" not in description, "a remark that is no longer true once it is published"
 
 
 def check_sdist(path: Path) -> None:

@@ -125,7 +125,8 @@ def imports(result: dict[str, Any]) -> tuple[str, tuple[str, ...], list[list[str
         [what, f"{median(times) * 1e3:.0f}", f"{min(times) * 1e3:.0f}–{max(times) * 1e3:.0f}"]
         for what, times in result["imports"].items()
     ]
-    return "Time to import", ("", "CPU, ms", "spread"), rows
+    title = "Time to import, after jax, safetensors.flax, jaxtyping and beartype"
+    return title, ("", "CPU, ms", "spread"), rows
 
 
 def as_rst(result: dict[str, Any]) -> str:

@@ -725,3 +725,21 @@ def test_skipping_leaves_changes_nothing_of_the_callers(tmp_path: Path) -> None:
     save_pytree(tree, tmp_path / "model", unsupported="skip")
     assert tree == {"b": [print, 1], "a": print}
     assert load_pytree(tmp_path / "model") == {"b": [None, 1]}
+
+
+def test_saving_and_loading_need_no_means_that_windows_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pytree2safetensors._file, "_PREALLOCATED", 0)
+    monkeypatch.setattr(sys, "platform", "win32")
+    for name in (
+        "O_CLOEXEC", "O_DIRECTORY", "O_NOFOLLOW", "fchmod", "fchown", "getegid", "geteuid",
+        "posix_fallocate", "pread", "preadv", "pwrite", "readv", "writev",
+    ):  # fmt: skip
+        monkeypatch.delattr(os, name, raising=False)
+    for checksum in (False, True):
+        for number in (1, 2):
+            save_pytree(version(number), tmp_path / "file", checksum=checksum)
+            save_pytree(version(number), tmp_path / "folder", max_shard_size=700)
+            assert_holds(tmp_path / "file", number)
+            assert_holds(tmp_path / "folder", number)

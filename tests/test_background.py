@@ -1,5 +1,6 @@
 """Saving in the background, and showing progress."""
 
+import io
 import subprocess
 import sys
 import threading
@@ -78,6 +79,10 @@ def test_two_saves_to_one_path_stay_in_order(tmp_path: Path) -> None:
 def test_what_the_call_can_check_it_raises(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedLeafError, match="'@f'"):
         save_pytree_async({"f": len}, tmp_path / "file")
+    with pytest.raises(ValueError, match="is no size"):
+        save_pytree_async({"a": 1}, tmp_path / "file", max_shard_size="5 apples")
+    with pytest.raises(ValueError, match="writes a folder"):
+        save_pytree_async({"a": 1}, io.BytesIO(), max_shard_size="5GB")
 
 
 def test_what_writing_raises_reaches_the_result(tmp_path: Path) -> None:

@@ -362,7 +362,6 @@ TREE_NOTES: list[tuple[bytes, str]] = [
     (nodes({"": ["OrderedDict", ["@a@b"]]}, r"@a\@b"), "are not those of its children"),
     (nodes({"": ["OrderedDict", [r"@\(True)"]]}, r"@\(1)"), "are not those of its children"),
     (nodes({"": ["OrderedDict", ["@a"]]}), "the noted keys of '' have no leaves"),
-    (nodes({r"@\(True)": "tuple"}, r"@\(1)#0"), "have dict keys that are equal in Python"),
 ]
 
 
@@ -388,10 +387,16 @@ def test_a_noted_leaf_without_a_tensor_has_a_key_path(path: str) -> None:
         assert "the note of the BytesIO has a leaf that no tree has: " in str(found)
 
 
-def test_noted_nodes_of_two_kinds_make_no_tree() -> None:
-    found = attempt(load_pytree, nodes({"@a": "list", "b": "list"}))
-    assert type(found) is TreeStructureError
-    assert "two kinds of node at once" in str(found)
+def test_noted_nodes_that_registered_nodes_alone_have_make_no_tree() -> None:
+    for kinds, places, text in (
+        ({"@a": "list", "b": "list"}, [], "two kinds of node at once"),
+        ({r"@\(True)": "tuple"}, [r"@\(1)#0"], "have dict keys that are equal in Python"),
+        ({r"@\(True)": "None"}, [r"@\(1)"], "have dict keys that are equal in Python"),
+    ):
+        found = attempt(load_pytree, nodes(kinds, *places))
+        assert type(found) is TreeStructureError
+        assert text in str(found)
+        assert "load_into_pytree loads them into a template" in str(found)
 
 
 def test_a_large_note_is_read() -> None:

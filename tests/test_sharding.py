@@ -575,8 +575,9 @@ def test_what_jax_cannot_divide_is_an_error_that_names_the_leaf(tmp_path: Path, 
     template = {"odd": Struct((7, 3), np.float32, sharding=NamedSharding(mesh, P("x")))}
     with pytest.raises(
         p2s.WeightsMismatchError, match="'@odd' does not fit the sharding of its template: "
-    ):
+    ) as caught:
         p2s.load_into_pytree(template, tmp_path / "file")
+    assert caught.value.mismatched[0].startswith("'@odd': ")
 
 
 def test_uncommitted_stays_uncommitted(tmp_path: Path) -> None:
@@ -585,6 +586,20 @@ def test_uncommitted_stays_uncommitted(tmp_path: Path) -> None:
     found = p2s.load_into_pytree([jnp.asarray(values)], tmp_path / "file")[0]
     assert not is_committed(found)
     assert raw(found) == raw(values)
+
+
+def test_a_traced_value_has_no_place_of_its_own(mesh: Mesh) -> None:
+    places: list[Any] = [jax.devices()[0], jax.devices()[1], NamedSharding(mesh, P("x"))]
+    for place in places:
+        array = jax.device_put(jnp.zeros(8), place)
+        for template in (array, Struct((8,), np.float32, sharding=array.sharding)):
+
+            def total(value: Any, template: Any = template) -> Any:
+                return p2s.set_weights({"x": template}, {"@x": value})["x"].sum()
+
+            assert_same(jax.grad(total)(jnp.arange(8.0)), jnp.ones(8))
+            assert jax.jit(total)(jnp.ones(8)) == 8
+            assert jax.vmap(total)(jnp.ones((2, 8))).tolist() == [8, 8]
 
 
 def test_a_mesh_that_is_set_changes_nothing(mesh: Mesh, tmp_path: Path) -> None:
@@ -666,6 +681,18 @@ def test_saving_leaves_no_copy_inside_sharded_arrays(tmp_path: Path, mesh: Mesh)
     array = jax.device_put(values_of((8, 16)), NamedSharding(mesh, P("x", "y")))
     p2s.save_pytree([array], tmp_path / "file")
     assert array._npy_value is None  # where JAX keeps it
+
+
+@pytest.mark.parametrize("spread", [False, True])
+def test_saving_leaves_no_copy_inside_what_has_to_be_unpacked(
+    spread: bool, tmp_path: Path, mesh: Mesh
+) -> None:
+    place = NamedSharding(mesh, P()) if spread else jax.devices()[0]
+    array: Any = jax.device_put(jnp.zeros((100, 100), jnp.int4), place)
+    p2s.save_pytree([array], tmp_path / "file")
+    p2s.save_pytree_async([array], tmp_path / "file").result()
+    assert array._npy_value is None
+    assert all(shard.data._npy_value is None for shard in array.addressable_shards)
 
 
 # --- what is read, and what is kept -----------------------------------------------------------
@@ -890,6 +917,22 @@ def test_the_header_of_a_file_says_nothing_of_devices(tmp_path: Path, mesh: Mesh
 def test_thin_slices_take_no_memory_for_their_places() -> None:
     region: Region = ((0, 2**40), (0, 1))
     assert runs_in(region, (2**40, 8), 1) == (2**40, 1)
+
+
+def test_progress_reaches_the_end_where_two_leaves_take_one_tensor(
+    tmp_path: Path, mesh: Mesh
+) -> None:
+    values = values_of((8, 16))
+    p2s.save_pytree({"w": values}, tmp_path / "file")
+    leaf = Struct(values.shape, values.dtype, sharding=NamedSharding(mesh, P("x")))
+    told: list[tuple[int, int]] = []
+    p2s.load_into_pytree(
+        {"a": leaf, "b": leaf},
+        tmp_path / "file",
+        rename=lambda _: "@w",
+        progress=lambda *both: told.append(both),
+    )
+    assert told[-1] == (2 * values.nbytes, 2 * values.nbytes)
 
 
 def test_progress_of_a_map_is_told_at_its_end(tmp_path: Path, mesh: Mesh) -> None:

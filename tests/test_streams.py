@@ -96,8 +96,17 @@ def test_an_unbuffered_file_that_writes_short_gets_everything(tmp_path: Path) ->
 
 
 def test_mapping_needs_a_file_on_disk() -> None:
-    with pytest.raises(ValueError, match="mmap=True maps a file on disk"):
-        load_pytree(io.BytesIO(saved()), mmap=True)
+    class Unseekable:
+        def read(self, size: int = -1, /) -> bytes:
+            return saved()
+
+    empty = io.BytesIO()
+    save_pytree({}, empty)
+    for file in (io.BytesIO(saved()), io.BytesIO(empty.getvalue()), Unseekable()):
+        with pytest.raises(ValueError, match="mmap=True maps a file on disk"):
+            load_pytree(file, mmap=True)
+        with pytest.raises(ValueError, match="mmap=True maps a file on disk"):
+            load_into_pytree(TREE, file, mmap=True)
 
 
 def test_a_text_file_is_refused() -> None:

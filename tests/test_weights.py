@@ -2,6 +2,7 @@
 
 import inspect
 import io
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from oracle import assert_same
 from pytree2safetensors import (
     FileFormatError,
     PyTreeContainer,
+    TreeStructureError,
     UnsupportedLeafError,
     WeightsMismatchError,
     _leaf,
@@ -31,6 +34,7 @@ from pytree2safetensors import (
 )
 
 COUNT = 1 << 18
+struct: Any = jax.ShapeDtypeStruct
 
 
 @pytest.mark.parametrize("mmap", [False, True])
@@ -228,6 +232,70 @@ def test_values_pass_whatever_jax_watches_for(many: int, tmp_path: Path) -> None
     assert_same(into, expected)
 
 
+def test_a_guard_against_transfers_is_forgotten(tmp_path: Path) -> None:
+    save_pytree({"w": np.zeros(3, ml_dtypes.bfloat16)}, tmp_path / "file")
+    _leaf._holds.cache_clear()
+    with jax.transfer_guard("disallow_explicit"), suppress(Exception):
+        load_pytree(tmp_path / "file")
+    assert isinstance(load_pytree(tmp_path / "file")["w"], jax.Array)
+
+
+def deleted() -> jax.Array:
+    array = jnp.zeros(2)
+    array.delete()
+    return array
+
+
+@pytest.mark.parametrize("value", [struct((2,), np.float32), deleted(), None, [1, 2], print])
+@pytest.mark.parametrize("leaf", [struct((2,), np.float32), np.zeros(2, np.float32), 1.5])
+def test_what_has_no_values_fits_nothing(leaf: Any, value: Any) -> None:
+    with pytest.raises(WeightsMismatchError) as caught:
+        set_weights({"a": leaf, "b": 1}, {"@a": value, "@b": 2})
+    assert caught.value.mismatched == ("'@a': what is given for it has no values",)
+
+
+@pytest.mark.parametrize("leaf", [np.zeros(4, np.float32), np.float32(0), 1.5])
+def test_a_traced_value_becomes_nothing_of_numpy_or_python(leaf: Any) -> None:
+    with pytest.raises(WeightsMismatchError, match="'@x': a traced value cannot become") as caught:
+        jax.jit(lambda value: set_weights({"x": leaf}, {"@x": value}))(jnp.ones(np.shape(leaf)))
+    assert len(caught.value.mismatched) == 1
+
+
+def test_a_tree_without_data_takes_its_own_leaves(tmp_path: Path) -> None:
+    tree = {"f": print}
+    assert set_weights(tree, pytree2dict(tree)) == tree
+    with pytest.raises(WeightsMismatchError) as caught:
+        set_weights(tree, {"@f": np.zeros(1)})
+    assert caught.value.unexpected == ("@f",)
+
+
+def test_byte_order_is_no_part_of_a_template(tmp_path: Path) -> None:
+    values = np.arange(3, dtype=">f4")
+    save_pytree({"x": values}, tmp_path / "file")
+    template = {"x": struct(values.shape, values.dtype)}
+    for cast in (False, True):
+        found = load_into_pytree(template, tmp_path / "file", cast=cast)
+        assert_same(found, {"x": jnp.arange(3, dtype=np.float32)})
+        assert_same(set_weights(template, {"@x": values}, cast=cast), found)
+
+
+def test_nothing_at_a_prefix_is_all_missing(tmp_path: Path) -> None:
+    save_pytree({"params": {"w": 1}}, tmp_path / "file")
+    with pytest.raises(WeightsMismatchError) as caught:
+        load_into_pytree({"w": 1, "b": 2, "f": print}, tmp_path / "file", prefix="@param")
+    assert caught.value.missing == ("@b", "@w")
+
+
+def test_an_error_below_a_prefix_says_where(tmp_path: Path) -> None:
+    content = safetensors.numpy.save(
+        {"fc": np.zeros(1, np.int8), "fc.weight": np.zeros(1, np.int8)}
+    )
+    with pytest.raises(
+        TreeStructureError, match="the names in the BytesIO below 'fc' make no tree"
+    ):
+        load_pytree(io.BytesIO(content), prefix="fc")
+
+
 @pytest.mark.parametrize(
     ("rename", "kind"),
     [(lambda _: None, "NoneType"), (lambda _: ["@a"], "list"), ({"@a": "@a", "@b": 5}, "int")],
@@ -282,9 +350,6 @@ def test_a_prefix_that_is_not_there_gets_the_nearest(tmp_path: Path) -> None:
 def test_the_nearest_names_are_looked_for_among_so_many_characters() -> None:
     names = ["a" * 30_000, "b" * 10_000, "c"]
     assert _match._up_to(40_000, names) == names[:2]
-
-
-struct: Any = jax.ShapeDtypeStruct
 
 
 def _enable_x64(enabled: bool) -> Any:

@@ -9,7 +9,7 @@ import numpy as np
 from beartype import beartype
 from jaxtyping import jaxtyped
 
-from pytree2safetensors import _distributed
+from pytree2safetensors import _distributed, _hub
 from pytree2safetensors._collector import collector_paused
 from pytree2safetensors._errors import FileFormatError
 from pytree2safetensors._file import Writable, absolute
@@ -58,6 +58,7 @@ def save_pytree_async(
         TreeStructureError: JAX cannot flatten the tree.
         FileFormatError: The metadata are beyond what the format allows, or an array is spread
             over several processes, which only `save_pytree` can save.
+        ValueError: `max_shard_size` is no size, or `path` then is no path.
 
     Specification: *Files*.
 
@@ -67,6 +68,9 @@ def save_pytree_async(
     report = reporter(progress, "saving")
     if isinstance(path, str | os.PathLike):  # the process may change its folder meanwhile
         path = absolute(os.fsdecode(path))
+    if max_shard_size is not None:
+        _hub.parse_size(max_shard_size)
+        _hub.check_path(path)
     with collector_paused():
         contents = collect(tree, metadata or {}, unsupported)
         if _distributed.is_needed(contents.leaves.values()):

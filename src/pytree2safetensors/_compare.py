@@ -95,13 +95,9 @@ def is_prng_key(leaf: Any) -> bool:
 
 
 def _is_weak(leaf: Any) -> bool:
-    return (
-        isinstance(leaf, jax.Array)
-        and leaf.shape == ()
-        and bool(
-            getattr(leaf, "weak_type", False)  # a PRNG key has none
-        )
-    )
+    if not isinstance(leaf, jax.Array) or leaf.shape:
+        return False
+    return bool(getattr(leaf, "weak_type", False))  # a PRNG key has none
 
 
 def _native(dtype: Any) -> Any:

@@ -8,13 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pytree2safetensors._collector import collector_paused
-from pytree2safetensors._errors import (
-    FileFormatError,
-)
+from pytree2safetensors._errors import FileFormatError
 from pytree2safetensors._leaf import COMPLEX128, Form, logical
 from pytree2safetensors._source import PathLike
 from pytree2safetensors._store import Store, open_store
-from pytree2safetensors._summary import Leaf, kind_text, leaf_json, leaves_of, own_metadata
+from pytree2safetensors._summary import Leaf, kind_text, leaf_json, leaves_of
 from pytree2safetensors._trie import Kind
 from pytree2safetensors._values import from_bytes, python_value
 
@@ -106,7 +104,7 @@ def compare_files(first: PathLike, second: PathLike) -> Comparison:
         return Comparison(
             found,
             _changes(_spelled_kinds(old.note.nodes), _spelled_kinds(new.note.nodes)),
-            _changes(own_metadata(old), own_metadata(new)),
+            _changes(old.own_metadata(), new.own_metadata()),
             len(before.keys() & after.keys()),
         )
 

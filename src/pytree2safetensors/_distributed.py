@@ -7,6 +7,7 @@ layout is known, when the file is there, when all is written, and when it is com
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -156,7 +157,7 @@ def _refuse(checksum: bool, max_shard_size: int | str | None) -> None:
 
 
 def _regular(path: PathLike | Writable) -> PathLike:
-    if isinstance(path, Writable) or is_special(path):
+    if not isinstance(path, str | os.PathLike) or is_special(path):
         raise FileFormatError(
             "several processes save together into a regular file, which each of them opens by its "
             "path; a file object, a folder or a device does not do"

@@ -39,9 +39,9 @@ class WeightsMismatchError(Pytree2SafetensorsError, ValueError):
     """Leaves and template do not fit each other.
 
     Attributes:
-        missing: Spelled names that the template needs and the file lacks.
-        unexpected: Names that the file holds and the template has no place for.
-        mismatched: One line for each leaf whose shape, dtype or kind differs.
+        missing: Spelled key paths of the template for which nothing is stored.
+        unexpected: Names of what is stored that the template has no place for.
+        mismatched: One line for each leaf that does not fit its place: the spelled key path, and why.
     """
 
     __module__ = "pytree2safetensors"

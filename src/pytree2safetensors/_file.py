@@ -126,7 +126,7 @@ def replacing(path: PathLike, *, durable: bool, name: str | None = None) -> Iter
             closing = undo.enter_context(_Closing(descriptor))
             yield descriptor
             if durable:
-                os.fsync(descriptor)
+                flush(descriptor)
             closing.close()
             os.replace(temporary, target)
             undo.pop_all()
@@ -141,7 +141,7 @@ def joining(path: PathLike, name: str) -> Iterator[int]:
     """A descriptor of the file that another process has under way, in `replacing` the same path."""
     try:
         target = _followed(os.fsdecode(path))
-        flags = os.O_RDWR | os.O_CLOEXEC | getattr(os, "O_BINARY", 0)
+        flags = os.O_RDWR | getattr(os, "O_BINARY", 0)
         descriptor = os.open(os.path.join(os.path.dirname(target), name), flags)
         with _Closing(descriptor) as closing:
             yield descriptor
@@ -157,7 +157,11 @@ def reserve(descriptor: int, size: int) -> None:
 
 
 def flush(descriptor: int) -> None:
-    """Bring what was written to the disk."""
+    """Bring what was written to the disk, and not just to the disk's cache."""
+    if sys.platform == "darwin":
+        with suppress(OSError):  # a file system that cannot
+            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+            return
     os.fsync(descriptor)
 
 
@@ -221,7 +225,7 @@ def write_new(
     with _Closing(descriptor) as closing:
         write_pieces(descriptor, pieces, size, progress)
         if durable:
-            os.fsync(descriptor)
+            flush(descriptor)
         closing.close()
 
 
@@ -237,15 +241,15 @@ def temporary_name() -> str:
 
 def create(path: str, like: os.stat_result | None = None) -> int:
     """Create a file with the permissions that `open` gives, or those of the file it replaces."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | getattr(os, "O_BINARY", 0)
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
     # Until it has its permissions nobody else may open it.
     descriptor = os.open(path, flags, 0o666 if like is None else 0o600)
     if like is not None:
         try:
-            if hasattr(os, "fchown") and (os.geteuid(), os.getegid()) != (like.st_uid, like.st_gid):
-                with suppress(PermissionError):  # giving files away is for the superuser
-                    os.fchown(descriptor, like.st_uid, like.st_gid)
-            if hasattr(os, "fchmod"):
+            if sys.platform != "win32":
+                if (os.geteuid(), os.getegid()) != (like.st_uid, like.st_gid):
+                    with suppress(PermissionError):  # giving files away is for the superuser
+                        os.fchown(descriptor, like.st_uid, like.st_gid)
                 os.fchmod(descriptor, stat.S_IMODE(like.st_mode))
         except BaseException:
             os.close(descriptor)
@@ -276,7 +280,7 @@ class _Closing:
 @contextmanager
 def _special(path: str) -> Iterator[int]:
     """What nothing can take the place of is written to."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC)
+    descriptor = os.open(path, os.O_WRONLY | os.O_TRUNC)
     try:
         yield descriptor
     finally:
@@ -294,19 +298,19 @@ def locked(folder: str) -> Iterator[None]:
     """Keep other savers out of a folder, where the system has locks."""
     if sys.platform == "win32":
         yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    with _Closing(descriptor):
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
+    else:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        with _Closing(descriptor):
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
 
 
 def flush_folder(folder: str) -> None:
     """Make a rename last, where the system can flush a folder."""
     if not hasattr(os, "O_DIRECTORY"):
         return
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
     except OSError as error:

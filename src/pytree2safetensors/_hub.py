@@ -58,8 +58,7 @@ def save(
         OSError: The files cannot be written.
     """
     limit = parse_size(max_shard_size)
-    if not isinstance(path, str | os.PathLike):
-        raise ValueError(f"max_shard_size= writes a folder, and {type(path).__name__} is none")
+    path = check_path(path)
     if _TOTAL in metadata:
         raise FileFormatError(
             f"the metadata may not set {_TOTAL!r}, which an index of shards says itself; "
@@ -119,6 +118,13 @@ def _sharded(
 
 def _part(name: str, planned: Plan, pieces: Callable[[Plan], Iterable[memoryview]]) -> Part:
     return Part(name, len(planned.head) + planned.size, pieces(planned))
+
+
+def check_path(path: PathLike | Writable) -> PathLike:
+    """The path itself; what is none can be no folder."""
+    if not isinstance(path, str | os.PathLike):
+        raise ValueError(f"max_shard_size= writes a folder, and {type(path).__name__} is none")
+    return path
 
 
 def parse_size(size: int | str) -> int:

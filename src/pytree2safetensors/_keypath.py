@@ -219,7 +219,9 @@ def string2keypath(string: str) -> KeyPath:
     (SequenceKey(idx=2), GetAttrKey(name='layers'), DictKey(key='a.b'))
     """
     if type(string) is not str:
-        raise KeyPathError(f"a spelled key path is a str, not {describe(string)}")
+        if not isinstance(string, str):
+            raise KeyPathError(f"a spelled key path is a str, not {describe(string)}")
+        string = str.__str__(string)
     try:
         return tuple(_read(string))
     except _Rejected as rejected:

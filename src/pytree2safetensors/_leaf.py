@@ -10,7 +10,6 @@ from functools import lru_cache
 from typing import Any, Final, Literal, NamedTuple
 
 import jax
-import jax.experimental
 import ml_dtypes
 import numpy as np
 
@@ -189,8 +188,8 @@ def _describe_key(leaf: jax.Array) -> Form | None:
     name = _implementation(leaf)
     if name is None:
         return None
-    data = jax.eval_shape(jax.random.key_data, leaf)
-    return Form("U32", data.shape, math.prod(data.shape) * 4, ["key", name])
+    shape = (*leaf.shape, *_key_shape(name))
+    return Form("U32", shape, math.prod(shape) * 4, ["key", name])
 
 
 def _implementation(leaf: Any) -> str | None:
@@ -280,16 +279,20 @@ def logical(form: Form, name: str) -> Logical:
     return Logical("array", dtype, shape[:-1] if kind in COMPLEX128 else shape, kind in WEAK)
 
 
-@lru_cache(maxsize=64)
 def key_shape(impl: str, name: str) -> tuple[int, ...]:
     """The shape of the data of one key of an implementation."""
     try:
-        data = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0, impl=impl)))
+        return _key_shape(impl)
     except ValueError:
         raise FileFormatError(
             f"{shorten(name)} is a key of the PRNG implementation {shorten(impl)}, which this "
             "process does not know; register it, or install a newer JAX"
         ) from None
+
+
+@lru_cache(maxsize=16)
+def _key_shape(impl: str) -> tuple[int, ...]:
+    data = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0, impl=impl)))
     return tuple(data.shape)
 
 
@@ -342,7 +345,7 @@ def implementation_of(dtype: Any) -> str | None:
 
 def holds(dtype: np.dtype[Any]) -> bool:
     """Whether a jax.Array can have this dtype, here and now."""
-    if dtype.char in "lLqQdD" and dtype.num < 256:  # NumPy's own, which ml_dtypes are not
+    if dtype.kind in "iufc" and dtype.itemsize == (16 if dtype.kind == "c" else 8):
         return bool(jax.config.jax_enable_x64)  # type: ignore[attr-defined] # JAX declares no options
     return _holds(dtype)
 
@@ -352,7 +355,8 @@ def _holds(dtype: np.dtype[Any]) -> bool:
     if dtype.kind != "V":  # one of NumPy's own
         return True
     try:
-        with jax.ensure_compile_time_eval():  # the answer is the same under a trace
+        # The answer is the same under a trace, and where transfers are watched for.
+        with jax.ensure_compile_time_eval(), jax.transfer_guard("allow"):
             jax.device_put(np.zeros((), dtype)).block_until_ready()
     except Exception:  # noqa: BLE001 - JAX raises whatever its backend raises
         return False

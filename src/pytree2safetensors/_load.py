@@ -2,7 +2,7 @@
 
 import sys
 import warnings
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from contextlib import suppress
 from itertools import islice
 from types import FrameType
@@ -14,7 +14,7 @@ from jaxtyping import jaxtyped
 from numpy.typing import NDArray
 
 from pytree2safetensors._collector import collector_paused
-from pytree2safetensors._digest import DIGESTS, METADATA, check_digest
+from pytree2safetensors._digest import check_digest
 from pytree2safetensors._errors import (
     KeyPathError,
     WeightsMismatchError,
@@ -27,7 +27,6 @@ from pytree2safetensors._leaf import WEAK, Form, abstract, holds, noted_value
 from pytree2safetensors._progress import Progress, ProgressOption, Report, reporter
 from pytree2safetensors._source import PathLike, Read, Readable, Source, fetch
 from pytree2safetensors._store import Store, open_store
-from pytree2safetensors._structure import NOTE
 from pytree2safetensors._tree import PyTree
 from pytree2safetensors._trie import Kind, build
 from pytree2safetensors._values import (
@@ -79,12 +78,13 @@ def load_pytree(
     >>> load_pytree("model.safetensors")
     {'steps': (1, 2), 'w': 1.5}
     """
-    with collector_paused(), open_store(path) as store:
+    with collector_paused(), open_store(path, mmap) as store:
         names = names_below(store, prefix)
         leaves = take(store, names.values(), mmap, reporter(progress, "loading"))
         kinds = nodes_below(store, prefix)
         found = {name: leaves[stored] for name, stored in names.items()}
-        return build(found, kinds, store.label)
+        where = f"{store.label} below {shorten(prefix)}" if prefix else store.label
+        return build(found, kinds, where)
 
 
 @jaxtyped(typechecker=beartype)
@@ -130,8 +130,8 @@ def load_metadata(path: PathLike | Readable) -> dict[str, str]:
         path: A file, a binary file object, a folder of shards or its index.
 
     Returns:
-        The metadata, without the entries that this package writes itself, of which a `format` that
-        is "flax" is one.
+        The metadata, without the entries that this package writes itself; one of these is a
+        `format` that is "flax".
 
     Raises:
         FileFormatError: The file is damaged, or no safetensors file.
@@ -144,15 +144,17 @@ def load_metadata(path: PathLike | Readable) -> dict[str, str]:
     {'run': '17'}
     """
     with collector_paused(), open_store(path) as store:
-        ours = {NOTE, DIGESTS, METADATA}
-        own = {key: value for key, value in store.metadata.items() if key not in ours}
+        own = store.own_metadata()
         if own.get("format") == "flax":  # what save_pytree writes where the caller says nothing
             del own["format"]
         return own
 
 
-def names_below(store: Store, prefix: str) -> dict[str, str]:
-    """The names below `prefix`, as seen from there, to the names in the file."""
+def names_below(store: Store, prefix: str, wanted: Sequence[str] = ()) -> dict[str, str]:
+    """The names below `prefix`, as seen from there, to the names in the file.
+
+    `wanted` are the key paths that are missing if there is nothing.
+    """
     if not prefix:
         return {name: name for name in sorted(store.forms)}
     string2keypath(prefix)
@@ -165,7 +167,8 @@ def names_below(store: Store, prefix: str) -> dict[str, str]:
         raise WeightsMismatchError(
             f"{store.label} has nothing at the prefix {shorten(prefix)}{_nearest_node(store, prefix)}; "
             f"its names begin with "
-            f"{', '.join(map(shorten, sorted(store.forms)[:5])) or 'nothing, for it is empty'}"
+            f"{', '.join(map(shorten, sorted(store.forms)[:5])) or 'nothing, for it is empty'}",
+            missing=wanted,
         )
     return found
 

@@ -34,9 +34,7 @@ class _Outcome:
         self.paths, self.cast = paths, cast
         self.found: list[tuple[int, str]] = []
         self.used: set[str] = set()
-        self.missing: list[
-            tuple[str, str]
-        ] = []  # the path in the template, and the name looked for
+        self.missing: list[tuple[str, str]] = []  # a path of the template, and its name in the file
         self.mismatched: list[str] = []
         self.lost = False  # an abstract leaf has no value to fall back on
         self.castable = False
@@ -67,7 +65,7 @@ def match(
     Args:
         paths: The spelled key paths of the template's leaves.
         slots: What these ask for; None for what is no data.
-        available: What is stored under each name; None for what is no data.
+        available: What is stored under each name; None for what has no values.
         values: Gives the Python scalars that are stored under names, for those whose fit depends
             on it.
         options: How to match.
@@ -129,7 +127,7 @@ def _needs_value(slot: Slot, stored: Logical) -> bool:
 
 def _unfit(slot: Slot, stored: Logical | None, value: Any, cast: bool) -> str | None:
     if stored is None:
-        return "what is given for it is no data"
+        return "what is given for it has no values"
     return misfit(slot, stored, value, cast=cast)
 
 
@@ -140,7 +138,7 @@ def _check(outcome: _Outcome, wanted: bool, available: Mapping[str, Any], option
     """Raise one error for everything that does not match, if that is too much; or tell it."""
     missing, mismatched = outcome.missing, outcome.mismatched
     unexpected = [name for name in available if name not in outcome.used]
-    nothing = not outcome.found and (bool(available) or wanted)
+    nothing = not outcome.found and (wanted or bool(unexpected))
     left = bool(missing or unexpected or mismatched)
     fails = (options.strict and left) or outcome.lost or nothing
     if not fails and not (options.verbose and left):

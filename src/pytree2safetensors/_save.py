@@ -109,17 +109,6 @@ def write(
         )
         return
     planned = plan(contents.forms, contents.metadata)
-    write_planned(planned, contents, path, durable, report)
-
-
-def write_planned(
-    planned: Plan,
-    contents: Contents,
-    path: PathLike | Writable,
-    durable: bool,
-    report: Progress | None,
-) -> None:
-    """Write one file that is laid out."""
     size = len(planned.head) + planned.size
     if isinstance(path, str | os.PathLike):  # asked first: some paths can write
         write_file(path, pieces(planned, contents), size, durable=durable, progress=report)

@@ -36,9 +36,7 @@ from pytree2safetensors._source import Read, fetch
 from pytree2safetensors._store import Store
 from pytree2safetensors._values import cast_array, from_bytes, host_array, weaken, wrap_key
 
-_SMALL: Final = (
-    1 << 20
-)  # bytes: JAX cuts smaller arrays sooner than their shards are made one by one
+_SMALL: Final = 1 << 20  # bytes: smaller arrays are cut by JAX, which is sooner done
 _BATCH: Final = 64 << 20  # bytes that are read into one piece of memory
 _LONG: Final = 1 << 16  # bytes: a run worth a read of its own
 _GAP: Final = 1 << 14  # bytes between runs: shorter ones are read sooner than skipped
@@ -56,7 +54,7 @@ def concrete(sharding: Sharding, name: str) -> Sharding:
         raise WeightsMismatchError(
             f"the sharding that the template has for {shorten(name)} names no devices, as its mesh "
             "is abstract; load under jax.set_mesh, or give the template concrete shardings",
-            mismatched=[name],
+            mismatched=[f"{shorten(name)}: its sharding names no devices"],
         )
     found: Any = sharding  # what has a mesh has a spec
     return jax.sharding.NamedSharding(current, found.spec, memory_kind=found.memory_kind)
@@ -68,7 +66,8 @@ def _check_fits(sharding: Sharding, shape: tuple[int, ...], name: str) -> None:
         sharding.shard_shape(shape)
     except ValueError as error:
         raise WeightsMismatchError(
-            f"{shorten(name)} does not fit the sharding of its template: {error}", mismatched=[name]
+            f"{shorten(name)} does not fit the sharding of its template: {error}",
+            mismatched=[f"{shorten(name)}: {error}"],
         ) from error
 
 
@@ -185,7 +184,10 @@ def _finished(store: Store, wanted: Wanted, array: jax.Array) -> jax.Array:
 def _cut_by_jax(
     store: Store, plans: Sequence[ShardPlan], mmap: bool, progress: Progress | None
 ) -> list[jax.Array]:
-    hosts = read(store, {plan.wanted.name for plan in plans}, mmap, progress)
+    names = {plan.wanted.name for plan in plans}
+    hosts = read(store, names, mmap, progress)
+    if len(names) < len(plans):  # read once, and counted for each
+        Report(progress, sum(plan.size for plan in plans)).finish()
     values: list[Any] = []
     for (name, leaf, _), *_ in plans:
         if leaf.kind == "key":

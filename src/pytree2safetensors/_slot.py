@@ -131,7 +131,7 @@ def _slot(look: _Look) -> Slot | None:
             return None
         return Slot(Logical("key", None, shape, impl=impl), target, sharding, abstract)
     target = "jax" if holds(dtype) else "foreign"
-    return Slot(Logical("array", dtype, shape, weak), target, sharding, abstract)
+    return Slot(Logical("array", dtype.newbyteorder("="), shape, weak), target, sharding, abstract)
 
 
 def misfit(slot: Slot, stored: Logical, value: Any, *, cast: bool) -> str | None:

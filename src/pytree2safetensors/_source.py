@@ -43,7 +43,7 @@ class Source:
         raise NotImplementedError
 
     def map(self) -> NDArray[np.uint8]:
-        """The whole file as read-only memory."""
+        """The whole file as read-only memory, of what has a path."""
         raise NotImplementedError
 
     def close(self) -> None:
@@ -79,7 +79,8 @@ class _Descriptor(Source):
 
     def read_into(self, buffers: list[memoryview], offset: int) -> int:
         if hasattr(os, "preadv"):
-            return os.preadv(self.descriptor, buffers, offset)
+            count: int = os.preadv(self.descriptor, buffers, offset)
+            return count
         with self.lock:  # a system without positioned reads
             os.lseek(self.descriptor, offset, os.SEEK_SET)
             piece = os.read(self.descriptor, len(buffers[0]))
@@ -127,9 +128,6 @@ class _Stream(Source):
         buffers[0][: len(piece)] = piece
         return len(piece)
 
-    def map(self) -> NDArray[np.uint8]:
-        raise ValueError("mmap=True maps a file on disk; load a file object without it")
-
     def close(self) -> None:
         with suppress(ValueError):  # the caller may have closed it
             self.file.seek(self.start + self.size)
@@ -165,7 +163,7 @@ def _label_of(file: Any) -> str:
 
 def _open_path(path: str) -> Source:
     label = shorten(path)
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | os.O_CLOEXEC)
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
     try:
         status = os.fstat(descriptor)
         if stat.S_ISDIR(status.st_mode):
@@ -213,7 +211,9 @@ def fetch(reads: Iterable[Read], progress: Progress | None = None) -> None:
 
 def _batches(reads: Iterable[Read]) -> Iterator[tuple[Source, int, list[memoryview], int]]:
     """Join reads that follow each other in the file, and cut those that are long."""
-    source, start, buffers, size = None, 0, [], 0  # type: tuple[Source | None, int, list[memoryview], int]
+    source: Source | None = None
+    buffers: list[memoryview] = []
+    start = size = 0
     for read in reads:
         buffer, offset = read.buffer, read.offset
         if source is not read.source or start + size != offset:

@@ -90,6 +90,11 @@ class Store:
                     check_kind(kind, form.dtype, form.shape, name)
                 self.forms[name] = form._replace(kind=kind)
 
+    def own_metadata(self) -> dict[str, str]:
+        """The metadata without what this package adds, but for `format`."""
+        ours = {NOTE, _digest.DIGESTS, _digest.METADATA}
+        return {key: value for key, value in self.metadata.items() if key not in ours}
+
     def logical(self, name: str) -> Logical:
         """The leaf that is stored under a name, without its values."""
         form = self.forms[name]
@@ -115,8 +120,10 @@ def _check_path(name: str, label: str) -> None:
         raise FileFormatError(f"the note of {label} has a leaf that no tree has: {error}") from None
 
 
-def open_store(path: PathLike | Readable) -> Store:
-    """Open a file, a file object, a folder of shards or its index, and check it."""
+def open_store(path: PathLike | Readable, mmap: bool = False) -> Store:
+    """Open a file, a file object (unless it shall be mapped), a folder of shards or its index."""
+    if mmap and not isinstance(path, str | os.PathLike):
+        raise ValueError("mmap=True maps a file on disk; load a file object without it")
     if isinstance(path, str | os.PathLike):
         path = _hub.locate(os.fsdecode(path))
         if _hub.is_index(path):

@@ -4,16 +4,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from pytree2safetensors._collector import collector_paused
-from pytree2safetensors._digest import DIGESTS, METADATA
-from pytree2safetensors._errors import (
-    FileFormatError,
-)
+from pytree2safetensors._errors import FileFormatError
 from pytree2safetensors._keypath import below
 from pytree2safetensors._leaf import Form, logical
 from pytree2safetensors._load import names_below
 from pytree2safetensors._source import PathLike
 from pytree2safetensors._store import Store, open_store
-from pytree2safetensors._structure import NOTE
 from pytree2safetensors._trie import Kind
 
 
@@ -82,16 +78,11 @@ def summarise_file(path: PathLike, prefix: str = "") -> Summary:
         return Summary(
             leaves,
             nodes,
-            own_metadata(store),
+            store.own_metadata(),
             len(store.sources),
             sum(source.size for source in store.sources),
             store.digests is not None,
         )
-
-
-def own_metadata(store: Store) -> dict[str, str]:
-    ours = {NOTE, DIGESTS, METADATA}
-    return {key: store.metadata[key] for key in store.metadata if key not in ours}
 
 
 def leaves_of(store: Store) -> Iterator[Leaf]:

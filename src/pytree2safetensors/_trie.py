@@ -63,7 +63,7 @@ def build_tree(leaves: Mapping[str, Any], kinds: Mapping[str, Kind], file: str =
         try:
             trie.note(name, kinds[name])
         except (KeyPathError, TreeStructureError) as error:
-            if trie.mixes:  # as a node of the saver's own may: such a file needs a template
+            if trie.irregular:
                 raise
             raise FileFormatError(f"the note of {file} contradicts its tensors: {error}") from None
     return trie.finish()
@@ -81,11 +81,13 @@ class _Trie:
         self.last = ("", self.top)  # the parent of the leaf before, unless it is the root
         self.deepest = 0
         self.gaps = 0
-        self.mixes = False  # two kinds of children at one node
+        self.irregular = False  # as only a registered node is: its file needs a template
 
     def insert(self, name: str, leaf: Any) -> None:
         if not name:
-            self.put(self.top, "", leaf, name)
+            if name in self.top.entries:
+                raise self.taken(self.top, name, name)
+            self.top.entries[name] = leaf
             return
         prefix, parent = self.last
         known = None
@@ -162,11 +164,6 @@ class _Trie:
             raise self.taken(parent, key, name)
         return node
 
-    def put(self, parent: _Node, key: Any, leaf: Any, name: str) -> None:
-        if key in parent.entries:
-            raise self.taken(parent, key, name)
-        parent.entries[key] = leaf
-
     def name_of(self, node: _Node) -> str:
         segments: list[str] = []
         while node.parent is not None and node.parent is not self.top:
@@ -175,7 +172,7 @@ class _Trie:
         return join("", *reversed(segments))
 
     def mixed(self, node: _Node, name: str) -> TreeStructureError:
-        self.mixes = True
+        self.irregular = True
         other = next(iter(node.entries))
         return TreeStructureError(
             f"{shorten(name)} and {shorten(self.at(node, other))} make the node at "
@@ -186,6 +183,7 @@ class _Trie:
         there = next(other for other in parent.entries if other == key)
         named = self.at(parent, there)
         if not _same(there, key):
+            self.irregular = True
             reason = "have dict keys that are equal in Python"
         else:
             reason = "name a leaf and a node at one place"

@@ -9,6 +9,7 @@ from beartype import beartype
 from jaxtyping import jaxtyped
 
 from pytree2safetensors._collector import collector_paused
+from pytree2safetensors._errors import WeightsMismatchError, shorten
 from pytree2safetensors._keypath import below, string2keypath
 from pytree2safetensors._leaf import Logical
 from pytree2safetensors._load import names_below, read, take, warn_foreign
@@ -66,7 +67,8 @@ def set_weights(
     names = [name for name in dictionary if below(prefix, name) is not None]
     slots = slots_of(dictionary[name] for name in names)
     available = {
-        name: None if slot is None else slot.leaf for name, slot in zip(names, slots, strict=True)
+        name: None if slot is None or slot.abstract else slot.leaf
+        for name, slot in zip(names, slots, strict=True)
     }
     options = Options("the dictionary", strict, verbose, cast, prefix, rename)
     matches = match(template.names, template.slots, available, lambda _: dictionary, options)
@@ -123,9 +125,10 @@ def load_into_pytree(
     >>> load_into_pytree({"w": np.zeros(2, np.float32)}, "model.safetensors")
     {'w': array([1., 1.], dtype=float32)}
     """
-    with collector_paused(), open_store(path) as store:
+    with collector_paused(), open_store(path, mmap) as store:
         template = _template(module)
-        names = names_below(store, prefix).values()
+        wanted = [n for n, slot in zip(template.names, template.slots, strict=True) if slot]
+        names = names_below(store, prefix, wanted).values()
         options = Options(store.label, strict, verbose, cast, prefix, rename)
         available = _Stored(store, names)
 
@@ -181,6 +184,13 @@ class _Stored(Mapping[str, Logical | None]):
 
 def _fitted(slot: Slot, value: Any, name: str) -> Any:
     """A leaf of a dictionary, as its place in the template wants it."""
+    traced = isinstance(value, jax.core.Tracer)
+    if traced and slot.target in {"numpy", "scalar", "python"}:
+        reason = "a traced value cannot become what the template has, a value of NumPy or Python"
+        raise WeightsMismatchError(
+            f"{shorten(name)}: {reason}; have an array of JAX there",
+            mismatched=[f"{shorten(name)}: {reason}"],
+        )
     if slot.target == "python":
         return value if type(value) is str else to_python(value, slot.leaf)
     if slot.target in {"numpy", "scalar"}:
@@ -200,7 +210,8 @@ def _fitted(slot: Slot, value: Any, name: str) -> Any:
         value = value.astype(slot.leaf.dtype)
     if slot.leaf.kind == "key" and value.dtype == np.uint32:
         value = wrap_key(value, slot.leaf.impl)
-    if slot.sharding is None or not isinstance(value, jax.Array):
+    # Where a traced value lives is for JAX to say.
+    if slot.sharding is None or traced or not isinstance(value, jax.Array):
         return value
     return place(value, concrete(slot.sharding, name), name)
 
