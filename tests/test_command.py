@@ -23,7 +23,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from pytree2safetensors import PyTreeContainer, load_pytree, save_pytree
+from pytree2safetensors import PyTreeContainer, load_into_pytree, load_pytree, save_pytree
 from pytree2safetensors.__main__ import main
 from pytree2safetensors._diff import compare_files
 from pytree2safetensors._outline import outline
@@ -31,6 +31,7 @@ from pytree2safetensors._screen import plain, size
 from pytree2safetensors._source import _Descriptor
 from pytree2safetensors._summary import Leaf, summarise_file
 from pytree2safetensors._verify import verify_file
+from pytree2safetensors.testing import Keyed
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -606,6 +607,36 @@ def test_verify_of_names_that_make_no_tree_is_no_error(run: Run) -> None:
     code, out, err = run("verify", "foreign.safetensors", columns=200)
     assert (code, err) == (0, "")
     assert "remark    it loads only into a template: 'a' and 'a.b' name a leaf and a node" in out
+
+
+def test_verify_finds_no_damage_in_what_needs_a_template(run: Run) -> None:
+    array = np.ones(3, np.float32)
+    for tree in (
+        Keyed({"b": None, "@c": {}, "#0": array}),
+        Keyed({"b": None, "@c": None, "#0": None}),
+        Keyed({r"#\(1)": None}),
+        Keyed({r"@\(1)": None, "@a": None}),
+        Keyed({r"@\(1)": None, r"@\(True)": ()}),
+        Keyed({"#2000000000": None}),
+    ):
+        save_pytree(tree, "own.safetensors")
+        load_into_pytree(tree, "own.safetensors")
+        code, out, err = run("verify", "own.safetensors", columns=200)
+        assert (code, err) == (0, "")
+        assert "remark    it loads only into a template: " in out
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3)])
+def test_verify_finds_a_key_whose_data_are_none(shape: tuple[int, ...], run: Run) -> None:
+    note = {"version": 1, "leaves": {"@a": ["key", "threefry2x32"]}}
+    save_file(
+        {"@a": np.zeros(shape, np.uint32)},
+        "w.safetensors",
+        {"pytree2safetensors": json.dumps(note)},
+    )
+    code, _, err = run("verify", "w.safetensors")
+    assert code == 1
+    assert "'@a' is noted as a key of threefry2x32, whose data end in the shape [2]" in err
 
 
 def test_verify_finds_a_note_that_contradicts_the_names(run: Run) -> None:

@@ -10,6 +10,7 @@ import re
 import shutil
 import stat
 import struct
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -36,8 +37,10 @@ from pytree2safetensors import (
 )
 from pytree2safetensors import _hub as hub
 from pytree2safetensors._compare import assert_same
+from pytree2safetensors._file import locked
 from pytree2safetensors._layout import in_order
 from pytree2safetensors._leaf import Form
+from pytree2safetensors._store import Store, open_store
 from pytree2safetensors.testing import pytrees
 
 INDEX = "model.safetensors.index.json"
@@ -1049,10 +1052,10 @@ def test_a_reader_whose_index_is_replaced_starts_again(
     saves = [lambda: save_pytree(tree_of(2), tmp_path, max_shard_size=limit)]
     real = hub.Index.open
 
-    def save_meanwhile(index: hub.Index, shard: str) -> Any:
+    def save_meanwhile(index: hub.Index, shard: str, keep: bool) -> Any:
         if shard == sorted(index.shards)[1] and saves:
             saves.pop()()
-        return real(index, shard)
+        return real(index, shard, keep)
 
     monkeypatch.setattr(hub.Index, "open", save_meanwhile)
     assert is_same(tree_of(2), load_pytree(tmp_path))
@@ -1060,6 +1063,72 @@ def test_a_reader_whose_index_is_replaced_starts_again(
     with pytest.raises(FileFormatError, match="is being replaced by another save; load it after"):
         load_pytree(tmp_path)
     assert is_same(tree_of(1), load_pytree(tmp_path))
+
+
+def descriptors_in(folder: Path) -> int:
+    links = [link.readlink() for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+    return sum(link.is_relative_to(folder) for link in links)
+
+
+def content_of(store: Store, name: str) -> bytes:
+    return b"".join(piece.tobytes() for piece in store.pieces(name))
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="nothing says what is open")
+@pytest.mark.parametrize("mmap", [False, True])
+def test_few_shards_are_open_at_once(
+    mmap: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pytree2safetensors._store._KEPT", 2)
+    tree = {f"w{i}": jnp.full(10, i, jnp.float32) for i in range(20)}
+    save_pytree(tree, tmp_path, max_shard_size=40, checksum=True)
+    monkeypatch.chdir(tmp_path.parent)
+    with open_store(tmp_path.name) as store:
+        assert descriptors_in(tmp_path) == 2
+        monkeypatch.chdir("/")
+        for name, values in tree.items():
+            assert content_of(store, f"@{name}") == np.asarray(values).tobytes()
+    assert descriptors_in(tmp_path) == 0
+    assert is_same(tree, load_pytree(tmp_path, mmap=mmap))
+    assert is_same(tree, load_into_pytree(tree, tmp_path, mmap=mmap))
+
+
+def test_a_shard_that_is_replaced_before_it_is_read_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pytree2safetensors._store._KEPT", 1)
+    tree = {f"w{i}": jnp.full(10, i, jnp.float32) for i in range(3)}
+    save_pytree(tree, tmp_path, max_shard_size=40)
+    with open_store(tmp_path) as store:
+        save_pytree(tree, tmp_path, max_shard_size=40)
+        assert content_of(store, "@w0") == bytes(40)  # which is open
+        with pytest.raises(FileFormatError, match="was replaced while it was read"):
+            content_of(store, "@w1")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a system without locks")
+def test_a_lock_ends_with_its_save_whoever_has_the_folder_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, copies = os.open, list[int]()
+
+    def open_twice(*arguments: Any) -> int:  # as a process has that is forked meanwhile
+        descriptor = opened(*arguments)
+        copies.append(os.dup(descriptor))
+        return descriptor
+
+    with monkeypatch.context() as patch, suppress(StopIteration):
+        patch.setattr(os, "open", open_twice)
+        with locked(str(tmp_path)):
+            raise StopIteration
+    saver = threading.Thread(target=lambda: save_pytree(tree_of(1), tmp_path, max_shard_size=100))
+    saver.start()
+    saver.join(30)
+    waits = saver.is_alive()
+    for copy in copies:
+        os.close(copy)
+    saver.join()
+    assert not waits
 
 
 # --- huggingface_hub --------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -681,6 +682,23 @@ def test_saving_leaves_no_copy_inside_sharded_arrays(tmp_path: Path, mesh: Mesh)
     array = jax.device_put(values_of((8, 16)), NamedSharding(mesh, P("x", "y")))
     p2s.save_pytree([array], tmp_path / "file")
     assert array._npy_value is None  # where JAX keeps it
+
+
+@pytest.mark.parametrize("spec", [P("x"), P(None, "y"), P("x", "y"), P(("x", "y"))], ids=str)
+def test_saving_makes_no_whole_of_what_is_spread_over_devices(
+    spec: Any, tmp_path: Path, mesh: Mesh
+) -> None:
+    values = np.arange(8 << 20, dtype=np.float32).reshape(2048, -1)
+    tree = [jax.device_put(values, NamedSharding(mesh, spec))]
+    p2s.save_pytree([values], tmp_path / "plain", checksum=True)
+    tracemalloc.start()
+    try:
+        p2s.save_pytree(tree, tmp_path / "file", checksum=True)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 16 << 20
+    assert (tmp_path / "file").read_bytes() == (tmp_path / "plain").read_bytes()
 
 
 @pytest.mark.parametrize("spread", [False, True])

@@ -78,6 +78,52 @@ def test_a_pipe_works_both_ways() -> None:
     thread.join()
 
 
+class Endless:
+    """Gives what it begins with, and then zeros without end."""
+
+    def __init__(self, content: bytes) -> None:
+        self.content, self.given = content, 0
+
+    def read(self, size: int = -1, /) -> bytes:
+        assert size >= 0
+        piece = self.content[self.given : self.given + size].ljust(size, b"\0")
+        self.given += size
+        return piece
+
+
+def test_of_a_stream_without_end_no_more_is_read_than_its_header_describes() -> None:
+    header = (2).to_bytes(8, "little") + b"{}"
+    for content, most, text in (
+        (b"", 9, "its header does not begin with {"),
+        (b"\xff" * 8, 9, "it begins with a header length of"),
+        (
+            header,
+            11,
+            "has bytes after its data: its header describes 0 bytes of data, and 1 follow",
+        ),
+        (saved(), len(saved()) + 1, "has bytes after its data"),
+    ):
+        for load in (load_pytree, load_metadata):
+            stream = Endless(content)
+            with pytest.raises(FileFormatError, match=text):
+                load(stream)
+            assert stream.given == most
+
+
+def test_a_stream_that_gives_a_little_at_a_time_is_read_to_its_end() -> None:
+    class Little(io.BytesIO):
+        def seekable(self) -> bool:
+            return False
+
+        def read(self, size: int | None = -1, /) -> bytes:
+            return super().read(min(7777, -1 if size is None else size))
+
+    assert_same(load_pytree(Little(saved())), TREE)
+    for cut in (0, 5, 8, 100, len(saved()) - 1):
+        with pytest.raises(FileFormatError, match=r"cut short|has \d bytes and is no"):
+            load_pytree(Little(saved()[:cut]))
+
+
 def test_an_unbuffered_file_that_writes_short_gets_everything(tmp_path: Path) -> None:
     class Short(io.RawIOBase):
         def __init__(self) -> None:

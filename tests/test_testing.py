@@ -510,6 +510,35 @@ def test_a_load_that_keeps_the_template_is_found_out(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize(
+    ("rebuild", "difference"),
+    [
+        (lambda children: [child.astype(np.float16) for child in children], "float16[2]"),
+        (lambda children: [child.reshape(2, 1) for child in children], "float32[2,1]"),
+        (lambda children: children[:-1], "'@node#1' is gone"),
+        (lambda children: [*children, *children], "'@node#2' is new"),
+        (lambda _: [None, None], "'@node#0' is gone"),
+    ],
+)
+def test_nodes_that_are_rebuilt_as_others_are_told(
+    rebuild: Callable[[Any], Any], difference: str
+) -> None:
+    class Faulty(list[Any]):
+        pass
+
+    jax.tree_util.register_pytree_with_keys(
+        Faulty,
+        lambda node: ([(SequenceKey(i), child) for i, child in enumerate(node)], None),
+        lambda _, children: Faulty(rebuild(list(children))),
+    )
+    with pytest.raises(AssertionError) as caught:
+        assert_round_trips({"node": Faulty([np.ones(2, np.float32), np.zeros(2, np.float32)])})
+    message = str(caught.value)
+    assert message.startswith("the tree that its nodes unflatten to is another:\n")
+    assert difference in message
+    assert "strict" not in message
+
+
+@pytest.mark.parametrize(
     ("change", "difference"),
     [
         (lambda flat: {**flat, "third": 1}, "'third' is not what it was: there was none"),

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import jax
 import numpy as np
-from numpy.typing import NDArray
 
 from pytree2safetensors._errors import (
     FileFormatError,
@@ -33,18 +32,17 @@ from pytree2safetensors._file import (
     write_at,
 )
 from pytree2safetensors._layout import Plan, plan
-from pytree2safetensors._leaf import BITS, Form
+from pytree2safetensors._leaf import BITS
 from pytree2safetensors._progress import Progress, Report
-from pytree2safetensors._region import Part, Region, gather, region_of, runs_in, shape_of, span_of
+from pytree2safetensors._region import shape_of
 from pytree2safetensors._source import PathLike
+from pytree2safetensors._spread import Piece, owned, owned_pieces, tensor_pieces
 from pytree2safetensors._tree import open_once
-from pytree2safetensors._values import blocks, host_array, host_shard, to_bytes
 
 if TYPE_CHECKING:
     from pytree2safetensors._save import Contents
 
 T = TypeVar("T")
-Piece = tuple[int, memoryview]  # bytes, and where they go
 
 _TEXT: Final = 400  # characters of an error that the others are told
 _WORDS: Final = 8192  # bytes of what one process says; JSON takes up to 12 for a character
@@ -250,42 +248,12 @@ def _pieces(contents: "Contents", planned: Plan, start: int, first: bool) -> Ite
         form, leaf = contents.forms[name], contents.leaves[name]
         pieces: Iterable[Piece] = ()
         if _is_global(leaf):
-            pieces = _shards(leaf, form)
+            pieces = owned_pieces(leaf, form)
         elif first:
-            pieces = _in_a_row(host_array(leaf), form, 0)
+            pieces = tensor_pieces(leaf, form)
         for position, piece in pieces:
             yield offset + position, piece
         offset += form.nbytes
-
-
-def _in_a_row(values: NDArray[Any], form: Form, position: int) -> Iterator[Piece]:
-    for block in blocks(values, form):
-        yield position, memoryview(block)  # type: ignore[arg-type] # before 3.12 no type says buffer
-        position += len(block)
-
-
-def _owned(leaf: jax.Array, form: Form) -> list[tuple[Region, jax.Array]]:
-    """The shards that this process writes: of those that are equal, one process has the first."""
-    return [
-        (region_of(shard.index, form.shape), shard.data)
-        for shard in leaf.addressable_shards
-        if shard.replica_id == 0
-    ]
-
-
-def _shards(leaf: jax.Array, form: Form) -> Iterator[Piece]:
-    itemsize = BITS[form.dtype] // 8
-    scattered: list[Part] = []
-    for region, data in _owned(leaf, form):
-        number, _ = runs_in(region, form.shape, itemsize)
-        if number == 1:
-            start, _ = span_of(region, form.shape, itemsize)
-            yield from _in_a_row(host_shard(data), form, start)
-        elif number:
-            raw = to_bytes(host_shard(data), form)
-            scattered.append(Part(region, np.ndarray(shape_of(region), f"u{itemsize}", raw)))
-    if scattered:
-        yield from gather(scattered, form.shape, itemsize)
 
 
 def _total(contents: "Contents", planned: Plan, first: bool) -> int:
@@ -294,8 +262,8 @@ def _total(contents: "Contents", planned: Plan, first: bool) -> int:
     for name, form in contents.forms.items():
         leaf = contents.leaves[name]
         if _is_global(leaf):
-            owned = sum(math.prod(shape_of(region)) for region, _ in _owned(leaf, form))
-            total += owned * BITS[form.dtype] // 8
+            items = sum(math.prod(shape_of(region)) for region, _ in owned(leaf, form))
+            total += items * BITS[form.dtype] // 8
         elif first:
             total += form.nbytes
     return total

@@ -7,7 +7,7 @@ import secrets
 import stat
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from typing import Any, Final, Protocol, runtime_checkable
 
 from pytree2safetensors._progress import Progress, Report
@@ -120,7 +120,7 @@ def replacing(path: PathLike, *, durable: bool, name: str | None = None) -> Iter
             status = None
         folder = os.path.dirname(target)
         temporary = os.path.join(folder, name or temporary_name())
-        with ExitStack() as undo:
+        with _lasting(folder) if durable else nullcontext(), ExitStack() as undo:
             undo.callback(discard, temporary)
             descriptor = create(temporary, status)
             closing = undo.enter_context(_Closing(descriptor))
@@ -130,8 +130,6 @@ def replacing(path: PathLike, *, durable: bool, name: str | None = None) -> Iter
             closing.close()
             os.replace(temporary, target)
             undo.pop_all()
-        if durable:
-            flush_folder(folder)
     except OSError as error:
         raise named(error, path) from error
 
@@ -303,21 +301,34 @@ def locked(folder: str) -> Iterator[None]:
         with _Closing(descriptor):
             with suppress(OSError):  # a file system without locks
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield
+            try:
+                yield
+            finally:  # not by closing alone: a process that was forked meanwhile has it open, too
+                with suppress(OSError):
+                    fcntl.flock(descriptor, fcntl.LOCK_UN)
 
 
 def flush_folder(folder: str) -> None:
-    """Make a rename last, where the system can flush a folder."""
+    """Make renames last that were done in a folder."""
+    with _lasting(folder):
+        pass
+
+
+@contextmanager
+def _lasting(folder: str) -> Iterator[None]:
+    """Make a rename last, where the system can flush a folder; where it may not, none is done."""
     if not hasattr(os, "O_DIRECTORY"):
+        yield
         return
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # a file system that has no such flush
-            raise
-    finally:
-        os.close(descriptor)
+    with _Closing(descriptor) as closing:
+        yield
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # a file system that has no such flush
+                raise
+        closing.close()
 
 
 def named(error: OSError, path: PathLike) -> OSError:

@@ -9,12 +9,12 @@ from json.encoder import encode_basestring_ascii as quote
 from typing import Any, Final, NamedTuple
 
 from pytree2safetensors._errors import FileFormatError, shorten
-from pytree2safetensors._file import TEMPORARY, Writable, named
+from pytree2safetensors._file import TEMPORARY, Writable, absolute, named
 from pytree2safetensors._folder import Part, replace_together
 from pytree2safetensors._layout import LENGTH_BYTES, MAX_HEADER, Plan, in_order, plan
 from pytree2safetensors._leaf import Form
 from pytree2safetensors._progress import Progress
-from pytree2safetensors._source import PathLike, Source, open_source
+from pytree2safetensors._source import PathLike, Source, open_source, shut
 from pytree2safetensors._structure import NOTE, read_json
 
 _STEM: Final = "model"  # of the names, where a path is a folder
@@ -225,15 +225,19 @@ class Index(NamedTuple):
         except OSError:
             return False
 
-    def open(self, shard: str) -> Source:
-        """Open a shard. As a hub's cache is made of symbolic links, these are followed."""
+    def open(self, shard: str, keep: bool) -> Source:
+        """Open a shard, for good or to be read now and then.
+
+        As a hub's cache is made of symbolic links, these are followed.
+        """
         path = os.path.join(os.path.dirname(self.path), shard)
         if not os.path.isfile(path):  # which a pipe is not: opening one would wait
             raise FileFormatError(
                 f"{self.label} names the shard {shorten(shard)}, which is missing; "
                 "copy the folder again, whole"
             )
-        return open_source(path)
+        source = open_source(path)
+        return source if keep else shut(absolute(path), source)
 
     def check(self, shard: str, names: Iterable[str]) -> None:
         """Refuse a shard that has other tensors than the index says."""
@@ -349,7 +353,7 @@ def _status(path: str) -> tuple[int, ...]:
 
 
 def _read_content(source: Source) -> dict[str, Any]:
-    if source.size > MAX_HEADER:
+    if source.measure(MAX_HEADER) > MAX_HEADER:
         raise FileFormatError(
             f"{source.label} has {source.size:,} bytes, and an index has at most {MAX_HEADER:,}"
         )

@@ -29,6 +29,11 @@ class Tensors(NamedTuple):
     forms: list[Form]
     starts: list[int]
 
+    @property
+    def size(self) -> int:
+        """The bytes of the data, where the tensors are in their order."""
+        return self.starts[-1] + self.forms[-1].nbytes if self.names else 0
+
 
 class Plan(NamedTuple):
     """A file to be: the bytes before the data, and the names of its tensors in order."""
@@ -84,7 +89,7 @@ def _padded(header: str, size: int) -> bytes:
     return length.to_bytes(LENGTH_BYTES, "little") + header.ljust(length).encode("ascii")
 
 
-def header_length(head: bytes, file_size: int | None, file: str) -> int:
+def header_length(head: bytes, file: str) -> int:
     """The length of the header in bytes, from the first eight bytes of a file."""
     if len(head) < LENGTH_BYTES:
         raise FileFormatError(f"{file} has {len(head)} bytes and is no safetensors file")
@@ -94,12 +99,26 @@ def header_length(head: bytes, file_size: int | None, file: str) -> int:
             f"{file} is no safetensors file{_guess(head)}: it begins with a header length of "
             f"{length:,} bytes, and the format allows {MAX_HEADER:,}"
         )
-    if file_size is not None and LENGTH_BYTES + length > file_size:
+    return length
+
+
+def check_header(length: int, file_size: int, file: str) -> None:
+    """Refuse a file that is shorter than its header."""
+    if LENGTH_BYTES + length > file_size:
         raise FileFormatError(
             f"{file} is cut short: its header should take {length:,} bytes, and the file has "
             f"{file_size:,}"
         )
-    return length
+
+
+def check_data(size: int, data_size: int, file: str) -> None:
+    """Refuse a file that has less data, or more, than its header describes."""
+    if size != data_size:
+        problem = "is cut short" if size > data_size else "has bytes after its data"
+        raise FileFormatError(
+            f"{file} {problem}: its header describes {size:,} bytes of data, and "
+            f"{data_size:,} follow it"
+        )
 
 
 _MAGIC: Final = {
@@ -118,12 +137,11 @@ def _guess(head: bytes) -> str:
     return ""
 
 
-def parse(header: bytes, data_size: int | None, file: str) -> tuple[Tensors, dict[str, str]]:
+def parse(header: bytes, file: str) -> tuple[Tensors, dict[str, str]]:
     """Read a header, checking everything before any of it is used.
 
     Args:
         header: The bytes after the length.
-        data_size: How many bytes follow the header; None where that is unknown.
         file: What messages call the file.
 
     Returns:
@@ -139,21 +157,14 @@ def parse(header: bytes, data_size: int | None, file: str) -> tuple[Tensors, dic
     except UnicodeDecodeError:
         raise FileFormatError(f"the header of {file} is not valid UTF-8") from None
     tensors, metadata = _read_compact(text) or _read(text, file)
-    tensors, size = _without_holes(tensors, file)
-    if data_size is not None and size != data_size:
-        problem = "is cut short" if size > data_size else "has bytes after its data"
-        raise FileFormatError(
-            f"{file} {problem}: its header describes {size:,} bytes of data, and "
-            f"{data_size:,} follow it"
-        )
-    return tensors, metadata
+    return _without_holes(tensors, file), metadata
 
 
-def _without_holes(tensors: Tensors, file: str) -> tuple[Tensors, int]:
-    """The tensors in the order of their data, and the size of these."""
+def _without_holes(tensors: Tensors, file: str) -> Tensors:
+    """The tensors in the order of their data."""
     stops = [start + form.nbytes for _, form, start in zip(*tensors, strict=True)]
     if tensors.starts == [0, *stops][:-1]:
-        return tensors, stops[-1] if stops else 0
+        return tensors
     rows = sorted(zip(*tensors, strict=True), key=lambda row: (row[2], row[1].nbytes))
     position = 0
     for name, form, start in rows:
@@ -162,7 +173,7 @@ def _without_holes(tensors: Tensors, file: str) -> tuple[Tensors, int]:
             raise FileFormatError(f"{file} has {found} the data of {shorten(name)}")
         position = start + form.nbytes
     names, forms, starts = map(list, zip(*rows, strict=True))
-    return Tensors(names, forms, starts), position
+    return Tensors(names, forms, starts)
 
 
 # A tensor as this package and safetensors write it: without spaces, in this order, and nothing in

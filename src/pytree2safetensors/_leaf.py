@@ -242,11 +242,15 @@ def _numpy_dtype(form_dtype: str, kind: str | None) -> np.dtype[Any] | str:
         return f"is of the dtype {word}, which this ml_dtypes lacks; install a newer one"
 
 
+class UnknownHere(FileFormatError):
+    """What may be sound, and is not known to what is installed here."""
+
+
 def numpy_dtype(form: Form, name: str) -> np.dtype[Any]:
     """The NumPy dtype of the values of a tensor."""
     found = _numpy_dtype(form.dtype, form.kind if isinstance(form.kind, str) else None)
     if isinstance(found, str):
-        raise FileFormatError(f"{shorten(name)} {found}")
+        raise UnknownHere(f"{shorten(name)} {found}")
     return found
 
 
@@ -284,7 +288,7 @@ def key_shape(impl: str, name: str) -> tuple[int, ...]:
     try:
         return _key_shape(impl)
     except ValueError:
-        raise FileFormatError(
+        raise UnknownHere(
             f"{shorten(name)} is a key of the PRNG implementation {shorten(impl)}, which this "
             "process does not know; register it, or install a newer JAX"
         ) from None

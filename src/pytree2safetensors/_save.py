@@ -18,9 +18,10 @@ from pytree2safetensors._layout import Plan, check_metadata, plan
 from pytree2safetensors._leaf import DeletedLeaf, Form, describe, is_deleted, is_valueless
 from pytree2safetensors._progress import Progress, ProgressOption, reporter
 from pytree2safetensors._source import PathLike
+from pytree2safetensors._spread import tensor_pieces
 from pytree2safetensors._structure import NOTE, Note, write_note
 from pytree2safetensors._tree import Flat, PyTree, flatten
-from pytree2safetensors._values import blocks, host_array, joined_bytes
+from pytree2safetensors._values import joined_bytes
 
 _SMALL: Final = 1 << 16  # bytes: smaller tensors are written together
 _JOINED: Final = 4 << 20  # bytes that are written together
@@ -133,8 +134,8 @@ def pieces(planned: Plan, contents: Contents) -> Iterator[memoryview]:
             yield _joined(small, contents)
             small, size = [], 0
         if nbytes >= _SMALL:
-            for block in blocks(host_array(leaves[name]), forms[name]):
-                yield memoryview(block)  # type: ignore[arg-type] # before 3.12 no type says buffer
+            for _, piece in tensor_pieces(leaves[name], forms[name]):
+                yield piece
     if small:
         yield _joined(small, contents)
 
@@ -257,7 +258,9 @@ def _ancestors(names: Iterable[str]) -> set[str]:
 def with_digests(contents: Contents) -> Contents:
     """The same contents, with a digest of each tensor in the metadata."""
     digests = {
-        name: _digest.digest_tensor(name, form, blocks(host_array(contents.leaves[name]), form))
+        name: _digest.digest_tensor(
+            name, form, (piece for _, piece in tensor_pieces(contents.leaves[name], form))
+        )
         for name, form in contents.forms.items()
     }
     return contents._replace(metadata=_digest.add_digests(contents.metadata, digests))

@@ -8,7 +8,7 @@ import stat
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from typing import Any, Final, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
@@ -48,6 +48,10 @@ class Source:
 
     def close(self) -> None:
         """Let go of the file."""
+
+    def measure(self, end: int) -> int:  # noqa: ARG002 - for streams
+        """The size; of a stream that has more than `end` bytes, something larger than this."""
+        return self.size
 
     def fill(self, buffers: list[memoryview], offset: int) -> None:
         """Fill buffers with what stands at `offset`."""
@@ -92,16 +96,53 @@ class _Descriptor(Source):
             return np.empty(0, np.uint8)
         return np.frombuffer(mmap.mmap(self.descriptor, 0, access=mmap.ACCESS_READ), np.uint8)
 
+    def status(self) -> tuple[int, ...]:
+        """What differs between this file and another that takes its place."""
+        status = os.fstat(self.descriptor)
+        return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
     def close(self) -> None:
         os.close(self.descriptor)
 
 
-class _Memory(Source):
-    """What came from a stream that cannot seek."""
+class _Shut(Source):
+    """A regular file that is open only while something is read of it."""
 
-    def __init__(self, label: str, content: bytes) -> None:
-        super().__init__(label, len(content))
-        self.content = memoryview(content)
+    def __init__(self, path: str, source: _Descriptor) -> None:
+        super().__init__(source.label, source.size)
+        self.path, self.status = path, source.status()
+
+    def read_into(self, buffers: list[memoryview], offset: int) -> int:
+        with closing(self._open()) as source:
+            return source.read_into(buffers, offset)
+
+    def map(self) -> NDArray[np.uint8]:
+        with closing(self._open()) as source:
+            return source.map()
+
+    def _open(self) -> Source:
+        source = _open_path(self.path)
+        if not isinstance(source, _Descriptor) or source.status() != self.status:
+            source.close()
+            raise FileFormatError(f"{self.label} was replaced while it was read")
+        return source
+
+
+class _Forward(Source):
+    """A stream that cannot seek: kept in memory, as far as somebody asked how long it is."""
+
+    def __init__(self, label: str, file: Any) -> None:
+        super().__init__(label, 0)
+        self.file, self.content = file, bytearray()
+
+    def measure(self, end: int) -> int:
+        while self.size <= end:
+            piece = _checked_bytes(self.file.read(min(_PIECE, end + 1 - self.size)), self.label)
+            if not piece:
+                break
+            self.content += piece
+            self.size = len(self.content)
+        return self.size
 
     def read_into(self, buffers: list[memoryview], offset: int) -> int:
         piece = self.content[offset : offset + len(buffers[0])]
@@ -109,7 +150,17 @@ class _Memory(Source):
         return len(piece)
 
     def map(self) -> NDArray[np.uint8]:
-        return np.frombuffer(self.content, np.uint8)
+        return np.frombuffer(bytes(self.content), np.uint8)
+
+
+class _Pipe(_Forward):
+    """A pipe or a device that has a path."""
+
+    def __init__(self, label: str, descriptor: int) -> None:
+        super().__init__(label, os.fdopen(descriptor, "rb"))
+
+    def close(self) -> None:
+        self.file.close()
 
 
 class _Stream(Source):
@@ -143,7 +194,15 @@ def open_source(path: PathLike | Readable) -> Source:
     seekable = getattr(path, "seekable", None)
     if seekable is not None and seekable():
         return _Stream(label, path)
-    return _Memory(label, _checked_bytes(path.read(), label))
+    return _Forward(label, path)
+
+
+def shut(path: str, source: Source) -> Source:
+    """The same file, closed, and opened again whenever it is read."""
+    if not isinstance(source, _Descriptor):
+        return source
+    with closing(source):
+        return _Shut(path, source)
 
 
 def _checked_bytes(content: Any, label: str) -> bytes:
@@ -170,13 +229,10 @@ def _open_path(path: str) -> Source:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
         if stat.S_ISREG(status.st_mode):
             return _Descriptor(label, status.st_size, descriptor)
-        with os.fdopen(os.dup(descriptor), "rb") as file:  # a pipe, read to its end
-            source = _Memory(label, file.read())
+        return _Pipe(label, descriptor)
     except BaseException:
         os.close(descriptor)
         raise
-    os.close(descriptor)
-    return source
 
 
 class Read(NamedTuple):

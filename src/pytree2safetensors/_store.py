@@ -14,13 +14,21 @@ from numpy.typing import NDArray
 from pytree2safetensors import _digest, _hub
 from pytree2safetensors._errors import FileFormatError, KeyPathError, errors_of, shorten
 from pytree2safetensors._keypath import string2keypath
-from pytree2safetensors._layout import LENGTH_BYTES, Tensors, header_length, parse
+from pytree2safetensors._layout import (
+    LENGTH_BYTES,
+    Tensors,
+    check_data,
+    check_header,
+    header_length,
+    parse,
+)
 from pytree2safetensors._leaf import Form, Logical, check_kind, logical
 from pytree2safetensors._source import PathLike, Readable, Source, open_source
 from pytree2safetensors._structure import NOTE, Note, read_note
 
 _PIECE = 8 << 20  # bytes of a tensor that are read at once; a multiple of every item size
 _HEAD = 1 << 16  # bytes: nearly every header is read with the first call
+_KEPT = 100  # shards that stay open: macOS allows a process 256 files
 _ATTEMPTS = 5  # at opening shards; only savers in a loop need more than two
 
 
@@ -153,7 +161,7 @@ def _open_shards(path: str) -> Store:
 
 def _read_shards(store: Store, index: _hub.Index) -> None:
     for shard in index.shards:
-        source = index.open(shard)
+        source = index.open(shard, keep=len(store.sources) < _KEPT)
         store.sources.append(source)
         start, tensors, _ = read_header(source)
         index.check(shard, tensors.names)
@@ -179,11 +187,14 @@ def _read_file(store: Store, source: Source) -> None:
 
 def read_header(source: Source) -> tuple[int, Tensors, dict[str, str]]:
     """Where the data of a file begin, its tensors and its metadata."""
-    head = source.read(0, min(_HEAD, source.size))
-    length = header_length(bytes(head[:LENGTH_BYTES]), source.size, source.label)
+    head = source.read(0, min(_HEAD, source.measure(LENGTH_BYTES)))
+    length = header_length(bytes(head[:LENGTH_BYTES]), source.label)
     start = LENGTH_BYTES + length
+    check_header(length, source.measure(start), source.label)
     header = head[LENGTH_BYTES:start]
     if len(header) < length:
         header += source.read(len(head), start - len(head))
-    tensors, metadata = parse(bytes(header), source.size - start, source.label)
+    tensors, metadata = parse(bytes(header), source.label)
+    data_size = source.measure(start + tensors.size) - start
+    check_data(tensors.size, data_size, source.label)
     return start, tensors, metadata

@@ -15,7 +15,7 @@ from pytree2safetensors._errors import (
     TreeStructureError,
     shorten,
 )
-from pytree2safetensors._leaf import logical
+from pytree2safetensors._leaf import UnknownHere, logical
 from pytree2safetensors._source import PathLike
 from pytree2safetensors._store import Store, open_store
 from pytree2safetensors._trie import build_tree
@@ -69,12 +69,7 @@ def _tree_remarks(store: Store, problems: list[str]) -> Iterable[str]:
     except FileFormatError as error:
         problems.append(str(error))
     except (KeyPathError, TreeStructureError) as error:
-        try:
-            build_tree(leaves, {})
-        except (KeyPathError, TreeStructureError):
-            yield f"it loads only into a template: {error}"
-        else:
-            problems.append(f"the note contradicts the names: {error}")
+        yield f"it loads only into a template: {error}"
 
 
 def _tensor_problems(store: Store, name: str, remarks: list[str]) -> Iterable[str]:
@@ -84,8 +79,10 @@ def _tensor_problems(store: Store, name: str, remarks: list[str]) -> Iterable[st
     except FileFormatError:
         try:
             logical(form, name)  # again, for its message names the tensor
-        except FileFormatError as error:
+        except UnknownHere as error:
             remarks.append(str(error))
+        except FileFormatError as error:
+            yield str(error)
     try:
         pieces = _checked_pieces(store, name)
         if store.digests is None:
