@@ -4,6 +4,7 @@ import io
 import subprocess
 import sys
 import threading
+import tracemalloc
 from concurrent.futures import Future
 from itertools import pairwise
 from pathlib import Path
@@ -55,6 +56,23 @@ def test_what_changes_after_the_call_is_not_saved(tmp_path: Path) -> None:
     array[:] = 1
     future.result()
     assert not np.asarray(load_pytree(tmp_path / "file")["a"]).any()
+
+
+@pytest.mark.parametrize("spread", [False, True])
+def test_a_snapshot_is_one_copy(spread: bool, tmp_path: Path) -> None:
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("x",))
+    values = np.arange(8 << 20, dtype=np.float32)
+    spec = jax.sharding.PartitionSpec("x" if spread else None)  # type: ignore[no-untyped-call] # JAX leaves it untyped
+    tree = [jax.device_put(values, jax.sharding.NamedSharding(mesh, spec))]
+    tracemalloc.start()
+    try:
+        future = save_pytree_async(tree, tmp_path / "file")
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 1.5 * values.nbytes
+    future.result()
+    assert_same(load_pytree(tmp_path / "file"), [jnp.asarray(values)])
 
 
 def test_what_is_donated_after_the_call_is_saved(tmp_path: Path) -> None:

@@ -337,7 +337,7 @@ TREES: list[tuple[Any, type[Exception], str]] = [
         "2 of the tree's leaves cannot be stored:\n"
         f"  '@a': {jax.ShapeDtypeStruct.__module__}.ShapeDtypeStruct of dtype float32\n"
         f"  '@f': {FUNCTION}\n"
-        "Save arrays that have values: outside of jit, and no abstract ones.",
+        "Save arrays that have values: outside of jit, no abstract ones, and of a reference what it holds.",
     ),
     (
         {"a": deleted()},
@@ -722,7 +722,7 @@ MISMATCHES: list[tuple[Any, dict[str, Any], tuple[int, int, int], str]] = [
         {"strict": False},
         (1, 0, 0),
         "  missing (the template has them):\n    '@new'\n"
-        "strict=False keeps the template's leaves, and what is abstract has no value to keep.",
+        "strict=False keeps the template's leaves, and what is abstract or deleted has no value to keep.",
     ),
 ]
 

@@ -34,6 +34,7 @@ from pytree2safetensors import (
     load_metadata,
     load_pytree,
     save_pytree,
+    save_pytree_async,
 )
 from pytree2safetensors import _hub as hub
 from pytree2safetensors._compare import assert_same
@@ -1052,10 +1053,10 @@ def test_a_reader_whose_index_is_replaced_starts_again(
     saves = [lambda: save_pytree(tree_of(2), tmp_path, max_shard_size=limit)]
     real = hub.Index.open
 
-    def save_meanwhile(index: hub.Index, shard: str, keep: bool) -> Any:
+    def save_meanwhile(index: hub.Index, shard: str) -> Any:
         if shard == sorted(index.shards)[1] and saves:
             saves.pop()()
-        return real(index, shard, keep)
+        return real(index, shard)
 
     monkeypatch.setattr(hub.Index, "open", save_meanwhile)
     assert is_same(tree_of(2), load_pytree(tmp_path))
@@ -1063,6 +1064,14 @@ def test_a_reader_whose_index_is_replaced_starts_again(
     with pytest.raises(FileFormatError, match="is being replaced by another save; load it after"):
         load_pytree(tmp_path)
     assert is_same(tree_of(1), load_pytree(tmp_path))
+
+
+def test_an_empty_path_is_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for save in (save_pytree, save_pytree_async):
+        with pytest.raises(FileNotFoundError):
+            save(tree_of(1), "", max_shard_size=100)
+    assert not [*tmp_path.iterdir()]
 
 
 def descriptors_in(folder: Path) -> int:

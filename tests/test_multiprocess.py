@@ -536,6 +536,19 @@ def test_no_array_is_whole_in_the_memory_of_a_host(pair: Pair, tmp_path: Path) -
     assert (tmp_path / "file").stat().st_size > 64 << 20
 
 
+def make_numpy_of_a_global_array() -> str:
+    try:
+        p2s.set_weights({"rows": np.zeros((1024, 300), np.float32)}, {"@rows": large()["rows"]})
+    except RuntimeError as error:
+        return str(error)
+    return "nothing"
+
+
+def test_what_spans_processes_becomes_no_numpy_array(pair: Pair) -> None:
+    for told in pair.run(make_numpy_of_a_global_array):
+        assert "non-addressable" in told
+
+
 def tell_progress(folder: str) -> list[tuple[int, int]]:
     told: list[tuple[int, int]] = []
     p2s.save_pytree(

@@ -1,6 +1,7 @@
 """What loading reads, what it keeps, and how it leaves the process."""
 
 import gc
+import json
 import math
 import os
 import threading
@@ -257,3 +258,23 @@ def test_medium_arrays_own_the_memory_that_was_read_into(tmp_path: Path) -> None
     assert_same(found, [jnp.asarray(leaf) for leaf in tree])
     places = sorted(leaf.unsafe_buffer_pointer() for leaf in found)
     assert places[-1] - places[0] < 2 * sum(leaf.nbytes for leaf in tree)  # in one piece
+
+
+@pytest.mark.parametrize("mmap", [False, True])
+@pytest.mark.parametrize("size", [3, 5000])
+def test_any_byte_but_0_is_true(mmap: bool, size: int, tmp_path: Path) -> None:
+    raw = np.arange(size, dtype=np.int64).astype(np.uint8)
+    content = {"@a": raw.view(np.bool_), "@b": raw.view(np.bool_), "@c": raw > 0}
+    content["@s"] = raw[2:3].reshape(()).view(np.bool_)
+    note = json.dumps({"version": 1, "leaves": {"@s": "bool"}})
+    path = tmp_path / "file"
+    safetensors.numpy.save_file(content, path, {"pytree2safetensors": note})
+    template = {"a": jnp.zeros(size, bool), "b": np.zeros(size, bool), "c": jnp.zeros(size, bool)}
+    for found in (
+        load_pytree(path, mmap=mmap),
+        load_into_pytree({**template, "s": False}, path, mmap=mmap),
+    ):
+        assert found["s"] is True
+        for name in ("a", "b", "c"):
+            assert np.asarray(found[name]).tobytes() == (raw != 0).tobytes()
+            assert int(found[name].sum()) == np.count_nonzero(raw)

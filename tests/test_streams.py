@@ -2,6 +2,7 @@
 
 import io
 import os
+import tempfile
 import threading
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,7 @@ def test_of_a_stream_without_end_no_more_is_read_than_its_header_describes() -> 
         (
             header,
             11,
-            "has bytes after its data: its header describes 0 bytes of data, and 1 follow",
+            "has bytes after its data: its header describes 0 bytes of data, and at least 1 follow",
         ),
         (saved(), len(saved()) + 1, "has bytes after its data"),
     ):
@@ -205,3 +206,28 @@ def test_a_path_of_bytes_is_a_path(tmp_path: Path) -> None:
     path: Any = BytesPath(tmp_path / "file")
     save_pytree(TREE, path)
     assert_same(load_pytree(path), load_pytree(tmp_path / "file"))
+
+
+def test_file_objects_may_delegate() -> None:
+    with tempfile.NamedTemporaryFile() as file:  # whose class has neither `read` nor `write`
+        save_pytree(TREE, file)
+        file.seek(0)
+        assert_same(load_pytree(file), TREE)
+        for load in (load_metadata, load_abstract, lambda source: load_into_pytree(TREE, source)):
+            file.seek(0)
+            load(file)
+        with pytest.raises(FileFormatError, match="0 bytes after its position; seek to where it"):
+            load_pytree(file)
+    with fsspec.open("simplecache::memory://delegated.safetensors", "wb") as remote:
+        save_pytree(TREE, remote)
+    with fsspec.open("simplecache::memory://delegated.safetensors", "rb") as remote:
+        assert_same(load_pytree(remote), TREE)
+
+
+@pytest.mark.parametrize("make", [bytes, bytearray, memoryview])
+def test_what_a_file_object_gives_is_bytes_of_any_type(make: Any) -> None:
+    class Odd(io.BytesIO):
+        def read(self, size: int | None = -1, /) -> Any:
+            return make(super().read(size))
+
+    assert_same(load_pytree(Odd(saved())), TREE)

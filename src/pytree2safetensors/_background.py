@@ -3,11 +3,13 @@
 import os
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Literal
+from typing import Any, Literal
 
+import jax
 import numpy as np
 from beartype import beartype
 from jaxtyping import jaxtyped
+from numpy.typing import NDArray
 
 from pytree2safetensors import _distributed, _hub
 from pytree2safetensors._collector import collector_paused
@@ -84,9 +86,13 @@ def save_pytree_async(
 
 def _snapshot(contents: Contents) -> Contents:
     """The same contents, safe from donation and mutation."""
-    return contents._replace(
-        leaves={name: np.array(host_array(leaf)) for name, leaf in contents.leaves.items()}
-    )
+    return contents._replace(leaves={name: _copied(leaf) for name, leaf in contents.leaves.items()})
+
+
+def _copied(leaf: Any) -> NDArray[Any]:
+    values = host_array(leaf)
+    # What had to be copied from devices is nobody else's.
+    return values if isinstance(leaf, jax.Array) and values.flags.owndata else np.array(values)
 
 
 _savers: list[ThreadPoolExecutor] = []  # none before the first save

@@ -8,10 +8,10 @@ import stat
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from typing import Any, Final, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from pytree2safetensors._progress import Progress, Report
-from pytree2safetensors._source import PathLike
+from pytree2safetensors._source import HasMethod, PathLike
 
 if sys.platform != "win32":
     import fcntl
@@ -22,13 +22,20 @@ _LINKS: Final = 40  # symbolic links in a row, as many as Linux follows
 _PREALLOCATED: Final = 8 << 20  # bytes: from here on reserving the space first is faster
 
 
-@runtime_checkable
-class Writable(Protocol):
-    """A binary file object, open for writing."""
+if TYPE_CHECKING:
 
-    def write(self, data: Any, /) -> Any:
-        """Write bytes."""
-        ...
+    class Writable(Protocol):
+        """A binary file object, open for writing."""
+
+        def write(self, data: Any, /) -> Any:
+            """Write bytes."""
+            ...
+else:
+
+    class Writable(metaclass=HasMethod):
+        """A binary file object, open for writing."""
+
+        method = "write"
 
 
 def write_stream(

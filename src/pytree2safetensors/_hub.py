@@ -1,5 +1,6 @@
 """The layout of model hubs: a folder of shards and their index."""
 
+import errno
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -15,7 +16,7 @@ from pytree2safetensors._layout import LENGTH_BYTES, MAX_HEADER, Plan, in_order,
 from pytree2safetensors._leaf import Form
 from pytree2safetensors._progress import Progress
 from pytree2safetensors._source import PathLike, Source, open_source, shut
-from pytree2safetensors._structure import NOTE, read_json
+from pytree2safetensors._structure import is_reserved, read_json
 
 _STEM: Final = "model"  # of the names, where a path is a folder
 _SUFFIX: Final = ".safetensors"
@@ -124,6 +125,8 @@ def check_path(path: PathLike | Writable) -> PathLike:
     """The path itself; what is none can be no folder."""
     if not isinstance(path, str | os.PathLike):
         raise ValueError(f"max_shard_size= writes a folder, and {type(path).__name__} is none")
+    if not os.fsdecode(path):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "")
     return path
 
 
@@ -225,19 +228,22 @@ class Index(NamedTuple):
         except OSError:
             return False
 
-    def open(self, shard: str, keep: bool) -> Source:
-        """Open a shard, for good or to be read now and then.
-
-        As a hub's cache is made of symbolic links, these are followed.
-        """
-        path = os.path.join(os.path.dirname(self.path), shard)
+    def open(self, shard: str) -> Source:
+        """Open a shard. As a hub's cache is made of symbolic links, these are followed."""
+        path = self._path_of(shard)
         if not os.path.isfile(path):  # which a pipe is not: opening one would wait
             raise FileFormatError(
                 f"{self.label} names the shard {shorten(shard)}, which is missing; "
                 "copy the folder again, whole"
             )
-        source = open_source(path)
-        return source if keep else shut(absolute(path), source)
+        return open_source(path)
+
+    def shut(self, shard: str, source: Source) -> Source:
+        """A shard that is open only while it is read."""
+        return shut(absolute(self._path_of(shard)), source)
+
+    def _path_of(self, shard: str) -> str:
+        return os.path.join(os.path.dirname(self.path), shard)
 
     def check(self, shard: str, names: Iterable[str]) -> None:
         """Refuse a shard that has other tensors than the index says."""
@@ -403,7 +409,7 @@ def _read_metadata(content: dict[str, Any], label: str) -> dict[str, str]:
     for key, value in metadata.items():
         if isinstance(value, str) and key != _TOTAL:
             found[key] = value
-        elif key.startswith(NOTE):
+        elif is_reserved(key):
             raise FileFormatError(f"the index {label} has {shorten(key)}, which is no string")
     try:
         "".join([*found, *found.values()]).encode()

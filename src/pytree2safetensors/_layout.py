@@ -115,9 +115,10 @@ def check_data(size: int, data_size: int, file: str) -> None:
     """Refuse a file that has less data, or more, than its header describes."""
     if size != data_size:
         problem = "is cut short" if size > data_size else "has bytes after its data"
+        least = "" if size > data_size else "at least "  # as streams are not read to their end
         raise FileFormatError(
             f"{file} {problem}: its header describes {size:,} bytes of data, and "
-            f"{data_size:,} follow it"
+            f"{least}{data_size:,} follow it"
         )
 
 

@@ -117,9 +117,12 @@ def is_deleted(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array) and not traced and leaf.is_deleted()
 
 
+_REFERENCE: Final = getattr(jax, "Ref", ())  # before JAX 0.8 none has a public name
+
+
 def is_valueless(leaf: Any) -> bool:
-    """Whether a leaf is an array that has no values: traced, or abstract."""
-    return isinstance(leaf, jax.core.Tracer | jax.ShapeDtypeStruct)
+    """Whether a leaf is an array that has no values of its own: traced, abstract, or a reference."""
+    return isinstance(leaf, (jax.core.Tracer, jax.ShapeDtypeStruct, _REFERENCE))
 
 
 def _array_form(leaf: jax.Array) -> Form | None:
@@ -262,6 +265,12 @@ class Logical(NamedTuple):
     shape: tuple[int, ...]
     weak: bool = False
     impl: str = ""  # of a key
+
+
+class Traced(Logical):
+    """A leaf whose values JAX has yet to compute."""
+
+    __slots__ = ()
 
 
 def logical(form: Form, name: str) -> Logical:

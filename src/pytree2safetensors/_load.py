@@ -292,7 +292,7 @@ def read(
                 continue
             with errors_of(store.label):
                 value = values[name] = from_bytes(memory, form, name, offset)
-            if form.kind is None:
+            if form.kind is None and form.dtype != "BOOL":
                 plain[id(form)] = value.shape, value.dtype
     return values
 

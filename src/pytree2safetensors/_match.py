@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from pytree2safetensors._errors import WeightsMismatchError, nearest, shorten
 from pytree2safetensors._keypath import under
-from pytree2safetensors._leaf import Logical
+from pytree2safetensors._leaf import Logical, Traced
 from pytree2safetensors._slot import Slot, misfit
 
 Rename: TypeAlias = Callable[[str], str] | Mapping[str, str]
@@ -127,7 +127,9 @@ def _needs_value(slot: Slot, stored: Logical) -> bool:
 
 def _unfit(slot: Slot, stored: Logical | None, value: Any, cast: bool) -> str | None:
     if stored is None:
-        return "what is given for it has no values"
+        return "what is given for it is no array, or one without values"
+    if isinstance(stored, Traced) and slot.target != "jax":
+        return "what is given for it is traced, and can only become an array that JAX holds here"
     return misfit(slot, stored, value, cast=cast)
 
 
@@ -195,9 +197,7 @@ def _section(title: str, lines: Iterable[str], count: int) -> list[str]:
 
 def _remedy(options: Options, missing: bool, castable: bool, nothing: bool) -> str:
     if not options.strict and not nothing:
-        return (
-            "strict=False keeps the template's leaves, and what is abstract has no value to keep."
-        )
+        return "strict=False keeps the template's leaves, and what is abstract or deleted has no value to keep."
     remedies = ["rename= maps names", "prefix= takes a subtree"] if missing else []
     remedies += ["cast=True converts dtypes"] if castable else []
     if nothing:

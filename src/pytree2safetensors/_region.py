@@ -118,7 +118,7 @@ class Part(NamedTuple):
 
 
 def gather(parts: Sequence[Part], shape: Shape, itemsize: int) -> Iterator[tuple[int, memoryview]]:
-    """The bytes of parts and their offsets, neighbouring runs together.
+    """The bytes of parts, no two of which overlap, and their offsets; neighbouring runs together.
 
     What a piece shows changes with the next.
     """
@@ -136,6 +136,9 @@ def gather(parts: Sequence[Part], shape: Shape, itemsize: int) -> Iterator[tuple
                 found.append(shared)
         origin, _ = span_of(band, shape, itemsize)
         view = memoryview(memory)  # type: ignore[arg-type] # before 3.12 no type says buffer
+        if sum(math.prod(shape_of(shared)) for shared in found) * itemsize == size:
+            yield origin, view[:size]  # which spares the many runs that it may be made of
+            continue
         for start, stop in ranges_of(found, shape, itemsize):
             yield start, view[start - origin : stop - origin]
 

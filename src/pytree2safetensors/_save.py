@@ -19,7 +19,7 @@ from pytree2safetensors._leaf import DeletedLeaf, Form, describe, is_deleted, is
 from pytree2safetensors._progress import Progress, ProgressOption, reporter
 from pytree2safetensors._source import PathLike
 from pytree2safetensors._spread import tensor_pieces
-from pytree2safetensors._structure import NOTE, Note, write_note
+from pytree2safetensors._structure import NOTE, Note, is_reserved, write_note
 from pytree2safetensors._tree import Flat, PyTree, flatten
 from pytree2safetensors._values import joined_bytes
 
@@ -152,7 +152,7 @@ def collect(
     tree: Any, metadata: Mapping[str, str], unsupported: Literal["raise", "skip"]
 ) -> Contents:
     """Check a tree wholly, before anything is written."""
-    check_metadata(metadata, lambda key: key == NOTE or key.startswith(NOTE + "."))
+    check_metadata(metadata, is_reserved)
     flat = flatten(tree)
     found = describe(flat.leaves)
     places = [place for place, form in enumerate(found) if form is None]
@@ -192,7 +192,7 @@ def _check_unfit(unfit: list[tuple[str, Any]], *, skip: bool) -> None:
 def _unfit_message(unfit: list[tuple[str, Any]], valueless: bool) -> str:
     lines = [f"  {shorten(name)}: {_type_name(leaf)}" for name, leaf in unfit]
     remedy = (
-        "Save arrays that have values: outside of jit, and no abstract ones."
+        "Save arrays that have values: outside of jit, no abstract ones, and of a reference what it holds."
         if valueless
         else 'Save with unsupported="skip" to leave them out; load_into_pytree then keeps those of '
         "its template. (A class of your own is no leaf once it is registered as a pytree node.)"

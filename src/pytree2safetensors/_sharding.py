@@ -44,36 +44,40 @@ _ALIGNMENT: Final = 64
 _ANY_MESH: Final = getattr(jax.sharding, "AbstractMesh", ())  # JAX 0.4.30 has none
 
 
-def concrete(sharding: Sharding, name: str) -> Sharding:
-    """The sharding itself, or that on the mesh in force where it names no devices."""
+def usable(sharding: Sharding, shape: tuple[int, ...], path: str) -> Sharding:
+    """A sharding that can hold an array: itself, or that on the mesh in force if it has no devices.
+
+    Raises:
+        WeightsMismatchError: There is none, or it does not divide the axes; `path` is the leaf's.
+    """
+    found = _concrete(sharding, path)
+    try:
+        found.shard_shape(shape)
+    except ValueError as error:
+        raise WeightsMismatchError(
+            f"{shorten(path)} does not fit the sharding of its template: {error}",
+            mismatched=[f"{shorten(path)}: {error}"],
+        ) from error
+    return found
+
+
+def _concrete(sharding: Sharding, path: str) -> Sharding:
     mesh = getattr(sharding, "mesh", None)
     if not isinstance(mesh, _ANY_MESH):
         return sharding
     current: Any = getattr(jax.sharding, "get_mesh", lambda: None)()
     if current is None or current.empty or current.shape_tuple != mesh.shape_tuple:
         raise WeightsMismatchError(
-            f"the sharding that the template has for {shorten(name)} names no devices, as its mesh "
+            f"the sharding that the template has for {shorten(path)} names no devices, as its mesh "
             "is abstract; load under jax.set_mesh, or give the template concrete shardings",
-            mismatched=[f"{shorten(name)}: its sharding names no devices"],
+            mismatched=[f"{shorten(path)}: its sharding names no devices"],
         )
     found: Any = sharding  # what has a mesh has a spec
     return jax.sharding.NamedSharding(current, found.spec, memory_kind=found.memory_kind)
 
 
-def _check_fits(sharding: Sharding, shape: tuple[int, ...], name: str) -> None:
-    """Refuse a shape whose axes the sharding does not divide."""
-    try:
-        sharding.shard_shape(shape)
-    except ValueError as error:
-        raise WeightsMismatchError(
-            f"{shorten(name)} does not fit the sharding of its template: {error}",
-            mismatched=[f"{shorten(name)}: {error}"],
-        ) from error
-
-
-def place(value: Any, sharding: Sharding, name: str) -> jax.Array:
+def place(value: Any, sharding: Sharding) -> jax.Array:
     """Put the values of an array into a sharding, of which this process may hold a part."""
-    _check_fits(sharding, value.shape, name)
     is_global = not getattr(value, "is_fully_addressable", True)
     if is_global or _is_ordinary(sharding, value.shape):
         moved: jax.Array = jax.device_put(value, sharding)
@@ -125,7 +129,6 @@ def plan_shards(store: Store, wanted: Wanted) -> ShardPlan:
     """Plan what to read for a sharding."""
     name, leaf, sharding = wanted
     form = store.forms[name]
-    _check_fits(sharding, leaf.shape, name)
     indices = sharding.addressable_devices_indices_map(leaf.shape)
     regions: dict[Region, list[jax.Device]] = {}
     for device, index in indices.items():

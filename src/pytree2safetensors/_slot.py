@@ -130,6 +130,8 @@ def _slot(look: _Look) -> Slot | None:
         if impl is None:
             return None
         return Slot(Logical("key", None, shape, impl=impl), target, sharding, abstract)
+    if form_of(dtype, shape) is None:
+        return None
     target = "jax" if holds(dtype) else "foreign"
     return Slot(Logical("array", dtype.newbyteorder("="), shape, weak), target, sharding, abstract)
 

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
-from typing import Any, Final, NamedTuple, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,13 +23,32 @@ _PIECE: Final = 8 << 20  # bytes of one read
 _VECTORS: Final = 512  # buffers of one system call; the least that systems allow is 1024
 
 
-@runtime_checkable
-class Readable(Protocol):
-    """A binary file object, open for reading."""
+class HasMethod(type):
+    """The type of a class whose instances are all objects that have a method, delegated or not.
 
-    def read(self, size: int = -1, /) -> bytes:
-        """Read bytes."""
-        ...
+    Protocols look at classes alone since Python 3.12, and miss the methods of the files of `tempfile`.
+    """
+
+    method: str
+
+    def __instancecheck__(cls, instance: object) -> bool:
+        return callable(getattr(instance, cls.method, None))
+
+
+if TYPE_CHECKING:
+
+    class Readable(Protocol):
+        """A binary file object, open for reading."""
+
+        def read(self, size: int = -1, /) -> bytes:
+            """Read bytes."""
+            ...
+else:
+
+    class Readable(metaclass=HasMethod):
+        """A binary file object, open for reading."""
+
+        method = "read"
 
 
 class Source:
@@ -124,7 +143,7 @@ class _Shut(Source):
         source = _open_path(self.path)
         if not isinstance(source, _Descriptor) or source.status() != self.status:
             source.close()
-            raise FileFormatError(f"{self.label} was replaced while it was read")
+            raise FileFormatError(f"{self.label} was replaced while it was read; load it again")
         return source
 
 
@@ -145,7 +164,7 @@ class _Forward(Source):
         return self.size
 
     def read_into(self, buffers: list[memoryview], offset: int) -> int:
-        piece = self.content[offset : offset + len(buffers[0])]
+        piece = memoryview(self.content)[offset : offset + len(buffers[0])]
         buffers[0][: len(piece)] = piece
         return len(piece)
 
@@ -193,7 +212,12 @@ def open_source(path: PathLike | Readable) -> Source:
         raise _no_bytes(str, label)
     seekable = getattr(path, "seekable", None)
     if seekable is not None and seekable():
-        return _Stream(label, path)
+        source = _Stream(label, path)
+        if source.start and not source.size:
+            raise FileFormatError(
+                f"{label} has 0 bytes after its position; seek to where it begins"
+            )
+        return source
     return _Forward(label, path)
 
 
@@ -205,8 +229,8 @@ def shut(path: str, source: Source) -> Source:
         return _Shut(path, source)
 
 
-def _checked_bytes(content: Any, label: str) -> bytes:
-    if not isinstance(content, bytes):
+def _checked_bytes(content: Any, label: str) -> bytes | bytearray | memoryview:
+    if not isinstance(content, bytes | bytearray | memoryview):
         raise _no_bytes(type(content), label)
     return content
 

@@ -1,7 +1,7 @@
 """The bytes of tensors, those of arrays that are spread over devices among them, and where they go."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Final
 
 import jax
 import numpy as np
@@ -11,15 +11,18 @@ from pytree2safetensors._leaf import BITS, Form
 from pytree2safetensors._region import Part, Region, gather, region_of, runs_in, shape_of, span_of
 from pytree2safetensors._values import blocks, host_array, host_shard, to_bytes
 
+_LARGE: Final = 1 << 16  # bytes: smaller arrays are made whole sooner than cut
+
 Piece = tuple[int, memoryview]  # bytes, and where they go, counted from the start of the tensor
 
 
 def tensor_pieces(leaf: Any, form: Form) -> Iterator[Piece]:
     """The bytes of a tensor in order. What a piece shows may change with the next.
 
-    Of an array that is spread over devices, nothing makes the whole.
+    Of a large array that is spread over devices, only what the host cannot read in place is copied:
+    a shard at a time where these follow each other in the file.
     """
-    if isinstance(leaf, jax.Array) and not leaf.is_fully_replicated:
+    if form.nbytes >= _LARGE and isinstance(leaf, jax.Array) and not leaf.is_fully_replicated:
         yield from owned_pieces(leaf, form)
     else:
         yield from _in_a_row(host_array(leaf), form, 0)

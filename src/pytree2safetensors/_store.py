@@ -1,6 +1,7 @@
 """What is stored: a file, opened and checked, ready to give its tensors."""
 
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from functools import partial
@@ -24,11 +25,11 @@ from pytree2safetensors._layout import (
 )
 from pytree2safetensors._leaf import Form, Logical, check_kind, logical
 from pytree2safetensors._source import PathLike, Readable, Source, open_source
-from pytree2safetensors._structure import NOTE, Note, read_note
+from pytree2safetensors._structure import NOTE, Note, is_reserved, read_note
 
 _PIECE = 8 << 20  # bytes of a tensor that are read at once; a multiple of every item size
 _HEAD = 1 << 16  # bytes: nearly every header is read with the first call
-_KEPT = 100  # shards that stay open: macOS allows a process 256 files
+_KEPT = 100 if sys.platform == "darwin" else 500  # shards that stay open, of 256 or 1,024 files
 _ATTEMPTS = 5  # at opening shards; only savers in a loop need more than two
 
 
@@ -100,8 +101,7 @@ class Store:
 
     def own_metadata(self) -> dict[str, str]:
         """The metadata without what this package adds, but for `format`."""
-        ours = {NOTE, _digest.DIGESTS, _digest.METADATA}
-        return {key: value for key, value in self.metadata.items() if key not in ours}
+        return {key: value for key, value in self.metadata.items() if not is_reserved(key)}
 
     def logical(self, name: str) -> Logical:
         """The leaf that is stored under a name, without its values."""
@@ -161,10 +161,12 @@ def _open_shards(path: str) -> Store:
 
 def _read_shards(store: Store, index: _hub.Index) -> None:
     for shard in index.shards:
-        source = index.open(shard, keep=len(store.sources) < _KEPT)
+        source = index.open(shard)
         store.sources.append(source)
         start, tensors, _ = read_header(source)
         index.check(shard, tensors.names)
+        if len(store.sources) > _KEPT:
+            source = store.sources[-1] = index.shut(shard, source)
         store.add(source, start, tensors)
     store.read_metadata(index.metadata)
 

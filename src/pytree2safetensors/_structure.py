@@ -19,6 +19,11 @@ _NEEDS_ARGUMENT: Final = frozenset({"key", "str"})
 _BIG: Final = re.compile(r"-?0x[1-9a-f][0-9a-f]{15,}")
 
 
+def is_reserved(key: str) -> bool:
+    """Whether an entry of the metadata is this package's own, of this version or another."""
+    return key == NOTE or key.startswith(NOTE + ".")
+
+
 class Note(NamedTuple):
     """The kinds of the nodes and leaves that differ from what names and tensors say."""
 
@@ -118,7 +123,7 @@ def read_json(text: str, what: str, *, keep_pairs: bool = False, fractions: bool
             text,
             object_pairs_hook=hook,
             parse_constant=_refuse,
-            parse_int=_integer,
+            parse_int=float if fractions else _integer,
             parse_float=float if fractions else _refuse,
         )
         if keep_pairs:

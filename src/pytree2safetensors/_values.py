@@ -38,11 +38,13 @@ def host_array(leaf: Any) -> NDArray[Any]:
     if isinstance(leaf, np.ndarray | np.generic):
         return np.asarray(leaf)
     if is_key_dtype(leaf.dtype):
-        leaf = jax.random.key_data(leaf)
+        leaf = _key_data(leaf)
     if len(leaf.sharding.device_set) == 1:
         return host_shard(leaf)
     if leaf.is_fully_replicated:
         return host_shard(leaf.addressable_data(0))
+    if not leaf.is_fully_addressable:
+        return np.asarray(leaf)  # which JAX refuses
     whole = np.empty(leaf.shape, leaf.dtype)  # unlike np.asarray, leaves no copy inside the leaf
     for shard in leaf.addressable_shards:
         if shard.replica_id == 0:
@@ -82,11 +84,16 @@ _BUFFERS: Final = frozenset(
 def host_shard(data: jax.Array) -> NDArray[Any]:
     """The values of an array on one device; a large copy that this takes is not kept inside it."""
     if is_key_dtype(data.dtype):
-        data = jax.random.key_data(data)
+        data = _key_data(data)
     if data.nbytes >= TAKEN_OVER and not _is_on_host(data):
         # Another array of the same memory, in which the copy stays instead.
         data = jax.make_array_from_single_device_arrays(data.shape, data.sharding, [data])
     return np.asarray(data)
+
+
+def _key_data(keys: jax.Array) -> jax.Array:
+    with jax.ensure_compile_time_eval():  # it has values, whatever is traced around this
+        return jax.random.key_data(keys)
 
 
 def _is_on_host(data: jax.Array) -> bool:
@@ -153,7 +160,9 @@ def from_bytes(memory: NDArray[np.uint8], form: Form, name: str, offset: int = 0
     width = _width(form)
     if width is None:
         whole: NDArray[Any] = np.ndarray(shape, dtype, memory, offset)
-        return whole
+        if form.dtype == "BOOL" and whole.size and whole.view(np.uint8).max() > 1:
+            whole = np.not_equal(whole.view(np.uint8), 0, out=np.empty(shape, dtype))
+        return whole  # to JAX, a byte that is neither 0 nor 1 would be neither true nor false
     raw = memory[offset : offset + form.nbytes]
     canonical = to_bytes(raw, form)
     if not np.array_equal(canonical, raw):

@@ -9,13 +9,13 @@ from beartype import beartype
 from jaxtyping import jaxtyped
 
 from pytree2safetensors._collector import collector_paused
-from pytree2safetensors._errors import WeightsMismatchError, shorten
+from pytree2safetensors._errors import WeightsMismatchError
 from pytree2safetensors._keypath import below, string2keypath
-from pytree2safetensors._leaf import Logical
+from pytree2safetensors._leaf import Logical, Traced
 from pytree2safetensors._load import names_below, read, take, warn_foreign
 from pytree2safetensors._match import Options, Rename, match
 from pytree2safetensors._progress import ProgressOption, part_of, reporter
-from pytree2safetensors._sharding import Wanted, concrete, place, plan_shards, read_sharded
+from pytree2safetensors._sharding import Wanted, place, plan_shards, read_sharded, usable
 from pytree2safetensors._slot import Slot, slots_of, to_python
 from pytree2safetensors._source import PathLike, Readable
 from pytree2safetensors._store import Store, open_store
@@ -67,8 +67,7 @@ def set_weights(
     names = [name for name in dictionary if below(prefix, name) is not None]
     slots = slots_of(dictionary[name] for name in names)
     available = {
-        name: None if slot is None or slot.abstract else slot.leaf
-        for name, slot in zip(names, slots, strict=True)
+        name: _given(slot, dictionary[name]) for name, slot in zip(names, slots, strict=True)
     }
     options = Options("the dictionary", strict, verbose, cast, prefix, rename)
     matches = match(template.names, template.slots, available, lambda _: dictionary, options)
@@ -76,7 +75,7 @@ def set_weights(
     for position, name in matches:
         slot = template.slots[position]
         if slot is not None:
-            leaves[position] = _fitted(slot, dictionary[name], name)
+            leaves[position] = _fitted(slot, dictionary[name], template.names[position])
     return jax.tree_util.tree_unflatten(template.treedef, leaves)
 
 
@@ -182,15 +181,15 @@ class _Stored(Mapping[str, Logical | None]):
 # --- values -----------------------------------------------------------------------------------
 
 
-def _fitted(slot: Slot, value: Any, name: str) -> Any:
+def _given(slot: Slot | None, value: Any) -> Logical | None:
+    """What a leaf of a dictionary is; None where it has no values."""
+    if slot is None or slot.abstract:
+        return None
+    return Traced(*slot.leaf) if isinstance(value, jax.core.Tracer) else slot.leaf
+
+
+def _fitted(slot: Slot, value: Any, path: str) -> Any:
     """A leaf of a dictionary, as its place in the template wants it."""
-    traced = isinstance(value, jax.core.Tracer)
-    if traced and slot.target in {"numpy", "scalar", "python"}:
-        reason = "a traced value cannot become what the template has, a value of NumPy or Python"
-        raise WeightsMismatchError(
-            f"{shorten(name)}: {reason}; have an array of JAX there",
-            mismatched=[f"{shorten(name)}: {reason}"],
-        )
     if slot.target == "python":
         return value if type(value) is str else to_python(value, slot.leaf)
     if slot.target in {"numpy", "scalar"}:
@@ -210,10 +209,11 @@ def _fitted(slot: Slot, value: Any, name: str) -> Any:
         value = value.astype(slot.leaf.dtype)
     if slot.leaf.kind == "key" and value.dtype == np.uint32:
         value = wrap_key(value, slot.leaf.impl)
-    # Where a traced value lives is for JAX to say.
-    if slot.sharding is None or traced or not isinstance(value, jax.Array):
+    if slot.sharding is None or not isinstance(value, jax.Array):
         return value
-    return place(value, concrete(slot.sharding, name), name)
+    if isinstance(value, jax.core.Tracer):
+        return value  # where it lives is for JAX to say
+    return place(value, usable(slot.sharding, value.shape, path))
 
 
 def _read_matches(
@@ -227,6 +227,7 @@ def _read_matches(
     scattered: list[tuple[int, Wanted]] = []
     whole: list[tuple[int, str, Slot]] = []
     values: list[tuple[int, str, Slot]] = []  # Python scalars and strs
+    misplaced: list[WeightsMismatchError] = []
     for position, name in matches:
         slot = template.slots[position]
         if slot is None:
@@ -235,13 +236,20 @@ def _read_matches(
         if stored.kind not in {"array", "key"}:
             values.append((position, name, slot))
         elif slot.sharding is not None and slot.target == "jax":
-            sharding = concrete(slot.sharding, name)
-            scattered.append((position, Wanted(name, slot.leaf, sharding)))
+            try:
+                sharding = usable(slot.sharding, slot.leaf.shape, template.names[position])
+            except WeightsMismatchError as error:
+                misplaced.append(error)
+            else:
+                scattered.append((position, Wanted(name, slot.leaf, sharding)))
         else:
             whole.append((position, name, slot))
+    if misplaced:
+        lines = [line for error in misplaced for line in error.mismatched]
+        raise WeightsMismatchError("\n".join(map(str, misplaced)), mismatched=lines)
     python = take(store, {name for _, name, _ in values}, False, None)
     for position, name, slot in values:
-        yield position, _fitted(slot, python[name], name)
+        yield position, _fitted(slot, python[name], template.names[position])
     plans = [plan_shards(store, wanted) for _, wanted in scattered]
     names = {name for _, name, _ in whole}
     size = sum(store.forms[name].nbytes for name in names)

@@ -590,7 +590,8 @@ def _not_rebuilt(error: WeightsMismatchError) -> str:
         *(f"{shorten(name)} is new" for name in error.missing),
         *error.mismatched,
     ]
-    return "\n".join(["the tree that its nodes unflatten to is another:", *lines[:20]])
+    more = [f"... and {len(lines) - 20} more"] if len(lines) > 20 else []
+    return "\n".join(["the tree that its nodes unflatten to is another:", *lines[:20], *more])
 
 
 def _blank(leaf: Any) -> Any:
