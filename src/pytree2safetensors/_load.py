@@ -2,7 +2,7 @@
 
 import sys
 import warnings
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping
 from contextlib import suppress
 from itertools import islice
 from types import FrameType
@@ -150,7 +150,7 @@ def load_metadata(path: PathLike | Readable) -> dict[str, str]:
         return own
 
 
-def names_below(store: Store, prefix: str, wanted: Sequence[str] = ()) -> dict[str, str]:
+def names_below(store: Store, prefix: str, wanted: Iterable[str] = ()) -> dict[str, str]:
     """The names below `prefix`, as seen from there, to the names in the file.
 
     `wanted` are the key paths that are missing if there is nothing.
@@ -168,7 +168,7 @@ def names_below(store: Store, prefix: str, wanted: Sequence[str] = ()) -> dict[s
             f"{store.label} has nothing at the prefix {shorten(prefix)}{_nearest_node(store, prefix)}; "
             f"its names begin with "
             f"{', '.join(map(shorten, sorted(store.forms)[:5])) or 'nothing, for it is empty'}",
-            missing=wanted,
+            missing=tuple(wanted),
         )
     return found
 

@@ -126,8 +126,7 @@ def load_into_pytree(
     """
     with collector_paused(), open_store(path, mmap) as store:
         template = _template(module)
-        wanted = [n for n, slot in zip(template.names, template.slots, strict=True) if slot]
-        names = names_below(store, prefix, wanted).values()
+        names = names_below(store, prefix, template.wanted()).values()
         options = Options(store.label, strict, verbose, cast, prefix, rename)
         available = _Stored(store, names)
 
@@ -148,6 +147,10 @@ class _Template(NamedTuple):
     names: list[str]
     leaves: list[Any]
     slots: list[Slot | None]
+
+    def wanted(self) -> Iterator[str]:
+        """The names of what is data."""
+        return (name for name, slot in zip(self.names, self.slots, strict=True) if slot)
 
 
 def _template(module: Any) -> _Template:
