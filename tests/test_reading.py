@@ -28,6 +28,7 @@ from pytree2safetensors import (
     save_pytree,
     set_weights,
 )
+from pytree2safetensors.testing import assert_round_trips
 
 struct: Any = jax.ShapeDtypeStruct
 
@@ -278,3 +279,14 @@ def test_any_byte_but_0_is_true(mmap: bool, size: int, tmp_path: Path) -> None:
         for name in ("a", "b", "c"):
             assert np.asarray(found[name]).tobytes() == (raw != 0).tobytes()
             assert int(found[name].sum()) == np.count_nonzero(raw)
+
+
+@pytest.mark.parametrize("size", [(), (3,), (5000,), (70_000,)])
+def test_a_boolean_is_stored_as_0_or_1(size: tuple[int, ...], tmp_path: Path) -> None:
+    odd = np.full(size, 2, np.uint8).view(np.bool_)
+    save_pytree({"a": odd}, tmp_path / "odd", checksum=True)
+    save_pytree({"a": np.ones(size, np.bool_)}, tmp_path / "plain", checksum=True)
+    assert (tmp_path / "odd").read_bytes() == (tmp_path / "plain").read_bytes()
+    taken = set_weights({"a": jnp.zeros(size, bool)}, {"@a": odd})["a"]
+    assert int(taken.sum()) == odd.size
+    assert_round_trips({"a": odd})

@@ -565,7 +565,7 @@ def test_abstract_meshes_mean_the_mesh_in_force(tmp_path: Path) -> None:
     assert_in_place(found, values, NamedSharding(explicit, P("x", None)))
     with pytest.raises(
         p2s.WeightsMismatchError,
-        match=r"the sharding that the template has for '#0' names no devices, as its mesh is "
+        match=r"'#0': the sharding that the template has for it names no devices, as its mesh is "
         r"abstract; load under jax\.set_mesh, or give the template concrete shardings",
     ):
         p2s.load_into_pytree(template, tmp_path / "file")
@@ -575,7 +575,7 @@ def test_what_jax_cannot_divide_is_an_error_that_names_the_leaf(tmp_path: Path, 
     p2s.save_pytree({"odd": np.zeros((7, 3), np.float32)}, tmp_path / "file")
     template = {"odd": Struct((7, 3), np.float32, sharding=NamedSharding(mesh, P("x")))}
     with pytest.raises(
-        p2s.WeightsMismatchError, match="'@odd' does not fit the sharding of its template: "
+        p2s.WeightsMismatchError, match="'@odd': it does not fit the sharding of its template: "
     ) as caught:
         p2s.load_into_pytree(template, tmp_path / "file")
     assert caught.value.mismatched[0].startswith("'@odd': ")
@@ -988,7 +988,7 @@ def test_a_sharding_that_does_not_fit_is_a_mismatch(tmp_path: Path, mesh: Mesh, 
     values = np.zeros(size + 1, np.float32)
     p2s.save_pytree({"x": values}, tmp_path / "file")
     template = {"x": Struct(values.shape, values.dtype, sharding=NamedSharding(mesh, P("x")))}
-    with pytest.raises(p2s.WeightsMismatchError, match="'@x' does not fit the sharding"):
+    with pytest.raises(p2s.WeightsMismatchError, match="'@x': it does not fit the sharding"):
         p2s.load_into_pytree(template, tmp_path / "file")
-    with pytest.raises(p2s.WeightsMismatchError, match="'@x' does not fit the sharding"):
+    with pytest.raises(p2s.WeightsMismatchError, match="'@x': it does not fit the sharding"):
         p2s.set_weights(template, {"@x": values})

@@ -209,14 +209,15 @@ def test_a_path_of_bytes_is_a_path(tmp_path: Path) -> None:
 
 
 def test_file_objects_may_delegate() -> None:
-    with tempfile.NamedTemporaryFile() as file:  # whose class has neither `read` nor `write`
+    # Its class has neither `read` nor `write`, which protocols look for from Python 3.12 on.
+    with tempfile.NamedTemporaryFile() as file:
         save_pytree(TREE, file)
         file.seek(0)
         assert_same(load_pytree(file), TREE)
         for load in (load_metadata, load_abstract, lambda source: load_into_pytree(TREE, source)):
             file.seek(0)
             load(file)
-        with pytest.raises(FileFormatError, match="0 bytes after its position; seek to where it"):
+        with pytest.raises(FileFormatError, match="0 bytes after its position; seek to where the"):
             load_pytree(file)
     with fsspec.open("simplecache::memory://delegated.safetensors", "wb") as remote:
         save_pytree(TREE, remote)

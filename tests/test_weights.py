@@ -283,13 +283,19 @@ def test_a_traced_value_becomes_nothing_but_an_array_of_jax() -> None:
     assert isinstance(found[0]["jax"], jax.core.Tracer)
 
 
-@pytest.mark.parametrize("dtype", [np.longdouble, object, "U3", "M8[s]", [("a", np.float32)]])
-def test_a_dtype_that_no_file_holds_is_no_data(dtype: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize(
+    "dtype", [np.longdouble, object, "U3", "M8[s]", [("a", np.float32)], jax.dtypes.float0]
+)
+def test_nothing_fits_a_dtype_that_no_file_holds(dtype: Any, strict: bool, tmp_path: Path) -> None:
     save_pytree({"a": np.zeros(2, np.float32), "b": 1}, tmp_path / "file")
-    template = {"a": struct((2,), np.dtype(dtype)), "b": 0}
+    leaf = struct((2,), np.dtype(dtype))
     with pytest.raises(WeightsMismatchError) as caught:
-        load_into_pytree(template, tmp_path / "file", cast=True)
-    assert caught.value.unexpected == ("@a",)
+        load_into_pytree({"a": leaf, "b": 0}, tmp_path / "file", cast=True, strict=strict)
+    assert [line.split(":")[0] for line in caught.value.mismatched] == ["'@a'"]
+    with pytest.raises(WeightsMismatchError) as caught:
+        load_into_pytree({"a": 0.0, "b": 0, "c": leaf}, tmp_path / "file", strict=strict)
+    assert caught.value.missing == ("@c",)
 
 
 def test_a_tree_without_data_takes_its_own_leaves(tmp_path: Path) -> None:
@@ -435,6 +441,19 @@ def test_no_reference_to_an_array_is_left_out(unsupported: Any) -> None:
     with pytest.raises(UnsupportedLeafError, match="of a reference what it holds") as caught:
         save_pytree(tree, io.BytesIO(), unsupported=unsupported)
     assert "skip" not in str(caught.value)
+
+
+@pytest.mark.skipif(not hasattr(jax, "new_ref"), reason="this JAX has no references")
+def test_a_reference_in_a_template_is_no_data(tmp_path: Path) -> None:
+    template = {"a": getattr(jax, "new_ref", None)(jnp.ones(3)), "b": 1}  # type: ignore[misc] # an older JAX has none
+    save_pytree({"b": 2}, tmp_path / "file")
+    found = load_into_pytree(template, tmp_path / "file")
+    assert found["a"] is template["a"]
+    assert found["b"] == 2
+    save_pytree({"a": jnp.zeros(3), "b": 2}, tmp_path / "file")
+    with pytest.raises(WeightsMismatchError) as caught:
+        load_into_pytree(template, tmp_path / "file")
+    assert caught.value.unexpected == ("@a",)
 
 
 def test_keys_are_saved_while_others_are_traced() -> None:

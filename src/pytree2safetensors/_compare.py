@@ -117,4 +117,6 @@ def _array_bits(leaf: Any) -> bytes:
     if not values.dtype.isnative:
         values = values.byteswap()
     raw = np.frombuffer(values.tobytes(), np.uint8)
+    if values.dtype.kind == "b":  # any byte but 0 is true
+        return bytes(raw != 0)
     return bytes(raw & np.uint8(VALUE_BITS.get(values.dtype.name, 0xFF)))

@@ -390,7 +390,7 @@ def _read_shards(content: Any, label: str) -> dict[str, set[str]]:
 
 
 def _is_plain(name: str) -> bool:
-    """Whether a name is that of a file in the same folder, whatever the system."""
+    """Whether a name is that of a file in the same folder; on any system, but for drives."""
     try:
         os.fsencode(name)
     except UnicodeEncodeError:

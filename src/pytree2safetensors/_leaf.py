@@ -117,12 +117,13 @@ def is_deleted(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array) and not traced and leaf.is_deleted()
 
 
-_REFERENCE: Final = getattr(jax, "Ref", ())  # before JAX 0.8 none has a public name
+# The type of references to arrays, where it has a public name: since JAX 0.8.
+REFERENCE: Final[Any] = getattr(jax, "Ref", ())
 
 
 def is_valueless(leaf: Any) -> bool:
     """Whether a leaf is an array that has no values of its own: traced, abstract, or a reference."""
-    return isinstance(leaf, (jax.core.Tracer, jax.ShapeDtypeStruct, _REFERENCE))
+    return isinstance(leaf, (jax.core.Tracer, jax.ShapeDtypeStruct, REFERENCE))
 
 
 def _array_form(leaf: jax.Array) -> Form | None:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeAlias
 from pytree2safetensors._errors import WeightsMismatchError, nearest, shorten
 from pytree2safetensors._keypath import under
 from pytree2safetensors._leaf import Logical, Traced
+from pytree2safetensors._sharding import misplaced
 from pytree2safetensors._slot import Slot, misfit
 
 Rename: TypeAlias = Callable[[str], str] | Mapping[str, str]
@@ -130,7 +131,10 @@ def _unfit(slot: Slot, stored: Logical | None, value: Any, cast: bool) -> str | 
         return "what is given for it is no array, or one without values"
     if isinstance(stored, Traced) and slot.target != "jax":
         return "what is given for it is traced, and can only become an array that JAX holds here"
-    return misfit(slot, stored, value, cast=cast)
+    reason = misfit(slot, stored, value, cast=cast)
+    if reason is None and slot.sharding is not None and slot.target == "jax":
+        reason = misplaced(slot.sharding, slot.leaf.shape)
+    return reason
 
 
 # --- messages ---------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from numpy.typing import NDArray
 
 from pytree2safetensors._digest import check_digest
-from pytree2safetensors._errors import WeightsMismatchError, errors_of, shorten
+from pytree2safetensors._errors import errors_of
 from pytree2safetensors._leaf import BITS, Form, Logical, is_key_dtype
 from pytree2safetensors._load import aligned, read
 from pytree2safetensors._progress import Progress, Report, part_of
@@ -44,36 +44,31 @@ _ALIGNMENT: Final = 64
 _ANY_MESH: Final = getattr(jax.sharding, "AbstractMesh", ())  # JAX 0.4.30 has none
 
 
-def usable(sharding: Sharding, shape: tuple[int, ...], path: str) -> Sharding:
-    """A sharding that can hold an array: itself, or that on the mesh in force if it has no devices.
-
-    Raises:
-        WeightsMismatchError: There is none, or it does not divide the axes; `path` is the leaf's.
-    """
-    found = _concrete(sharding, path)
-    try:
-        found.shard_shape(shape)
-    except ValueError as error:
-        raise WeightsMismatchError(
-            f"{shorten(path)} does not fit the sharding of its template: {error}",
-            mismatched=[f"{shorten(path)}: {error}"],
-        ) from error
-    return found
-
-
-def _concrete(sharding: Sharding, path: str) -> Sharding:
+def concrete(sharding: Sharding) -> Sharding | None:
+    """The sharding itself, or that on the mesh in force where it names no devices; None without."""
     mesh = getattr(sharding, "mesh", None)
     if not isinstance(mesh, _ANY_MESH):
         return sharding
     current: Any = getattr(jax.sharding, "get_mesh", lambda: None)()
     if current is None or current.empty or current.shape_tuple != mesh.shape_tuple:
-        raise WeightsMismatchError(
-            f"the sharding that the template has for {shorten(path)} names no devices, as its mesh "
-            "is abstract; load under jax.set_mesh, or give the template concrete shardings",
-            mismatched=[f"{shorten(path)}: its sharding names no devices"],
-        )
+        return None
     found: Any = sharding  # what has a mesh has a spec
     return jax.sharding.NamedSharding(current, found.spec, memory_kind=found.memory_kind)
+
+
+def misplaced(sharding: Sharding, shape: tuple[int, ...]) -> str | None:
+    """Why an array of this shape cannot be in a sharding; None where it can."""
+    found = concrete(sharding)
+    if found is None:
+        return (
+            "the sharding that the template has for it names no devices, as its mesh is abstract; "
+            "load under jax.set_mesh, or give the template concrete shardings"
+        )
+    try:
+        found.shard_shape(shape)
+    except ValueError as error:
+        return f"it does not fit the sharding of its template: {error}"
+    return None
 
 
 def place(value: Any, sharding: Sharding) -> jax.Array:

@@ -8,6 +8,7 @@ import numpy as np
 
 from pytree2safetensors._leaf import (
     PYTHON_SCALARS,
+    REFERENCE,
     Logical,
     form_of,
     holds,
@@ -68,7 +69,7 @@ def _looker(kind: type) -> Callable[[Any], _Look | None]:
     """How to look at leaves of a type."""
     if kind in PYTHON_SCALARS:
         return lambda _: _Look("python", (), kind.__name__)
-    if issubclass(kind, np.ma.MaskedArray):
+    if issubclass(kind, (np.ma.MaskedArray, REFERENCE)):
         return lambda _: None
     if issubclass(kind, np.ndarray):
         return lambda leaf: _Look("numpy", leaf.shape, leaf.dtype)
@@ -130,8 +131,6 @@ def _slot(look: _Look) -> Slot | None:
         if impl is None:
             return None
         return Slot(Logical("key", None, shape, impl=impl), target, sharding, abstract)
-    if form_of(dtype, shape) is None:
-        return None
     target = "jax" if holds(dtype) else "foreign"
     return Slot(Logical("array", dtype.newbyteorder("="), shape, weak), target, sharding, abstract)
 
@@ -161,6 +160,8 @@ def misfit(slot: Slot, stored: Logical, value: Any, *, cast: bool) -> str | None
 
 
 def _dtype_fits(wanted: Logical, stored: Logical, value: Any, cast: bool) -> bool:
+    if wanted.dtype is not None and form_of(wanted.dtype, wanted.shape) is None:
+        return False  # an abstract leaf may have any dtype
     ranks = _rank_of(wanted), _rank_of(stored)
     if wanted.dtype is not None and stored.dtype is not None:
         return wanted.dtype == stored.dtype or (cast and ranks[1] <= ranks[0])

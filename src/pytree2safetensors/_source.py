@@ -26,7 +26,7 @@ _VECTORS: Final = 512  # buffers of one system call; the least that systems allo
 class HasMethod(type):
     """The type of a class whose instances are all objects that have a method, delegated or not.
 
-    Protocols look at classes alone since Python 3.12, and miss the methods of the files of `tempfile`.
+    Since Python 3.12 protocols look at classes alone, whose files of `tempfile` have no method.
     """
 
     method: str
@@ -215,7 +215,7 @@ def open_source(path: PathLike | Readable) -> Source:
         source = _Stream(label, path)
         if source.start and not source.size:
             raise FileFormatError(
-                f"{label} has 0 bytes after its position; seek to where it begins"
+                f"{label} has 0 bytes after its position; seek to where the data begin"
             )
         return source
     return _Forward(label, path)

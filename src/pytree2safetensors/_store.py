@@ -1,7 +1,6 @@
 """What is stored: a file, opened and checked, ready to give its tensors."""
 
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from functools import partial
@@ -29,7 +28,7 @@ from pytree2safetensors._structure import NOTE, Note, is_reserved, read_note
 
 _PIECE = 8 << 20  # bytes of a tensor that are read at once; a multiple of every item size
 _HEAD = 1 << 16  # bytes: nearly every header is read with the first call
-_KEPT = 100 if sys.platform == "darwin" else 500  # shards that stay open, of 256 or 1,024 files
+_KEPT = 100  # shards that stay open; systems allow a process 256 files, or 1,024
 _ATTEMPTS = 5  # at opening shards; only savers in a loop need more than two
 
 

@@ -36,7 +36,7 @@ def host_array(leaf: Any) -> NDArray[Any]:
     if kind in PYTHON_SCALARS:
         return np.array(leaf, NUMPY[SCALARS[kind.__name__]])
     if isinstance(leaf, np.ndarray | np.generic):
-        return np.asarray(leaf)
+        return _canonical(np.asarray(leaf))
     if is_key_dtype(leaf.dtype):
         leaf = _key_data(leaf)
     if len(leaf.sharding.device_set) == 1:
@@ -160,15 +160,20 @@ def from_bytes(memory: NDArray[np.uint8], form: Form, name: str, offset: int = 0
     width = _width(form)
     if width is None:
         whole: NDArray[Any] = np.ndarray(shape, dtype, memory, offset)
-        if form.dtype == "BOOL" and whole.size and whole.view(np.uint8).max() > 1:
-            whole = np.not_equal(whole.view(np.uint8), 0, out=np.empty(shape, dtype))
-        return whole  # to JAX, a byte that is neither 0 nor 1 would be neither true nor false
+        return _canonical(whole)
     raw = memory[offset : offset + form.nbytes]
     canonical = to_bytes(raw, form)
     if not np.array_equal(canonical, raw):
         raise FileFormatError(f"{shorten(name)} holds values beyond {form.kind}")
     masked: NDArray[np.uint8] = np.bitwise_and(canonical, np.uint8((1 << width) - 1))
     return masked.view(dtype).reshape(shape)
+
+
+def _canonical(values: NDArray[Any]) -> NDArray[Any]:
+    """The same values, booleans as the bytes 0 and 1: to JAX any other is neither true nor false."""
+    if values.dtype.kind != "b" or not values.size or values.view(np.uint8).max() <= 1:
+        return values
+    return np.asarray(values.view(np.uint8) != 0)
 
 
 def python_value(values: NDArray[Any], form: Form) -> Any:

@@ -9,13 +9,12 @@ from beartype import beartype
 from jaxtyping import jaxtyped
 
 from pytree2safetensors._collector import collector_paused
-from pytree2safetensors._errors import WeightsMismatchError
 from pytree2safetensors._keypath import below, string2keypath
 from pytree2safetensors._leaf import Logical, Traced
 from pytree2safetensors._load import names_below, read, take, warn_foreign
 from pytree2safetensors._match import Options, Rename, match
 from pytree2safetensors._progress import ProgressOption, part_of, reporter
-from pytree2safetensors._sharding import Wanted, place, plan_shards, read_sharded, usable
+from pytree2safetensors._sharding import Wanted, concrete, place, plan_shards, read_sharded
 from pytree2safetensors._slot import Slot, slots_of, to_python
 from pytree2safetensors._source import PathLike, Readable
 from pytree2safetensors._store import Store, open_store
@@ -75,7 +74,7 @@ def set_weights(
     for position, name in matches:
         slot = template.slots[position]
         if slot is not None:
-            leaves[position] = _fitted(slot, dictionary[name], template.names[position])
+            leaves[position] = _fitted(slot, dictionary[name])
     return jax.tree_util.tree_unflatten(template.treedef, leaves)
 
 
@@ -191,7 +190,7 @@ def _given(slot: Slot | None, value: Any) -> Logical | None:
     return Traced(*slot.leaf) if isinstance(value, jax.core.Tracer) else slot.leaf
 
 
-def _fitted(slot: Slot, value: Any, path: str) -> Any:
+def _fitted(slot: Slot, value: Any) -> Any:
     """A leaf of a dictionary, as its place in the template wants it."""
     if slot.target == "python":
         return value if type(value) is str else to_python(value, slot.leaf)
@@ -212,11 +211,10 @@ def _fitted(slot: Slot, value: Any, path: str) -> Any:
         value = value.astype(slot.leaf.dtype)
     if slot.leaf.kind == "key" and value.dtype == np.uint32:
         value = wrap_key(value, slot.leaf.impl)
-    if slot.sharding is None or not isinstance(value, jax.Array):
-        return value
-    if isinstance(value, jax.core.Tracer):
-        return value  # where it lives is for JAX to say
-    return place(value, usable(slot.sharding, value.shape, path))
+    if not isinstance(value, jax.Array) or isinstance(value, jax.core.Tracer):
+        return value  # where a traced value lives is for JAX to say
+    sharding = None if slot.sharding is None else concrete(slot.sharding)
+    return value if sharding is None else place(value, sharding)
 
 
 def _read_matches(
@@ -230,29 +228,22 @@ def _read_matches(
     scattered: list[tuple[int, Wanted]] = []
     whole: list[tuple[int, str, Slot]] = []
     values: list[tuple[int, str, Slot]] = []  # Python scalars and strs
-    misplaced: list[WeightsMismatchError] = []
     for position, name in matches:
         slot = template.slots[position]
         if slot is None:
             continue
         stored = store.logical(name)
+        wanted = slot.sharding if slot.target == "jax" else None
+        sharding = None if wanted is None else concrete(wanted)
         if stored.kind not in {"array", "key"}:
             values.append((position, name, slot))
-        elif slot.sharding is not None and slot.target == "jax":
-            try:
-                sharding = usable(slot.sharding, slot.leaf.shape, template.names[position])
-            except WeightsMismatchError as error:
-                misplaced.append(error)
-            else:
-                scattered.append((position, Wanted(name, slot.leaf, sharding)))
+        elif sharding is not None:
+            scattered.append((position, Wanted(name, slot.leaf, sharding)))
         else:
             whole.append((position, name, slot))
-    if misplaced:
-        lines = [line for error in misplaced for line in error.mismatched]
-        raise WeightsMismatchError("\n".join(map(str, misplaced)), mismatched=lines)
     python = take(store, {name for _, name, _ in values}, False, None)
     for position, name, slot in values:
-        yield position, _fitted(slot, python[name], template.names[position])
+        yield position, _fitted(slot, python[name])
     plans = [plan_shards(store, wanted) for _, wanted in scattered]
     names = {name for _, name, _ in whole}
     size = sum(store.forms[name].nbytes for name in names)
