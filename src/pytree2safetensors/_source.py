@@ -26,7 +26,7 @@ _VECTORS: Final = 512  # buffers of one system call; the least that systems allo
 class HasMethod(type):
     """The type of a class whose instances are all objects that have a method, delegated or not.
 
-    Since Python 3.12 protocols look at classes alone, whose files of `tempfile` have no method.
+    A protocol will not do: since Python 3.12 it looks at classes alone, and files of `tempfile` delegate.
     """
 
     method: str
