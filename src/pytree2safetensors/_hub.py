@@ -15,7 +15,7 @@ from pytree2safetensors._folder import Part, replace_together
 from pytree2safetensors._layout import LENGTH_BYTES, MAX_HEADER, Plan, in_order, plan
 from pytree2safetensors._leaf import Form
 from pytree2safetensors._progress import Progress
-from pytree2safetensors._source import PathLike, Source, open_source, shut
+from pytree2safetensors._source import PathLike, Source, identity, open_source, shut
 from pytree2safetensors._structure import is_reserved, read_json
 
 _STEM: Final = "model"  # of the names, where a path is a folder
@@ -354,8 +354,7 @@ def read_index(path: str) -> Index:
 def _status(path: str) -> tuple[int, ...]:
     """What differs between a file and another that takes its place, or between before and after."""
     status = os.stat(path)
-    times = status.st_mtime_ns, status.st_ctime_ns
-    return status.st_dev, status.st_ino, status.st_size, *times
+    return *identity(status), status.st_ctime_ns
 
 
 def _read_content(source: Source) -> dict[str, Any]:

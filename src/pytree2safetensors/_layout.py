@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from json.encoder import encode_basestring_ascii as quote
 from typing import Any, Final, NamedTuple
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from pytree2safetensors._errors import FileFormatError, shorten
 from pytree2safetensors._leaf import BITS, Form
-from pytree2safetensors._structure import read_json, read_json_at
+from pytree2safetensors._structure import is_reserved, read_json, read_json_at
 
 MAX_HEADER: Final = 100_000_000  # bytes, as safetensors' own parser
 MAX_DIMENSIONS: Final = 64 if np.lib.NumpyVersion(np.__version__) >= "2.0.0" else 32
@@ -278,12 +278,12 @@ def _form(name: str, content: dict[str, Any], file: str) -> Form:
     return Form(dtype, tuple(sizes), stop - start)
 
 
-def check_metadata(metadata: Mapping[str, str], reserved: Callable[[str], bool]) -> None:
+def check_metadata(metadata: Mapping[str, str]) -> None:
     """Refuse metadata of a caller that the format cannot hold."""
     for key, value in metadata.items():
         if not isinstance(key, str) or not isinstance(value, str):
             raise TypeError(f"metadata map strs to strs, and {key!r} to {value!r} does not")
-        if reserved(key):
+        if is_reserved(key):
             raise FileFormatError(
                 f"the metadata may not set {shorten(key)}, which this package writes itself; "
                 "choose another name"

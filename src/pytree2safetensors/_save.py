@@ -19,7 +19,7 @@ from pytree2safetensors._leaf import DeletedLeaf, Form, describe, is_deleted, is
 from pytree2safetensors._progress import Progress, ProgressOption, reporter
 from pytree2safetensors._source import PathLike
 from pytree2safetensors._spread import tensor_pieces
-from pytree2safetensors._structure import NOTE, Note, is_reserved, write_note
+from pytree2safetensors._structure import NOTE, Note, write_note
 from pytree2safetensors._tree import Flat, PyTree, flatten
 from pytree2safetensors._values import joined_bytes
 
@@ -55,7 +55,7 @@ def save_pytree(
             `max_shard_size` a folder, or a file in it whose stem the names begin with.
         metadata: Strings to keep beside the tensors.
         unsupported: "skip" leaves out the leaves that a file cannot hold, but for traced and
-            abstract arrays, which are always an error.
+            abstract arrays and references to arrays, which are always an error.
         durable: Whether the file has reached the disk when this returns.
         checksum: Keep a digest of each tensor, which loading checks. Costs a second pass.
         max_shard_size: Split what is larger, in bytes or such as "5GB", as model hubs do.
@@ -152,7 +152,7 @@ def collect(
     tree: Any, metadata: Mapping[str, str], unsupported: Literal["raise", "skip"]
 ) -> Contents:
     """Check a tree wholly, before anything is written."""
-    check_metadata(metadata, is_reserved)
+    check_metadata(metadata)
     flat = flatten(tree)
     found = describe(flat.leaves)
     places = [place for place, form in enumerate(found) if form is None]

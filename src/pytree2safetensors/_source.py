@@ -115,10 +115,9 @@ class _Descriptor(Source):
             return np.empty(0, np.uint8)
         return np.frombuffer(mmap.mmap(self.descriptor, 0, access=mmap.ACCESS_READ), np.uint8)
 
-    def status(self) -> tuple[int, ...]:
+    def identity(self) -> tuple[int, ...]:
         """What differs between this file and another that takes its place."""
-        status = os.fstat(self.descriptor)
-        return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+        return identity(os.fstat(self.descriptor))
 
     def close(self) -> None:
         os.close(self.descriptor)
@@ -129,7 +128,7 @@ class _Shut(Source):
 
     def __init__(self, path: str, source: _Descriptor) -> None:
         super().__init__(source.label, source.size)
-        self.path, self.status = path, source.status()
+        self.path, self.identity = path, source.identity()
 
     def read_into(self, buffers: list[memoryview], offset: int) -> int:
         with closing(self._open()) as source:
@@ -141,7 +140,7 @@ class _Shut(Source):
 
     def _open(self) -> Source:
         source = _open_path(self.path)
-        if not isinstance(source, _Descriptor) or source.status() != self.status:
+        if not isinstance(source, _Descriptor) or source.identity() != self.identity:
             source.close()
             raise FileFormatError(f"{self.label} was replaced while it was read; load it again")
         return source
@@ -219,6 +218,11 @@ def open_source(path: PathLike | Readable) -> Source:
             )
         return source
     return _Forward(label, path)
+
+
+def identity(status: os.stat_result) -> tuple[int, ...]:
+    """What differs between a file and another that takes its place."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def shut(path: str, source: Source) -> Source:
