@@ -33,8 +33,8 @@ from pytree2safetensors import (
     load_pytree,
     save_pytree,
 )
-from pytree2safetensors._source import open_source
-from pytree2safetensors._store import read_header
+from pytree2safetensors._load.checkpoint import read_header
+from pytree2safetensors._storage.byte_source import open_source
 
 NOTE = "pytree2safetensors"
 DIGESTS = "pytree2safetensors.sha256"

@@ -68,10 +68,10 @@ def bits(values: Any) -> bytes:
 
 def canonical(tree: Any) -> Any:
     """What a tree is once it has been in a file: of NumPy's arrays, the values stay."""
-    return jax.tree_util.tree_map(_canonical, tree)
+    return jax.tree_util.tree_map(canonical_bools, tree)
 
 
-def _canonical(leaf: Any) -> Any:
+def canonical_bools(leaf: Any) -> Any:
     if not isinstance(leaf, np.ndarray | np.generic):
         return leaf
     native = np.array(leaf, order="C").reshape(leaf.shape)

@@ -8,22 +8,22 @@ LINE = 17
 STEPS: Sequence[tuple[str, str, Sequence[str]]] = (
     ("", "a tree", ('{"layers": [(w, b)],', ' "name": "net", "step": 7}')),
     (
-        "_tree.flatten",
+        "_tree.flatten.flatten",
         "names and kinds of nodes",
         ("@layers#0#0  @layers#0#1  @name  @step", "@layers#0 is a tuple"),
     ),
     (
-        "_leaf.describe",
-        "forms of leaves",
+        "_leaves.describe.describe",
+        "descriptions of leaves",
         ("F32 [2,3]   F32 [3]   I64 []", '@name is the str "net", @step an int'),
     ),
     (
-        "_structure.write_note",
+        "_format.note.write_note",
         "the note",
         ('{"leaves":{…},"nodes":{"@layers#0":"tuple"},', ' "version":1}'),
     ),
     (
-        "_layout.plan",
+        "_format.header.plan",
         "the header",
         (
             '{"__metadata__":{…},"@step":{"dtype":"I64",',
@@ -32,7 +32,7 @@ STEPS: Sequence[tuple[str, str, Sequence[str]]] = (
         ),
     ),
     (
-        "_file.write_file",
+        "_storage.atomic_file.write_file",
         "the file",
         ("length | header | data, in the header's order", "temporary file → flush → rename"),
     ),

@@ -2,9 +2,11 @@
 
 import ast
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import tomllib  # of Python 3.11: the documentation is built with that or newer
 from diagram import draw
 from docutils import nodes
 from environments import table
@@ -74,16 +76,62 @@ def _published(stem: str) -> list[str]:
     return lines
 
 
-def modules() -> list[str]:
-    """List the modules, each with what it says of itself."""
-    lines = ["| module | what it is |", "|---|---|"]
-    for path in sorted((ROOT / "src" / "pytree2safetensors").glob("*.py")):
+PACKAGE = ROOT / "src" / "pytree2safetensors"
+
+
+def described() -> dict[str, tuple[str, list[str]]]:
+    """Give each module's first line, and the sections of the specification that it implements."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
         said = ast.get_docstring(ast.parse(path.read_text("utf-8"))) or ""
-        lines.append(f"| `{path.name}` | {said.partition(chr(10))[0]} |")
+        line = said.partition("\n")[0]
+        marked = re.search(r"^Specification: (.+)\.$", said, re.MULTILINE)
+        sections = re.findall(r"\*([^*]+)\*", marked[1]) if marked else []
+        found[path.relative_to(PACKAGE).as_posix()] = line, sections
+    return found
+
+
+def layers() -> list[str]:
+    """List the layers of the import contract, the highest first, each folder with its first line."""
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["importlinter"]
+    lines = ["| layer | what it is |", "|---|---|"]
+    said = described()
+    for layer in contracts["contracts"][0]["layers"]:
+        names = [name.strip().removeprefix("pytree2safetensors.") for name in layer.split("|")]
+        texts = [said.get(f"{name}/__init__.py") or said.get(f"{name}.py") for name in names]
+        shown = " ".join(text[0] for text in texts if text)
+        lines.append(f"| {', '.join(f'`{name}`' for name in names)} | {shown} |")
+    return lines
+
+
+def sections() -> list[str]:
+    """List the sections of the specification, each with the modules that implement it."""
+    by_section: dict[str, list[str]] = {}
+    for name, (_, marked) in described().items():
+        for section in marked:
+            by_section.setdefault(section, []).append(f"`{name}`")
+    lines = ["| section | modules |", "|---|---|"]
+    return lines + [f"| {name} | {', '.join(found)} |" for name, found in by_section.items()]
+
+
+def modules() -> list[str]:
+    """List the modules, a table for each folder, each module with what it says of itself."""
+    lines: list[str] = []
+    folder = None
+    for name, (said, _) in described().items():
+        above, _, module = name.rpartition("/")
+        if above != folder:
+            folder = above
+            lines += ["", f"### `{above or 'pytree2safetensors'}`", ""]
+            lines += ["| module | what it is |", "|---|---|"]
+        if module != "__init__.py":
+            lines.append(f"| `{module}` | {said} |")
     return lines
 
 
 MAKERS = {
+    "layers": layers,
+    "sections": sections,
     "modules": modules,
     "accepted": accepted,
     "rejected": rejected,

@@ -2,8 +2,6 @@
 
 from safetensors.flax import load_file
 
-from pytree2safetensors._background import save_pytree_async
-from pytree2safetensors._container import PyTreeContainer, UnkeyedContainer
 from pytree2safetensors._errors import (
     FileFormatError,
     KeyPathError,
@@ -12,11 +10,13 @@ from pytree2safetensors._errors import (
     UnsupportedLeafError,
     WeightsMismatchError,
 )
-from pytree2safetensors._keypath import Key, KeyPath, keypath2string, string2keypath
-from pytree2safetensors._load import load_abstract, load_metadata, load_pytree
-from pytree2safetensors._save import save_pytree
-from pytree2safetensors._tree import dict2pytree, pytree2dict
-from pytree2safetensors._weights import load_into_pytree, set_weights
+from pytree2safetensors._load.api import load_abstract, load_metadata, load_pytree
+from pytree2safetensors._load.template_api import load_into_pytree, set_weights
+from pytree2safetensors._save.api import save_pytree
+from pytree2safetensors._save.background import save_pytree_async
+from pytree2safetensors._tree.containers import PyTreeContainer, UnkeyedContainer
+from pytree2safetensors._tree.flatten import dict2pytree, pytree2dict
+from pytree2safetensors._tree.keypath import Key, KeyPath, keypath2string, string2keypath
 
 __all__ = [
     "FileFormatError",

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from pytree2safetensors._errors import shorten
-from pytree2safetensors._keypath import join, spell_key
+from pytree2safetensors._tree.keypath import join, spell_key
 
 # The bits that a value fills of its byte. NumPy ignores the rest, and they hold nothing.
 VALUE_BITS: Final = {

@@ -1,4 +1,7 @@
-"""The exceptions: one base class, and one class for each thing that can be wrong."""
+"""The exceptions: one base class, and one class for each thing that can be wrong.
+
+Specification: *Errors*.
+"""
 
 import difflib
 from collections.abc import Iterator, Sequence

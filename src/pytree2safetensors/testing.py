@@ -27,9 +27,14 @@ except ImportError:
     ) from None
 
 from pytree2safetensors._compare import VALUE_BITS, assert_same, assert_same_leaves, is_prng_key
-from pytree2safetensors._container import PyTreeContainer, UnkeyedContainer
 from pytree2safetensors._errors import TreeStructureError, WeightsMismatchError, shorten
-from pytree2safetensors._keypath import (
+from pytree2safetensors._leaves.spec import holds
+from pytree2safetensors._load.api import load_pytree
+from pytree2safetensors._load.template_api import load_into_pytree
+from pytree2safetensors._save.api import save_pytree
+from pytree2safetensors._tree.containers import PyTreeContainer, UnkeyedContainer
+from pytree2safetensors._tree.flatten import pytree2dict
+from pytree2safetensors._tree.keypath import (
     MAX_INDEX,
     DictKey,
     FlattenedIndexKey,
@@ -41,13 +46,8 @@ from pytree2safetensors._keypath import (
     read_segment,
     spell_key,
 )
-from pytree2safetensors._leaf import holds
-from pytree2safetensors._literal import MAX_DIGITS
-from pytree2safetensors._load import load_pytree
-from pytree2safetensors._save import save_pytree
-from pytree2safetensors._tree import pytree2dict
-from pytree2safetensors._trie import MAX_GAPS
-from pytree2safetensors._weights import load_into_pytree
+from pytree2safetensors._tree.literal import MAX_DIGITS
+from pytree2safetensors._tree.unflatten import MAX_GAPS
 
 __all__ = ["arrays", "assert_round_trips", "keypaths", "keys", "leaves", "pytrees"]
 
@@ -170,8 +170,6 @@ def _known(name: str) -> bool:
 
 # Every dtype that a file can hold, and that is known here.
 _DTYPES: Final = tuple(np.dtype(getattr(ml_dtypes, name, name)) for name in _NAMES if _known(name))
-
-
 # Bytes from which signs, exponents and mantissas take their extremes: NaNs with and without
 # payloads, infinities, subnormals, zeros of both signs, the largest and smallest integers.
 _EDGES: Final = bytes([0x00, 0x01, 0x7F, 0x80, 0xFF, 0x7C, 0xF0, 0xC0] * 32)

@@ -1,0 +1,1 @@
+"""The command: what is in a file, how two differ, and whether one is sound."""

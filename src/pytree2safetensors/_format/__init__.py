@@ -1,0 +1,1 @@
+"""File contents, without I/O: header, note, digests, index."""

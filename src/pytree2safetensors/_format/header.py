@@ -1,0 +1,298 @@
+"""The layout of a safetensors file: names, dtypes, shapes and offsets, computed without I/O.
+
+Specification: *Files*.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from json.encoder import encode_basestring_ascii as quote
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+
+from pytree2safetensors._errors import FileFormatError, shorten
+from pytree2safetensors._format.note import is_reserved
+from pytree2safetensors._format.strict_json import read_json, read_json_at
+from pytree2safetensors._format.tensor import BITS, TensorInfo
+
+MAX_HEADER: Final = 100_000_000  # bytes, as safetensors' own parser
+MAX_DIMENSIONS: Final = 64 if np.lib.NumpyVersion(np.__version__) >= "2.0.0" else 32
+LENGTH_BYTES: Final = 8  # of the little-endian header length that begins a file
+_ALIGNMENT: Final = 64  # what JAX needs to take memory over
+_PAGE: Final = 4096
+_PAGED: Final = 1 << 20  # bytes of data: from here on they begin on a page
+_METADATA: Final = "__metadata__"
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+class Tensors(NamedTuple):
+    """The tensors of a file, and where each starts, counted from the first byte of the data."""
+
+    names: list[str]
+    infos: list[TensorInfo]
+    starts: list[int]
+
+    @property
+    def size(self) -> int:
+        """The bytes of the data, where the tensors are in their order."""
+        return self.starts[-1] + self.infos[-1].nbytes if self.names else 0
+
+
+class Plan(NamedTuple):
+    """A file to be: the bytes before the data, and the names of its tensors in order."""
+
+    head: bytes
+    order: list[str]
+    size: int  # of the data, in bytes
+
+
+def plan(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> Plan:
+    """Lay out a file: the same tensors and metadata always give the same bytes."""
+    order = in_order(infos)
+    pieces: list[str] = []
+    if metadata:
+        items = ",".join(f"{quote(key)}:{quote(metadata[key])}" for key in sorted(metadata))
+        pieces.append(f'"{_METADATA}":{{{items}}}')
+    tails: dict[int, str] = {}  # by the identity of a form, which many tensors share
+    size, start = 0, "0"
+    for name in order:
+        info = infos[name]
+        tail = tails.get(id(info))
+        if tail is None:
+            shape = ",".join(map(str, info.shape))
+            tail = f':{{"dtype":"{info.dtype}","shape":[{shape}],"data_offsets":['
+            tails[id(info)] = tail
+        size += info.nbytes
+        stop = str(size)
+        pieces.append(f"{quote(name)}{tail}{start},{stop}]}}")
+        start = stop
+    header = "{" + ",".join(pieces) + "}"
+    return Plan(_padded(header, size), order, size)
+
+
+def in_order(infos: Mapping[str, TensorInfo]) -> list[str]:
+    """The names of tensors in the order of their data."""
+    # Whatever fills whole cache lines comes first, so that all of it is aligned; the rest follows
+    # by falling item size, so that each tensor is aligned for its own dtype.
+    groups: dict[int, list[str]] = {}
+    for name, info in infos.items():
+        rank = 0 if info.nbytes % _ALIGNMENT == 0 else _ALIGNMENT - BITS[info.dtype] // 8
+        groups.setdefault(rank, []).append(name)
+    return [name for rank in sorted(groups) for name in sorted(groups[rank])]
+
+
+def _padded(header: str, size: int) -> bytes:
+    multiple = _PAGE if size >= _PAGED else _ALIGNMENT
+    length = -(-(LENGTH_BYTES + len(header)) // multiple) * multiple - LENGTH_BYTES
+    if length > MAX_HEADER:
+        raise FileFormatError(
+            f"the header would take {length:,} bytes, and the format allows {MAX_HEADER:,}; "
+            "save with max_shard_size=, which gives each file a part of the tensors"
+        )
+    return length.to_bytes(LENGTH_BYTES, "little") + header.ljust(length).encode("ascii")
+
+
+def header_length(head: bytes, file: str) -> int:
+    """The length of the header in bytes, from the first eight bytes of a file."""
+    if len(head) < LENGTH_BYTES:
+        raise FileFormatError(f"{file} has {len(head)} bytes and is no safetensors file")
+    length = int.from_bytes(head[:LENGTH_BYTES], "little")
+    if length > MAX_HEADER:
+        raise FileFormatError(
+            f"{file} is no safetensors file{_guess(head)}: it begins with a header length of "
+            f"{length:,} bytes, and the format allows {MAX_HEADER:,}"
+        )
+    return length
+
+
+def check_header(length: int, file_size: int, file: str) -> None:
+    """Refuse a file that is shorter than its header."""
+    if LENGTH_BYTES + length > file_size:
+        raise FileFormatError(
+            f"{file} is cut short: its header should take {length:,} bytes, and the file has "
+            f"{file_size:,}"
+        )
+
+
+def check_data(size: int, data_size: int, file: str) -> None:
+    """Refuse a file that has less data, or more, than its header describes."""
+    if size != data_size:
+        problem = "is cut short" if size > data_size else "has bytes after its data"
+        least = "" if size > data_size else "at least "  # as streams are not read to their end
+        raise FileFormatError(
+            f"{file} {problem}: its header describes {size:,} bytes of data, and "
+            f"{least}{data_size:,} follow it"
+        )
+
+
+_MAGIC: Final = {
+    b"PK": "a zip archive",
+    b"\x80": "a pickle",
+    b"\x93NUMPY": "NumPy's",
+    b"version ": "a pointer of Git LFS: fetch the file itself",
+    b"<": "a web page",
+}
+
+
+def _guess(head: bytes) -> str:
+    for magic, kind in _MAGIC.items():
+        if head.startswith(magic):
+            return f" (it looks like {kind})"
+    return ""
+
+
+def parse(header: bytes, file: str) -> tuple[Tensors, dict[str, str]]:
+    """Read a header, checking everything before any of it is used.
+
+    Args:
+        header: The bytes after the length.
+        file: What messages call the file.
+
+    Returns:
+        The tensors in the order of their data, and the metadata.
+
+    Raises:
+        FileFormatError: Whatever the format forbids.
+    """
+    if header[:1] != b"{":
+        raise FileFormatError(f"{file} is no safetensors file: its header does not begin with {{")
+    try:
+        text = header.decode()
+    except UnicodeDecodeError:
+        raise FileFormatError(f"the header of {file} is not valid UTF-8") from None
+    tensors, metadata = _read_compact(text) or _read(text, file)
+    return _without_holes(tensors, file), metadata
+
+
+def _without_holes(tensors: Tensors, file: str) -> Tensors:
+    """The tensors in the order of their data."""
+    stops = [start + info.nbytes for _, info, start in zip(*tensors, strict=True)]
+    if tensors.starts == [0, *stops][:-1]:
+        return tensors
+    rows = sorted(zip(*tensors, strict=True), key=lambda row: (row[2], row[1].nbytes))
+    position = 0
+    for name, info, start in rows:
+        if start != position:
+            found = "a hole before" if start > position else "an overlap at"
+            raise FileFormatError(f"{file} has {found} the data of {shorten(name)}")
+        position = start + info.nbytes
+    names, infos, starts = map(list, zip(*rows, strict=True))
+    return Tensors(names, infos, starts)
+
+
+# A tensor as this package and safetensors write it: without spaces, in this order, and nothing in
+# its name that JSON escapes.
+_TENSOR: Final = re.compile(
+    r',"([^"\\\x00-\x1f]*)":\{"dtype":"([A-Z0-9_]{1,20})","shape":\[([0-9,]*)\],'
+    r'"data_offsets":\[(0|[1-9][0-9]{0,18}),(0|[1-9][0-9]{0,18})\]\}'
+)
+_FIRST: Final = f'{{"{_METADATA}":'
+
+
+def _read_compact(text: str) -> tuple[Tensors, dict[str, str]] | None:
+    """Read a header of the usual form, at half the cost; None for any other, and for what is wrong."""
+    known: dict[tuple[str, str], TensorInfo] = {}  # by dtype and shape, as they are written
+    infos: list[TensorInfo] = []
+    metadata: dict[str, str] = {}
+    try:
+        rest = "," + text[1:]
+        if text.startswith(_FIRST):
+            pairs, end = read_json_at(text, len(_FIRST))
+            metadata, rest = _metadata(pairs, ""), text[end:]
+        parts = _TENSOR.split(rest)
+        names, starts, stops = parts[1::6], [*map(int, parts[4::6])], [*map(int, parts[5::6])]
+        between = parts[::6]
+        unique = len({_METADATA, *names}) > len(names)
+        if between.pop().rstrip(" ") != "}" or any(between) or not unique:
+            return None
+        looks = zip(parts[2::6], parts[3::6], strict=True)
+        for name, look, start, stop in zip(names, looks, starts, stops, strict=True):
+            info = known.get(look)
+            if info is None:
+                content = {"dtype": look[0], "shape": read_json(f"[{look[1]}]", "")}
+                info = known[look] = _form(name, content | {"data_offsets": [start, stop]}, "")
+            elif stop - start != info.nbytes:
+                return None
+            infos.append(info)
+    except FileFormatError:  # which the thorough reading words better
+        return None
+    return Tensors(names, infos, starts), metadata
+
+
+def _read(text: str, file: str) -> tuple[Tensors, dict[str, str]]:
+    """Read any header."""
+    pairs = read_json(text, f"the header of {file}", keep_pairs=True)
+    metadata = _metadata(next((value for name, value in pairs if name == _METADATA), None), file)
+    tensors = Tensors([], [], [])
+    known: dict[TensorInfo, TensorInfo] = {}  # equal forms are one object
+    for name, content in pairs:
+        if name != _METADATA:
+            fields = dict(content) if type(content) is tuple else {}
+            info = _form(name, fields, file)
+            tensors.names.append(name)
+            tensors.infos.append(known.setdefault(info, info))
+            tensors.starts.append(fields["data_offsets"][0])
+    return tensors, metadata
+
+
+def _metadata(content: Any, file: str) -> dict[str, str]:
+    if content is None:
+        return {}
+    if type(content) is not tuple or not all(isinstance(value, str) for _, value in content):
+        raise FileFormatError(f"the metadata of {file} do not map names to strings")
+    if any(_SURROGATE.search(text) for item in content for text in item):
+        raise FileFormatError(f"the metadata of {file} hold a lone surrogate")
+    return dict(content)
+
+
+def _form(name: str, content: dict[str, Any], file: str) -> TensorInfo:
+    """Read the form of one tensor, checking everything."""
+    if not name.isascii() and _SURROGATE.search(name):
+        raise FileFormatError(f"{file} has the name {shorten(name)}, which holds a lone surrogate")
+    match content:
+        case {"dtype": str(dtype), "shape": list(sizes), "data_offsets": [int(start), int(stop)]}:
+            pass
+        case _:
+            raise FileFormatError(
+                f"{file} describes {shorten(name)} otherwise than by dtype, shape and data_offsets"
+            )
+    if dtype not in BITS:
+        raise FileFormatError(f"{file} gives {shorten(name)} the unknown dtype {shorten(dtype)}")
+    if len(sizes) > MAX_DIMENSIONS:
+        raise FileFormatError(
+            f"{file} gives {shorten(name)} {len(sizes):,} dimensions, and NumPy arrays have at "
+            f"most {MAX_DIMENSIONS}"
+        )
+    if not all(type(size) is int and 0 <= size < 2**64 for size in sizes):
+        raise FileFormatError(f"{file} gives {shorten(name)} a shape that is no list of sizes")
+    if type(start) is not int or type(stop) is not int or not 0 <= start <= stop < 2**64:
+        raise FileFormatError(f"{file} gives {shorten(name)} offsets that are no range")
+    bits = math.prod(sizes) * BITS[dtype]
+    if bits != 8 * (stop - start):
+        raise FileFormatError(
+            f"{file} gives {shorten(name)} {stop - start:,} bytes, and its dtype {dtype} with its "
+            f"shape {sizes if len(sizes) <= 8 else '...'} another size"
+        )
+    if not bits and math.prod(size for size in sizes if size) * BITS[dtype] >= 2**66:
+        # Nothing has any shape, as far as its size goes; but no array has this one.
+        raise FileFormatError(
+            f"{file} gives {shorten(name)} a shape that is beyond what memory can address"
+        )
+    return TensorInfo(dtype, tuple(sizes), stop - start)
+
+
+def check_metadata(metadata: Mapping[str, str]) -> None:
+    """Refuse metadata of a caller that the format cannot hold."""
+    for key, value in metadata.items():
+        if not isinstance(key, str) or not isinstance(value, str):
+            raise TypeError(f"metadata map strs to strs, and {key!r} to {value!r} does not")
+        if is_reserved(key):
+            raise FileFormatError(
+                f"the metadata may not set {shorten(key)}, which this package writes itself; "
+                "choose another name"
+            )
+        if _SURROGATE.search(key) or _SURROGATE.search(value):
+            raise FileFormatError(
+                f"the metadata entry {shorten(key)} holds a lone surrogate, which has no UTF-8 form"
+            )

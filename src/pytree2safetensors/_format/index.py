@@ -1,0 +1,149 @@
+"""Shards and their index: names, sizes, and the text of an index.
+
+Specification: *Sharded folders*.
+"""
+
+import os
+import re
+from collections.abc import Mapping
+from decimal import Decimal
+from json.encoder import encode_basestring_ascii as quote
+from typing import Any, Final
+
+from pytree2safetensors._errors import FileFormatError, shorten
+from pytree2safetensors._format.header import MAX_HEADER, in_order
+from pytree2safetensors._format.note import is_reserved
+from pytree2safetensors._format.tensor import TensorInfo
+
+STEM: Final = "model"  # of the names, where a path is a folder
+SUFFIX: Final = ".safetensors"
+TOTAL_SIZE: Final = "total_size"  # the entry of an index that is no metadata
+# Of what diffusers calls a variant, the index is model.safetensors.index.fp16.json.
+INDEX_NAME: Final = re.compile(r"(.*)\.safetensors\.index(\.[^.]+)?\.json", re.DOTALL)
+SHARD_NAME: Final = re.compile(r"(.*)-[0-9]{5,}-of-[0-9]{5,}\.safetensors", re.DOTALL)
+_LEADS_AWAY: Final = re.compile(r"[/\\\0]")  # from the folder, on some system
+_SIZE: Final = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?B)\s*", re.ASCII | re.IGNORECASE)
+_UNITS: Final = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def parse_size(size: int | str) -> int:
+    """The number of bytes that "5GB" means.
+
+    Raises:
+        ValueError: It means none.
+    """
+    if isinstance(size, str):
+        match = _SIZE.fullmatch(size)
+        if match is None:
+            raise ValueError(
+                f"max_shard_size={shorten(size)} is no size; write a number of bytes, or a decimal "
+                f"number and one of the units {', '.join(_UNITS)}, as in '5GB'"
+            )
+        size = int(Decimal(match[1]) * _UNITS[match[2].upper()])
+    if isinstance(size, bool) or size < 1:
+        raise ValueError(f"max_shard_size is {size!r}, and a shard takes at least one byte")
+    return size
+
+
+def split(infos: Mapping[str, TensorInfo], limit: int) -> list[list[str]]:
+    """The names of the tensors of each shard, as huggingface_hub divides them."""
+    shards: list[list[str]] = []
+    filling: list[str] = []
+    size = 0
+    for name in in_order(infos):
+        nbytes = infos[name].nbytes
+        if nbytes > limit:  # alone in its shard, and the one being filled goes on
+            shards.append([name])
+            continue
+        if size + nbytes > limit:
+            shards.append(filling)
+            filling, size = [], 0
+        filling.append(name)
+        size += nbytes
+    return [*shards, filling] if filling else shards
+
+
+def write_index(metadata: Mapping[str, str], weights: Mapping[str, str], total: int) -> bytes:
+    """The text of an index, as huggingface_hub spells it."""
+    entries = {key: quote(text) for key, text in metadata.items()} | {TOTAL_SIZE: str(total)}
+    places = {name: quote(shard) for name, shard in weights.items()}
+    text = f'{{\n  "metadata": {_object(entries)},\n  "weight_map": {_object(places)}\n}}\n'
+    if len(text) > MAX_HEADER:
+        raise FileFormatError(
+            f"the index would take {len(text):,} bytes, and readers allow {MAX_HEADER:,}; "
+            "save parts of the tree apart"
+        )
+    return text.encode("ascii")
+
+
+def _object(entries: Mapping[str, str]) -> str:
+    lines = ",\n".join(f"    {quote(key)}: {entries[key]}" for key in sorted(entries))
+    return f"{{\n{lines}\n  }}"
+
+
+def index_name(stem: str) -> str:
+    return f"{stem}{SUFFIX}.index.json"
+
+
+def stem_of(name: str) -> str | None:
+    """The stem of a shard's name; None where a name is none of a shard."""
+    match = SHARD_NAME.fullmatch(name)
+    return None if match is None else match[1]
+
+
+def read_weight_map(content: Any, label: str) -> dict[str, set[str]]:
+    if not isinstance(content, dict) or not all(isinstance(v, str) for v in content.values()):
+        raise FileFormatError(f"the index {label} has no weight_map of names to names of files")
+    shards: dict[str, set[str]] = {}
+    for name, shard in content.items():
+        if shard not in shards:
+            if not _is_plain(shard):
+                raise FileFormatError(
+                    f"the index {label} places {shorten(name)} in {shorten(shard)}, which is no "
+                    "plain name of a file in its folder"
+                )
+            shards[shard] = set()
+        shards[shard].add(name)
+    return shards
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a name is that of a file in the same folder; on any system, but for drives."""
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
+    return not (name in {"", ".", ".."} or _LEADS_AWAY.search(name) or os.path.splitdrive(name)[0])
+
+
+def read_index_metadata(content: dict[str, Any], label: str) -> dict[str, str]:
+    """The metadata of all shards. Other programs add numbers, which say nothing of the tensors."""
+    if "metadata" not in content and len(content) > 1:
+        raise FileFormatError(f"the index {label} has another entry in place of its metadata")
+    metadata = content.get("metadata", {})
+    if not isinstance(metadata, dict):
+        raise FileFormatError(f"the metadata of the index {label} are no JSON object")
+    found: dict[str, str] = {}
+    for key, value in metadata.items():
+        if isinstance(value, str) and key != TOTAL_SIZE:
+            found[key] = value
+        elif is_reserved(key):
+            raise FileFormatError(f"the index {label} has {shorten(key)}, which is no string")
+    try:
+        "".join([*found, *found.values()]).encode()
+    except UnicodeEncodeError:
+        raise FileFormatError(f"the metadata of the index {label} hold a lone surrogate") from None
+    return found
+
+
+def split_path(path: str, *, is_folder: bool) -> tuple[str, str]:
+    """The folder that a path means, and the stem of the names in it."""
+    folder, name = os.path.split(path)
+    if not name or is_folder:
+        return path if name else folder or os.curdir, STEM
+    index = INDEX_NAME.fullmatch(name)
+    if index is not None and index[2] is None:
+        return folder or os.curdir, index[1]
+    if name.endswith(SUFFIX):
+        return folder or os.curdir, name[: -len(SUFFIX)]
+    return path, STEM

@@ -1,0 +1,96 @@
+"""JSON, read strictly: no duplicate names, no numbers but integers.
+
+Specification: *Files*.
+"""
+
+import json
+from collections.abc import Collection, Iterable
+from typing import Any, Final, TypeAlias
+
+from pytree2safetensors._errors import FileFormatError, shorten
+
+Pairs: TypeAlias = tuple[tuple[str, Any], ...]  # an object of JSON, in the order of the text
+
+
+def read_json(text: str, what: str, *, keep_pairs: bool = False, fractions: bool = False) -> Any:
+    """Read JSON strictly: no duplicate names, no numbers but integers; else a FileFormatError.
+
+    With `keep_pairs` the text is an object, and objects are tuples of pairs: a fraction of the
+    cost of dicts where there are many. With `fractions` there may be other numbers, too: programs
+    write them where nothing here reads them.
+    """
+    hook: Any = tuple if keep_pairs else _object
+    try:
+        found = json.loads(
+            text,
+            object_pairs_hook=hook,
+            parse_constant=_refuse,
+            parse_int=float if fractions else _integer,
+            parse_float=float if fractions else _refuse,
+        )
+        if keep_pairs:
+            _check_unique(found)
+    except _Duplicate as error:
+        raise FileFormatError(f"{what} has {shorten(str(error))} twice") from None
+    except RecursionError:
+        raise FileFormatError(f"{what} is nested too deep") from None
+    except ValueError as error:
+        raise FileFormatError(f"{what} is not valid JSON: {error}") from None
+    return found
+
+
+def read_json_at(text: str, start: int) -> tuple[Pairs, int]:
+    """Read the object of strings that begins at `start`, as strictly; its pairs, and its end."""
+    try:
+        pairs, end = _DECODER.raw_decode(text, start)
+        if type(pairs) is not tuple:
+            raise ValueError("no object")
+        _object(pairs)
+    except (ValueError, RecursionError):
+        raise FileFormatError(f"no object of JSON begins at {start}") from None
+    return pairs, end
+
+
+class _Duplicate(ValueError):
+    """A name that an object has twice."""
+
+
+def _object(pairs: Collection[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise _Duplicate(_first_repeated(name for name, _ in pairs))
+    return found
+
+
+def _check_unique(pairs: Pairs) -> None:
+    """Refuse duplicate names in an object, and in the objects that are its values."""
+    _object(pairs)
+    for _, inner in pairs:
+        if type(inner) is tuple:
+            _object(inner)
+
+
+def _first_repeated(names: Iterable[str]) -> str:
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return ""
+
+
+def _integer(digits: str) -> int:
+    if digits == "-0":  # which is a float to other readers
+        _refuse(digits)
+    return int(digits)
+
+
+def _refuse(constant: str) -> Any:
+    raise ValueError(f"{constant} is no integer")
+
+
+_DECODER: Final = json.JSONDecoder(
+    object_pairs_hook=tuple,
+    parse_constant=_refuse,
+    parse_float=_refuse,
+)

@@ -1,0 +1,136 @@
+"""Describing leaves: what a file holds of each, without its values.
+
+Specification: *Files*.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterable
+from functools import lru_cache
+from typing import Any, Final
+
+import jax
+import numpy as np
+
+from pytree2safetensors._errors import UnsupportedLeafError
+from pytree2safetensors._format.tensor import DTYPE_NAMES, NOTED_DTYPES, TensorInfo
+from pytree2safetensors._leaves.jax_versions import REFERENCE
+from pytree2safetensors._leaves.keys import data_shape, implementation_name, is_key_dtype
+
+_SMALLEST, _LARGEST = -(2**63), 2**63 - 1
+
+
+_INT: Final = TensorInfo("I64", (), 8, "int")
+
+
+def describe(leaves: Iterable[Any]) -> list[TensorInfo | None]:
+    """The form of each leaf; None where a file cannot hold it, or its values are gone."""
+    describers: dict[type, Callable[[Any], TensorInfo | None]] = {**PYTHON_SCALARS}
+    # By the identity of an aval, which many arrays share; kept, so that no other gets its identity.
+    known: dict[int, tuple[Any, TensorInfo | None]] = {}
+
+    def describe_array(leaf: jax.Array) -> TensorInfo | None:
+        aval = leaf.aval
+        found = known.get(id(aval))
+        if found is None:
+            found = known[id(aval)] = aval, _array_info(leaf)
+        return None if leaf.is_deleted() else found[1]
+
+    infos = []
+    for leaf in leaves:
+        kind = type(leaf)
+        describer = describers.get(kind)
+        if describer is None:
+            describer = describers[kind] = _describer(kind, describe_array)
+        infos.append(describer(leaf))
+    return infos
+
+
+def _describer(
+    kind: type, describe_array: Callable[[Any], TensorInfo | None]
+) -> Callable[[Any], TensorInfo | None]:
+    if issubclass(kind, jax.core.Tracer | np.ma.MaskedArray):
+        return lambda _: None
+    if issubclass(kind, np.ndarray | np.generic):
+        return lambda leaf: info_of(leaf.dtype, leaf.shape)
+    return describe_array if issubclass(kind, jax.Array) else lambda _: None
+
+
+class DeletedLeaf(UnsupportedLeafError, RuntimeError):  # JAX's own error of it is the latter
+    """An array whose values are gone."""
+
+
+def is_deleted(leaf: Any) -> bool:
+    """Whether a leaf is an array whose values are gone."""
+    traced = isinstance(leaf, jax.core.Tracer)
+    return isinstance(leaf, jax.Array) and not traced and leaf.is_deleted()
+
+
+def is_valueless(leaf: Any) -> bool:
+    """Whether a leaf is an array that has no values of its own: traced, abstract, or a reference."""
+    return isinstance(leaf, (jax.core.Tracer, jax.ShapeDtypeStruct, REFERENCE))
+
+
+def _array_info(leaf: jax.Array) -> TensorInfo | None:
+    aval = leaf.aval
+    if is_key_dtype(aval.dtype):
+        return _describe_key(leaf)
+    info = info_of(aval.dtype, aval.shape)
+    if aval.shape or not aval.weak_type or info is None or info.kind in NOTED_DTYPES:
+        return info
+    return info._replace(kind="weak" if info.kind is None else "weak complex128")
+
+
+def _describe_int(leaf: int) -> TensorInfo:
+    if _SMALLEST <= leaf <= _LARGEST:
+        return _INT
+    return TensorInfo("", (), 0, ["int", hex(leaf)])
+
+
+# JSON reads two such halves as the one character that they would be in UTF-16.
+_HALVES: Final = re.compile("[\ud800-\udbff][\udc00-\udfff]")
+
+
+def _describe_str(leaf: str) -> TensorInfo | None:
+    if not leaf.isascii() and _HALVES.search(leaf):
+        return None
+    return TensorInfo("", (), 0, ["str", leaf])
+
+
+def _always(info: TensorInfo) -> Callable[[Any], TensorInfo]:
+    return lambda _: info
+
+
+PYTHON_SCALARS: dict[type, Callable[[Any], TensorInfo | None]] = {
+    int: _describe_int,
+    float: _always(TensorInfo("F64", (), 8, "float")),
+    bool: _always(TensorInfo("BOOL", (), 1, "bool")),
+    complex: _always(TensorInfo("F64", (2,), 16, "complex")),
+    str: _describe_str,
+}
+
+
+_LONG: Final = (np.longdouble, np.clongdouble)  # whatever their size
+
+
+@lru_cache(maxsize=4096)
+def info_of(dtype: np.dtype[Any], shape: tuple[int, ...]) -> TensorInfo | None:
+    """The form of an array; None where a file cannot hold its dtype."""
+    if dtype.type in _LONG:
+        return None
+    name, count = dtype.name, math.prod(shape)
+    if name in DTYPE_NAMES:
+        return TensorInfo(DTYPE_NAMES[name], shape, count * dtype.itemsize)
+    if name in NOTED_DTYPES:
+        return TensorInfo(NOTED_DTYPES[name], shape, count, name)
+    if name == "complex128":
+        return TensorInfo("F64", (*shape, 2), count * 16, name)
+    return None
+
+
+def _describe_key(leaf: jax.Array) -> TensorInfo | None:
+    name = implementation_name(leaf)
+    if name is None:
+        return None
+    shape = (*leaf.shape, *data_shape(name))
+    return TensorInfo("U32", shape, math.prod(shape) * 4, ["key", name])

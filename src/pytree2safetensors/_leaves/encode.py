@@ -1,0 +1,147 @@
+"""Encoding: the bytes of a leaf.
+
+Specification: *Files*.
+"""
+
+import sys
+from collections.abc import Iterator
+from typing import Any, Final
+
+import jax
+import jax.experimental
+import numpy as np
+from numpy.typing import NDArray
+
+from pytree2safetensors._format.tensor import NUMPY, SCALARS, WIDTHS, TensorInfo
+from pytree2safetensors._leaves.describe import PYTHON_SCALARS
+from pytree2safetensors._leaves.keys import is_key_dtype
+from pytree2safetensors._leaves.to_jax import TAKEN_OVER
+
+
+def host_array(leaf: Any) -> NDArray[Any]:
+    """The values of a leaf that has a tensor, without a copy where the host holds them."""
+    kind = type(leaf)
+    if kind is complex:
+        return np.array([leaf.real, leaf.imag])
+    if kind in PYTHON_SCALARS:
+        return np.array(leaf, NUMPY[SCALARS[kind.__name__]])
+    if isinstance(leaf, np.ndarray | np.generic):
+        return canonical_bools(np.asarray(leaf))
+    if is_key_dtype(leaf.dtype):
+        leaf = _key_data(leaf)
+    if len(leaf.sharding.device_set) == 1:
+        return host_shard(leaf)
+    if leaf.is_fully_replicated:
+        return host_shard(leaf.addressable_data(0))
+    if not leaf.is_fully_addressable:
+        return np.asarray(leaf)  # which JAX refuses
+    whole = np.empty(leaf.shape, leaf.dtype)  # unlike np.asarray, leaves no copy inside the leaf
+    for shard in leaf.addressable_shards:
+        if shard.replica_id == 0:
+            whole[shard.index] = host_shard(shard.data)
+    return whole
+
+
+def joined_bytes(leaves: list[Any], infos: list[TensorInfo]) -> bytes:
+    """The bytes of small tensors, one after the other."""
+    single = jax.sharding.SingleDeviceSharding
+    parts = [
+        leaf
+        if info.kind is None
+        and info.dtype in _BUFFERS
+        and type(getattr(leaf, "sharding", None)) is single
+        else _small_bytes(leaf, info)
+        for leaf, info in zip(leaves, infos, strict=True)
+    ]
+    try:
+        return b"".join(parts)
+    except TypeError:  # on other devices, or in a layout of its own, an array is no buffer
+        return b"".join(map(_small_bytes, leaves, infos))
+
+
+def _small_bytes(leaf: Any, info: TensorInfo) -> bytes:
+    return b"".join(memoryview(block) for block in blocks(host_array(leaf), info))  # type: ignore[arg-type] # before 3.12 no type says buffer
+
+
+# Dtypes in which an array of JAX is a buffer of its values, as the file has them.
+_BUFFERS: Final = frozenset(
+    {"BOOL", "U8", "I8", "U16", "I16", "F16", "U32", "I32", "F32", "C64", "U64", "I64", "F64"}
+    if sys.byteorder == "little"
+    else ()
+)
+
+
+def host_shard(data: jax.Array) -> NDArray[Any]:
+    """The values of an array on one device; a large copy that this takes is not kept inside it."""
+    if is_key_dtype(data.dtype):
+        data = _key_data(data)
+    if data.nbytes >= TAKEN_OVER and not _is_on_host(data):
+        # Another array of the same memory, in which the copy stays instead.
+        data = jax.make_array_from_single_device_arrays(data.shape, data.sharding, [data])
+    return np.asarray(data)
+
+
+def _key_data(keys: jax.Array) -> jax.Array:
+    with jax.ensure_compile_time_eval():  # it has values, whatever is traced around this
+        return jax.random.key_data(keys)
+
+
+def _is_on_host(data: jax.Array) -> bool:
+    """Whether the host can read an array where it is; types of a byte or less may be packed."""
+    device: Any = next(iter(data.sharding.device_set))
+    return device.platform == "cpu" and not (data.dtype.kind == "V" and data.dtype.itemsize == 1)
+
+
+_BLOCK = 1 << 22
+
+
+def blocks(values: NDArray[Any], info: TensorInfo) -> Iterator[NDArray[np.uint8]]:
+    """The bytes of a tensor in order, the whole at once where that takes no copy."""
+    plain = _plain(values, info)
+    if values.flags.c_contiguous and plain:
+        yield values.reshape(-1).view(np.uint8)
+        return
+    pending = [values]
+    while pending:
+        part = pending.pop()
+        if part.nbytes <= _BLOCK:
+            yield to_bytes(part, info)
+        else:
+            rows = max(1, _BLOCK * len(part) // part.nbytes) if len(part) > 1 else 0
+            if not rows:
+                pending.append(part[0])
+            else:
+                starts = range(0, len(part), rows)
+                pending.extend(part[start : start + rows] for start in reversed(starts))
+
+
+def _plain(values: NDArray[Any], info: TensorInfo) -> bool:
+    return width_of(info) is None and values.dtype.newbyteorder("<") == values.dtype
+
+
+def to_bytes(values: NDArray[Any], info: TensorInfo) -> NDArray[np.uint8]:
+    """The bytes of values: little-endian, row-major, in one canonical form."""
+    if not _plain(values, info) and width_of(info) is None:
+        values = values.astype(values.dtype.newbyteorder("<"))
+    raw = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+    width = width_of(info)
+    if width is None:
+        return raw
+    if info.dtype == "I8":
+        shift = np.uint8(8 - width)
+        signed: NDArray[np.int8] = np.left_shift(raw, shift).view(np.int8)
+        extended: NDArray[np.int8] = np.right_shift(signed, np.int8(shift))
+        return extended.view(np.uint8)
+    masked: NDArray[np.uint8] = np.bitwise_and(raw, np.uint8((1 << width) - 1))
+    return masked
+
+
+def width_of(info: TensorInfo) -> int | None:
+    return WIDTHS.get(info.kind) if isinstance(info.kind, str) else None
+
+
+def canonical_bools(values: NDArray[Any]) -> NDArray[Any]:
+    """The same values, booleans as the bytes 0 and 1: to JAX any other is neither true nor false."""
+    if values.dtype.kind != "b" or not values.size or values.view(np.uint8).max() <= 1:
+        return values
+    return np.asarray(values.view(np.uint8) != 0)

@@ -1,0 +1,164 @@
+"""Regions of a tensor: where the elements of a hyperrectangle stand in a file.
+
+A tensor's bytes stand in row-major order, so a region of it is one or many equal runs.
+
+Specification: *Loading into a template*.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import product
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Shape = tuple[int, ...]
+Region = tuple[tuple[int, int], ...]  # where it starts and stops on each axis
+
+BAND = 4 << 20  # bytes: few enough for the cache, many enough for one call
+
+
+def region_of(index: Sequence[Any], shape: Shape) -> Region:
+    """The region that an index of slices (or integers) selects; axes that it lacks are whole."""
+    found = []
+    for axis, size in enumerate(shape):
+        part = index[axis] if axis < len(index) else slice(None)
+        start, stop, _ = (part if isinstance(part, slice) else slice(part, part + 1)).indices(size)
+        found.append((start, max(start, stop)))
+    return tuple(found)
+
+
+def shape_of(region: Region) -> Shape:
+    """The shape of a region."""
+    return tuple(stop - start for start, stop in region)
+
+
+class Runs(NamedTuple):
+    """Equal runs of bytes: how many there are, and the length of each."""
+
+    number: int
+    length: int
+
+
+def runs_in(region: Region, shape: Shape, itemsize: int) -> Runs:
+    """How many runs a region is."""
+    sizes = shape_of(region)
+    if 0 in sizes:
+        return Runs(0, 0)
+    cut = _cut_axis(region, shape)
+    return Runs(math.prod(sizes[:cut]), math.prod(sizes[cut:]) * itemsize)
+
+
+def _cut_axis(region: Region, shape: Shape) -> int:
+    """The last axis of which a region lacks something: what lies below is in one piece."""
+    partial = [axis for axis, bounds in enumerate(region) if bounds != (0, shape[axis])]
+    return partial[-1] if partial else 0
+
+
+def starts_of(region: Region, shape: Shape, itemsize: int) -> NDArray[np.int64]:
+    """Where the runs of a region start, in bytes from the start of its tensor, in order."""
+    if 0 in shape_of(region):
+        return np.empty(0, np.int64)
+    starts = np.zeros(1, np.int64)
+    if shape:
+        cut = _cut_axis(region, shape)
+        strides = [math.prod(shape[axis + 1 :]) * itemsize for axis in range(len(shape))]
+        starts += region[cut][0] * strides[cut]
+        for axis in reversed(range(cut)):
+            steps = np.arange(*region[axis], dtype=np.int64) * strides[axis]
+            starts = (steps[:, None] + starts).reshape(-1)
+    return starts
+
+
+def span_of(region: Region, shape: Shape, itemsize: int) -> tuple[int, int]:
+    """Where the first byte of a region that is not empty stands, and where its last one ends."""
+    first = last = 0
+    for (start, stop), size in zip(region, shape, strict=True):
+        first, last = first * size + start, last * size + stop - 1
+    return first * itemsize, (last + 1) * itemsize
+
+
+def bands_of(shape: Shape, itemsize: int) -> Iterator[Region]:
+    """Cut a tensor into regions of one run each, of a size that suits the cache."""
+    if 0 in shape:
+        return
+    row, axis = math.prod(shape) * itemsize, -1  # bytes of what one index on `axis` selects
+    while axis + 1 < len(shape) and (axis < 0 or row > BAND):
+        axis += 1
+        row //= shape[axis]
+    if axis < 0:
+        yield ()
+        return
+    step = max(1, BAND // row)
+    whole = tuple((0, size) for size in shape[axis + 1 :])
+    for before in product(*(range(size) for size in shape[:axis])):
+        leading = tuple((index, index + 1) for index in before)
+        for start in range(0, shape[axis], step):
+            yield (*leading, (start, min(start + step, shape[axis])), *whole)
+
+
+def common(first: Region, second: Region) -> Region | None:
+    """What two regions have in common; None where that is nothing."""
+    found = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(first, second, strict=True))
+    return None if any(start >= stop for start, stop in found) else found
+
+
+def within(region: Region, outer: Region) -> tuple[slice, ...]:
+    """The index that selects a region from an array of the region around it."""
+    return tuple(
+        slice(start - origin, stop - origin)
+        for (start, stop), (origin, _) in zip(region, outer, strict=True)
+    )
+
+
+class Part(NamedTuple):
+    """A region of a tensor, and its values in units of one item."""
+
+    region: Region
+    values: NDArray[Any]
+
+
+def gather(parts: Sequence[Part], shape: Shape, itemsize: int) -> Iterator[tuple[int, memoryview]]:
+    """The bytes of parts, no two of which overlap, and their offsets; neighbouring runs together.
+
+    What a piece shows changes with the next.
+    """
+    memory = np.empty(0, np.uint8)
+    for band in bands_of(shape, itemsize):
+        size = math.prod(shape_of(band)) * itemsize
+        if len(memory) < size:
+            memory = np.empty(size, np.uint8)
+        found = []
+        for part in parts:
+            shared = common(band, part.region)
+            if shared is not None:
+                values = memory[:size].view(part.values.dtype).reshape(shape_of(band))
+                values[within(shared, band)] = part.values[within(shared, part.region)]
+                found.append(shared)
+        origin, _ = span_of(band, shape, itemsize)
+        view = memoryview(memory)  # type: ignore[arg-type] # before 3.12 no type says buffer
+        if sum(math.prod(shape_of(shared)) for shared in found) * itemsize == size:
+            yield origin, view[:size]  # which spares the many runs that it may be made of
+            continue
+        for start, stop in ranges_of(found, shape, itemsize):
+            yield start, view[start - origin : stop - origin]
+
+
+def ranges_of(
+    regions: Iterable[Region], shape: Shape, itemsize: int, gap: int = 0
+) -> Iterator[tuple[int, int]]:
+    """Where bytes of regions start and stop that follow each other, or with such a gap at most."""
+    pairs = []
+    for region in regions:
+        starts, length = starts_of(region, shape, itemsize), runs_in(region, shape, itemsize).length
+        if length:
+            pairs.append(np.stack([starts, starts + length], axis=1))
+    if not pairs:
+        return
+    ranges = np.concatenate(pairs)
+    ranges = ranges[np.argsort(ranges[:, 0], kind="stable")]
+    breaks = np.flatnonzero(ranges[1:, 0] > ranges[:-1, 1] + gap)
+    starts = ranges[np.concatenate([[0], breaks + 1]), 0]
+    stops = ranges[np.concatenate([breaks, [len(ranges) - 1]]), 1]
+    yield from zip(starts.tolist(), stops.tolist(), strict=True)

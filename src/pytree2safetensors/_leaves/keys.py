@@ -1,0 +1,66 @@
+"""PRNG keys: their implementations, and the shapes of their data.
+
+Specification: *Files*.
+"""
+
+from functools import lru_cache
+from typing import Any, Final
+
+import jax
+import numpy as np
+
+from pytree2safetensors._errors import FileFormatError, shorten
+from pytree2safetensors._leaves.jax_versions import ShapeDtypeStruct
+
+is_subdtype: Any = jax.dtypes.issubdtype  # type: ignore[attr-defined] # public, and not exported
+_PRNG: Final = ("threefry2x32", "rbg", "unsafe_rbg")  # what every JAX version registers
+
+
+def is_key_dtype(dtype: Any) -> bool:
+    """Whether arrays of a dtype are typed PRNG keys."""
+    return not isinstance(dtype, np.dtype) and bool(is_subdtype(dtype, jax.dtypes.prng_key))
+
+
+def implementation_name(leaf: Any) -> str | None:
+    """The registered name of a key's implementation."""
+    found = jax.random.key_impl(leaf)
+    if isinstance(found, str):
+        return found
+    # Older versions answer with an object, which only compares.
+    same = (name for name in _PRNG if jax.random.key_impl(jax.random.key(0, impl=name)) == found)
+    return next(same, None)
+
+
+class UnknownHere(FileFormatError):
+    """What may be sound, and is not known to what is installed here."""
+
+
+def key_shape(impl: str, name: str) -> tuple[int, ...]:
+    """The shape of the data of one key of an implementation."""
+    try:
+        return data_shape(impl)
+    except ValueError:
+        raise UnknownHere(
+            f"{shorten(name)} is a key of the PRNG implementation {shorten(impl)}, which this "
+            "process does not know; register it, or install a newer JAX"
+        ) from None
+
+
+@lru_cache(maxsize=16)
+def data_shape(impl: str) -> tuple[int, ...]:
+    data: jax.ShapeDtypeStruct = jax.eval_shape(
+        lambda: jax.random.key_data(jax.random.key(0, impl=impl))
+    )
+    return tuple(data.shape)
+
+
+def key_dtype(impl: str) -> Any:
+    """The dtype of keys of an implementation; no key is made."""
+    return jax.eval_shape(lambda: jax.random.key(0, impl=impl)).dtype
+
+
+@lru_cache(maxsize=16)
+def implementation_of(dtype: Any) -> str | None:
+    """The registered name of the implementation of keys with this dtype."""
+    same = (name for name in _PRNG if key_dtype(name) == dtype)
+    return next(same, None) or implementation_name(ShapeDtypeStruct((), dtype))

@@ -1,0 +1,130 @@
+"""Leaves without their values: what a stored tensor stands for.
+
+Specification: *Loading*.
+"""
+
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from pytree2safetensors._errors import FileFormatError, shorten
+from pytree2safetensors._format.tensor import (
+    COMPLEX128,
+    NOTED_DTYPES,
+    NUMPY,
+    SCALARS,
+    WEAK,
+    TensorInfo,
+)
+from pytree2safetensors._leaves.jax_versions import ShapeDtypeStruct, structs_are_weak
+from pytree2safetensors._leaves.keys import (
+    UnknownHere,
+    key_dtype,
+    key_shape,
+)
+
+
+@lru_cache(maxsize=256)
+def _numpy_dtype(form_dtype: str, kind: str | None) -> np.dtype[Any] | str:
+    """The NumPy dtype of the values of a tensor, or why there is none."""
+    word = kind if kind in NOTED_DTYPES else NUMPY.get(form_dtype)
+    if kind in COMPLEX128:
+        word = "complex128"
+    if word is None:
+        return (
+            f"is of the packed dtype {form_dtype}, which has no NumPy dtype; "
+            "unpack it with the program that wrote it"
+        )
+    try:
+        return np.dtype(getattr(ml_dtypes, word, word))
+    except TypeError:
+        return f"is of the dtype {word}, which this ml_dtypes lacks; install a newer one"
+
+
+def numpy_dtype(info: TensorInfo, name: str) -> np.dtype[Any]:
+    """The NumPy dtype of the values of a tensor."""
+    found = _numpy_dtype(info.dtype, info.kind if isinstance(info.kind, str) else None)
+    if isinstance(found, str):
+        raise UnknownHere(f"{shorten(name)} {found}")
+    return found
+
+
+class LeafSpec(NamedTuple):
+    """A leaf without its values: an "array", "key", "str" or a Python scalar's type."""
+
+    kind: Literal["array", "key", "str", "int", "float", "bool", "complex"]
+    dtype: np.dtype[Any] | None  # of an array
+    shape: tuple[int, ...]
+    weak: bool = False
+    impl: str = ""  # of a key
+
+
+class TracedSpec(LeafSpec):
+    """A leaf whose values JAX has yet to compute."""
+
+    __slots__ = ()
+
+
+def spec_of(info: TensorInfo, name: str) -> LeafSpec:
+    """What leaf a stored tensor stands for."""
+    kind, shape = info.kind, info.shape
+    if isinstance(kind, list):
+        if kind[0] != "key":
+            return LeafSpec(kind[0], None, ())
+        data = key_shape(kind[1], name)
+        if shape[len(shape) - len(data) :] != data or len(shape) < len(data):
+            raise FileFormatError(
+                f"{shorten(name)} is noted as a key of {kind[1]}, whose data end in the shape "
+                f"{list(data)}, and stored with the shape {list(shape)}"
+            )
+        return LeafSpec("key", None, shape[: len(shape) - len(data)], impl=kind[1])
+    if kind in SCALARS:
+        return LeafSpec(kind, None, ())  # type: ignore[arg-type] # one of the literals
+    dtype = numpy_dtype(info, name)
+    return LeafSpec("array", dtype, shape[:-1] if kind in COMPLEX128 else shape, kind in WEAK)
+
+
+def abstract(leaf: LeafSpec) -> jax.ShapeDtypeStruct:
+    """The shape and dtype of an array or key."""
+    dtype: Any = leaf.dtype
+    if leaf.kind == "key":
+        dtype = key_dtype(leaf.impl)
+    weak = {"weak_type": True} if leaf.weak and structs_are_weak() else {}
+    struct: jax.ShapeDtypeStruct = ShapeDtypeStruct(leaf.shape, dtype, **weak)
+    return struct
+
+
+def noted_value(info: TensorInfo) -> Any:
+    """The leaf that lives in the note alone."""
+    word, argument = info.kind if isinstance(info.kind, list) else ("str", "")
+    return int(argument, 16) if word == "int" else argument
+
+
+def rank_of(dtype: np.dtype[Any]) -> int:
+    """The place of a dtype's kind in NumPy's order, those of ml_dtypes included."""
+    if dtype.kind in "buifc":
+        return "buifc".index(dtype.kind)
+    return 1 if dtype.name.startswith("uint") else 2 if dtype.name.startswith("int") else 3
+
+
+def holds(dtype: np.dtype[Any]) -> bool:
+    """Whether a jax.Array can have this dtype, here and now."""
+    if dtype.kind in "iufc" and dtype.itemsize == (16 if dtype.kind == "c" else 8):
+        return bool(jax.config.jax_enable_x64)  # type: ignore[attr-defined] # JAX declares no options
+    return _holds(dtype)
+
+
+@lru_cache(maxsize=64)
+def _holds(dtype: np.dtype[Any]) -> bool:
+    if dtype.kind != "V":  # one of NumPy's own
+        return True
+    try:
+        # The answer is the same under a trace, and where transfers are watched for.
+        with jax.ensure_compile_time_eval(), jax.transfer_guard("allow"):
+            jax.device_put(np.zeros((), dtype)).block_until_ready()
+    except Exception:  # noqa: BLE001 - JAX raises whatever its backend raises
+        return False
+    return True

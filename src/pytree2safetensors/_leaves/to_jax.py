@@ -1,0 +1,96 @@
+"""Making JAX arrays of values.
+
+Specification: *Loading*.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+import jax
+import jax.experimental
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import NDArray
+
+from pytree2safetensors._leaves.jax_versions import enable_x64, no_mesh
+
+TAKEN_OVER: Final = 1 << 12  # bytes: from here on JAX gets the memory itself, and no copy of it
+_CHUNK = 128  # arrays in one call of the identity
+_MANY = 1024  # equal arrays that make it worth compiling
+_WITHOUT_PROGRAMS: Final = frozenset({"int1", "uint1"})  # JAX holds these, and compiles nothing
+
+
+@jax.jit
+def _identity(arrays: list[Any]) -> list[Any]:
+    return arrays
+
+
+def to_jax(arrays: list[NDArray[Any]]) -> list[jax.Array]:
+    """Make uncommitted JAX arrays, taking over the memory of large ones.
+
+    Creating an array costs JAX some 20 us; as the results of one compiled call, a fifth to a sixth.
+    """
+    found: list[Any] = list(arrays)
+    groups: dict[tuple[Any, tuple[int, ...]], list[int]] = {}
+    alone: list[int] = []
+    for position, array in enumerate(arrays):
+        if array.nbytes >= TAKEN_OVER:
+            alone.append(position)
+        else:
+            groups.setdefault((array.dtype, array.shape), []).append(position)
+    values = [arrays[position] for position in alone]
+    with own_programs():
+        for (dtype, _), positions in groups.items():
+            many = len(positions) >= _MANY and dtype.name not in _WITHOUT_PROGRAMS
+            compiled = len(positions) - len(positions) % _CHUNK if many else 0
+            for start in range(0, compiled, _CHUNK):
+                chunk = positions[start : start + _CHUNK]
+                made = _identity([arrays[i] for i in chunk])
+                for position, array in zip(chunk, made, strict=True):
+                    found[position] = array
+            # Copies, as JAX may take these over too, and the memory they are in with them. Not by
+            # jnp.array, which compiles a program for each shape.
+            alone.extend(positions[compiled:])
+            values.extend(arrays[position].copy() for position in positions[compiled:])
+    for position, array in zip(alone, jax.device_put(values), strict=True):
+        found[position] = array
+    return found
+
+
+@contextmanager
+def own_programs() -> Iterator[None]:
+    """Let JAX run the programs of a load, whatever it is told to watch for or to do elsewhere.
+
+    NaNs and transfers are what a load is about, not what a user looks for when he looks for them.
+    Without jit a program may give its arguments back, which are no arrays of JAX, and under a mesh
+    it spreads its results over the devices.
+    """
+    with (
+        jax.debug_nans(False),
+        jax.debug_infs(False),
+        jax.transfer_guard("allow"),
+        jax.disable_jit(False),
+        no_mesh(),
+    ):
+        yield
+
+
+def weaken(array: jax.Array) -> jax.Array:
+    """The same 0-d array, weakly typed, where JAX has a weak type of its dtype."""
+    dtype = np.dtype(array.dtype)
+    for wide in (False, True):
+        with enable_x64(wide), own_programs():  # which dtypes are weak depends on the former
+            if dtype == np.bool_:  # which only comparisons make
+                return jax.lax.ne(jax.lax.full_like(0, array), jax.lax.full_like(0, 0))
+            for prototype in (0, 0.0, 0j):
+                if jnp.result_type(prototype) == dtype:
+                    return jax.lax.full_like(prototype, array)
+    return array
+
+
+def wrap_key(data: Any, impl: str) -> jax.Array:
+    """The typed key array that has this data."""
+    with own_programs():
+        key: jax.Array = jax.random.wrap_key_data(jnp.asarray(data), impl=impl)
+    return key

@@ -1,0 +1,204 @@
+"""What is stored: a file, opened and checked, ready to give its tensors.
+
+Specification: *Loading*.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing
+from functools import partial
+from itertools import repeat
+from types import TracebackType
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pytree2safetensors._errors import FileFormatError, KeyPathError, errors_of, shorten
+from pytree2safetensors._format.digests import read_digests
+from pytree2safetensors._format.header import (
+    LENGTH_BYTES,
+    Tensors,
+    check_data,
+    check_header,
+    header_length,
+    parse,
+)
+from pytree2safetensors._format.note import NOTE, Note, is_reserved, read_note
+from pytree2safetensors._format.tensor import TensorInfo, check_kind
+from pytree2safetensors._leaves.spec import LeafSpec, spec_of
+from pytree2safetensors._load.locate import Index, is_index, locate, read_index
+from pytree2safetensors._storage.byte_source import ByteSource, PathLike, Readable, open_source
+from pytree2safetensors._tree.keypath import string2keypath
+
+_PIECE = 8 << 20  # bytes of a tensor that are read at once; a multiple of every item size
+_HEAD = 1 << 16  # bytes: nearly every header is read with the first call
+_KEPT = 100  # shards that stay open; systems allow a process 256 files, or 1,024
+_ATTEMPTS = 5  # at opening shards; only savers in a loop need more than two
+Place: TypeAlias = tuple[ByteSource, int]  # where the bytes of a tensor are
+
+
+class OpenCheckpoint:
+    """A file, or a folder of shards: forms and places of tensors, metadata, and the note.
+
+    Attributes:
+        label: What messages call it.
+        forms: What is stored of each leaf, by name, leaves without a tensor included.
+        places: Where the tensors are, in the order of their data.
+        metadata: The metadata as stored.
+        note: What it says of nodes and leaves.
+        digests: The digest of each tensor, where the file has them.
+    """
+
+    def __init__(self, label: str, sources: Iterable[ByteSource]) -> None:
+        self.label = label
+        self.sources = list(sources)
+        self.infos: dict[str, TensorInfo] = {}
+        self.places: dict[str, Place] = {}
+        self._logical: dict[int, LeafSpec] = {}
+        self.metadata: dict[str, str] = {}
+        self.note = Note({}, {})
+        self.digests: Mapping[str, str] | None = None
+
+    def __enter__(self) -> "OpenCheckpoint":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for source in self.sources:
+            source.close()
+
+    def add(self, source: ByteSource, start: int, tensors: Tensors) -> None:
+        """Take in the tensors of a file whose data begin at `start`."""
+        offsets = [start + begin for begin in tensors.starts]
+        self.infos.update(zip(tensors.names, tensors.infos, strict=True))
+        self.places.update(zip(tensors.names, zip(repeat(source), offsets), strict=True))
+
+    def read_metadata(self, metadata: dict[str, str]) -> None:
+        """Check the metadata against the tensors, and take them in."""
+        self.metadata = metadata
+        self.digests = read_digests(metadata, self.infos, self.label)
+        self.note = read_note(metadata.get(NOTE), self.label)
+        for name, kind in self.note.leaves.items():
+            info = self.infos.get(name)
+            if isinstance(kind, list) and kind[0] in {"int", "str"}:
+                if info is not None:
+                    raise FileFormatError(
+                        f"{self.label} has a tensor {shorten(name)}, and a note that it has none"
+                    )
+                _check_path(name, self.label)
+                self.infos[name] = TensorInfo("", (), 0, kind)
+            elif info is None:
+                raise FileFormatError(
+                    f"the note of {self.label} speaks of {shorten(name)}, which is no tensor"
+                )
+            else:
+                with errors_of(self.label):
+                    check_kind(kind, info.dtype, info.shape, name)
+                self.infos[name] = info._replace(kind=kind)
+
+    def own_metadata(self) -> dict[str, str]:
+        """The metadata without what this package adds, but for `format`."""
+        return {key: value for key, value in self.metadata.items() if not is_reserved(key)}
+
+    def spec_of(self, name: str) -> LeafSpec:
+        """The leaf that is stored under a name, without its values."""
+        info = self.infos[name]
+        found = self._logical.get(id(info))  # tensors of one dtype and shape share their form
+        if found is None:
+            with errors_of(self.label):
+                found = self._logical[id(info)] = spec_of(info, name)
+        return found
+
+    def pieces(self, name: str) -> Iterator[NDArray[np.uint8]]:
+        """The bytes of a tensor in order."""
+        source, offset = self.places[name]
+        nbytes = self.infos[name].nbytes
+        for start in range(0, nbytes, _PIECE):
+            yield np.frombuffer(source.read(offset + start, min(_PIECE, nbytes - start)), np.uint8)
+
+
+def _check_path(name: str, label: str) -> None:
+    """Refuse what only a note can give a name that no save spells."""
+    try:
+        string2keypath(name)
+    except KeyPathError as error:
+        raise FileFormatError(f"the note of {label} has a leaf that no tree has: {error}") from None
+
+
+def open_checkpoint(path: PathLike | Readable, mmap: bool = False) -> OpenCheckpoint:
+    """Open a file, a file object (unless it shall be mapped), a folder of shards or its index."""
+    if mmap and not isinstance(path, str | os.PathLike):
+        raise ValueError("mmap=True maps a file on disk; load a file object without it")
+    if isinstance(path, str | os.PathLike):
+        path = locate(os.fsdecode(path))
+        if is_index(path):
+            return _open_shards(path)
+    source = open_source(path)
+    store = OpenCheckpoint(source.label, [source])
+    return _opened(store, lambda: _read_file(store, source))
+
+
+def _open_shards(path: str) -> OpenCheckpoint:
+    """Open the shards that an index names; again where a save replaces them meanwhile."""
+    for _ in range(_ATTEMPTS):
+        index = read_index(path)
+        with closing(index.source):
+            store = OpenCheckpoint(index.label, [])
+            try:
+                _opened(store, partial(_read_shards, store, index))
+            except (FileFormatError, OSError):
+                if index.is_current():
+                    raise
+            else:
+                if index.is_current():
+                    return store
+                store.__exit__(None, None, None)
+    raise FileFormatError(f"{shorten(path)} is being replaced by another save; load it after that")
+
+
+def _read_shards(store: OpenCheckpoint, index: Index) -> None:
+    for shard in index.shards:
+        source = index.open(shard)
+        store.sources.append(source)
+        start, tensors, _ = read_header(source)
+        index.check(shard, tensors.names)
+        if len(store.sources) > _KEPT:
+            source = store.sources[-1] = index.shut(shard, source)
+        store.add(source, start, tensors)
+    store.read_metadata(index.metadata)
+
+
+def _opened(store: OpenCheckpoint, read: Callable[[], Any]) -> OpenCheckpoint:
+    """Read into a store; close it where that fails."""
+    try:
+        read()
+    except BaseException:
+        store.__exit__(None, None, None)
+        raise
+    return store
+
+
+def _read_file(store: OpenCheckpoint, source: ByteSource) -> None:
+    start, tensors, metadata = read_header(source)
+    store.add(source, start, tensors)
+    store.read_metadata(metadata)
+
+
+def read_header(source: ByteSource) -> tuple[int, Tensors, dict[str, str]]:
+    """Where the data of a file begin, its tensors and its metadata."""
+    head = source.read(0, min(_HEAD, source.measure(LENGTH_BYTES)))
+    length = header_length(bytes(head[:LENGTH_BYTES]), source.label)
+    start = LENGTH_BYTES + length
+    check_header(length, source.measure(start), source.label)
+    header = head[LENGTH_BYTES:start]
+    if len(header) < length:
+        header += source.read(len(head), start - len(head))
+    tensors, metadata = parse(bytes(header), source.label)
+    data_size = source.measure(start + tensors.size) - start
+    check_data(tensors.size, data_size, source.label)
+    return start, tensors, metadata

@@ -1,0 +1,187 @@
+"""Locating: the file, the index or the shards that a path means.
+
+Specification: *Sharded folders*.
+"""
+
+import os
+from collections.abc import Iterable
+from contextlib import closing
+from typing import Any, NamedTuple
+
+from pytree2safetensors._errors import FileFormatError, shorten
+from pytree2safetensors._format.header import LENGTH_BYTES, MAX_HEADER
+from pytree2safetensors._format.index import (
+    INDEX_NAME,
+    SHARD_NAME,
+    STEM,
+    SUFFIX,
+    index_name,
+    read_index_metadata,
+    read_weight_map,
+    split_path,
+    stem_of,
+)
+from pytree2safetensors._format.strict_json import read_json
+from pytree2safetensors._storage.atomic_file import TEMPORARY, absolute
+from pytree2safetensors._storage.byte_source import ByteSource, identity, open_source, shut
+
+
+class Index(NamedTuple):
+    """An index that was read: where the tensors are, and the metadata of them all."""
+
+    path: str
+    label: str  # what messages call it
+    metadata: dict[str, str]
+    shards: dict[str, set[str]]  # the names of the files to those of their tensors
+    source: ByteSource  # stays open, so that no other file looks the same
+    status: tuple[int, ...]
+
+    def is_current(self) -> bool:
+        """Whether no save has replaced it since."""
+        try:
+            return self.status == _status(self.path)
+        except OSError:
+            return False
+
+    def open(self, shard: str) -> ByteSource:
+        """Open a shard. As a hub's cache is made of symbolic links, these are followed."""
+        path = self._path_of(shard)
+        if not os.path.isfile(path):  # which a pipe is not: opening one would wait
+            raise FileFormatError(
+                f"{self.label} names the shard {shorten(shard)}, which is missing; "
+                "copy the folder again, whole"
+            )
+        return open_source(path)
+
+    def shut(self, shard: str, source: ByteSource) -> ByteSource:
+        """A shard that is open only while it is read."""
+        return shut(absolute(self._path_of(shard)), source)
+
+    def _path_of(self, shard: str) -> str:
+        return os.path.join(os.path.dirname(self.path), shard)
+
+    def check(self, shard: str, names: Iterable[str]) -> None:
+        """Refuse a shard that has other tensors than the index says."""
+        differing = sorted(self.shards[shard].symmetric_difference(names))
+        if differing:
+            verb = "lacks" if differing[0] in self.shards[shard] else "has"
+            raise FileFormatError(
+                f"the shard {shorten(shard)} {verb} {shorten(differing[0])}, and {self.label} says "
+                "otherwise; copy the folder again, whole"
+            )
+
+
+def is_index(path: str) -> bool:
+    """Whether a path names an index, and no safetensors file that is called like one."""
+    if not path.endswith(".json") or not os.path.isfile(path):
+        return path.endswith(".json")
+    try:
+        source = open_source(path)
+    except OSError:  # a save may be replacing it
+        return True
+    with closing(source):
+        head = bytes(source.read(0, min(LENGTH_BYTES + 1, source.size)))
+    # As the length of a header, eight characters of JSON are beyond what the format allows.
+    length = int.from_bytes(head[:LENGTH_BYTES], "little")
+    return head[LENGTH_BYTES:] != b"{" or length > MAX_HEADER
+
+
+def locate(path: str) -> str:
+    """The file that a path means: itself, its index, or in a folder the index or the one file.
+
+    Raises:
+        FileFormatError: The folder has none, or several.
+        OSError: The folder cannot be read.
+    """
+    if not os.path.isdir(path):
+        index = path + ".index.json"  # of what was saved as this path, and took several shards
+        saved = path.endswith(SUFFIX) and not os.path.lexists(path)
+        return index if saved and _has_parts(index) else path
+    names = os.listdir(path)
+    indexes = sorted(filter(INDEX_NAME.fullmatch, names))
+    if index_name(STEM) in indexes:
+        indexes = [index_name(STEM)]
+    single = STEM + SUFFIX
+    if indexes:
+        rivals = {single, indexes[0].rpartition(SUFFIX + ".index")[0] + SUFFIX}
+        found = [*indexes, *sorted(rivals.intersection(names))]
+    elif single in names:
+        found = [single]
+    else:
+        _check_not_cut_short(path, sorted(filter(SHARD_NAME.fullmatch, names)))
+        found = sorted(name for name in names if name.endswith(SUFFIX))
+    if len(found) > 1:
+        more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+        raise FileFormatError(
+            f"the folder {shorten(path)} has {', '.join(map(shorten, found[:5]))}{more}; "
+            "name the one to load"
+        )
+    if not found:
+        _check_not_cut_short(path, [name for name in names if name.startswith(TEMPORARY)])
+        raise FileFormatError(f"the folder {shorten(path)} has no safetensors file and no index")
+    return os.path.join(path, found[0])
+
+
+def _has_parts(index: str) -> bool:
+    """Whether there is an index, or shards that lack it."""
+    return os.path.isfile(index) or bool(_shards_beside(index))
+
+
+def _shards_beside(index: str) -> list[str]:
+    """The shards that belong to an index by their names, whether it is there or not."""
+    folder, stem = split_path(index, is_folder=os.path.isdir(index))
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    return sorted(name for name in names if stem_of(name) == stem)
+
+
+def _check_not_cut_short(folder: str, shards: list[str]) -> None:
+    """Say so where there are shards, finished or not, and no index."""
+    if shards:
+        raise FileFormatError(
+            f"the folder {shorten(folder)} has {shorten(shards[0])} and no index: a save was cut "
+            "short or is under way, or the index was not copied; save or copy it again"
+        )
+
+
+def read_index(path: str) -> Index:
+    """Read an index, trusting nothing in it; its source is the caller's to close.
+
+    Raises:
+        FileFormatError: It is no index, or names what is not in its folder.
+        OSError: It cannot be read.
+    """
+    try:
+        status = _status(path)
+        source = open_source(path)
+    except FileNotFoundError:
+        _check_not_cut_short(os.path.dirname(path) or os.curdir, _shards_beside(path))
+        raise
+    label = source.label
+    try:
+        content = _read_content(source)
+        shards = read_weight_map(content.get("weight_map"), label)
+        return Index(path, label, read_index_metadata(content, label), shards, source, status)
+    except BaseException:
+        source.close()
+        raise
+
+
+def _status(path: str) -> tuple[int, ...]:
+    """What differs between a file and another that takes its place, or between before and after."""
+    status = os.stat(path)
+    return *identity(status), status.st_ctime_ns
+
+
+def _read_content(source: ByteSource) -> dict[str, Any]:
+    if source.measure(MAX_HEADER) > MAX_HEADER:
+        raise FileFormatError(
+            f"{source.label} has {source.size:,} bytes, and an index has at most {MAX_HEADER:,}"
+        )
+    try:
+        text = source.read(0, source.size).decode()
+    except UnicodeDecodeError:
+        raise FileFormatError(f"the index {source.label} is not valid UTF-8") from None
+    content = read_json(text, f"the index {source.label}", fractions=True)
+    if not isinstance(content, dict):
+        raise FileFormatError(f"the index {source.label} is no JSON object")
+    return content

@@ -1,0 +1,190 @@
+"""Slots: what a leaf of a template asks for, and whether a stored leaf fits.
+
+Specification: *Loading into a template*.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any, Final, Literal, NamedTuple
+
+import jax
+import numpy as np
+
+from pytree2safetensors._leaves.decode import holds_value
+from pytree2safetensors._leaves.describe import PYTHON_SCALARS, info_of
+from pytree2safetensors._leaves.jax_versions import REFERENCE
+from pytree2safetensors._leaves.keys import implementation_of, is_key_dtype, key_shape
+from pytree2safetensors._leaves.spec import LeafSpec, holds, rank_of
+from pytree2safetensors._tree.literal import show as show_value
+
+_NO_NUMBERS: Final = frozenset({"key", "str"})
+_RANKS: Final = {"bool": 0, "int": 2, "float": 3, "complex": 4}
+
+# What becomes of a stored leaf: an array of JAX, or of NumPy because JAX cannot hold its dtype here
+# ("foreign") or because the template has one; one of NumPy's scalars; one of Python's.
+Target = Literal["jax", "foreign", "numpy", "scalar", "python"]
+
+
+class TemplateLeaf(NamedTuple):
+    """What a template leaf asks for: a leaf without its values, and where these shall live."""
+
+    leaf: LeafSpec
+    target: Target
+    sharding: jax.sharding.Sharding | None = None
+    abstract: bool = False
+
+
+class _Look(NamedTuple):
+    """What tells the slot of a leaf: two leaves with one look have one slot."""
+
+    target: Target
+    shape: tuple[int, ...]
+    dtype: Any
+    weak: bool = False
+    sharding: jax.sharding.Sharding | None = None
+    abstract: bool = False
+
+
+def template_leaves(leaves: Iterable[Any]) -> list[TemplateLeaf | None]:
+    """What the leaves of a template ask for; None for what is no data. Equal slots are one object."""
+    lookers: dict[type, Callable[[Any], _Look | None]] = {}
+    slots: dict[_Look | None, TemplateLeaf | None] = {None: None}
+    found: list[TemplateLeaf | None] = []
+    for leaf in leaves:
+        kind = type(leaf)
+        looker = lookers.get(kind)
+        if looker is None:
+            looker = lookers[kind] = _looker(kind)
+        look = looker(leaf)
+        if look is not None and look not in slots:
+            slots[look] = _slot(look)
+        found.append(slots[look])
+    return found
+
+
+def _looker(kind: type) -> Callable[[Any], _Look | None]:
+    """How to look at leaves of a type."""
+    if kind in PYTHON_SCALARS:
+        return lambda _: _Look("python", (), kind.__name__)
+    if issubclass(kind, (np.ma.MaskedArray, REFERENCE)):
+        return lambda _: None
+    if issubclass(kind, np.ndarray):
+        return lambda leaf: _Look("numpy", leaf.shape, leaf.dtype)
+    if issubclass(kind, np.generic):
+        return lambda leaf: _Look("scalar", leaf.shape, leaf.dtype)
+    if issubclass(kind, jax.core.Tracer):
+        return _look_at_tracer
+    return _look_at_array if issubclass(kind, jax.Array) else _look_at_any
+
+
+def _look_at_array(leaf: jax.Array) -> _Look:
+    aval = leaf.aval
+    committed = getattr(leaf, "committed", None)  # before JAX 0.5 under its private name alone
+    if committed is None:
+        committed = getattr(leaf, "_committed", True)
+    sharding = leaf.sharding if committed else None
+    return _Look("jax", aval.shape, aval.dtype, aval.weak_type, sharding, leaf.is_deleted())
+
+
+def _look_at_tracer(leaf: Any) -> _Look | None:
+    seen = _shape_and_dtype(leaf)
+    if seen is None:
+        return None
+    weak = bool(getattr(leaf.aval, "weak_type", False))
+    # An array under a trace has a value, and nowhere to live.
+    return _Look("jax", *seen, weak, abstract=not isinstance(leaf, jax.Array))
+
+
+def _look_at_any(leaf: Any) -> _Look | None:
+    seen = _shape_and_dtype(leaf)
+    if seen is None:
+        return None
+    sharding = getattr(leaf, "sharding", None)
+    sharding = sharding if isinstance(sharding, jax.sharding.Sharding) else None
+    return _Look("jax", *seen, bool(getattr(leaf, "weak_type", False)), sharding, True)
+
+
+def _shape_and_dtype(leaf: Any) -> tuple[tuple[int, ...], Any] | None:
+    shape, dtype = getattr(leaf, "shape", None), getattr(leaf, "dtype", None)
+    if not isinstance(shape, tuple) or dtype is None:
+        return None
+    try:
+        hash(shape)
+        return shape, dtype if is_key_dtype(dtype) else np.dtype(dtype)
+    except TypeError:  # an array of another library
+        return None
+
+
+def _slot(look: _Look) -> TemplateLeaf | None:
+    target, shape, dtype, weak, sharding, abstract = look
+    if target == "python":
+        return TemplateLeaf(LeafSpec(dtype, None, ()), target)
+    if target != "jax":
+        if info_of(dtype, shape) is None:
+            return None
+        return TemplateLeaf(LeafSpec("array", dtype.newbyteorder("="), shape), target)
+    if is_key_dtype(dtype):
+        impl = implementation_of(dtype)
+        if impl is None:
+            return None
+        return TemplateLeaf(LeafSpec("key", None, shape, impl=impl), target, sharding, abstract)
+    target = "jax" if holds(dtype) else "foreign"
+    return TemplateLeaf(
+        LeafSpec("array", dtype.newbyteorder("="), shape, weak), target, sharding, abstract
+    )
+
+
+def misfit(slot: TemplateLeaf, stored: LeafSpec, value: Any, *, cast: bool) -> str | None:
+    """Why a stored leaf does not fit a slot; None where it does.
+
+    `value` is that of a stored Python scalar.
+    """
+    wanted = slot.leaf
+    fits = False
+    if wanted.kind == "key" and stored.kind == "array":
+        data = (*wanted.shape, *key_shape(wanted.impl, ""))
+        fits = stored.dtype == np.uint32 and stored.shape == data
+    elif wanted.kind in _NO_NUMBERS or stored.kind in _NO_NUMBERS:
+        fits = (wanted.kind, wanted.impl, wanted.shape) == (stored.kind, stored.impl, stored.shape)
+    elif wanted.shape == stored.shape:
+        fits = _dtype_fits(wanted, stored, value, cast)
+    if fits:
+        return None
+    of = f" ({show_value(value)})" if value is not None else ""
+    refused = (
+        cast and wanted.shape == stored.shape and {wanted.kind, stored.kind}.isdisjoint(_NO_NUMBERS)
+    )
+    why = ", which cast=True does not convert" if refused else ""
+    return f"the template has {show(wanted)}, and stored is {show(stored)}{of}{why}"
+
+
+def _dtype_fits(wanted: LeafSpec, stored: LeafSpec, value: Any, cast: bool) -> bool:
+    if wanted.dtype is not None and info_of(wanted.dtype, wanted.shape) is None:
+        return False  # an abstract leaf may have any dtype
+    ranks = _rank_of(wanted), _rank_of(stored)
+    if wanted.dtype is not None and stored.dtype is not None:
+        return wanted.dtype == stored.dtype or (cast and ranks[1] <= ranks[0])
+    same = ranks[0] == ranks[1] or (ranks[0] == 1 and ranks[1] == 2) or ranks == (2, 1)
+    if not same and not (cast and ranks[1] <= ranks[0]):
+        return False
+    dtype = wanted.dtype
+    if dtype is None and wanted.kind in {"float", "complex"}:
+        dtype = np.dtype(wanted.kind)
+    return dtype is None or value is None or holds_value(dtype, value)
+
+
+def _rank_of(leaf: LeafSpec) -> int:
+    return _RANKS[leaf.kind] if leaf.dtype is None else rank_of(leaf.dtype)
+
+
+def show(leaf: LeafSpec) -> str:
+    """A leaf without its values, for messages."""
+    if leaf.kind not in {"array", "key"}:
+        return f"a Python {leaf.kind}"
+    shape = ",".join(map(str, leaf.shape))
+    return f"key<{leaf.impl}>[{shape}]" if leaf.kind == "key" else f"{leaf.dtype}[{shape}]"
+
+
+def to_python(values: Any, wanted: LeafSpec) -> Any:
+    """The Python scalar of a 0-d array or of another scalar."""
+    types = {"int": int, "float": float, "bool": bool, "complex": complex}
+    return types[wanted.kind](values.item() if hasattr(values, "item") else values)

@@ -1,0 +1,72 @@
+"""Saving a tree.
+
+Specification: *Files*.
+"""
+
+from collections.abc import Mapping
+from typing import Literal
+
+import jax
+from beartype import beartype
+from jaxtyping import jaxtyped
+
+from pytree2safetensors._collector import collector_paused
+from pytree2safetensors._save import processes
+from pytree2safetensors._save.contents import collect
+from pytree2safetensors._save.writing import write
+from pytree2safetensors._storage.atomic_file import Writable
+from pytree2safetensors._storage.byte_source import PathLike
+from pytree2safetensors._storage.progress import ProgressOption, reporter
+from pytree2safetensors._tree.flatten import PyTree
+
+
+@jaxtyped(typechecker=beartype)
+def save_pytree(
+    tree: PyTree,
+    path: PathLike | Writable,
+    *,
+    metadata: Mapping[str, str] | None = None,
+    unsupported: Literal["raise", "skip"] = "raise",
+    durable: bool = True,
+    checksum: bool = False,
+    max_shard_size: int | str | None = None,
+    progress: ProgressOption = False,
+) -> None:
+    """Save a pytree as one safetensors file, from which `load_pytree` gives the same tree back.
+
+    Args:
+        tree: Any pytree of arrays, Python scalars, strs and PRNG keys.
+        path: The file to write, replaced whole or not at all; or a binary file object; with
+            `max_shard_size` a folder, or a file in it whose stem the names begin with.
+        metadata: Strings to keep beside the tensors.
+        unsupported: "skip" leaves out the leaves that a file cannot hold, but for traced and
+            abstract arrays and references to arrays, which are always an error.
+        durable: Whether the file has reached the disk when this returns.
+        checksum: Keep a digest of each tensor, which loading checks. Costs a second pass.
+        max_shard_size: Split what is larger, in bytes or such as "5GB", as model hubs do.
+        progress: True for a bar, or a function of (done_bytes, total_bytes).
+
+    Raises:
+        UnsupportedLeafError: Leaves that a file cannot hold, or an array that was deleted or
+            donated; nothing was written.
+        KeyPathError: A key has no spelling, or two leaves have one.
+        TreeStructureError: JAX cannot flatten the tree.
+        FileFormatError: The metadata or the header are beyond what the format allows.
+        ValueError: `max_shard_size` is no size, or `path` then is no path.
+        OSError: The file cannot be written; what was there before still is.
+
+    Specification: *Files*.
+
+    >>> save_pytree({"w": 1.5, "steps": (1, 2)}, "model.safetensors")
+    """
+    with collector_paused():
+        try:
+            report = reporter(progress, "saving", jax.process_index)
+            contents = collect(tree, metadata or {}, unsupported)
+        except BaseException as error:
+            processes.tell(tree, error)
+            raise
+        if processes.is_needed(contents.leaves.values()):
+            processes.save(contents, path, durable, checksum, max_shard_size, report)
+        else:
+            write(contents, path, durable, checksum, max_shard_size, report)

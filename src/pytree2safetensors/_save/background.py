@@ -1,0 +1,115 @@
+"""Saving in the background, from a snapshot.
+
+Specification: *Files*.
+"""
+
+import os
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from beartype import beartype
+from jaxtyping import jaxtyped
+from numpy.typing import NDArray
+
+from pytree2safetensors._collector import collector_paused
+from pytree2safetensors._errors import FileFormatError
+from pytree2safetensors._format.index import parse_size
+from pytree2safetensors._leaves.encode import host_array
+from pytree2safetensors._save import processes
+from pytree2safetensors._save.contents import Contents, collect
+from pytree2safetensors._save.files import check_path
+from pytree2safetensors._save.writing import write
+from pytree2safetensors._storage.atomic_file import Writable, absolute
+from pytree2safetensors._storage.byte_source import PathLike
+from pytree2safetensors._storage.progress import ProgressOption, reporter
+from pytree2safetensors._tree.flatten import PyTree
+
+
+@jaxtyped(typechecker=beartype)
+def save_pytree_async(
+    tree: PyTree,
+    path: PathLike | Writable,
+    *,
+    metadata: Mapping[str, str] | None = None,
+    unsupported: Literal["raise", "skip"] = "raise",
+    durable: bool = True,
+    checksum: bool = False,
+    max_shard_size: int | str | None = None,
+    progress: ProgressOption = False,
+) -> Future[None]:
+    """Save a pytree in the background, as `save_pytree` does.
+
+    What the tree holds is copied before this returns, so that arrays may be donated or changed
+    afterwards. Saves happen one after the other, in the order of the calls, and the interpreter
+    does not exit before they have ended.
+
+    Args:
+        tree: Any pytree of arrays, Python scalars, strs and PRNG keys.
+        path: The file to write, or what else `save_pytree` takes.
+        metadata: Strings to keep beside the tensors.
+        unsupported: "skip" leaves out the leaves that a file cannot hold.
+        durable: Whether the file has reached the disk when the future is done.
+        checksum: Keep a digest of each tensor.
+        max_shard_size: Split what is larger, in bytes or such as "5GB".
+        progress: True for a bar, or a function, called from another thread.
+
+    Returns:
+        A future whose `result()` is None, or raises what writing raised. Ask for it: an error that
+        nobody asks for is lost.
+
+    Raises:
+        UnsupportedLeafError: Leaves that a file cannot hold.
+        KeyPathError: A key has no spelling, or two leaves have one.
+        TreeStructureError: JAX cannot flatten the tree.
+        FileFormatError: The metadata are beyond what the format allows, or an array is spread
+            over several processes, which only `save_pytree` can save.
+        ValueError: `max_shard_size` is no size, or `path` then is no path.
+
+    Specification: *Files*.
+
+    >>> future = save_pytree_async({"w": 1.5}, "model.safetensors")
+    >>> future.result()
+    """
+    report = reporter(progress, "saving", jax.process_index)
+    if isinstance(path, str | os.PathLike):  # the process may change its folder meanwhile
+        path = absolute(os.fsdecode(path))
+    if max_shard_size is not None:
+        parse_size(max_shard_size)
+        check_path(path)
+    with collector_paused():
+        contents = collect(tree, metadata or {}, unsupported)
+        if processes.is_needed(contents.leaves.values()):
+            raise FileFormatError(
+                "an array of this tree is spread over several processes, which save it together: "
+                "call save_pytree on all of them"
+            )
+        snapshot = _snapshot(contents)
+    return _saver().submit(write, snapshot, path, durable, checksum, max_shard_size, report)
+
+
+def _snapshot(contents: Contents) -> Contents:
+    """The same contents, safe from donation and mutation."""
+    return contents._replace(leaves={name: _copied(leaf) for name, leaf in contents.leaves.items()})
+
+
+def _copied(leaf: Any) -> NDArray[Any]:
+    values = host_array(leaf)
+    # What had to be copied from devices is nobody else's.
+    return values if isinstance(leaf, jax.Array) and values.flags.owndata else np.array(values)
+
+
+_savers: list[ThreadPoolExecutor] = []  # none before the first save
+
+
+def _saver() -> ThreadPoolExecutor:
+    """The one thread that saves: two saves to one path stay in order."""
+    if not _savers:
+        _savers.append(ThreadPoolExecutor(1, "pytree2safetensors-save"))
+    return _savers[0]
+
+
+if hasattr(os, "register_at_fork"):  # a child has no thread of its parent
+    os.register_at_fork(after_in_child=_savers.clear)

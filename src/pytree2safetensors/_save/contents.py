@@ -1,0 +1,145 @@
+"""What a save holds: the tensors, their leaves, and the metadata, checked before anything is written.
+
+Specification: *Files*.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+
+from pytree2safetensors._errors import UnsupportedLeafError, shorten
+from pytree2safetensors._format.digests import add_digests, digest_tensor
+from pytree2safetensors._format.header import check_metadata
+from pytree2safetensors._format.note import NOTE, Note, write_note
+from pytree2safetensors._format.tensor import TensorInfo
+from pytree2safetensors._leaves.describe import DeletedLeaf, describe, is_deleted, is_valueless
+from pytree2safetensors._leaves.spread import tensor_pieces
+from pytree2safetensors._tree.flatten import Flat, flatten
+from pytree2safetensors._tree.keypath import cut, split
+
+
+class Contents(NamedTuple):
+    """What a file is to hold: the form of each tensor, its leaf, and the metadata."""
+
+    infos: dict[str, TensorInfo]
+    leaves: dict[str, Any]
+    metadata: dict[str, str]
+
+
+def collect(
+    tree: Any, metadata: Mapping[str, str], unsupported: Literal["raise", "skip"]
+) -> Contents:
+    """Check a tree wholly, before anything is written."""
+    check_metadata(metadata)
+    flat = flatten(tree)
+    found = describe(flat.leaves)
+    places = [place for place, info in enumerate(found) if info is None]
+    unfit = [(flat.names[place], flat.leaves[place]) for place in places]
+    if unfit:
+        _check_unfit(unfit, skip=unsupported == "skip")
+        leave_out([name for name, _ in unfit], flat)
+    infos = dict(zip(flat.names, filter(None, found), strict=True))
+    leaves = dict(zip(flat.names, flat.leaves, strict=True))
+    kinds = {name: info.kind for name, info in infos.items() if info.kind is not None}
+    for name in kinds:
+        if not infos[name].dtype:  # the note holds all of it
+            del infos[name], leaves[name]
+    if flat.kinds.get("") == "dict":
+        del flat.kinds[""]  # the default reading of a file without names
+    note = write_note(Note(flat.kinds, kinds))
+    whole = {"format": "flax", **metadata}
+    if note is not None:
+        whole[NOTE] = note
+    return Contents(infos, leaves, whole)
+
+
+def _check_unfit(unfit: list[tuple[str, Any]], *, skip: bool) -> None:
+    """Refuse leaves that a file cannot hold, unless they are to be left out."""
+    deleted = next((name for name, leaf in unfit if is_deleted(leaf)), None)
+    if deleted is not None:
+        raise DeletedLeaf(
+            f"the array at {shorten(deleted)} has been deleted or donated; save it before, "
+            "or save the array that took its place"
+        )
+    # Arrays without values nobody means to leave out.
+    valueless = any(is_valueless(leaf) for _, leaf in unfit)
+    if valueless or not skip:
+        raise UnsupportedLeafError(_unfit_message(unfit, valueless))
+
+
+def _unfit_message(unfit: list[tuple[str, Any]], valueless: bool) -> str:
+    lines = [f"  {shorten(name)}: {_type_name(leaf)}" for name, leaf in unfit]
+    remedy = (
+        "Save arrays that have values: outside of jit, no abstract ones, and of a reference what it holds."
+        if valueless
+        else 'Save with unsupported="skip" to leave them out; load_into_pytree then keeps those of '
+        "its template. (A class of your own is no leaf once it is registered as a pytree node.)"
+    )
+    return "\n".join([f"{len(unfit)} of the tree's leaves cannot be stored:", *lines, remedy])
+
+
+def _type_name(leaf: Any) -> str:
+    kind = type(leaf)
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    if isinstance(leaf, jax.core.Tracer):
+        return f"{name}, a traced value"
+    if kind is str:
+        return f"{name} with the two halves of a surrogate pair, which JSON makes one character"
+    dtype = getattr(leaf, "dtype", None)
+    return f"{name} of dtype {dtype}" if dtype is not None else name
+
+
+def leave_out(names: Iterable[str], flat: Flat) -> None:
+    """Take leaves out of a flattened tree, so that what remains is a tree again.
+
+    Where children are numbered, a `None` keeps the place; elsewhere the name is gone.
+    """
+    left_out = set(names)
+    kept = [name for name in flat.names if name not in left_out]
+    parents = _ancestors([*kept, *flat.kinds])
+    keyless: dict[str, set[str]] = {}  # the segments that OrderedDicts lose
+    for name in sorted(left_out, key=lambda name: len(split(name)), reverse=True):
+        if not name:
+            flat.kinds[name] = "None"
+            continue
+        parent, segment = cut(name)
+        if segment[0] == "#":
+            flat.kinds[name] = "None"
+            parents |= _ancestors([name])
+            continue
+        kind = flat.kinds.get(parent)
+        if isinstance(kind, list):
+            keyless.setdefault(parent, set()).add(segment)
+        elif parent not in parents:
+            flat.kinds[parent] = "dict" if segment[0] == "@" else "PyTreeContainer"
+            parents |= _ancestors([parent])
+    for parent, gone in keyless.items():
+        kind = flat.kinds[parent]
+        flat.kinds[parent] = [kind[0], [segment for segment in kind[1] if segment not in gone]]
+    remaining = [
+        (n, leaf) for n, leaf in zip(flat.names, flat.leaves, strict=True) if n not in left_out
+    ]
+    flat.names[:] = [name for name, _ in remaining]
+    flat.leaves[:] = [leaf for _, leaf in remaining]
+
+
+def _ancestors(names: Iterable[str]) -> set[str]:
+    """The paths of all nodes above these names."""
+    found: set[str] = set()
+    for name in names:
+        above = name
+        while above and (above := cut(above)[0]) not in found:
+            found.add(above)
+    return found
+
+
+def with_digests(contents: Contents) -> Contents:
+    """The same contents, with a digest of each tensor in the metadata."""
+    digests = {
+        name: digest_tensor(
+            name, info, (piece for _, piece in tensor_pieces(contents.leaves[name], info))
+        )
+        for name, info in contents.infos.items()
+    }
+    return contents._replace(metadata=add_digests(contents.metadata, digests))

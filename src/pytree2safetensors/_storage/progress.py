@@ -1,0 +1,76 @@
+"""Showing how far long work is."""
+
+import threading
+from collections.abc import Callable
+from typing import Final, TypeAlias
+
+Progress: TypeAlias = Callable[[int, int], object]
+ProgressOption: TypeAlias = bool | Progress
+
+_STEP: Final = 32 << 20  # bytes between two reports
+
+
+def reporter(progress: ProgressOption, what: str, process: Callable[[], int]) -> Progress | None:
+    """Return what to call with (done_bytes, total_bytes); None for silence.
+
+    `process` gives the number of this process: the first one alone shows a bar.
+    """
+    if isinstance(progress, bool):
+        return _bar(what, process) if progress else None
+    return progress
+
+
+def _bar(what: str, process: Callable[[], int]) -> Progress | None:
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:
+        raise ImportError(
+            "progress=True shows its bar with tqdm, which is not installed; "
+            "install pytree2safetensors[progress], or pass a function"
+        ) from None
+    if process() != 0:
+        return None
+    bar = None
+
+    def show(done: int, total: int) -> None:
+        nonlocal bar
+        if bar is None:
+            bar = tqdm(total=total, unit="B", unit_scale=True, desc=what)
+        bar.update(done - bar.n)
+        if done == total:
+            bar.close()
+
+    return show
+
+
+def part_of(progress: Progress | None, before: int, total: int) -> Progress | None:
+    """What a part of the work calls, which begins when `before` of all bytes are done."""
+    if progress is None:
+        return None
+
+    def show(done: int, _: int) -> None:
+        progress(before + done, total)
+
+    return show
+
+
+class Report:
+    """Tells a caller how far the work is, at least every `_STEP` bytes and at the end."""
+
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        self.progress, self.total = progress, total
+        self.done, self.told = 0, 0
+        self.lock = threading.Lock()
+
+    def add(self, count: int) -> None:
+        if self.progress is None:
+            return
+        with self.lock:
+            self.done += count
+            if self.done - self.told >= _STEP and self.done < self.total:
+                self.told = self.done
+                self.progress(self.done, self.total)
+
+    def finish(self) -> None:
+        if self.progress is not None:
+            self.progress(self.total, self.total)

@@ -1,0 +1,1 @@
+"""Names and trees: the grammar of key paths, and the trees that they spell."""

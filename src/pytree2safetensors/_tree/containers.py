@@ -1,0 +1,193 @@
+"""The two plain pytree nodes: one for attributes, one for children without keys.
+
+Specification: *Trees and flat dicts*.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, cast
+
+import jax
+from beartype import beartype
+from jaxtyping import jaxtyped
+
+from pytree2safetensors._tree.keypath import GetAttrKey
+
+
+class PyTreeContainer:
+    """A pytree node that carries attributes under any names.
+
+    `container.name` reads and sets an attribute whose name is no dunder; `container[name]` serves
+    every name. No attribute changes how the object itself behaves. Two containers with the same
+    names have equal treedefs, whatever the order in which the attributes arrived.
+
+    Args:
+        attrs: The attributes, copied.
+
+    Specification: *Trees and flat dicts*.
+
+    >>> container = PyTreeContainer({"scale": 2.0})
+    >>> container.bias = 1.0
+    >>> jax.tree_util.tree_map(lambda leaf: leaf + 1, container)
+    PyTreeContainer(bias=2.0, scale=3.0)
+    """
+
+    __module__ = "pytree2safetensors"
+    __slots__ = ("__attrs__", "__weakref__")
+    __attrs__: dict[str, Any]
+
+    # Not in __init__, so that no error has to show a container that is not made yet.
+    @jaxtyped(typechecker=beartype)
+    def __new__(cls, attrs: Mapping[str, Any] = {}) -> "PyTreeContainer":
+        if not all(isinstance(name, str) for name in attrs):
+            raise TypeError("the names of attributes are strs")
+        return container_of(dict(attrs))
+
+    def __getattribute__(self, name: str) -> Any:
+        if _is_dunder(name):
+            return object.__getattribute__(self, name)
+        try:
+            return attrs_of(self)[name]
+        except KeyError:
+            raise AttributeError(f"PyTreeContainer has no attribute {name!r}") from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if _is_dunder(name):
+            raise AttributeError(
+                f"{name!r} is set as container[{name!r}] = ..., not as an attribute"
+            )
+        attrs_of(self)[name] = value
+
+    def __delattr__(self, name: str) -> None:
+        if _is_dunder(name) or name not in attrs_of(self):
+            raise AttributeError(f"PyTreeContainer has no attribute {name!r}")
+        del attrs_of(self)[name]
+
+    def __getitem__(self, name: str) -> Any:
+        return attrs_of(self)[name]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if not isinstance(name, str):
+            raise TypeError(f"an attribute name is a str, not {type(name).__name__}")
+        attrs_of(self)[name] = value
+
+    def __delitem__(self, name: str) -> None:
+        del attrs_of(self)[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in attrs_of(self)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(attrs_of(self)))
+
+    def __dir__(self) -> Iterable[str]:
+        return [*object.__dir__(self), *attrs_of(self)]
+
+    def __init_subclass__(cls) -> None:
+        raise TypeError("PyTreeContainer has no subclasses; register a pytree node of your own")
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # As items, which are set once the container is there: one may hold the container itself.
+        return PyTreeContainer, (), None, None, iter(attrs_of(self).items())
+
+    def __repr__(self) -> str:
+        from pytree2safetensors._tree.printing import render  # rendering knows the containers
+
+        return render(self)
+
+    def __treescope_repr__(self, path: str | None, subtree_renderer: Callable[..., Any]) -> Any:
+        from pytree2safetensors._tree.printing import render_treescope
+
+        return render_treescope(self, path, subtree_renderer)
+
+
+def _is_dunder(name: str) -> bool:
+    return len(name) > 4 and name.startswith("__") and name.endswith("__")
+
+
+# The slot's own accessors: they reach it whatever the attributes are called.
+_slot = PyTreeContainer.__dict__["__attrs__"]
+attrs_of = cast(Callable[[PyTreeContainer], dict[str, Any]], _slot.__get__)
+_set_attrs = cast(Callable[[PyTreeContainer, dict[str, Any]], None], _slot.__set__)
+
+
+class UnkeyedContainer:
+    """A pytree node whose children have no keys, only an order.
+
+    Args:
+        children: The children, in order.
+
+    Specification: *Trees and flat dicts*.
+
+    >>> jax.tree_util.tree_leaves(UnkeyedContainer([1, 2]))
+    [1, 2]
+    """
+
+    __module__ = "pytree2safetensors"
+    __slots__ = ("__weakref__", "children")
+    children: tuple[Any, ...]
+
+    @jaxtyped(typechecker=beartype)
+    def __new__(cls, children: Iterable[Any] = ()) -> "UnkeyedContainer":
+        return _unflatten_unkeyed(None, children)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.children[index]
+
+    def __len__(self) -> int:
+        return len(self.children)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.children)
+
+    def __init_subclass__(cls) -> None:
+        raise TypeError("UnkeyedContainer has no subclasses; register a pytree node of your own")
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # As a state, which is set once the container is there: a child may hold the container.
+        return UnkeyedContainer, (), (None, {"children": self.children})
+
+    def __repr__(self) -> str:
+        from pytree2safetensors._tree.printing import render  # rendering knows the containers
+
+        return render(self)
+
+    def __treescope_repr__(self, path: str | None, subtree_renderer: Callable[..., Any]) -> Any:
+        from pytree2safetensors._tree.printing import render_treescope
+
+        return render_treescope(self, path, subtree_renderer)
+
+
+def container_of(attrs: dict[str, Any]) -> PyTreeContainer:
+    """Make a container around `attrs` itself, unchecked."""
+    container = object.__new__(PyTreeContainer)
+    _set_attrs(container, attrs)
+    return container
+
+
+def _flatten(container: PyTreeContainer) -> tuple[list[Any], tuple[str, ...]]:
+    attrs = attrs_of(container)
+    names = tuple(sorted(attrs))
+    return [attrs[name] for name in names], names
+
+
+def _flatten_with_keys(
+    container: PyTreeContainer,
+) -> tuple[list[tuple[Any, Any]], tuple[str, ...]]:
+    children, names = _flatten(container)
+    return [(GetAttrKey(name), child) for name, child in zip(names, children, strict=True)], names
+
+
+def _unflatten(names: tuple[str, ...], children: Iterable[Any]) -> PyTreeContainer:
+    return container_of(dict(zip(names, children, strict=True)))
+
+
+def _unflatten_unkeyed(_: None, children: Iterable[Any]) -> UnkeyedContainer:
+    container = object.__new__(UnkeyedContainer)
+    container.children = tuple(children)
+    return container
+
+
+jax.tree_util.register_pytree_with_keys(PyTreeContainer, _flatten_with_keys, _unflatten, _flatten)
+jax.tree_util.register_pytree_node(
+    UnkeyedContainer, lambda container: (container.children, None), _unflatten_unkeyed
+)

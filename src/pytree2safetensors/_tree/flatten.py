@@ -1,0 +1,276 @@
+"""Trees and flat dicts: spelling every leaf of a tree, and building a tree from spelled names.
+
+Specification: *Trees and flat dicts*.
+"""
+
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
+
+import jax
+import numpy as np
+from beartype import beartype
+from jaxtyping import jaxtyped
+
+from pytree2safetensors._errors import KeyPathError, TreeStructureError, shorten
+from pytree2safetensors._tree.containers import PyTreeContainer, UnkeyedContainer, attrs_of
+from pytree2safetensors._tree.keypath import (
+    join,
+    spell_attr,
+    spell_flat_index,
+    spell_item,
+    spell_key,
+)
+from pytree2safetensors._tree.unflatten import DEEP, build_tree, check_depth, too_deep, unsortable
+from pytree2safetensors._types import Kind
+
+if TYPE_CHECKING:
+    # To type checkers jaxtyping's own is unknown, which strict ones report to our users.
+    PyTree: TypeAlias = Any
+else:
+    from jaxtyping import PyTree
+
+
+class Flat(NamedTuple):
+    """A flattened tree: a spelled name for each leaf, and what the names leave unsaid."""
+
+    names: list[str]
+    leaves: list[Any]
+    kinds: dict[str, Kind]
+
+
+@jaxtyped(typechecker=beartype)
+def pytree2dict(tree: PyTree) -> dict[str, Any]:
+    """Map the spelled key path of each leaf to the leaf, in JAX's order of leaves.
+
+    Args:
+        tree: Any pytree.
+
+    Returns:
+        The leaves themselves, not copies. A tree that is a single leaf has the name "".
+
+    Raises:
+        KeyPathError: A key has no spelling, or two leaves have one.
+        TreeStructureError: JAX cannot flatten the tree.
+
+    Specification: *Trees and flat dicts*.
+
+    >>> pytree2dict({"layers": [{"w": 1.0}, {"w": 2.0}]})
+    {'@layers#0@w': 1.0, '@layers#1@w': 2.0}
+    """
+    flat = flatten(tree)
+    return dict(zip(flat.names, flat.leaves, strict=True))
+
+
+def flatten(tree: Any) -> Flat:
+    """Walk a tree as JAX does, spelling names on the way."""
+    walk = _Walk()
+    walk.run(tree)
+    return walk.flat
+
+
+def open_once(node: Any) -> list[tuple[Any, Any]]:
+    """The key paths and the children of a node, of one level and no deeper.
+
+    Raises:
+        RecursionError: The node is its own child.
+    """
+    meetings = 0
+
+    def is_leaf(part: Any) -> bool:
+        nonlocal meetings
+        meetings += part is node
+        # JAX may look twice; a node that is its own child it would meet for ever. To raise from
+        # here would make it lose count of the stack.
+        return part is not node or meetings > 2
+
+    pairs, _ = jax.tree_util.tree_flatten_with_path(node, is_leaf=is_leaf)
+    if meetings > 2:
+        raise RecursionError
+    return cast("list[tuple[Any, Any]]", pairs)
+
+
+Children = Iterator[tuple[str, Any]]  # the spelled segment of each child, and the child
+
+
+class _Walk:
+    """One flattening: remembers which types are leaves and how keys are spelled."""
+
+    def __init__(self) -> None:
+        self.flat = Flat([], [], {})
+        self.leaf_types: set[type] = {int, float, bool, complex, str, np.ndarray}
+        self.items: dict[str, str] = {}
+        self.deepest = DEEP  # for certain
+        self.openers: dict[type, Callable[[Any, str], Children]] = {
+            dict: self.open_dict,
+            defaultdict: self.open_dict,
+            OrderedDict: self.open_ordered_dict,
+            list: self.open_list,
+            tuple: self.open_tuple,
+            type(None): self.open_none,
+            PyTreeContainer: self.open_container,
+            UnkeyedContainer: self.open_unkeyed,
+        }
+
+    def run(self, tree: Any) -> None:
+        names, leaves, _ = self.flat
+        root = self.open(tree, "")
+        if root is None:
+            names.append("")
+            leaves.append(tree)
+            return
+        pending = [("", root)]
+        while pending:
+            prefix, children = pending[-1]
+            for segment, child in children:
+                name = prefix + segment if prefix else join("", segment)
+                if type(child) not in self.leaf_types:
+                    opened = self.open(child, name)
+                    if opened is not None:
+                        pending.append((name, opened))
+                        break
+                names.append(name)
+                leaves.append(child)
+            else:
+                pending.pop()
+            if len(pending) > self.deepest:
+                self.deepest = check_depth(len(pending), prefix)
+
+    def open(self, node: Any, name: str) -> Children | None:
+        """The children of a node; None for a leaf."""
+        opener = self.openers.get(type(node))
+        if opener is not None:
+            return opener(node, name)
+        if jax.tree_util.all_leaves([node]):
+            self.leaf_types.add(type(node))  # JAX tells leaves from nodes by type alone
+            return None
+        self.openers[type(node)] = self.open_registered
+        children = self.open_registered(node, name)
+        if _is_plain_namedtuple(node):  # JAX need not open the next of its type
+            segments = [_spelled(spell_attr, field, name) for field in node._fields]
+            self.openers[type(node)] = lambda other, _: zip(segments, other, strict=True)
+        return children
+
+    def open_dict(self, node: dict[Any, Any], name: str) -> Children:
+        if not node:
+            self.flat.kinds[name] = "dict"
+        try:
+            keys = sorted(node)
+        except Exception:  # noqa: BLE001 - whatever the comparison of foreign keys raises
+            for key in node:
+                self.item(key, name)  # a key that has no spelling is the better reason
+            raise unsortable(name, node) from None
+        return ((self.item(key, name), node[key]) for key in keys)
+
+    def open_ordered_dict(self, node: dict[Any, Any], name: str) -> Children:
+        segments = [self.item(key, name) for key in node]
+        self.flat.kinds[name] = ["OrderedDict", segments]
+        return zip(segments, node.values(), strict=True)
+
+    def open_list(self, node: list[Any], name: str) -> Children:
+        if not node:
+            self.flat.kinds[name] = "list"
+        return ((f"#{index}", child) for index, child in enumerate(node))
+
+    def open_tuple(self, node: tuple[Any, ...], name: str) -> Children:
+        self.flat.kinds[name] = "tuple"
+        return ((f"#{index}", child) for index, child in enumerate(node))
+
+    def open_none(self, _: None, name: str) -> Children:
+        self.flat.kinds[name] = "None"
+        return iter(())
+
+    def open_container(self, node: PyTreeContainer, name: str) -> Children:
+        attrs = attrs_of(node)
+        if not attrs:
+            self.flat.kinds[name] = "PyTreeContainer"
+        return ((_spelled(spell_attr, key, name), attrs[key]) for key in sorted(attrs))
+
+    def open_unkeyed(self, node: UnkeyedContainer, name: str) -> Children:
+        if not len(node):
+            self.flat.kinds[name] = "UnkeyedContainer"
+        return ((spell_flat_index(index), child) for index, child in enumerate(node))
+
+    def open_registered(self, node: Any, name: str) -> Children:
+        """The children of a node of any other type, as its own registration gives them."""
+        try:
+            pairs = open_once(node)
+        except (SystemError, RecursionError):
+            raise too_deep(name) from None
+        if not pairs:
+            self.flat.kinds[name] = "PyTreeContainer"
+        children = [(_spelled(spell_key, key, name), child) for (key,), child in pairs]
+        if len(dict(children)) != len(children):
+            raise _repeated(type(node), [segment for segment, _ in children], name)
+        return iter(children)
+
+    def item(self, key: object, name: str) -> str:
+        if type(key) is not str:  # 1, 1.0 and True are one key to a cache
+            return _spelled(spell_item, key, name)
+        segment = self.items.get(key)
+        if segment is None:
+            segment = self.items[key] = _spelled(spell_item, key, name)
+        return segment
+
+
+def _is_plain_namedtuple(node: Any) -> bool:
+    """Whether JAX opens a node, which has fields, as a namedtuple that nobody registered."""
+    if not isinstance(node, tuple) or not node or type(node).__iter__ is not tuple.__iter__:
+        return False
+    structure: Any = jax.tree_util.tree_structure(node, is_leaf=lambda part: part is not node)
+    data = structure.node_data()
+    if data is None or data[1] is not None:  # what a registration keeps apart, and may not print
+        return False
+    # Only the print of a structure tells the two kinds of namedtuple.
+    return str(structure).startswith(f"PyTreeDef(CustomNode(namedtuple[{type(node).__name__}], ")
+
+
+def _repeated(kind: type, segments: list[str], name: str) -> KeyPathError:
+    twice = next(segment for segment in segments if segments.count(segment) > 1)
+    return KeyPathError(
+        f"two children of one node have the key path {shorten(join(name, twice))}: "
+        f"the node type {kind.__module__}.{kind.__qualname__} gives both one key"
+    )
+
+
+def _spelled(speller: Callable[[Any], str], key: Any, name: str) -> str:
+    try:
+        return speller(key)
+    except KeyPathError as error:
+        raise KeyPathError(f"{error}, in a key path that begins {shorten(name)}") from None
+
+
+@jaxtyped(typechecker=beartype)
+def dict2pytree(dictionary: Mapping[str, Any]) -> PyTree:
+    """Build the tree whose leaves have these spelled key paths: the inverse of `pytree2dict`.
+
+    Attributes come back in `PyTreeContainer`s, dict keys in dicts, indices in lists and children
+    without keys in `UnkeyedContainer`s. An index without a leaf leaves a `None`.
+
+    Args:
+        dictionary: Spelled key paths to leaves.
+
+    Returns:
+        A new tree that holds the leaves themselves.
+
+    Raises:
+        KeyPathError: A name spells no key path.
+        TreeStructureError: The names make no tree, or a value is no leaf.
+
+    Specification: *Trees and flat dicts*.
+
+    >>> dict2pytree({"@layers#0@w": 1.0, "@layers#1@w": 2.0})
+    {'layers': [{'w': 1.0}, {'w': 2.0}]}
+    """
+    leaf_types: set[type] = set()
+    for name, leaf in dictionary.items():
+        if not isinstance(name, str):
+            raise TypeError(f"the names of leaves are strs, and {name!r} is none")
+        if type(leaf) not in leaf_types:
+            if not jax.tree_util.all_leaves([leaf]):
+                raise TreeStructureError(
+                    f"the value of {shorten(name)} is of type {type(leaf).__name__}, which JAX "
+                    "does not take for a leaf; give each of its leaves a name"
+                )
+            leaf_types.add(type(leaf))
+    return build_tree(dictionary, {})

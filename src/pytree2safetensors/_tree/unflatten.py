@@ -1,0 +1,348 @@
+"""Building trees: the trie that spelled names make, and the nodes that it stands for.
+
+Specification: *Trees and flat dicts*.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from pytree2safetensors._errors import FileFormatError, KeyPathError, TreeStructureError, shorten
+from pytree2safetensors._tree.containers import PyTreeContainer, UnkeyedContainer, container_of
+from pytree2safetensors._tree.keypath import (
+    DictKey,
+    GetAttrKey,
+    SequenceKey,
+    cut,
+    join,
+    read_segment,
+    spell_attr,
+    spell_flat_index,
+    spell_item,
+    split,
+    string2keypath,
+)
+from pytree2safetensors._types import Kind
+
+MAX_GAPS = 2**20  # a tree's list indices without a leaf, together
+DEEP = 200  # from here on JAX is asked how deep a tree it can flatten
+_FRAMES = 50  # levels of the stack that remain for what flattens the deepest node
+_TOO_DEEP = 10_000  # no JAX flattens this
+
+
+class _Node:
+    """A node under construction: the marker of its children, and the children by key."""
+
+    __slots__ = ("depth", "entries", "key", "kind", "marker", "parent")
+
+    def __init__(self, parent: "_Node | None", key: Any, depth: int) -> None:
+        self.parent, self.key, self.depth = parent, key, depth
+        self.marker = ""
+        self.entries: dict[Any, Any] = {}
+        self.kind: Kind | None = None
+
+
+def build(leaves: Mapping[str, Any], kinds: Mapping[str, Kind], file: str) -> Any:
+    """Build the tree in a file from its leaves, and from what the note says of its nodes."""
+    try:
+        return build_tree(leaves, kinds, file)
+    except (KeyPathError, TreeStructureError) as error:
+        raise type(error)(
+            f"the names in {file} make no tree: {error}; load_into_pytree loads them into a template"
+        ) from None
+
+
+def build_tree(leaves: Mapping[str, Any], kinds: Mapping[str, Kind], file: str = "") -> Any:
+    """Build a tree, wherever its leaves are from."""
+    trie = _Trie()
+    for name, leaf in leaves.items():
+        trie.insert(name, leaf)
+    # Longest first: what lies below a node is known before the node is asked whether it is empty.
+    for name in sorted(kinds, key=len, reverse=True):
+        try:
+            trie.note(name, kinds[name])
+        except (KeyPathError, TreeStructureError) as error:
+            if trie.irregular:
+                raise
+            raise FileFormatError(f"the note of {file} contradicts its tensors: {error}") from None
+    return trie.finish()
+
+
+class _Trie:
+    """The tree that spelled names make."""
+
+    def __init__(self) -> None:
+        self.top = _Node(None, None, 0)  # holds the root under the key ""
+        self.top.marker = "top"
+        self.nodes: list[_Node] = []  # parents before children
+        self.parents: dict[str, _Node] = {}  # of leaves, by spelled name
+        self.segments: dict[str, tuple[str, Any]] = {}
+        self.last = ("", self.top)  # the parent of the leaf before, unless it is the root
+        self.deepest = 0
+        self.gaps = 0
+        self.irregular = False  # as only a registered node is: its file needs a template
+
+    def insert(self, name: str, leaf: Any) -> None:
+        if not name:
+            if name in self.top.entries:
+                raise self.taken(self.top, name, name)
+            self.top.entries[name] = leaf
+            return
+        prefix, parent = self.last
+        known = None
+        if prefix and name.startswith(prefix):
+            known = self.segments.get(name[len(prefix) :])
+        if known is None:  # no sibling of the leaf before
+            try:
+                prefix, segment = cut(name)
+                parent = self.parents.get(prefix) or self.descend(prefix, name)
+            except KeyPathError:
+                string2keypath(name)  # raises the same, with the position in the whole name
+                raise
+            self.parents[prefix] = parent
+            if prefix:
+                self.last = prefix, parent
+            known = self.segments.get(segment) or self.read(segment, name)
+        marker, key = known
+        if not parent.marker:
+            parent.marker = marker
+        elif parent.marker != marker:
+            raise self.mixed(parent, name)
+        entries = parent.entries
+        if key in entries:
+            raise self.taken(parent, key, name)
+        entries[key] = leaf
+
+    def read(self, segment: str, name: str) -> tuple[str, Any]:
+        try:
+            key = read_segment(segment)
+        except KeyPathError:
+            string2keypath(name)  # raises the same, with the position in the whole name
+            raise
+        if isinstance(key, GetAttrKey):
+            found: tuple[str, Any] = (".", key.name)
+        elif isinstance(key, DictKey):
+            found = ("@", key.key)
+        elif isinstance(key, SequenceKey):
+            found = ("#", key.idx)
+        else:
+            found = (r"#\(", key.key)
+        self.segments[segment] = found
+        return found
+
+    def descend(self, prefix: str, name: str) -> _Node:
+        """The node at `prefix`, made where it is missing."""
+        if not prefix:
+            return self.child(self.top, "", name)
+        above, segment = cut(prefix)
+        node = self.parents.get(above)  # where leaves have cousins, it is known
+        segments = [segment]
+        if node is None:
+            segments = split(prefix)
+            if len(segments) > _TOO_DEEP:
+                raise too_deep(name)
+            node = self.child(self.top, "", name)
+        for number, segment in enumerate(segments, 1):
+            if number == len(segments):
+                self.parents[above] = node
+            marker, key = self.segments.get(segment) or self.read(segment, name)
+            if not node.marker:
+                node.marker = marker
+            elif node.marker != marker:
+                raise self.mixed(node, name)
+            node = self.child(node, key, name)
+        return node
+
+    def child(self, parent: _Node, key: Any, name: str) -> _Node:
+        node = parent.entries.get(key)
+        if node is None and key not in parent.entries:
+            node = parent.entries[key] = _Node(parent, key, parent.depth + 1)
+            self.nodes.append(node)
+            self.deepest = max(self.deepest, node.depth)
+        if not isinstance(node, _Node) or not _same(node.key, key):
+            raise self.taken(parent, key, name)
+        return node
+
+    def name_of(self, node: _Node) -> str:
+        segments: list[str] = []
+        while node.parent is not None and node.parent is not self.top:
+            segments.append(_segment(node.parent.marker, node.key))
+            node = node.parent
+        return join("", *reversed(segments))
+
+    def mixed(self, node: _Node, name: str) -> TreeStructureError:
+        self.irregular = True
+        other = next(iter(node.entries))
+        return TreeStructureError(
+            f"{shorten(name)} and {shorten(self.at(node, other))} make the node at "
+            f"{shorten(self.name_of(node))} two kinds of node at once"
+        )
+
+    def taken(self, parent: _Node, key: Any, name: str) -> TreeStructureError:
+        there = next(other for other in parent.entries if other == key)
+        named = self.at(parent, there)
+        if not _same(there, key):
+            self.irregular = True
+            reason = "have dict keys that are equal in Python"
+        else:
+            reason = "name a leaf and a node at one place"
+            node = parent.entries[there]
+            while isinstance(node, _Node) and node.entries:
+                named = self.at(node, next(iter(node.entries)))
+                node = next(iter(node.entries.values()))
+        return TreeStructureError(f"{shorten(named)} and {shorten(name)} {reason}")
+
+    def at(self, node: _Node, key: Any) -> str:
+        return "" if node is self.top else join(self.name_of(node), _segment(node.marker, key))
+
+    # What a note adds.
+
+    def note(self, name: str, kind: Kind) -> None:
+        node = self.find(name)
+        if node is None:
+            self.insert(name, _empty(kind, name))
+            return
+        word = kind[0] if isinstance(kind, list) else kind
+        if (word, node.marker) not in {("tuple", "#"), ("OrderedDict", "@")}:
+            raise TreeStructureError(f"{shorten(name)} is noted as {word}, and its children differ")
+        # All children are there by now, as their names are longer.
+        if isinstance(kind, list) and sorted(map(spell_item, node.entries)) != sorted(kind[1]):
+            raise TreeStructureError(
+                f"the noted keys of the OrderedDict {shorten(name)} are not those of its children"
+            )
+        node.kind = kind
+
+    def find(self, name: str) -> _Node | None:
+        node = self.top.entries.get("")
+        for segment in split(name):
+            if not isinstance(node, _Node):
+                return None
+            marker, key = self.segments.get(segment) or self.read(segment, name)
+            node = node.entries.get(key) if node.marker == marker else None
+            if isinstance(node, _Node) and not _same(node.key, key):
+                return None
+        return node if isinstance(node, _Node) else None
+
+    # From nodes under construction to the tree.
+
+    def finish(self) -> Any:
+        if self.deepest > DEEP:
+            check_depth(self.deepest, self.name_of(max(self.nodes, key=lambda node: node.depth)))
+        for node in reversed(self.nodes):
+            if node.parent is not None:
+                node.parent.entries[node.key] = self.finished(node)
+        return self.top.entries.get("", {})  # no names at all: the empty dict
+
+    def finished(self, node: _Node) -> Any:
+        entries = node.entries
+        if node.marker == "@":
+            if isinstance(node.kind, list):
+                return self.ordered(node, node.kind[1])
+            return self.sortable(node)
+        if node.marker == ".":
+            return container_of(entries)
+        length = max(entries) + 1
+        missing = length - len(entries)
+        if node.marker == r"#\(":
+            if missing:
+                raise TreeStructureError(
+                    f"the node without keys at {shorten(self.name_of(node))} lacks {missing} of "
+                    f"its {length} children"
+                )
+            return UnkeyedContainer([entries[index] for index in range(length)])
+        self.gaps += missing
+        if self.gaps > MAX_GAPS:
+            raise TreeStructureError(
+                f"the list at {shorten(self.name_of(node))} would have {length} elements, and "
+                f"the tree more than {MAX_GAPS} gaps"
+            )
+        children = [entries.get(index) for index in range(length)]
+        return tuple(children) if node.kind == "tuple" else children
+
+    def sortable(self, node: _Node) -> dict[Any, Any]:
+        entries = node.entries
+        if any(type(key) is not str for key in entries):
+            try:
+                sorted(entries)
+            except TypeError:
+                raise unsortable(self.name_of(node), entries) from None
+        return entries
+
+    def ordered(self, node: _Node, segments: Sequence[str]) -> "OrderedDict[Any, Any]":
+        keys = {spell_item(key): key for key in node.entries}
+        return OrderedDict((keys[segment], node.entries[keys[segment]]) for segment in segments)
+
+
+def _same(key: Any, other: Any) -> bool:
+    """Whether two keys that are equal in Python are spelled alike."""
+    return type(key) is str or ascii(key) == ascii(other)
+
+
+def _segment(marker: str, key: Any) -> str:
+    if marker == "@":
+        return spell_item(key)
+    if marker == ".":
+        return spell_attr(key)
+    return f"#{key}" if marker == "#" else spell_flat_index(key)
+
+
+_EMPTY: dict[str, Callable[[], Any]] = {
+    "None": lambda: None,
+    "dict": dict,
+    "list": list,
+    "tuple": tuple,
+    "OrderedDict": OrderedDict,
+    "PyTreeContainer": PyTreeContainer,
+    "UnkeyedContainer": UnkeyedContainer,
+}
+
+
+def _empty(kind: Kind, name: str) -> Any:
+    key = kind[0] if isinstance(kind, list) else kind
+    if isinstance(kind, list) and kind[1]:
+        raise TreeStructureError(f"the noted keys of {shorten(name)} have no leaves")
+    return _EMPTY[key]()
+
+
+# --- what no tree can be ----------------------------------------------------------------------
+
+
+def check_depth(depth: int, name: str) -> int:
+    """How deep a tree JAX can flatten; refuse a tree that is deeper, or cyclic.
+
+    JAX is asked with lists. Where a node with a Python function lies too deep, it loses count of
+    the stack, and from then on every call in this thread is a RecursionError.
+    """
+    fits, fails = 0, _TOO_DEEP + _FRAMES
+    while fails - fits > 1:
+        middle = (fits + fails) // 2
+        lists: list[Any] = []
+        for _ in range(middle):
+            lists = [lists]
+        try:
+            jax.tree_util.tree_structure(lists)
+            fits = middle
+        except (SystemError, RecursionError):
+            fails = middle
+    if depth > fits - _FRAMES:
+        raise too_deep(name)
+    return fits - _FRAMES
+
+
+def too_deep(name: str) -> TreeStructureError:
+    """The error of a tree that is cyclic or too deep."""
+    return TreeStructureError(
+        f"the tree below {shorten(name)} is cyclic, or nested deeper than JAX can flatten; "
+        "flatten it into fewer levels"
+    )
+
+
+def unsortable(name: str, keys: Iterable[Any]) -> TreeStructureError:
+    """The error of a dict whose keys JAX cannot sort."""
+    kinds = ", ".join(sorted({type(key).__name__ for key in keys}))
+    return TreeStructureError(
+        f"JAX cannot sort the keys of the dict at {shorten(name)}, of these types: {kinds}; "
+        "use keys that compare with each other"
+    )

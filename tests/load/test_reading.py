@@ -1,0 +1,292 @@
+"""What loading reads, what it keeps, and how it leaves the process."""
+
+import gc
+import json
+import math
+import os
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import pytree2safetensors
+from oracle import assert_same, identity
+from pytree2safetensors import (
+    FileFormatError,
+    load_abstract,
+    load_into_pytree,
+    load_pytree,
+    pytree2dict,
+    save_pytree,
+    set_weights,
+)
+from pytree2safetensors.testing import assert_round_trips
+
+struct: Any = jax.ShapeDtypeStruct
+
+SIZE = 100_000
+HEADER = 1 << 16  # what opening a file reads at the most, for a header of this size
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    tree = {side: {"w": np.full(SIZE, n, np.float32)} for n, side in enumerate("abcd")}
+    save_pytree(tree, tmp_path / "file")
+    return tmp_path / "file"
+
+
+@contextmanager
+def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """The sizes of all positioned reads."""
+    sizes: list[int] = []
+    preadv = os.preadv
+
+    def count(descriptor: int, buffers: Any, offset: int) -> int:
+        size = preadv(descriptor, buffers, offset)
+        sizes.append(size)
+        return size
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "preadv", count)
+        yield sizes
+
+
+def test_a_prefix_reads_its_subtree_alone(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with counted(monkeypatch) as sizes:
+        tree = load_pytree(path, prefix="@b")
+    assert np.asarray(tree["w"]).tobytes() == np.full(SIZE, 1, np.float32).tobytes()
+    assert 4 * SIZE <= sum(sizes) <= 4 * SIZE + HEADER
+
+
+def test_a_template_reads_what_it_needs_alone(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    template = {side: {"w": np.zeros(SIZE, np.float32)} for side in "ac"}
+    with counted(monkeypatch) as sizes:
+        tree = load_into_pytree(template, path, strict=False)
+    assert tree["c"]["w"][0] == 2
+    assert 8 * SIZE <= sum(sizes) <= 8 * SIZE + HEADER
+
+
+def test_the_header_is_enough_for_shapes(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with counted(monkeypatch) as sizes:
+        load_abstract(path)
+    assert sum(sizes) <= HEADER
+
+
+def test_a_mapped_file_is_not_read(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with counted(monkeypatch) as sizes:
+        tree = load_pytree(path, mmap=True)
+    assert sum(sizes) <= HEADER
+    assert_same(tree, load_pytree(path))
+
+
+def test_large_arrays_own_the_memory_that_was_read_into() -> None:
+    from pytree2safetensors._leaves.to_jax import to_jax
+    from pytree2safetensors._load.api import aligned
+
+    memory = aligned(1 << 20)
+    assert memory.base is not None
+    alive = weakref.ref(memory.base)
+    (array,) = to_jax([memory.view(np.float32)])
+    assert array.unsafe_buffer_pointer() == memory.ctypes.data  # nothing was copied
+    del memory
+    assert alive() is not None
+    del array
+    gc.collect()
+    assert alive() is None  # nothing stays behind
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (0,), (16, 32), (1,) * 32])
+@pytest.mark.parametrize("dtype", ["float32", "int32", "float16", "bfloat16", "int8"])
+def test_equal_arrays_made_together_have_their_own_bits(
+    dtype: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pytree2safetensors._leaves import to_jax
+
+    monkeypatch.setattr(to_jax, "_MANY", 300)  # so many take a compiled program
+    size = math.prod(shape) * jnp.dtype(dtype).itemsize
+    bits = np.random.default_rng(0).integers(0, 256, (300, size), np.uint8)  # NaNs of all kinds
+    made = to_jax.to_jax([row.view(jnp.dtype(dtype)).reshape(shape) for row in bits])
+    assert {(array.dtype, array.shape) for array in made} == {(jnp.dtype(dtype), shape)}
+    assert all(isinstance(array, jax.Array) for array in made)
+    assert b"".join(np.asarray(array).tobytes() for array in made) == bits.tobytes()
+
+
+def test_loaded_numpy_arrays_share_memory_with_nothing(path: Path) -> None:
+    template = {side: {"w": np.zeros(SIZE, np.float32)} for side in "abcd"}
+    first = load_into_pytree(template, path)
+    second = load_into_pytree(template, path, mmap=True)
+    arrays = [*pytree2dict(first).values(), *pytree2dict(second).values()]
+    for number, array in enumerate(arrays):
+        assert array.flags.writeable
+        assert not any(np.shares_memory(array, other) for other in arrays[:number])
+        array[:] = -1
+    assert load_pytree(path)["d"]["w"][0] == 3
+
+
+def test_two_leaves_that_share_a_tensor_do_not_share_memory(path: Path) -> None:
+    template = [np.zeros(SIZE, np.float32), np.zeros(SIZE, np.float32)]
+    rename = {"#0": "@a@w", "#1": "@a@w"}
+    first, second = load_into_pytree(template, path, strict=False, rename=rename)
+    assert not np.shares_memory(first, second)
+
+
+def test_arrays_of_a_dictionary_are_copied(path: Path) -> None:
+    given = np.zeros(SIZE, np.float32)
+    placed = set_weights(
+        {"w": jnp.zeros(SIZE), "n": np.zeros(SIZE, np.float32)}, {"@w": given, "@n": given}
+    )
+    given[:] = 1
+    assert not np.asarray(placed["w"]).any()
+    assert not placed["n"].any()
+
+
+def test_files_of_safetensors_load_from_any_offset(tmp_path: Path) -> None:
+    for extra in range(9):
+        arrays: dict[str, Any] = {
+            "@" + "x" * extra: np.arange(20_000, dtype=np.float32),
+            "@b": np.arange(5, dtype=np.int8),
+            "@c": np.arange(70_000, dtype=np.int16).reshape(7, -1),
+        }
+        safetensors.numpy.save_file(arrays, tmp_path / "file")
+        for mmap in (False, True):
+            found = pytree2dict(load_pytree(tmp_path / "file", mmap=mmap))
+            assert found.keys() == arrays.keys()
+            for name, array in arrays.items():
+                assert identity(np.asarray(found[name])) == identity(array)
+
+
+@pytest.mark.parametrize("shape", [(4,), (3, 5), ()])
+def test_many_equal_leaves_load_in_groups(shape: tuple[int, ...], tmp_path: Path) -> None:
+    tree = [np.full(shape, n, np.float32) for n in range(1500)]
+    save_pytree(tree, tmp_path / "file", durable=False)
+    for number, leaf in enumerate(load_pytree(tmp_path / "file")):
+        assert isinstance(leaf, jax.Array)
+        assert leaf.shape == shape
+        assert np.asarray(leaf).tobytes() == tree[number].tobytes()
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_collector_is_left_as_it_was(enabled: bool, path: Path, tmp_path: Path) -> None:
+    works: list[Callable[[], Any]] = [
+        lambda: save_pytree({"a": 1}, tmp_path / "other"),
+        lambda: load_pytree(path),
+        lambda: load_into_pytree({"a": 1}, path),
+        lambda: load_pytree(tmp_path / "missing"),
+        lambda: save_pytree({"f": len}, tmp_path / "other"),
+    ]
+    before = gc.isenabled()
+    try:
+        for work in works:
+            (gc.enable if enabled else gc.disable)()
+            with suppress(OSError, TypeError, ValueError):
+                work()
+            assert gc.isenabled() is enabled
+    finally:
+        (gc.enable if before else gc.disable)()
+
+
+def test_no_thread_stays(path: Path) -> None:
+    before = threading.active_count()
+    load_pytree(path)
+    assert threading.active_count() == before
+
+
+def test_a_header_beyond_the_limit_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    tree = {"n" * 60_000_000: 1, "m" * 60_000_000: 2}
+    with pytest.raises(FileFormatError, match="save with max_shard_size="):
+        save_pytree(tree, tmp_path / "file")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_packed_tensor_that_nobody_asks_for_is_in_nobodys_way(tmp_path: Path) -> None:
+    header = (
+        b'{"@a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},'
+        b'"@p":{"dtype":"F4","shape":[2],"data_offsets":[4,5]}}'
+    )
+    content = len(header).to_bytes(8, "little") + header + np.float32(3).tobytes() + b"\x21"
+    (tmp_path / "file").write_bytes(content)
+    found = load_into_pytree({"a": np.zeros(1, np.float32)}, tmp_path / "file", strict=False)
+    assert found["a"].tolist() == [3]
+    with pytest.raises(FileFormatError, match="'@p' is of the packed dtype F4"):
+        load_pytree(tmp_path / "file")
+
+
+def test_load_file_is_safetensors_own_function() -> None:
+    import safetensors.flax
+
+    assert pytree2safetensors.load_file is safetensors.flax.load_file
+
+
+def test_nothing_changes_an_argument(tmp_path: Path) -> None:
+    tree: dict[str, Any] = {"b": [np.arange(4)[::2], 1], "a": jnp.ones(2)}
+    metadata = {"run": "1"}
+    kept = {"b": list(tree["b"]), "a": tree["a"]}
+    save_pytree(tree, tmp_path / "file", metadata=metadata, checksum=True)
+    assert metadata == {"run": "1"}
+    assert list(tree) == ["b", "a"]
+    dictionary = pytree2dict(tree)
+    before = dict(dictionary)
+    set_weights(tree, dictionary)
+    load_into_pytree(tree, tmp_path / "file")
+    assert dictionary == before
+    assert tree["b"][0] is kept["b"][0]
+    assert tree["a"] is kept["a"]
+
+
+@pytest.mark.parametrize("leaf", [struct((), np.int32), np.zeros((), np.int64)])
+def test_python_scalars_are_read_together(
+    leaf: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_pytree([*range(5000)], tmp_path / "file")
+    with counted(monkeypatch) as sizes:
+        found = load_into_pytree([leaf] * 5000, tmp_path / "file")
+    assert len(sizes) < 20
+    assert [*map(int, found)] == [*range(5000)]
+
+
+def test_medium_arrays_own_the_memory_that_was_read_into(tmp_path: Path) -> None:
+    tree = [np.full((20, 100 + n), n, np.float32) for n in range(100)]
+    save_pytree(tree, tmp_path / "file")
+    found = load_pytree(tmp_path / "file")
+    assert_same(found, [jnp.asarray(leaf) for leaf in tree])
+    places = sorted(leaf.unsafe_buffer_pointer() for leaf in found)
+    assert places[-1] - places[0] < 2 * sum(leaf.nbytes for leaf in tree)  # in one piece
+
+
+@pytest.mark.parametrize("mmap", [False, True])
+@pytest.mark.parametrize("size", [3, 5000])
+def test_any_byte_but_0_is_true(mmap: bool, size: int, tmp_path: Path) -> None:
+    raw = np.arange(size, dtype=np.int64).astype(np.uint8)
+    content = {"@a": raw.view(np.bool_), "@b": raw.view(np.bool_), "@c": raw > 0}
+    content["@s"] = raw[2:3].reshape(()).view(np.bool_)
+    note = json.dumps({"version": 1, "leaves": {"@s": "bool"}})
+    path = tmp_path / "file"
+    safetensors.numpy.save_file(content, path, {"pytree2safetensors": note})
+    template = {"a": jnp.zeros(size, bool), "b": np.zeros(size, bool), "c": jnp.zeros(size, bool)}
+    for found in (
+        load_pytree(path, mmap=mmap),
+        load_into_pytree({**template, "s": False}, path, mmap=mmap),
+    ):
+        assert found["s"] is True
+        for name in ("a", "b", "c"):
+            assert np.asarray(found[name]).tobytes() == (raw != 0).tobytes()
+            assert int(found[name].sum()) == np.count_nonzero(raw)
+
+
+@pytest.mark.parametrize("size", [(), (3,), (5000,), (70_000,)])
+def test_a_boolean_is_stored_as_0_or_1(size: tuple[int, ...], tmp_path: Path) -> None:
+    odd = np.full(size, 2, np.uint8).view(np.bool_)
+    save_pytree({"a": odd}, tmp_path / "odd", checksum=True)
+    save_pytree({"a": np.ones(size, np.bool_)}, tmp_path / "plain", checksum=True)
+    assert (tmp_path / "odd").read_bytes() == (tmp_path / "plain").read_bytes()
+    taken = set_weights({"a": jnp.zeros(size, bool)}, {"@a": odd})["a"]
+    assert int(taken.sum()) == odd.size
+    assert_round_trips({"a": odd})

@@ -1,0 +1,478 @@
+"""Templates and skipped leaves: what once went wrong, each case a test."""
+
+import inspect
+import io
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.experimental
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from oracle import assert_same
+from pytree2safetensors import (
+    FileFormatError,
+    PyTreeContainer,
+    TreeStructureError,
+    UnsupportedLeafError,
+    WeightsMismatchError,
+    dict2pytree,
+    load_abstract,
+    load_into_pytree,
+    load_pytree,
+    pytree2dict,
+    save_pytree,
+    set_weights,
+)
+from pytree2safetensors._leaves import spec
+from pytree2safetensors._load import matching
+from pytree2safetensors._save import contents as save_contents
+
+COUNT = 1 << 18
+struct: Any = jax.ShapeDtypeStruct
+
+
+@pytest.mark.parametrize("mmap", [False, True])
+def test_a_numpy_leaf_shares_no_memory_with_a_jax_leaf(mmap: bool, tmp_path: Path) -> None:
+    save_pytree({"a": np.arange(COUNT, dtype=np.float32)}, tmp_path / "file")
+    abstract = jax.ShapeDtypeStruct((COUNT,), np.float32)  # type: ignore[no-untyped-call] # JAX gives it no types
+    template = {"x": np.zeros(COUNT, np.float32), "y": abstract}
+    found = load_into_pytree(template, tmp_path / "file", rename=lambda _: "@a", mmap=mmap)
+    found["x"][:] = -1
+    assert np.asarray(found["y"]).tobytes() == np.arange(COUNT, dtype=np.float32).tobytes()
+
+
+def test_a_str_of_two_surrogate_halves_is_refused() -> None:
+    with pytest.raises(UnsupportedLeafError):
+        save_pytree("\ud83d\ude00", io.BytesIO())
+    file = io.BytesIO()
+    save_pytree(["\ud83d", "\U0001f600"], file)
+    file.seek(0)
+    assert load_pytree(file) == ["\ud83d", "\U0001f600"]
+
+
+def test_a_file_object_that_writes_nothing_is_an_error() -> None:
+    class Nothing:
+        def write(self, data: Any) -> int:
+            return 0
+
+    with pytest.raises(OSError, match="wrote nothing"):
+        save_pytree({"a": 1}, Nothing())
+
+
+def test_a_stream_beyond_its_end_is_no_file() -> None:
+    file = io.BytesIO(b"abc")
+    file.seek(10)
+    with pytest.raises(FileFormatError, match="0 bytes"):
+        load_pytree(file)
+
+
+def test_cast_to_64_bits_never_narrows() -> None:
+    abstract = jax.ShapeDtypeStruct((2,), np.float64)  # type: ignore[no-untyped-call] # JAX gives it no types
+    found = set_weights({"w": abstract}, {"@w": jnp.ones(2)}, cast=True)
+    assert found["w"].dtype == np.float64
+
+
+def test_infinity_fits_no_dtype_without_one() -> None:
+    template = {"a": np.zeros((), ml_dtypes.float8_e4m3b11fnuz)}
+    with pytest.raises(WeightsMismatchError):
+        set_weights(template, {"@a": float("inf")})
+    assert np.isinf(set_weights({"a": np.zeros((), np.float32)}, {"@a": float("inf")})["a"])
+    assert np.isnan(set_weights({"a": np.zeros((), np.float32)}, {"@a": float("nan")})["a"])
+
+
+@pytest.mark.parametrize(
+    ("tree", "found"),
+    [
+        ({"b": {"c": {"g": len}, "h": len}}, {"b": {"c": {}}}),
+        ({"a": [{"f": len}, 1], "f": len}, {"a": [{}, 1]}),
+        ({"a": [len, 1, len]}, {"a": [None, 1, None]}),
+        (PyTreeContainer({"f": len, "x": 1}), PyTreeContainer({"x": 1})),
+        (len, None),
+    ],
+)
+def test_what_is_left_after_skipping_is_a_tree(tree: Any, found: Any, tmp_path: Path) -> None:
+    save_pytree(tree, tmp_path / "file", unsupported="skip")
+    assert_same(load_pytree(tmp_path / "file"), found)
+
+
+def test_a_deleted_leaf_cannot_be_kept(tmp_path: Path) -> None:
+    save_pytree({"b": np.ones(2, np.float32)}, tmp_path / "file")
+    gone = jnp.ones(3)
+    gone.delete()
+    with pytest.raises(WeightsMismatchError, match="1 missing"):
+        load_into_pytree({"a": gone, "b": jnp.ones(2)}, tmp_path / "file", strict=False)
+
+
+def test_a_huge_int_is_no_float() -> None:
+    with pytest.raises(WeightsMismatchError):
+        set_weights({"a": 0.0}, {"@a": 10**400}, cast=True)
+    assert set_weights({"a": 0.0}, {"@a": 3}, cast=True) == {"a": 3.0}
+
+
+def test_an_array_of_another_library_is_no_data(tmp_path: Path) -> None:
+    class Foreign:
+        shape = (2,)
+        dtype = "torch.float32"
+
+    save_pytree({"b": np.ones(2)}, tmp_path / "file")
+    foreign = Foreign()
+    found = load_into_pytree({"a": foreign, "b": np.zeros(2)}, tmp_path / "file")
+    assert found["a"] is foreign
+
+
+@pytest.mark.parametrize(
+    "second",
+    [
+        '[["dtype","F32"],["shape",[]],["data_offsets",[4,8]]]',
+        '{"dtype":"F32","shape":"","data_offsets":[4,8]}',
+        '{"dtype":"F32","shape":{},"data_offsets":[4,8]}',
+        '{"dtype":"F32","shape":[],"data_offsets":[4,8.0]}',
+        '{"dtype":"F32","shape":[],"data_offsets":[true,8]}',
+    ],
+)
+def test_a_tensor_like_another_is_checked_as_strictly(second: str, tmp_path: Path) -> None:
+    first = '{"dtype":"F32","shape":[],"data_offsets":[0,4]}'
+    header = f'{{"@a":{first},"@b":{second}}}'.encode()
+    (tmp_path / "file").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    with pytest.raises(FileFormatError):
+        load_pytree(tmp_path / "file")
+
+
+def test_names_are_strs() -> None:
+    with pytest.raises(TypeError):
+        dict2pytree({"@a": 1, 2: 3})  # type: ignore[dict-item] # what is tested
+    with pytest.raises(TypeError):
+        set_weights({"a": 1}, {"@p@a": 1, 2: 3}, prefix="@p")  # type: ignore[dict-item] # what is tested
+    with pytest.raises(TypeError):
+        save_pytree({"a": 1}, io.BytesIO(), metadata={"a": "b", 3: "c"})  # type: ignore[dict-item] # what is tested
+    with pytest.raises(TypeError):
+        PyTreeContainer({"a": 1, 2: 3})  # type: ignore[dict-item] # what is tested
+
+
+def test_a_path_that_can_write_is_a_path(tmp_path: Path) -> None:
+    class WritablePath:
+        def __fspath__(self) -> str:
+            return str(tmp_path / "file")
+
+        def write(self, data: Any) -> None:
+            raise AssertionError("a path is written to as a file")
+
+    save_pytree({"a": 1}, WritablePath())
+    assert load_pytree(tmp_path / "file") == {"a": 1}
+
+
+def test_what_jax_holds_is_the_same_under_a_trace(tmp_path: Path) -> None:
+    template = {"w": jnp.zeros(3, jnp.bfloat16)}
+    save_pytree(template, tmp_path / "file")
+    spec._holds.cache_clear()
+    traced = jax.jit(lambda x: set_weights({"w": jnp.zeros(3, jnp.bfloat16)}, {"@w": x}, cast=True))
+    assert_same(traced(jnp.ones(3)), {"w": jnp.ones(3, jnp.bfloat16)})
+    assert isinstance(load_pytree(tmp_path / "file")["w"], jax.Array)
+
+
+def test_what_is_traced_and_no_array_is_no_data() -> None:
+    def token(x: jax.Array) -> jax.Array:
+        tree = set_weights({"w": x, "token": jax.lax.create_token()}, {"@w": x + 1})  # type: ignore[no-untyped-call] # JAX gives it no types
+        found: jax.Array = tree["w"]
+        return found
+
+    assert_same(jax.jit(token)(jnp.ones(3)), jnp.full(3, 2.0))
+
+
+@pytest.mark.parametrize("shape", [([2],), (np.ones(2),)])
+def test_a_shape_that_is_none_is_no_data(shape: Any) -> None:
+    class Odd:
+        dtype = np.dtype(np.float32)
+
+    odd = Odd()
+    odd.shape = shape  # type: ignore[attr-defined] # as another library's array may have
+    found = set_weights({"a": 0.0, "odd": odd}, {"@a": 1.0})
+    assert found == {"a": 1.0, "odd": odd}
+
+
+@pytest.mark.parametrize("x64", [False, True])
+def test_weak_types_of_every_kind_come_back(x64: bool, tmp_path: Path) -> None:
+    with enable_x64(x64):
+        tree = [jnp.asarray(1), jnp.asarray(1.5), jnp.asarray(1j), jnp.asarray(1) < 2]
+        assert all(leaf.weak_type for leaf in tree)
+        save_pytree(tree, tmp_path / "file")
+        assert_same(load_pytree(tmp_path / "file"), tree)
+        assert_same(load_into_pytree(tree, tmp_path / "file"), tree)
+        abstract = load_abstract(tmp_path / "file")
+        assert [leaf.dtype for leaf in abstract] == [leaf.dtype for leaf in tree]
+
+
+def test_what_is_cast_is_as_weak_as_the_template(tmp_path: Path) -> None:
+    save_pytree({"w": jnp.asarray(3)}, tmp_path / "file")
+    template = {"w": jnp.zeros((), jnp.float32)}
+    found = load_into_pytree(template, tmp_path / "file", cast=True)
+    assert_same(found, {"w": jnp.float32(3)})
+    assert_same(found, set_weights(template, {"@w": jnp.asarray(3)}, cast=True))
+    assert_same(load_into_pytree({"w": jnp.int32(0)}, tmp_path / "file"), {"w": jnp.asarray(3)})
+
+
+@pytest.mark.parametrize("many", [1, 1100])
+def test_values_pass_whatever_jax_watches_for(many: int, tmp_path: Path) -> None:
+    weak = jax.lax.full_like(jnp.asarray(0.0), np.float32("nan"))
+    tree = [*[np.full(2, np.nan, np.float32)] * many, weak, jax.random.key(0)]
+    save_pytree(tree, tmp_path / "file")
+    expected = load_pytree(tmp_path / "file")
+    template = jax.tree_util.tree_map(lambda leaf: struct(leaf.shape, leaf.dtype), expected)
+    with jax.debug_nans(True), jax.debug_infs(True), jax.transfer_guard("disallow"):
+        found = load_pytree(tmp_path / "file")
+        with jax.disable_jit():
+            into = load_into_pytree(template, tmp_path / "file")
+    assert_same(found, expected)
+    assert_same(into, expected)
+
+
+def test_a_guard_against_transfers_is_forgotten(tmp_path: Path) -> None:
+    save_pytree({"w": np.zeros(3, ml_dtypes.bfloat16)}, tmp_path / "file")
+    spec._holds.cache_clear()
+    with jax.transfer_guard("disallow_explicit"), suppress(Exception):
+        load_pytree(tmp_path / "file")
+    assert isinstance(load_pytree(tmp_path / "file")["w"], jax.Array)
+
+
+def deleted() -> jax.Array:
+    array = jnp.zeros(2)
+    array.delete()
+    return array
+
+
+@pytest.mark.parametrize("value", [struct((2,), np.float32), deleted(), None, [1, 2], print])
+@pytest.mark.parametrize("leaf", [struct((2,), np.float32), np.zeros(2, np.float32), 1.5])
+def test_what_has_no_values_fits_nothing(leaf: Any, value: Any) -> None:
+    with pytest.raises(WeightsMismatchError) as caught:
+        set_weights({"a": leaf, "b": 1}, {"@a": value, "@b": 2})
+    assert caught.value.mismatched == (
+        "'@a': what is given for it is no array, or one without values",
+    )
+
+
+def test_a_traced_value_becomes_nothing_but_an_array_of_jax() -> None:
+    template = {
+        "array": np.zeros(4, np.float32),
+        "scalar": np.float32(0),
+        "python": 1.5,
+        "foreign": struct((4,), np.float64),
+        "jax": jnp.zeros(4),
+    }
+    values = {f"x.{name}": jnp.ones(np.shape(leaf)) for name, leaf in template.items()}
+
+    def traced(values: Any, **options: Any) -> Any:
+        rename = {f"@{name}": f"x.{name}" for name in template}
+        return set_weights(template, values, rename=rename, cast=True, **options)
+
+    with pytest.raises(WeightsMismatchError) as caught:
+        jax.jit(traced)(values)
+    assert caught.value.mismatched == tuple(
+        f"'@{name}': what is given for it is traced, and can only become an array that JAX holds here"
+        for name in ("array", "foreign", "python", "scalar")
+    )
+    del template["foreign"], values["x.foreign"]  # which is abstract, so it cannot be kept
+    found: list[Any] = []
+    jax.jit(lambda values: found.append(traced(values, strict=False)))(values)
+    assert found[0]["array"] is template["array"]
+    assert isinstance(found[0]["jax"], jax.core.Tracer)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize(
+    "dtype", [np.longdouble, object, "U3", "M8[s]", [("a", np.float32)], jax.dtypes.float0]
+)
+def test_nothing_fits_a_dtype_that_no_file_holds(dtype: Any, strict: bool, tmp_path: Path) -> None:
+    save_pytree({"a": np.zeros(2, np.float32), "b": 1}, tmp_path / "file")
+    leaf = struct((2,), np.dtype(dtype))
+    with pytest.raises(WeightsMismatchError) as caught:
+        load_into_pytree({"a": leaf, "b": 0}, tmp_path / "file", cast=True, strict=strict)
+    assert [line.split(":")[0] for line in caught.value.mismatched] == ["'@a'"]
+    with pytest.raises(WeightsMismatchError) as caught:
+        load_into_pytree({"a": 0.0, "b": 0, "c": leaf}, tmp_path / "file", strict=strict)
+    assert caught.value.missing == ("@c",)
+
+
+def test_a_tree_without_data_takes_its_own_leaves(tmp_path: Path) -> None:
+    tree = {"f": print}
+    assert set_weights(tree, pytree2dict(tree)) == tree
+    with pytest.raises(WeightsMismatchError) as caught:
+        set_weights(tree, {"@f": np.zeros(1)})
+    assert caught.value.unexpected == ("@f",)
+
+
+def test_byte_order_is_no_part_of_a_template(tmp_path: Path) -> None:
+    values = np.arange(3, dtype=">f4")
+    save_pytree({"x": values}, tmp_path / "file")
+    template = {"x": struct(values.shape, values.dtype)}
+    for cast in (False, True):
+        found = load_into_pytree(template, tmp_path / "file", cast=cast)
+        assert_same(found, {"x": jnp.arange(3, dtype=np.float32)})
+        assert_same(set_weights(template, {"@x": values}, cast=cast), found)
+
+
+def test_nothing_at_a_prefix_is_all_missing(tmp_path: Path) -> None:
+    save_pytree({"params": {"w": 1}}, tmp_path / "file")
+    with pytest.raises(WeightsMismatchError) as caught:
+        load_into_pytree({"w": 1, "b": 2, "f": print}, tmp_path / "file", prefix="@param")
+    assert caught.value.missing == ("@b", "@w")
+
+
+def test_an_error_below_a_prefix_says_where(tmp_path: Path) -> None:
+    content = safetensors.numpy.save(
+        {"fc": np.zeros(1, np.int8), "fc.weight": np.zeros(1, np.int8)}
+    )
+    with pytest.raises(
+        TreeStructureError, match="the names in the BytesIO below 'fc' make no tree"
+    ):
+        load_pytree(io.BytesIO(content), prefix="fc")
+
+
+@pytest.mark.parametrize(
+    ("rename", "kind"),
+    [(lambda _: None, "NoneType"), (lambda _: ["@a"], "list"), ({"@a": "@a", "@b": 5}, "int")],
+)
+def test_rename_gives_strs(rename: Any, kind: str) -> None:
+    with pytest.raises(TypeError) as caught:
+        set_weights({"a": 1, "b": 2}, {"@a": 3, "@b": 4}, rename=rename)
+    where = "@b" if kind == "int" else "@a"
+    assert kind in str(caught.value)
+    assert where in str(caught.value) or "jaxtyping" in type(caught.value).__module__
+
+
+def test_a_mapping_that_renames_nothing_is_told() -> None:
+    template, found = {"a": 1, "b": 2}, {"x.a": 3, "x.b": 4}
+    with pytest.raises(WeightsMismatchError) as caught:
+        set_weights(template, found, rename={"x.a": "@a", "@b": "x.c"})
+    assert "    '@a'" in str(caught.value)
+    assert "    'x.c' (renamed from '@b') (nearest: 'x.b')" in str(caught.value)
+    assert "  rename= maps from key paths that the template lacks: 'x.a'" in str(caught.value)
+    assert caught.value.missing == ("@a", "@b")
+
+
+def test_what_cast_does_not_convert_is_told() -> None:
+    template = {"a": np.zeros(3, np.int32)}
+    for shape, told in ((3, True), (4, False)):
+        with pytest.raises(WeightsMismatchError) as caught:
+            set_weights(template, {"@a": np.zeros(shape, np.float32)}, cast=True)
+        assert ("which cast=True does not convert" in str(caught.value)) is told
+
+
+def test_skipping_leaves_out_no_array(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedLeafError, match="have values"):
+        save_pytree([struct((), np.int32), print], tmp_path / "file", unsupported="skip")
+
+    def save(x: Any) -> Any:
+        with pytest.raises(UnsupportedLeafError, match="a traced value"):
+            save_pytree([x, print], tmp_path / "file", unsupported="skip")
+        return x
+
+    jax.jit(save)(1.0)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_prefix_that_is_not_there_gets_the_nearest(tmp_path: Path) -> None:
+    save_pytree({"params": {"w": 1, "b": 2}, "opt": [3]}, tmp_path / "file")
+    for prefix, found in (("params", "@params"), ("@param@w", "@params@w"), ("@op", "@opt")):
+        with pytest.raises(WeightsMismatchError) as caught:
+            load_pytree(tmp_path / "file", prefix=prefix)
+        assert f"nothing at the prefix '{prefix}' (nearest: '{found}')" in str(caught.value)
+
+
+def test_the_nearest_names_are_looked_for_among_so_many_characters() -> None:
+    names = ["a" * 30_000, "b" * 10_000, "c"]
+    assert matching._up_to(40_000, names) == names[:2]
+
+
+def enable_x64(enabled: bool) -> Any:
+    experimental: Any = jax.experimental
+    return (jax if hasattr(jax, "enable_x64") else experimental).enable_x64(enabled)
+
+
+# --- verbose, the third argument of 0.1.4 -----------------------------------------------------
+
+
+def test_verbose_tells_what_was_left(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    template = {"a": 0, "b": np.zeros(2), "c": 1}
+    stored = {"@a": 5, "@b": np.zeros(3), "@d": 2}
+    found = set_weights(template, stored, True, strict=False)
+    assert (found["a"], found["c"]) == (5, 1)
+    expected = (
+        "the dictionary does not fit the template: 1 missing, 1 unexpected, 1 mismatched\n"
+        "  missing (the template has them):\n"
+        "    '@c'\n"
+        "  unexpected (the template has no place for them):\n"
+        "    '@d'\n"
+        "  mismatched:\n"
+        "    '@b': the template has float64[2], and stored is float64[3]\n"
+    )
+    assert capfd.readouterr() == ("", expected)
+    save_pytree({"a": 5, "d": 2}, tmp_path / "file")
+    load_into_pytree({"a": 0}, tmp_path / "file", verbose=True, strict=False)
+    assert capfd.readouterr().err.endswith("place for them):\n    '@d'\n")
+
+
+def test_verbose_says_nothing_where_all_fits(capfd: pytest.CaptureFixture[str]) -> None:
+    assert set_weights({"a": 0}, {"@a": 5}, verbose=True) == {"a": 5}
+    with pytest.raises(WeightsMismatchError):  # which says it all
+        set_weights({"a": 0}, {"@a": 5, "@b": 6}, verbose=True)
+    set_weights({"a": 0}, {"@a": 5, "@b": 6}, strict=False)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_what_a_cast_loses_is_no_warning(tmp_path: Path) -> None:
+    tree = {"a": np.array([1e9, np.nan, -1e-9], np.float32)}
+    save_pytree(tree, tmp_path / "file")
+    for template in ({"a": np.zeros(3, np.float16)}, {"a": jnp.zeros(3, jnp.float16)}):
+        found = load_into_pytree(template, tmp_path / "file", cast=True)
+        assert np.isinf(found["a"][0])
+        assert_same(set_weights(template, pytree2dict(tree), cast=True), found)
+
+
+@pytest.mark.skipif(not hasattr(jax, "new_ref"), reason="this JAX has no references")
+@pytest.mark.parametrize("unsupported", ["raise", "skip"])
+def test_no_reference_to_an_array_is_left_out(unsupported: Any) -> None:
+    tree = {"a": getattr(jax, "new_ref", None)(jnp.ones(3)), "f": print}  # type: ignore[misc] # an older JAX has none
+    with pytest.raises(UnsupportedLeafError, match="of a reference what it holds") as caught:
+        save_pytree(tree, io.BytesIO(), unsupported=unsupported)
+    assert "skip" not in str(caught.value)
+
+
+@pytest.mark.skipif(not hasattr(jax, "new_ref"), reason="this JAX has no references")
+def test_a_reference_in_a_template_is_no_data(tmp_path: Path) -> None:
+    template = {"a": getattr(jax, "new_ref", None)(jnp.ones(3)), "b": 1}  # type: ignore[misc] # an older JAX has none
+    save_pytree({"b": 2}, tmp_path / "file")
+    found = load_into_pytree(template, tmp_path / "file")
+    assert found["a"] is template["a"]
+    assert found["b"] == 2
+    save_pytree({"a": jnp.zeros(3), "b": 2}, tmp_path / "file")
+    with pytest.raises(WeightsMismatchError) as caught:
+        load_into_pytree(template, tmp_path / "file")
+    assert caught.value.unexpected == ("@a",)
+
+
+def test_keys_are_saved_while_others_are_traced() -> None:
+    keys = {"one": jax.random.key(0), "many": jax.random.split(jax.random.key(1), 2000)}
+    expected, found = io.BytesIO(), io.BytesIO()
+    save_pytree(keys, expected)
+
+    @jax.jit
+    def traced(x: jax.Array) -> jax.Array:
+        save_pytree(keys, found)
+        return x
+
+    traced(jnp.ones(1))
+    assert found.getvalue() == expected.getvalue()
+
+
+def test_nothing_but_skip_leaves_leaves_out() -> None:
+    unchecked: Any = inspect.unwrap(
+        save_contents.collect
+    )  # as where the runtime type checks are off
+    with pytest.raises(UnsupportedLeafError):
+        unchecked({"a": 1, "b": print}, {}, "ignore")

@@ -1,0 +1,104 @@
+"""The project's files agree with one another: versions, environments, commands."""
+
+import configparser
+import re
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has no TOML parser")
+
+
+def pyproject() -> dict[str, Any]:
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        parsed: dict[str, Any] = tomllib.load(file)
+    return parsed
+
+
+def tox() -> configparser.ConfigParser:
+    parser = configparser.ConfigParser(interpolation=None, comment_prefixes=("#",))
+    parser.read(ROOT / "tox.ini", encoding="utf-8")
+    return parser
+
+
+def words(text: str) -> set[str]:
+    return set(re.split(r"[\s,]+", text.strip()))
+
+
+def label(name: str) -> set[str]:
+    lines = dict(line.split("=", 1) for line in tox()["tox"]["labels"].strip().splitlines())
+    return words({key.strip(): value for key, value in lines.items()}[name])
+
+
+def floors() -> dict[str, str]:
+    project = pyproject()["project"]
+    extras = [line for lines in project["optional-dependencies"].values() for line in lines]
+    return dict(line.split(">=") for line in project["dependencies"] + extras)
+
+
+def test_the_readme_gives_the_command_that_ci_runs() -> None:
+    *_, command = (ROOT / ".ci" / "run").read_text("utf-8").splitlines()
+    assert f"\n```sh\n{command}\n```\n" in (ROOT / "README.md").read_text("utf-8")
+
+
+def test_the_oldest_environment_installs_the_declared_floors() -> None:
+    pinned = dict(re.findall(r"oldest: (\S+)==(\S+)", tox()["testenv"]["deps"]))
+    for name, floor in floors().items():
+        assert pinned[name].removesuffix(".0") == floor.removesuffix(".0")
+
+
+def test_each_jax_minor_has_its_line_and_its_place_in_the_label() -> None:
+    lines = re.findall(r"(jax[\d.]+): jax==(\S+)", tox()["testenv"]["deps"])
+    assert all(pin.removesuffix(".*") == factor.removeprefix("jax") for factor, pin in lines)
+    assert {env.split("-")[1] for env in label("jax")} == {factor for factor, _ in lines}
+    assert f"py-jax{floors()['jax']}" in label("jax")
+
+
+def test_the_classifiers_name_the_pythons_that_tox_runs() -> None:
+    prefix = "Programming Language :: Python :: 3."
+    named = [line for line in pyproject()["project"]["classifiers"] if line.startswith(prefix)]
+    assert {f"py3{line.removeprefix(prefix)}" for line in named} == label("python")
+    assert pyproject()["project"]["requires-python"] == ">=3.10"
+    assert "py310" in label("python")
+
+
+def test_the_workflow_runs_every_environment() -> None:
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text("utf-8")
+    listed = re.findall(r"^ {10}- ([\w.-]+)$|env: (py[\w.-]+) ", workflow, re.MULTILINE)
+    assert {name for names in listed for name in names if name} == (
+        label("jax") | label("python") | label("rest")
+    )
+    assert "- run: .ci/run\n" in workflow
+
+
+def test_what_is_installed_is_this_version() -> None:
+    try:
+        installed = version("pytree2safetensors")
+    except PackageNotFoundError:
+        pytest.skip("runs from the source folder, without an installation")
+    source = (ROOT / "src" / "pytree2safetensors" / "_version.py").read_text("utf-8")
+    assert f'__version__ = "{installed}"\n' in source
+
+
+def test_this_python_is_supported() -> None:
+    assert f"py3{sys.version_info.minor}" in label("python")
+
+
+def test_an_import_brings_the_dependencies_and_nothing_else() -> None:
+    script = """
+import sys
+import beartype, jax, jaxtyping, safetensors.flax
+before = {name.split(".")[0] for name in sys.modules}
+import pytree2safetensors
+after = {name.split(".")[0] for name in sys.modules}
+print(*sorted(after - before - sys.stdlib_module_names))
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    # What jaxtyping, old or new, depends on and imports once there is something to check.
+    own = {"wadler_lindig", "typeguard", "typing_extensions"}
+    assert {*run.stdout.split()} - own == {"pytree2safetensors"}

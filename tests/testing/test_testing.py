@@ -1,0 +1,623 @@
+"""The strategies reach what they promise, shrink well and print briefly; the check fails where it must."""
+
+import subprocess
+import sys
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, Phase, example, find, given, settings
+from hypothesis import strategies as st
+from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
+
+import pytree2safetensors
+from oracle import assert_same, identity, jax_holds
+from pytree2safetensors import (
+    KeyPathError,
+    PyTreeContainer,
+    UnkeyedContainer,
+    UnsupportedLeafError,
+    keypath2string,
+    pytree2dict,
+    string2keypath,
+    testing,
+)
+from pytree2safetensors._tree.keypath import item_key
+from pytree2safetensors.testing import (
+    NODES,
+    Keyed,
+    Nothing,
+    Pair,
+    Record,
+    Unkeyed,
+    arrays,
+    assert_round_trips,
+    keypaths,
+    keys,
+    leaves,
+    pytrees,
+)
+
+quiet = settings(
+    database=None, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck)
+)
+
+
+def generated(strategy: st.SearchStrategy[Any], count: int) -> list[Any]:
+    """What a strategy generates, again the same each time."""
+    found: list[Any] = []
+
+    @settings(quiet, max_examples=count, phases=[Phase.generate])
+    @given(strategy)
+    def collect(value: Any) -> None:
+        found.append(value)
+
+    collect()
+    return found
+
+
+# The tests that use one of these are an xdist_group: one process generates for all of them.
+
+
+@pytest.fixture(scope="module")
+def some_keys() -> list[Any]:
+    return generated(keys(), 5000)
+
+
+@pytest.fixture(scope="module")
+def some_arrays() -> list[Any]:
+    return generated(arrays(), 5000)
+
+
+@pytest.fixture(scope="module")
+def some_leaves() -> list[Any]:
+    return generated(leaves(), 5000)
+
+
+@pytest.fixture(scope="module")
+def some_trees() -> list[Any]:
+    return generated(pytrees(st.just(0)), 3000)
+
+
+# --- what is reached --------------------------------------------------------------------------
+
+
+def has_marker(marker: str) -> Callable[[Any], bool]:
+    return lambda key: marker in text_of(key)
+
+
+KEYS: dict[str, Callable[[Any], bool]] = {
+    "attribute": lambda key: type(key) is GetAttrKey,
+    "index": lambda key: type(key) is SequenceKey and key.idx > 0,
+    "the largest index": lambda key: type(key) is SequenceKey and key.idx > 2**30,
+    "index without a key": lambda key: type(key) is FlattenedIndexKey,
+    "the reserved name": lambda key: key == GetAttrKey("__metadata__"),
+    "an empty name": lambda key: key == GetAttrKey(""),
+    "None": lambda key: key == item_key(None),
+    "bool": lambda key: type(value_of(key)) is bool,
+    "int": lambda key: type(value_of(key)) is int and value_of(key) < 0,
+    "an int of 4,300 digits": lambda key: value_of(key) == 10**4300 - 1,
+    "float": lambda key: type(value_of(key)) is float and value_of(key) != 0,
+    "-0.0": lambda key: repr(value_of(key)) == "-0.0",
+    "bytes": lambda key: type(value_of(key)) is bytes and len(value_of(key)) > 1,
+    "a tuple in a tuple": lambda key: any(isinstance(item, tuple) for item in items_of(key)),
+    "a text in a tuple": lambda key: any(isinstance(item, str) for item in items_of(key)),
+    "a long text": lambda key: len(text_of(key)) > 4096,
+    "not ASCII": lambda key: not text_of(key).isascii(),
+    "beyond 16 bits": lambda key: max(text_of(key), default="") > "\uffff",
+    "NUL": lambda key: "\0" in text_of(key),
+    "a backslash at the end": lambda key: text_of(key).endswith("\\"),
+    "like a literal": lambda key: text_of(key).startswith("\\("),
+    **{f"marker {marker}": has_marker(marker) for marker in ".@#\\"},
+}
+
+
+def value_of(key: Any) -> Any:
+    return key.key if type(key) is DictKey else "no dict key"
+
+
+def items_of(key: Any) -> tuple[Any, ...]:
+    return value_of(key) if type(value_of(key)) is tuple else ()
+
+
+def text_of(key: Any) -> str:
+    return value_of(key) if type(value_of(key)) is str else ""
+
+
+@pytest.mark.xdist_group("keys")
+@pytest.mark.parametrize("condition", KEYS.values(), ids=KEYS.keys())
+def test_keys_reach(some_keys: list[Any], condition: Callable[[Any], bool]) -> None:
+    assert any(map(condition, some_keys))
+
+
+@given(keypaths(min_size=1, max_size=3))
+def test_key_paths_keep_to_their_sizes_and_can_be_spelled(path: Any) -> None:
+    assert 1 <= len(path) <= 3
+    keypath2string(path)
+
+
+def storable_dtypes() -> dict[str, np.dtype[Any]]:
+    """Every numeric dtype of NumPy and of ml_dtypes but what no file holds."""
+    own = {np.dtype(code) for code in np.typecodes["All"]}
+    others = {
+        np.dtype(kind)
+        for kind in vars(ml_dtypes).values()
+        if isinstance(kind, type) and issubclass(kind, np.generic)
+    }
+    found = {dtype.name: dtype for dtype in own | others if dtype.kind not in "OSUVMmgG"}
+    found |= {dtype.name: dtype for dtype in others}
+    for name in ("float128", "complex256", "longdouble", "clongdouble", "complex32", "bcomplex32"):
+        found.pop(name, None)
+    return found
+
+
+def test_the_dtypes_are_all_there_are() -> None:
+    assert {dtype.name for dtype in testing._DTYPES} == storable_dtypes().keys()
+    assert len(testing._DTYPES) == len({*testing._DTYPES})
+
+
+@pytest.mark.xdist_group("arrays")
+@pytest.mark.parametrize("dtype", testing._DTYPES, ids=str)
+def test_arrays_reach_every_dtype(some_arrays: list[Any], dtype: np.dtype[Any]) -> None:
+    found = [leaf for leaf in some_arrays if leaf.dtype == dtype]
+    assert any(isinstance(leaf, np.ndarray) for leaf in found)
+    assert any(isinstance(leaf, jax.Array) for leaf in found) == jax_holds(dtype)
+
+
+def all_bits(name: str) -> set[int]:
+    dtype = np.dtype(getattr(ml_dtypes, name))
+    width = 8 if name.startswith("float8") else int(name.partition("_")[0].lstrip("uintfloa"))
+    return set(range(2 ** min(8 * dtype.itemsize, width)))
+
+
+@pytest.mark.parametrize(
+    "name", [dtype.name for dtype in testing._DTYPES if dtype.itemsize == 1 and dtype.num > 255]
+)
+def test_arrays_reach_every_value_of_a_byte_and_no_other(name: str) -> None:
+    strategy = arrays(st.just(getattr(ml_dtypes, name)), shapes=st.just((32,)))
+    found = {value for leaf in generated(strategy, 500) for value in identity(np.asarray(leaf))[4]}
+    assert found == all_bits(name)
+
+
+FLOATS: dict[str, Callable[[Any], bool]] = {
+    "a quiet NaN with a payload": lambda bits: bits & 0x7FC00000 == 0x7FC00000 and bits & 0x3FFFFF,
+    "a signalling NaN": lambda bits: bits & 0x7FC00000 == 0x7F800000 and bits & 0x3FFFFF,
+    "a negative NaN": lambda bits: bits > 0xFF800000,
+    "-0.0": lambda bits: bits == 0x80000000,
+    "a subnormal": lambda bits: 0 < bits & 0x7FFFFFFF < 0x800000,
+}
+
+
+@pytest.mark.parametrize("condition", FLOATS.values(), ids=FLOATS.keys())
+def test_arrays_reach_the_edges_of_floats(condition: Callable[[Any], bool]) -> None:
+    found = generated(arrays(st.just("float32"), shapes=st.just((8,))), 100)
+    words = [np.asarray(leaf).astype("<f4", copy=False).tobytes() for leaf in found]
+    assert any(condition(int(word)) for word in np.frombuffer(b"".join(words), "<u4"))
+
+
+LAYOUTS: dict[str, Callable[[Any], bool]] = {
+    "0-d": lambda leaf: leaf.shape == (),
+    "zero-size": lambda leaf: leaf.size == 0 and leaf.ndim > 1,
+    "four axes": lambda leaf: leaf.ndim == 4 and leaf.size > 0,
+    "Fortran": lambda leaf: leaf.flags.f_contiguous and not leaf.flags.c_contiguous,
+    "transposed": lambda leaf: leaf.base is not None and not leaf.flags.c_contiguous,
+    "negative stride": lambda leaf: leaf.size > 1 and min(leaf.strides) < 0,
+    "strided": lambda leaf: leaf.size > 1 and leaf.strides[-1] == 2 * leaf.itemsize,
+    "broadcast": lambda leaf: leaf.size > 1 and 0 in leaf.strides,
+    "read-only": lambda leaf: not leaf.flags.writeable and leaf.flags.c_contiguous,
+    "writable": lambda leaf: leaf.flags.writeable,
+    "unaligned": lambda leaf: not leaf.flags.aligned,
+    "big-endian": lambda leaf: not leaf.dtype.isnative,
+    "scalar": lambda leaf: isinstance(leaf, np.generic),
+}
+
+
+@pytest.mark.xdist_group("arrays")
+@pytest.mark.parametrize("condition", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_arrays_reach_every_layout(
+    some_arrays: list[Any], condition: Callable[[Any], bool]
+) -> None:
+    found = [leaf for leaf in some_arrays if isinstance(leaf, np.ndarray | np.generic)]
+    assert any(map(condition, found))
+
+
+@given(arrays())
+def test_arrays_of_64_bits_are_numpys(leaf: Any) -> None:
+    if not jax_holds(leaf.dtype):
+        assert isinstance(leaf, np.ndarray | np.generic)
+
+
+def is_key_of(impl: str, shape: tuple[int, ...]) -> Callable[[Any], bool]:
+    dtype = jax.random.key(0, impl=impl).dtype
+    return lambda leaf: is_key(leaf) and leaf.shape == shape and leaf.dtype == dtype
+
+
+LEAVES: dict[str, Callable[[Any], bool]] = {
+    "int": lambda leaf: type(leaf) is int and leaf < 0,
+    "int beyond 64 bits": lambda leaf: type(leaf) is int and abs(leaf) > 2**64,
+    "2**63": lambda leaf: type(leaf) is int and leaf == 2**63,
+    "-(2**63)": lambda leaf: type(leaf) is int and leaf == -(2**63),
+    "float": lambda leaf: type(leaf) is float and leaf > 0,
+    "NaN": lambda leaf: type(leaf) is float and leaf != leaf,
+    "-0.0": lambda leaf: type(leaf) is float and repr(leaf) == "-0.0",
+    "bool": lambda leaf: leaf is True,
+    "complex": lambda leaf: type(leaf) is complex and leaf.imag > 0,
+    "str": lambda leaf: type(leaf) is str and len(leaf) > 3,
+    "weak int": lambda leaf: is_weak(leaf) and leaf.dtype == np.int32,
+    "weak float": lambda leaf: is_weak(leaf) and leaf.dtype == np.float32,
+    "weak complex": lambda leaf: is_weak(leaf) and leaf.dtype == np.complex64,
+    "weak NaN": lambda leaf: is_weak(leaf) and leaf.dtype == np.float32 and bool(leaf != leaf),
+    "array": lambda leaf: isinstance(leaf, np.ndarray),
+    "jax.Array": lambda leaf: isinstance(leaf, jax.Array) and leaf.ndim > 1 and not is_key(leaf),
+    **{
+        f"{impl} {shape}": is_key_of(impl, shape)
+        for impl in ("threefry2x32", "rbg", "unsafe_rbg")
+        for shape in ((), (2,), (0,), (1, 2))
+    },
+}
+
+
+def is_key(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and identity(leaf)[0] == "key"
+
+
+def is_weak(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and not is_key(leaf) and bool(leaf.weak_type)
+
+
+@pytest.mark.xdist_group("leaves")
+@pytest.mark.parametrize("condition", LEAVES.values(), ids=LEAVES.keys())
+def test_leaves_reach(some_leaves: list[Any], condition: Callable[[Any], bool]) -> None:
+    assert any(map(condition, some_leaves))
+
+
+def nodes_of(tree: Any) -> list[Any]:
+    """A tree and all that is in it."""
+    found, pending = [], [tree]
+    while pending:
+        node = pending.pop()
+        found.append(node)
+        if not jax.tree_util.all_leaves([node]):
+            pending += children_of(node)
+    return found
+
+
+def children_of(node: Any) -> list[Any]:
+    def is_child(part: Any) -> bool:
+        return part is not node
+
+    return jax.tree_util.tree_leaves(node, is_leaf=is_child)
+
+
+def has(kind: type, condition: Callable[[Any], bool] = bool) -> Callable[[Any], bool]:
+    return lambda tree: any(type(node) is kind and condition(node) for node in nodes_of(tree))
+
+
+def within(kind: type, other: type) -> Callable[[Any], bool]:
+    """Whether a tree has a node of one kind directly below one of another."""
+    return has(kind, lambda node: any(type(child) is other for child in children_of(node)))
+
+
+TREES: dict[str, Callable[[Any], bool]] = {
+    "a leaf alone": lambda tree: tree == 0,
+    "None alone": lambda tree: tree is None,
+    "dict": has(dict),
+    "dict, empty": has(dict, lambda node: not node),
+    "dict with ints": has(dict, lambda node: len(node) > 1 and {*map(type, node)} == {int}),
+    "dict with bytes": has(dict, lambda node: len(node) > 1 and {*map(type, node)} == {bytes}),
+    "dict with tuples": has(dict, lambda node: len(node) > 1 and {*map(type, node)} == {tuple}),
+    "dict with None": has(dict, lambda node: None in node),
+    "dict with ints and floats": has(dict, lambda node: {int, float} <= {*map(type, node)}),
+    "OrderedDict": has(OrderedDict),
+    "OrderedDict, empty": has(OrderedDict, lambda node: not node),
+    "OrderedDict, unsorted": has(
+        OrderedDict,
+        lambda node: {*map(type, node)} == {str} and [*node] != sorted(node),
+    ),
+    "OrderedDict, unsortable": has(OrderedDict, lambda node: {str, int} <= {*map(type, node)}),
+    "defaultdict": has(defaultdict),
+    "list": has(list),
+    "list, empty": has(list, lambda node: not node),
+    "tuple": has(tuple),
+    "tuple, empty": has(tuple, lambda node: not node),
+    "namedtuple": has(Pair),
+    "namedtuple, empty": has(Nothing, lambda _: True),
+    "dataclass": has(Record, lambda _: True),
+    "class with keys": has(Keyed, lambda node: bool(node.children)),
+    "class with keys of two kinds": has(
+        Keyed, lambda node: {*"@."} <= {segment[0] for segment in node.children}
+    ),
+    "class without keys": has(Unkeyed, lambda node: bool(node.children)),
+    "PyTreeContainer": has(PyTreeContainer, lambda node: bool([*node])),
+    "PyTreeContainer, empty": has(PyTreeContainer, lambda node: not [*node]),
+    "UnkeyedContainer": has(UnkeyedContainer, lambda node: len(node) > 0),
+    "UnkeyedContainer, empty": has(UnkeyedContainer, lambda node: len(node) == 0),
+    "a list in a list": within(list, list),
+    "a tuple in a dict": within(dict, tuple),
+    "a container in a dataclass": within(Record, PyTreeContainer),
+    "a node without keys in one with them": within(Keyed, Unkeyed),
+    "deep": lambda tree: any(path.count("#") > 3 for path in pytree2dict(tree)),
+}
+
+
+@pytest.mark.xdist_group("trees")
+@pytest.mark.parametrize("condition", TREES.values(), ids=TREES.keys())
+def test_pytrees_reach(some_trees: list[Any], condition: Callable[[Any], bool]) -> None:
+    assert any(map(condition, some_trees))
+
+
+@pytest.mark.parametrize("kind", NODES, ids=lambda kind: kind.__name__)
+def test_pytrees_of_one_kind_of_node(kind: type) -> None:
+    found = generated(pytrees(st.just(0), nodes=[kind]), 100)
+    assert any(type(tree) is kind for tree in found)
+    assert {type(node) for tree in found for node in nodes_of(tree)} == {kind, int}
+
+
+@given(pytrees(st.just(0), nodes=(dict, list), min_size=1, max_depth=2))
+def test_pytrees_keep_to_their_sizes(tree: Any) -> None:
+    for name in pytree2dict(tree):
+        assert len(string2keypath(name)) <= 2
+    for node in nodes_of(tree):
+        assert type(node) in {dict, list, int}
+        assert type(node) is int or len(node) >= 1
+
+
+def test_pytrees_of_unknown_nodes() -> None:
+    with pytest.raises(ValueError, match="nodes are some of NODES, and these are not"):
+        pytrees(nodes=[set])
+
+
+@given(pytrees())
+def test_every_tree_has_key_paths(tree: Any) -> None:
+    assert len(pytree2dict(tree)) == len(jax.tree_util.tree_leaves(tree))
+
+
+# --- shrinking and printing -------------------------------------------------------------------
+
+# What is found, and how many characters it may print. Releases of Hypothesis shrink differently well.
+SHRUNK: dict[str, tuple[st.SearchStrategy[Any], Callable[[Any], bool], int]] = {
+    "a key": (keys(), lambda key: True, 20),
+    "a path": (keypaths(), lambda path: True, 2),
+    "two keys": (keypaths(), lambda path: len(path) >= 2, 60),
+    "a marker": (keys(), lambda key: "#" in text_of(key), 20),
+    "an array": (arrays(), lambda leaf: True, 40),
+    "bfloat16": (arrays(), lambda leaf: leaf.dtype == ml_dtypes.bfloat16, 40),
+    "an axis": (arrays(), lambda leaf: leaf.ndim > 0 and leaf.size > 0, 40),
+    "a leaf": (leaves(), lambda leaf: True, 40),
+    "a str": (leaves(), lambda leaf: type(leaf) is str and leaf != "", 3),
+    "a key array": (leaves(), is_key, 60),
+    "a tree": (pytrees(), lambda tree: True, 40),
+    "a list": (pytrees(st.just(0)), lambda tree: type(tree) is list and tree != [], 5),
+    "a tuple in a list": (pytrees(st.just(0)), within(list, tuple), 30),
+}
+
+
+@pytest.mark.parametrize(("strategy", "condition", "length"), SHRUNK.values(), ids=SHRUNK.keys())
+def test_shrinks_well(
+    strategy: st.SearchStrategy[Any], condition: Callable[[Any], bool], length: int
+) -> None:
+    found = find(strategy, condition, settings=settings(quiet, max_examples=5000))
+    assert len(repr(found)) <= length
+
+
+@pytest.mark.parametrize(
+    "strategy", [keys(), keypaths(), arrays(), leaves(), pytrees()], ids=lambda value: ""
+)
+def test_prints_briefly(strategy: st.SearchStrategy[Any]) -> None:
+    lengths = sorted(len(repr(value)) for value in generated(strategy, 200))
+    # Of half of them. Hypothesis 6.100, the oldest here, draws larger trees.
+    assert lengths[100] < (200 if hypothesis.__version_info__ > (6, 100, 9) else 500)
+    assert len(repr(strategy)) < 3000
+
+
+def test_trees_of_own_nodes_print_as_they_are_built() -> None:
+    assert repr(Keyed({"@a": 1})) == "Keyed({'@a': 1})"
+    assert repr(Unkeyed([1])) == "Unkeyed([1])"
+    assert repr(Pair(1, 2)) == "Pair(first=1, second=2)"
+    assert repr(Record(1, 2)) == "Record(weight=1, bias=2, name='record')"
+
+
+# --- assert_round_trips -----------------------------------------------------------------------
+
+
+@settings(max_examples=settings().max_examples // 2)
+@given(pytrees())
+@example(Keyed({".a": Keyed({".": None}), "@": 0}))
+@example(Keyed({".": None, "@": {}}))
+def test_every_tree_round_trips(tree: Any) -> None:
+    assert_round_trips(tree)
+
+
+def test_the_tree_is_as_it_was() -> None:
+    tree = {"a": np.arange(3), "b": [None, 1.5]}
+    before = jax.tree_util.tree_map(lambda leaf: leaf, tree)
+    assert assert_round_trips(tree) is None  # type: ignore[func-returns-value] # what is tested
+    assert_same(tree, before)
+
+
+TREE: dict[str, Any] = {
+    "array": np.array([1.0, 2.0], np.float32),
+    "jax": jnp.array([[1, 2]], jnp.int32),
+    "key": jax.random.key(1),
+    "weak": jnp.asarray(1.0),
+    "int": 3,
+    "float": 0.0,
+    "complex": complex(0.0, 0.0),
+    "str": "text",
+    "list": [1, ()],
+}
+
+WRONG: list[tuple[str, Any, str]] = [
+    ("array", np.array([1.0, 3.0], np.float32), "its bits differ: "),
+    ("array", np.array([1.0, 2.0], np.float64), "its dtype was float32, and is float64"),
+    ("array", np.array([[1.0, 2.0]], np.float32), "its shape was (2,), and is (1, 2)"),
+    ("array", np.array([1.0], np.float32), "its shape was (2,), and is (1,)"),
+    ("array", 1.0, "it was an array, and is of type float"),
+    ("jax", jnp.array([[1, 2]], jnp.uint32), "its dtype was int32, and is uint32"),
+    ("key", jax.random.key(2), "its bits differ: "),
+    ("key", jax.random.key(1, impl="rbg"), "its dtype was key<fry>, and is key<rbg>"),
+    ("weak", jnp.ones((), jnp.float32), "it was weakly typed"),
+    ("int", 4, "it was 3, and is 4"),
+    ("int", 3.0, "it was of type int, and is of type float"),
+    ("int", True, "it was of type int, and is of type bool"),
+    ("int", np.int64(3), "it was of type int, and is of type "),
+    ("float", -0.0, "it was 0.0, and is -0.0"),
+    ("complex", complex(0.0, -0.0), "it was 0j, and is -0j"),
+    ("str", "texts", "it was 'text', and is 'texts'"),
+    ("list", (1, ()), "it was the node 'PyTreeDef([*, *])', and is 'PyTreeDef((*, *))'"),
+    ("list", [1, []], "it was the node 'PyTreeDef(())', and is 'PyTreeDef([])'"),
+    ("list", [1, None], "it was the node 'PyTreeDef(())', and is 'PyTreeDef(None)'"),
+    ("list", [1], "it was the node 'PyTreeDef([*, *])', and is 'PyTreeDef([*])'"),
+]
+
+
+@pytest.mark.parametrize("how", ["load_pytree", "load_into_pytree"])
+@pytest.mark.parametrize(("name", "value", "difference"), WRONG, ids=range(len(WRONG)))
+def test_fails_for_a_wrong_round_trip(
+    monkeypatch: pytest.MonkeyPatch, how: str, name: str, value: Any, difference: str
+) -> None:
+    wrong = {**TREE, name: value}
+    monkeypatch.setattr(testing, how, lambda *_: wrong)
+    with pytest.raises(AssertionError) as caught:
+        assert_round_trips(TREE)
+    place = f"'@{name}" + ("#1" if "()" in difference else "") + "'"
+    message = str(caught.value)
+    way = "without a template" if how == "load_pytree" else "into a template"
+    assert message.startswith(f"loaded {way}, {place} is not what it was: ")
+    if "type " not in difference or how == "load_pytree":
+        assert difference in message
+
+
+def test_a_template_asks_for_the_kind_of_array(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = {**TREE, "array": jnp.array([1.0, 2.0], jnp.float32)}
+    monkeypatch.setattr(testing, "load_pytree", lambda *_: wrong)
+    assert_round_trips(TREE)  # without a template, that is what comes back
+    monkeypatch.setattr(testing, "load_into_pytree", lambda *_: wrong)
+    with pytest.raises(AssertionError, match="'@array' is not what it was: it was a ndarray"):
+        assert_round_trips(TREE)
+
+
+def test_a_load_that_keeps_the_template_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(testing, "load_into_pytree", lambda template, path: template)
+    with pytest.raises(AssertionError, match="loaded into a template, '"):
+        assert_round_trips(TREE)
+
+
+@pytest.mark.parametrize(
+    ("rebuild", "difference"),
+    [
+        (lambda children: [child.astype(np.float16) for child in children], "float16[2]"),
+        (lambda children: [child.reshape(2, 1) for child in children], "float32[2,1]"),
+        (lambda children: children[:-1], "'@node#1' is gone"),
+        (lambda children: [*children, *children], "'@node#2' is new"),
+        (lambda _: [None, None], "'@node#0' is gone"),
+    ],
+)
+def test_nodes_that_are_rebuilt_as_others_are_told(
+    rebuild: Callable[[Any], Any], difference: str
+) -> None:
+    class Faulty(list[Any]):
+        pass
+
+    jax.tree_util.register_pytree_with_keys(
+        Faulty,
+        lambda node: ([(SequenceKey(i), child) for i, child in enumerate(node)], None),
+        lambda _, children: Faulty(rebuild(list(children))),
+    )
+    with pytest.raises(AssertionError) as caught:
+        assert_round_trips({"node": Faulty([np.ones(2, np.float32), np.zeros(2, np.float32)])})
+    message = str(caught.value)
+    assert message.startswith("the tree that its nodes unflatten to is another:\n")
+    assert difference in message
+    assert "strict" not in message
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        (lambda flat: {**flat, "third": 1}, "'third' is not what it was: there was none"),
+        (lambda flat: {"first": 1}, "'second' is not what it was: it is missing"),
+        (lambda flat: {**flat, "first": 7}, "'first' is not what it was: it was 1, and is 7"),
+    ],
+)
+def test_other_nodes_are_compared_by_name(
+    monkeypatch: pytest.MonkeyPatch, change: Callable[[Any], Any], difference: str
+) -> None:
+    assert_round_trips(Pair(1, 2))
+    wrong = PyTreeContainer(change({"first": 1, "second": 2}))
+    monkeypatch.setattr(testing, "load_pytree", lambda *_: wrong)
+    with pytest.raises(AssertionError) as caught:
+        assert_round_trips(Pair(1, 2))
+    assert str(caught.value) == f"loaded without a template, {difference}"
+
+
+def test_a_tree_of_plain_nodes_must_load_without_a_template(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(_: Any) -> Any:
+        raise pytree2safetensors.TreeStructureError("no")
+
+    monkeypatch.setattr(testing, "load_pytree", refuse)
+    assert_round_trips(Keyed({"@a": 1, ".a": 2}))
+    with pytest.raises(pytree2safetensors.TreeStructureError):
+        assert_round_trips({"a": 1})
+
+
+def test_what_cannot_be_saved_says_why() -> None:
+    with pytest.raises(UnsupportedLeafError, match="'@a': builtins"):
+        assert_round_trips({"a": len})
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class Repeating:
+    """A node that gives both children one key."""
+
+    def __init__(self, *children: Any) -> None:
+        self.children = children
+
+    def tree_flatten_with_keys(self) -> tuple[Any, None]:
+        return [(GetAttrKey("child"), child) for child in self.children], None
+
+    @classmethod
+    def tree_unflatten(cls, _: None, children: Any) -> "Repeating":
+        return cls(*children)
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class Forgetful(Repeating):
+    """A node that comes back without its last child."""
+
+    def tree_flatten_with_keys(self) -> tuple[Any, None]:
+        keyed = [(SequenceKey(index), child) for index, child in enumerate(self.children)]
+        return keyed, None
+
+    @classmethod
+    def tree_unflatten(cls, _: None, children: Any) -> "Forgetful":
+        return cls(*[*children][:-1])
+
+
+def test_nodes_of_other_libraries() -> None:
+    with pytest.raises(KeyPathError, match="two children of one node have the key path 'child'"):
+        assert_round_trips(Repeating(1, 2))
+    with pytest.raises((AssertionError, pytree2safetensors.Pytree2SafetensorsError)):
+        assert_round_trips(Forgetful(1, 2))
+
+
+def test_the_package_needs_no_hypothesis() -> None:
+    program = "import sys, pytree2safetensors; print('hypothesis' in sys.modules)"
+    run = subprocess.run(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, check=True, text=True
+    )
+    assert run.stdout == "False\n"
+    program = "import sys; sys.modules['hypothesis'] = None; import pytree2safetensors"
+    subprocess.run([sys.executable, "-c", program], check=True)
+    failed = subprocess.run(
+        [sys.executable, "-c", f"{program}.testing"], capture_output=True, check=False, text=True
+    )
+    assert "install pytree2safetensors[testing]" in failed.stderr
