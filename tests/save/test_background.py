@@ -93,6 +93,39 @@ def test_two_saves_to_one_path_stay_in_order(tmp_path: Path) -> None:
     assert load_pytree(tmp_path / "file")["a"].tolist() == [2]
 
 
+@pytest.mark.parametrize("name", ["file", "other"])
+def test_save_pytree_waits_for_earlier_saves_in_the_background(tmp_path: Path, name: str) -> None:
+    started, go_on = threading.Event(), threading.Event()
+
+    def wait(*_: int) -> None:
+        started.set()
+        go_on.wait(20)
+
+    background = save_pytree_async({"a": "old"}, tmp_path / "file", progress=wait)
+    started.wait(20)
+    timer = threading.Timer(0.1, go_on.set)
+    timer.start()
+    save_pytree({"a": "new"}, tmp_path / name)
+    timer.join()
+    assert background.done()
+    assert load_pytree(tmp_path / name) == {"a": "new"}
+
+
+def test_save_pytree_leaves_the_errors_of_earlier_saves_to_their_futures(tmp_path: Path) -> None:
+    background = save_pytree_async({"a": 1}, tmp_path / "missing" / "file")
+    save_pytree({"a": 2}, tmp_path / "file")
+    with pytest.raises(FileNotFoundError):
+        background.result()
+
+
+def test_a_callback_of_a_save_in_the_background_can_save(tmp_path: Path) -> None:
+    background = save_pytree_async(
+        {"a": 1}, tmp_path / "file", progress=lambda *_: save_pytree({"b": 2}, tmp_path / "other")
+    )
+    background.result(20)
+    assert load_pytree(tmp_path / "other") == {"b": 2}
+
+
 def test_what_the_call_can_check_it_raises(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedLeafError, match="'@f'"):
         save_pytree_async({"f": len}, tmp_path / "file")

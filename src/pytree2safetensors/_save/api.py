@@ -13,6 +13,7 @@ from jaxtyping import jaxtyped
 from pytree2safetensors._collector import collector_paused
 from pytree2safetensors._save import processes
 from pytree2safetensors._save.contents import collect
+from pytree2safetensors._save.saver import wait_for_earlier
 from pytree2safetensors._save.writing import write
 from pytree2safetensors._storage.atomic_file import Writable
 from pytree2safetensors._storage.byte_source import PathLike
@@ -33,6 +34,8 @@ def save_pytree(
     progress: ProgressOption = False,
 ) -> None:
     """Save a pytree as one safetensors file, from which `load_pytree` gives the same tree back.
+
+    What `save_pytree_async` was asked for before ends first.
 
     Args:
         tree: Any pytree of arrays, Python scalars, strs and PRNG keys.
@@ -66,6 +69,7 @@ def save_pytree(
         except BaseException as error:
             processes.tell(tree, error)
             raise
+        wait_for_earlier()
         if processes.is_needed(contents.leaves.values()):
             processes.save(contents, path, durable, checksum, max_shard_size, report)
         else:

@@ -5,7 +5,8 @@ Specification: *Files*.
 
 import os
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -21,6 +22,7 @@ from pytree2safetensors._leaves.encode import host_array
 from pytree2safetensors._save import processes
 from pytree2safetensors._save.contents import Contents, collect
 from pytree2safetensors._save.files import check_path
+from pytree2safetensors._save.saver import submit
 from pytree2safetensors._save.writing import write
 from pytree2safetensors._storage.atomic_file import Writable, absolute
 from pytree2safetensors._storage.byte_source import PathLike
@@ -43,8 +45,8 @@ def save_pytree_async(
     """Save a pytree in the background, as `save_pytree` does.
 
     What the tree holds is copied before this returns, so that arrays may be donated or changed
-    afterwards. Saves happen one after the other, in the order of the calls, and the interpreter
-    does not exit before they have ended.
+    afterwards. Saves end in the order of the calls, those of `save_pytree` included, and the
+    interpreter does not exit before they have ended.
 
     Args:
         tree: Any pytree of arrays, Python scalars, strs and PRNG keys.
@@ -87,7 +89,7 @@ def save_pytree_async(
                 "call save_pytree on all of them"
             )
         snapshot = _snapshot(contents)
-    return _saver().submit(write, snapshot, path, durable, checksum, max_shard_size, report)
+    return submit(partial(write, snapshot, path, durable, checksum, max_shard_size, report))
 
 
 def _snapshot(contents: Contents) -> Contents:
@@ -99,17 +101,3 @@ def _copied(leaf: Any) -> NDArray[Any]:
     values = host_array(leaf)
     # What had to be copied from devices is nobody else's.
     return values if isinstance(leaf, jax.Array) and values.flags.owndata else np.array(values)
-
-
-_savers: list[ThreadPoolExecutor] = []  # none before the first save
-
-
-def _saver() -> ThreadPoolExecutor:
-    """The one thread that saves: two saves to one path stay in order."""
-    if not _savers:
-        _savers.append(ThreadPoolExecutor(1, "pytree2safetensors-save"))
-    return _savers[0]
-
-
-if hasattr(os, "register_at_fork"):  # a child has no thread of its parent
-    os.register_at_fork(after_in_child=_savers.clear)
