@@ -1,0 +1,141 @@
+/** What the reader in JavaScript does beyond the conformance kit: addresses, parts of tensors, errors. */
+
+import assert from "node:assert/strict";
+import { createServer } from "node:http";
+import { after, before, test } from "node:test";
+
+import {
+  FileFormatError,
+  KeyPathError,
+  Key,
+  Leaf,
+  Node,
+  blobSource,
+  compareText,
+  openFile,
+  openFolder,
+  openUrl,
+  spellKey,
+} from "../../docs/_static/pytree2safetensors.js";
+
+/** Make a file from tensors, each a dtype, a shape and its bytes. */
+function makeFile(tensors, metadata = {}) {
+  const header = { __metadata__: metadata };
+  let size = 0;
+  for (const [name, { dtype, shape, bytes }] of Object.entries(tensors)) {
+    header[name] = { dtype, shape, data_offsets: [size, (size += bytes.length)] };
+  }
+  const text = new TextEncoder().encode(JSON.stringify(header));
+  const length = new Uint8Array(new BigUint64Array([BigInt(text.length)]).buffer);
+  return new Blob([length, text, ...Object.values(tensors).map(({ bytes }) => bytes)]);
+}
+
+const counts = (length) => Uint8Array.from({ length }, (_, i) => i);
+const large = { dtype: "I16", shape: [500, 1000], bytes: counts(1_000_000) };
+const small = { dtype: "C64", shape: [2], bytes: new Uint8Array(new Float32Array([1, 2, 3, 4]).buffer) };
+const FILES = { "/model.safetensors": makeFile({ "@large": large, "@small": small }) };
+const index = { metadata: {}, weight_map: { "@large": "a b%.safetensors", "@small": "c.safetensors" } };
+FILES["/model.safetensors.index.json"] = new Blob([JSON.stringify(index)]);
+FILES["/a b%.safetensors"] = makeFile({ "@large": large });
+FILES["/c.safetensors"] = makeFile({ "@small": small });
+
+let requests = [];
+const server = createServer(async ({ url, method, headers }, response) => {
+  const [, mode, path] = /^\/(\w+)(\/.*)$/.exec(decodeURIComponent(url));
+  requests.push(`${method} ${headers.range ?? ""}`);
+  const blob = FILES[path];
+  if (!blob) return response.writeHead(404).end();
+  const [, start, stop] = /^bytes=(\d+)-(\d+)$/.exec(headers.range ?? "") ?? [];
+  const part = start && mode !== "whole" ? blob.slice(Number(start), Number(stop) + 1) : blob;
+  const fields = { "Content-Length": mode === "whole" && path.includes("model") ? blob.size : part.size };
+  if (start && mode === "parts") fields["Content-Range"] = `bytes ${start}-${stop}/${blob.size}`;
+  response.writeHead(start && mode !== "whole" ? 206 : 200, fields);
+  return response.end(method === "HEAD" ? undefined : Buffer.from(await part.arrayBuffer()));
+});
+let origin;
+before(async () => {
+  await new Promise((done) => server.listen(0, "127.0.0.1", done));
+  origin = `http://127.0.0.1:${server.address().port}`;
+});
+after(() => server.close());
+
+test("a file at an address is read by ranges", async () => {
+  requests = [];
+  const file = await openUrl(`${origin}/parts/model.safetensors`);
+  assert.deepEqual(requests, ["GET bytes=0-131071"]);
+  assert.deepEqual([...(await file.values("@large", 10, 13))], [0x1514, 0x1716, 0x1918]);
+  assert.equal(requests.length, 2);
+});
+
+test("the size is asked for where the answer does not tell it", async () => {
+  requests = [];
+  await openUrl(`${origin}/hidden/model.safetensors`);
+  assert.deepEqual(requests, ["GET bytes=0-131071", "HEAD "]);
+});
+
+test("a server without ranges sends a small file once", async () => {
+  requests = [];
+  const file = await openUrl(`${origin}/whole/model.safetensors`);
+  assert.deepEqual([...(await file.values("@small"))], [1, 2, 3, 4]);
+  assert.deepEqual(requests, ["GET bytes=0-131071"]);
+});
+
+test("an index at an address leads to its shards", async () => {
+  const file = await openUrl(`${origin}/parts/model.safetensors.index.json`);
+  assert.deepEqual([...file.tensors.keys()], ["@large", "@small"]);
+  assert.deepEqual([...(await file.values("@small", 1))], [3, 4]);
+});
+
+test("a missing address is an error with its status", async () => {
+  await assert.rejects(openUrl(`${origin}/parts/none.safetensors`), /answers with status 404$/);
+});
+
+test("parts of a tensor are read, and nothing beyond its end", async () => {
+  const file = await openFile(blobSource(FILES["/model.safetensors"]));
+  assert.deepEqual([...(await file.values("@small", 1, 100))], [3, 4]);
+  assert.equal((await file.values("@large")).length, 500_000);
+  assert.equal(await file.check("@small"), false); // no digests
+});
+
+test("a tree is made of nodes and leaves", async () => {
+  const tree = (await openFile(blobSource(FILES["/model.safetensors"]))).tree();
+  assert.ok(tree instanceof Node);
+  assert.deepEqual(tree.items.map(([key]) => key), ["large", "small"]);
+  assert.ok(tree.items[0][1] instanceof Leaf);
+  const { kind, name, dtype, shape } = tree.items[1][1];
+  assert.deepEqual({ kind, name, dtype, shape }, { kind: "array", name: "@small", dtype: "complex64", shape: [2] });
+});
+
+test("a file without a name is called the file", async () => {
+  await assert.rejects(openFile(blobSource(new Blob(["x"]))), {
+    name: "FileFormatError",
+    message: "the file has 1 bytes and is no safetensors file",
+  });
+});
+
+test("a folder without a checkpoint is refused", async () => {
+  await assert.rejects(openFolder([["a.txt", blobSource(new Blob())]]), FileFormatError);
+});
+
+test("names of objects are names like others", async () => {
+  const names = ["__proto__", "constructor", "hasOwnProperty", "toString"];
+  const tensor = '{"dtype":"U8","shape":[0],"data_offsets":[0,0]}';
+  const text = `{${names.map((name) => `"@${name}":${tensor}`)}}`;
+  const length = new Uint8Array(new BigUint64Array([BigInt(text.length)]).buffer);
+  const file = await openFile(blobSource(new Blob([length, text])));
+  assert.deepEqual(file.tree().items.map(([key]) => key), ["__proto__", "constructor", "hasOwnProperty", "toString"]);
+});
+
+test("what has no spelling is refused", () => {
+  const cases = [
+    ["item", NaN], ["item", Infinity], ["item", undefined], ["item", {}], ["item", "\ud800"], ["attr", 1],
+    ["index", -1], ["index", 0.5], ["index", 2 ** 31], ["flat", "1"], ["item", 10n ** 4300n], ["item", ["\udfff"]],
+    ["item", Array.from({ length: 65 }).reduce((inner) => [inner], null)],
+  ];
+  for (const [kind, value] of cases) assert.throws(() => spellKey(new Key(kind, value)), KeyPathError);
+});
+
+test("text is compared by code points", () => {
+  const sorted = ["", "a", "ab", "b", "\ue000", "\uffff", "\u{10000}", "\u{10000}a", "\u{10001}"];
+  assert.deepEqual([...sorted].reverse().sort(compareText), sorted);
+});

@@ -1,0 +1,26 @@
+"""Run the tests of the JavaScript reader with Node's own test runner; pass with a remark if there is no Node."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+OLDEST = 20  # the first Node that is maintained and has everything that the reader uses
+
+
+def main() -> int:
+    """Return the exit status."""
+    node = shutil.which("node")
+    if node is None:
+        print("skipped: there is no node")
+        return 0
+    version = subprocess.run([node, "--version"], capture_output=True, text=True, check=True).stdout
+    if int(version.removeprefix("v").split(".")[0]) < OLDEST:
+        print(f"skipped: node is {version.strip()}, and the tests need {OLDEST}")
+        return 0
+    tests = sorted(map(str, Path(__file__).parent.glob("*.test.js")))
+    return subprocess.run([node, "--test", *tests], check=False).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
