@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from pytree2safetensors._cli.terminal import plain
 from pytree2safetensors._collector import collector_paused
 from pytree2safetensors._errors import FileFormatError
 from pytree2safetensors._format.tensor import TensorInfo
@@ -109,7 +110,7 @@ def _describe(name: str, info: TensorInfo) -> Leaf:
         # The name is for messages alone, and would defeat the caches.
         found = spec_of(info, "")
     except FileFormatError:  # what JAX cannot load here is shown as it is stored and noted
-        noted = " ".join(info.kind) if isinstance(info.kind, list) else info.kind
+        noted = " ".join(map(plain, info.kind)) if isinstance(info.kind, list) else info.kind
         dtype = f"{info.dtype} ({noted})" if noted else info.dtype
         return Leaf(name, "array", dtype, info.shape, info.nbytes)
     dtype = found.impl if found.dtype is None else found.dtype.name
