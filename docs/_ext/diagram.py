@@ -28,7 +28,7 @@ STEPS: Sequence[tuple[str, str, Sequence[str]]] = (
         (
             '{"__metadata__":{…},"@step":{"dtype":"I64",',
             ' "shape":[],"data_offsets":[0,8]},…}',
-            "spaces, up to a multiple of 64 or 4096",
+            "spaces, up to a multiple of 256 or 4096",
         ),
     ),
     (

@@ -182,4 +182,4 @@ def test_json_of_golden_headers_is_the_json_of_the_specification() -> None:
             continue
         compact = json.dumps(header, separators=(",", ":"))
         assert raw[8 : 8 + size].decode("ascii") == compact.ljust(size)
-        assert (8 + size) % (4096 if path.stem == "large" else 64) == 0
+        assert (8 + size) % (4096 if path.stem == "large" else 256) == 0

@@ -14,7 +14,7 @@ from pytree2safetensors._errors import (
     TreeStructureError,
     shorten,
 )
-from pytree2safetensors._format.digests import digest_tensor
+from pytree2safetensors._format.digests import digest_tensor, hash_blocks
 from pytree2safetensors._leaves.keys import UnknownHere
 from pytree2safetensors._leaves.spec import spec_of
 from pytree2safetensors._load.checkpoint import OpenCheckpoint, open_checkpoint
@@ -89,7 +89,7 @@ def _tensor_problems(store: OpenCheckpoint, name: str, remarks: list[str]) -> It
         if store.digests is None:
             for _ in pieces:
                 pass
-        elif digest_tensor(name, info, pieces) != store.digests[name]:
+        elif digest_tensor(name, info, hash_blocks(pieces)) != store.digests[name]:
             yield f"{shorten(name)} does not match its digest: its data are damaged"
     except FileFormatError as error:
         yield str(error)

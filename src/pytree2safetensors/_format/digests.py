@@ -14,27 +14,56 @@ from pytree2safetensors._format.tensor import TensorInfo
 
 DIGESTS: Final = "pytree2safetensors.sha256"  # the entry of the metadata, for tensors,
 METADATA: Final = "pytree2safetensors.sha256.metadata"  # and for all other metadata
+BLOCK: Final = 16 << 20  # bytes of a tensor that are hashed together; the last block may be shorter
 _DIGITS: Final = 32  # hexadecimal: half of SHA-256, against accidents
 
 
-def digest_tensor(name: str, info: TensorInfo, pieces: Iterable[Any]) -> str:
-    """The digest of a tensor: over its name, dtype, shape and bytes."""
-    head = json.dumps([name, info.dtype, list(info.shape)], separators=(",", ":"))
-    state = hashlib.sha256(head.encode())
+def block_bounds(nbytes: int) -> list[tuple[int, int]]:
+    """List where the blocks of a tensor start and stop; an empty tensor has none."""
+    return [(start, min(start + BLOCK, nbytes)) for start in range(0, nbytes, BLOCK)]
+
+
+def hash_block(data: Any) -> bytes:
+    """Compute the SHA-256 of one block. It releases the GIL, so threads can share the work."""
+    return hashlib.sha256(data).digest()
+
+
+def hash_blocks(pieces: Iterable[Any]) -> list[bytes]:
+    """Compute the SHA-256 of each block of a tensor whose bytes come in pieces of any size."""
+    hashes: list[bytes] = []
+    state, room = hashlib.sha256(), BLOCK  # of the block that is not full yet
     for piece in pieces:
-        state.update(piece)
-    return state.hexdigest()[:_DIGITS]
+        rest = memoryview(piece).cast("B")
+        while len(rest):
+            part, rest = rest[:room], rest[room:]
+            state.update(part)
+            room -= len(part)
+            if not room:
+                hashes.append(state.digest())
+                state, room = hashlib.sha256(), BLOCK
+    return [*hashes, state.digest()] if room < BLOCK else hashes
+
+
+def digest_tensor(name: str, info: TensorInfo, hashes: Iterable[bytes]) -> str:
+    """Compute the digest of a tensor: over its name, dtype, shape, and the hash of each block."""
+    head = json.dumps([name, info.dtype, list(info.shape)], separators=(",", ":"))
+    return hashlib.sha256(b"".join([head.encode(), *hashes])).hexdigest()[:_DIGITS]
+
+
+def blank_digests(names: Iterable[str]) -> dict[str, str]:
+    """Make digests that take the place of those not known yet: a header with them is as long."""
+    return dict.fromkeys(names, "0" * _DIGITS)
 
 
 def digest_metadata(metadata: Mapping[str, str]) -> str:
-    """The digest of all metadata but itself."""
+    """Compute the digest of all metadata but itself."""
     rest = {key: value for key, value in metadata.items() if key != METADATA}
     text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:_DIGITS]
 
 
 def add_digests(metadata: Mapping[str, str], tensors: Mapping[str, str]) -> dict[str, str]:
-    """The metadata with the digests of tensors, and with a digest of it all."""
+    """Add the digests of tensors, and the digest of all metadata."""
     entry = json.dumps(tensors, sort_keys=True, separators=(",", ":"))
     added = {**metadata, DIGESTS: entry}
     return {**added, METADATA: digest_metadata(added)}
@@ -43,7 +72,7 @@ def add_digests(metadata: Mapping[str, str], tensors: Mapping[str, str]) -> dict
 def read_digests(
     metadata: Mapping[str, str], names: Iterable[str], file: str
 ) -> Mapping[str, str] | None:
-    """The digests of a file's tensors, after checking that of its metadata; None without any."""
+    """Read the digests of a file's tensors, after checking that of its metadata; None without any."""
     found = [key for key in (DIGESTS, METADATA) if key in metadata]
     if not found:
         return None
@@ -66,10 +95,10 @@ def read_digests(
 
 
 def check_digest(
-    name: str, info: TensorInfo, pieces: Iterable[Any], digests: Mapping[str, str], file: str
+    name: str, info: TensorInfo, hashes: Iterable[bytes], digests: Mapping[str, str], file: str
 ) -> None:
     """Refuse a tensor whose bytes are not those that were saved."""
-    if digest_tensor(name, info, pieces) != digests[name]:
+    if digest_tensor(name, info, hashes) != digests[name]:
         raise FileFormatError(
             f"{shorten(name)} in {file} does not match its digest: its data are damaged; "
             "restore the file from a copy"

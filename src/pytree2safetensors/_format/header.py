@@ -17,9 +17,11 @@ from pytree2safetensors._format.strict_json import read_json, read_json_at
 from pytree2safetensors._format.tensor import BITS, TensorInfo
 
 MAX_HEADER: Final = 100_000_000  # bytes, as safetensors' own parser
+MAX_SHARD_HEADER: Final = 25_000_000  # bytes, as the Hub's own reader
 MAX_DIMENSIONS: Final = 64 if np.lib.NumpyVersion(np.__version__) >= "2.0.0" else 32
 LENGTH_BYTES: Final = 8  # of the little-endian header length that begins a file
-_ALIGNMENT: Final = 64  # what JAX needs to take memory over
+_BEST: Final = 256  # the alignment that GPUs and their copy engines want
+_GOOD: Final = 64  # the alignment that JAX needs to take memory over
 _PAGE: Final = 4096
 _PAGED: Final = 1 << 20  # bytes of data: from here on they begin on a page
 _METADATA: Final = "__metadata__"
@@ -47,48 +49,82 @@ class Plan(NamedTuple):
     size: int  # of the data, in bytes
 
 
-def plan(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> Plan:
-    """Lay out a file: the same tensors and metadata always give the same bytes."""
+def plan(
+    infos: Mapping[str, TensorInfo], metadata: Mapping[str, str], limit: int = MAX_HEADER
+) -> Plan:
+    """Lay out a file: the same tensors and metadata always give the same bytes.
+
+    The head is as long with other metadata of the same lengths, such as digests not known yet.
+    """
     order = in_order(infos)
-    pieces: list[str] = []
-    if metadata:
-        items = ",".join(f"{quote(key)}:{quote(metadata[key])}" for key in sorted(metadata))
-        pieces.append(f'"{_METADATA}":{{{items}}}')
-    tails: dict[int, str] = {}  # by the identity of a form, which many tensors share
+    pieces = _metadata_pieces(metadata)
+    tails = _tails(infos)
     size, start = 0, "0"
     for name in order:
         info = infos[name]
-        tail = tails.get(id(info))
-        if tail is None:
-            shape = ",".join(map(str, info.shape))
-            tail = f':{{"dtype":"{info.dtype}","shape":[{shape}],"data_offsets":['
-            tails[id(info)] = tail
         size += info.nbytes
         stop = str(size)
-        pieces.append(f"{quote(name)}{tail}{start},{stop}]}}")
+        pieces.append(f"{quote(name)}{tails[id(info)]}{start},{stop}]}}")
         start = stop
     header = "{" + ",".join(pieces) + "}"
-    return Plan(_padded(header, size), order, size)
+    return Plan(_padded(header, size, limit), order, size)
+
+
+def _metadata_pieces(metadata: Mapping[str, str]) -> list[str]:
+    items = ",".join(f"{quote(key)}:{quote(metadata[key])}" for key in sorted(metadata))
+    return [f'"{_METADATA}":{{{items}}}'] if metadata else []
+
+
+def _tails(infos: Mapping[str, TensorInfo]) -> dict[int, str]:
+    """The text of an entry between name and offsets, by the identity of what many tensors share."""
+    unique = {id(info): info for info in infos.values()}
+    return {key: _tail(info.dtype, info.shape) for key, info in unique.items()}
+
+
+def _tail(dtype: str, shape: tuple[int, ...]) -> str:
+    sizes = ",".join(map(str, shape))
+    return f':{{"dtype":"{dtype}","shape":[{sizes}],"data_offsets":['
 
 
 def in_order(infos: Mapping[str, TensorInfo]) -> list[str]:
     """The names of tensors in the order of their data."""
-    # Whatever fills whole cache lines comes first, so that all of it is aligned; the rest follows
-    # by falling item size, so that each tensor is aligned for its own dtype.
+    # What keeps an alignment comes first, so that all of it is aligned; the rest follows by falling
+    # item size, so that each tensor is aligned for its own dtype.
     groups: dict[int, list[str]] = {}
     for name, info in infos.items():
-        rank = 0 if info.nbytes % _ALIGNMENT == 0 else _ALIGNMENT - BITS[info.dtype] // 8
+        size = info.nbytes
+        rank = 0 if not size % _BEST else 1 if not size % _GOOD else 10 - BITS[info.dtype] // 8
         groups.setdefault(rank, []).append(name)
     return [name for rank in sorted(groups) for name in sorted(groups[rank])]
 
 
-def _padded(header: str, size: int) -> bytes:
-    multiple = _PAGE if size >= _PAGED else _ALIGNMENT
-    length = -(-(LENGTH_BYTES + len(header)) // multiple) * multiple - LENGTH_BYTES
-    if length > MAX_HEADER:
-        raise FileFormatError(
-            f"the header would take {length:,} bytes, and the format allows {MAX_HEADER:,}; "
+def entry_length(name: str, info: TensorInfo, start: int) -> int:
+    """The length of a tensor's entry in a header, with the comma or brace that follows it."""
+    offsets = f"{start},{start + info.nbytes}]}},"
+    return len(quote(name)) + len(_tail(info.dtype, info.shape)) + len(offsets)
+
+
+def empty_length(metadata: Mapping[str, str]) -> int:
+    """The length of a header to which entries can be added."""
+    return len("{") + sum(len(piece) + len(",") for piece in _metadata_pieces(metadata))
+
+
+def padded_length(length: int, size: int) -> int:
+    """The length of a header with its padding, by the size of the data in bytes."""
+    multiple = _PAGE if size >= _PAGED else _BEST
+    return -(-(LENGTH_BYTES + length) // multiple) * multiple - LENGTH_BYTES
+
+
+def _padded(header: str, size: int, limit: int) -> bytes:
+    length = padded_length(len(header), size)
+    if length > limit:
+        remedy = (
             "save with max_shard_size=, which gives each file a part of the tensors"
+            if limit == MAX_HEADER
+            else "shorten the names of its tensors"
+        )
+        raise FileFormatError(
+            f"the header would take {length:,} bytes, and the format allows {limit:,}; {remedy}"
         )
     return length.to_bytes(LENGTH_BYTES, "little") + header.ljust(length).encode("ascii")
 

@@ -11,7 +11,14 @@ from json.encoder import encode_basestring_ascii as quote
 from typing import Any, Final
 
 from pytree2safetensors._errors import FileFormatError, shorten
-from pytree2safetensors._format.header import MAX_HEADER, in_order
+from pytree2safetensors._format.header import (
+    MAX_HEADER,
+    MAX_SHARD_HEADER,
+    empty_length,
+    entry_length,
+    in_order,
+    padded_length,
+)
 from pytree2safetensors._format.note import is_reserved
 from pytree2safetensors._format.tensor import TensorInfo
 
@@ -45,21 +52,35 @@ def parse_size(size: int | str) -> int:
     return size
 
 
-def split(infos: Mapping[str, TensorInfo], limit: int) -> list[list[str]]:
-    """The names of the tensors of each shard, as huggingface_hub divides them."""
+def split(
+    infos: Mapping[str, TensorInfo], limit: int, metadata: Mapping[str, str]
+) -> list[list[str]]:
+    """Divide tensors into shards, as huggingface_hub does, and into more for the sake of headers.
+
+    Args:
+        infos: The tensors.
+        limit: How many bytes of tensors a shard has at most, if it has more than one.
+        metadata: What each shard's header holds beside its tensors.
+
+    Returns:
+        The names of the tensors of each shard.
+    """
     shards: list[list[str]] = []
     filling: list[str] = []
-    size = 0
+    size, empty = 0, empty_length(metadata)
+    length = empty
     for name in in_order(infos):
-        nbytes = infos[name].nbytes
-        if nbytes > limit:  # alone in its shard, and the one being filled goes on
+        info = infos[name]
+        if info.nbytes > limit:  # alone in its shard, and the one being filled goes on
             shards.append([name])
             continue
-        if size + nbytes > limit:
+        longer = length + entry_length(name, info, size)
+        larger = size + info.nbytes
+        if filling and (larger > limit or padded_length(longer, larger) > MAX_SHARD_HEADER):
             shards.append(filling)
-            filling, size = [], 0
+            filling, longer, larger = [], empty + entry_length(name, info, 0), info.nbytes
         filling.append(name)
-        size += nbytes
+        length, size = longer, larger
     return [*shards, filling] if filling else shards
 
 

@@ -25,7 +25,7 @@ from pytree2safetensors._errors import (
     nearest,
     shorten,
 )
-from pytree2safetensors._format.digests import check_digest
+from pytree2safetensors._format.digests import check_digest, hash_blocks
 from pytree2safetensors._format.tensor import WEAK, TensorInfo
 from pytree2safetensors._leaves.decode import from_bytes, python_value
 from pytree2safetensors._leaves.spec import abstract, holds, noted_value
@@ -291,7 +291,7 @@ def read(
             info = store.infos[name]
             if store.digests is not None:
                 raw = memory[offset : offset + info.nbytes]
-                check_digest(name, info, [raw], store.digests, store.label)
+                check_digest(name, info, hash_blocks([raw]), store.digests, store.label)
             if id(info) in plain:
                 shape, dtype = plain[id(info)]
                 values[name] = np.ndarray(shape, dtype, memory, offset)

@@ -15,7 +15,7 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from numpy.typing import NDArray
 
 from pytree2safetensors._errors import errors_of
-from pytree2safetensors._format.digests import check_digest
+from pytree2safetensors._format.digests import check_digest, hash_blocks
 from pytree2safetensors._format.tensor import BITS, TensorInfo
 from pytree2safetensors._leaves.decode import cast_array, from_bytes
 from pytree2safetensors._leaves.encode import host_array
@@ -233,8 +233,8 @@ def _cut_by_us(
             if plan.wanted.sharding.is_fully_addressable:
                 parts = [Part(shard.region, shard.items()) for shard in mine]
                 pieces = gather(parts, plan.info.shape, _itemsize(plan.info))
-                raw = (piece for _, piece in pieces)
-                check_digest(plan.wanted.name, plan.info, raw, store.digests, store.label)
+                hashes = hash_blocks(piece for _, piece in pieces)
+                check_digest(plan.wanted.name, plan.info, hashes, store.digests, store.label)
     return _assembled(plans, shards, store.label)
 
 

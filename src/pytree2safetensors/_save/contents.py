@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 
 from pytree2safetensors._errors import UnsupportedLeafError, shorten
-from pytree2safetensors._format.digests import add_digests, digest_tensor
+from pytree2safetensors._format.digests import add_digests, digest_tensor, hash_blocks
 from pytree2safetensors._format.header import check_metadata
 from pytree2safetensors._format.note import NOTE, Note, write_note
 from pytree2safetensors._format.tensor import TensorInfo
@@ -138,7 +138,9 @@ def with_digests(contents: Contents) -> Contents:
     """The same contents, with a digest of each tensor in the metadata."""
     digests = {
         name: digest_tensor(
-            name, info, (piece for _, piece in tensor_pieces(contents.leaves[name], info))
+            name,
+            info,
+            hash_blocks(piece for _, piece in tensor_pieces(contents.leaves[name], info)),
         )
         for name, info in contents.infos.items()
     }

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 
 from pytree2safetensors._errors import FileFormatError
-from pytree2safetensors._format.header import Plan, plan
+from pytree2safetensors._format.header import MAX_SHARD_HEADER, Plan, plan
 from pytree2safetensors._format.index import (
     SUFFIX,
     TOTAL_SIZE,
@@ -60,11 +60,12 @@ def save(
             "choose another name"
         )
     folder, stem = split_path(os.fsdecode(path), is_folder=os.path.isdir(os.fsdecode(path)))
-    shards = split(infos, limit)
+    own = {key: metadata[key] for key in metadata if key == "format"}  # of each shard
+    shards = split(infos, limit, own)
     parts, rival = (
         _single(infos, metadata, pieces, stem)
         if len(shards) <= 1
-        else _sharded(infos, metadata, pieces, stem, shards)
+        else _sharded(infos, metadata, own, pieces, stem, shards)
     )
     kept = {part.name for part in parts}
 
@@ -92,18 +93,18 @@ def _single(
 def _sharded(
     infos: Mapping[str, TensorInfo],
     metadata: Mapping[str, str],
+    own: Mapping[str, str],
     pieces: Callable[[Plan], Iterable[memoryview]],
     stem: str,
     shards: list[list[str]],
 ) -> tuple[list[Part], str]:
     """The shards and their index, and the name that may not stand beside them."""
-    own = {key: metadata[key] for key in metadata if key == "format"}
     parts: list[Part] = []
     weights: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         shard = f"{stem}-{number:05}-of-{len(shards):05}{SUFFIX}"
         weights.update(dict.fromkeys(names, shard))
-        planned = plan({name: infos[name] for name in names}, own)
+        planned = plan({name: infos[name] for name in names}, own, MAX_SHARD_HEADER)
         parts.append(_part(shard, planned, pieces))
     total = sum(info.nbytes for info in infos.values())
     index = write_index(metadata, weights, total)

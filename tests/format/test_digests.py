@@ -1,0 +1,68 @@
+"""Digests: blocks, and what is known of a header before them."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pytree2safetensors import save_pytree
+from pytree2safetensors._format import digests, header
+from pytree2safetensors._format.tensor import TensorInfo
+
+BLOCK = 16 * 1024 * 1024
+
+
+def digest_of(name: str, dtype: str, shape: list[int], data: bytes, block: int = BLOCK) -> str:
+    """The digest as the specification words it."""
+    hashes = [
+        hashlib.sha256(data[start : start + block]).digest() for start in range(0, len(data), block)
+    ]
+    head = json.dumps([name, dtype, shape], separators=(",", ":")).encode()
+    return hashlib.sha256(head + b"".join(hashes)).hexdigest()[:32]
+
+
+@given(st.integers(0, 5 * BLOCK))
+def test_blocks_cover_a_tensor(nbytes: int) -> None:
+    bounds = digests.block_bounds(nbytes)
+    assert [stop for _, stop in bounds[:-1]] == [start for start, _ in bounds[1:]]
+    assert all(stop - start == BLOCK for start, stop in bounds[:-1])
+    assert sum(stop - start for start, stop in bounds) == nbytes
+    assert all(start < stop for start, stop in bounds)
+
+
+@given(st.lists(st.binary(max_size=40), max_size=10), st.integers(1, 20))
+def test_hashes_of_blocks_do_not_depend_on_pieces(pieces: list[bytes], block: int) -> None:
+    data = b"".join(pieces)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(digests, "BLOCK", block)
+        bounds = digests.block_bounds(len(data))
+        expected = [digests.hash_block(data[start:stop]) for start, stop in bounds]
+        assert digests.hash_blocks(pieces) == expected
+
+
+@pytest.mark.parametrize("size", [0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK])
+def test_the_digest_in_a_file_is_that_of_its_blocks(tmp_path: Path, size: int) -> None:
+    path = tmp_path / "file.safetensors"
+    values = np.arange(size, dtype=np.uint32).astype(np.uint8)
+    save_pytree({"é": values}, path, checksum=True, durable=False)
+    with path.open("rb") as file:
+        content = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    found = json.loads(content["__metadata__"]["pytree2safetensors.sha256"])
+    assert found == {"@é": digest_of("@é", "U8", [size], values.tobytes())}
+
+
+@given(st.lists(st.text(), unique=True), st.data())
+def test_a_header_is_as_long_before_the_digests_are_known(names: list[str], data: Any) -> None:
+    infos = {name: TensorInfo("U8", (9,), 9) for name in names}
+    found = {
+        name: digests.digest_tensor(name, info, digests.hash_blocks([data.draw(st.binary())]))
+        for name, info in infos.items()
+    }
+    before = digests.add_digests({"a": "b"}, digests.blank_digests(names))
+    after = digests.add_digests({"a": "b"}, found)
+    assert len(header.plan(infos, before).head) == len(header.plan(infos, after).head)
