@@ -637,7 +637,7 @@ def save_with(folder: str, what: str, where: int) -> None:
 
             patch.setattr(_distributed, "write_at", write_at)
         elif what == "bug" and here:
-            patch.setattr(_distributed, "owned_pieces", lambda *_: 1 / 0)
+            patch.setattr(_distributed, "owned_chunks", lambda *_: 1 / 0)
         elif what == "interrupt" and here:
 
             def interrupt(*_: Any) -> None:

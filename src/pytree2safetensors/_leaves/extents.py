@@ -120,26 +120,21 @@ class Part(NamedTuple):
 
 
 def gather(parts: Sequence[Part], shape: Shape, itemsize: int) -> Iterator[tuple[int, memoryview]]:
-    """The bytes of parts, no two of which overlap, and their offsets; neighbouring runs together.
-
-    What a piece shows changes with the next.
-    """
-    memory = np.empty(0, np.uint8)
+    """The bytes of parts, no two of which overlap, and their offsets; neighbouring runs together."""
     for band in bands_of(shape, itemsize):
         size = math.prod(shape_of(band)) * itemsize
-        if len(memory) < size:
-            memory = np.empty(size, np.uint8)
+        memory = np.empty(size, np.uint8)
         found = []
         for part in parts:
             shared = common(band, part.region)
             if shared is not None:
-                values = memory[:size].view(part.values.dtype).reshape(shape_of(band))
+                values = memory.view(part.values.dtype).reshape(shape_of(band))
                 values[within(shared, band)] = part.values[within(shared, part.region)]
                 found.append(shared)
         origin, _ = span_of(band, shape, itemsize)
         view = memoryview(memory)  # type: ignore[arg-type] # before 3.12 no type says buffer
         if sum(math.prod(shape_of(shared)) for shared in found) * itemsize == size:
-            yield origin, view[:size]  # which spares the many runs that it may be made of
+            yield origin, view  # which spares the many runs that it may be made of
             continue
         for start, stop in ranges_of(found, shape, itemsize):
             yield start, view[start - origin : stop - origin]

@@ -18,25 +18,24 @@ from pytree2safetensors._leaves.extents import (
     shape_of,
     span_of,
 )
+from pytree2safetensors._types import Chunk
 
 _LARGE: Final = 1 << 16  # bytes: smaller arrays are made whole sooner than cut
 
-Piece = tuple[int, memoryview]  # bytes, and where they go, counted from the start of the tensor
 
-
-def tensor_pieces(leaf: Any, info: TensorInfo) -> Iterator[Piece]:
+def tensor_chunks(leaf: Any, info: TensorInfo) -> Iterator[Chunk]:
     """The bytes of a tensor in order. What a piece shows may change with the next.
 
     Of a large array that is spread over devices, only what the host cannot read in place is copied:
     a shard at a time where these follow each other in the file.
     """
     if info.nbytes >= _LARGE and isinstance(leaf, jax.Array) and not leaf.is_fully_replicated:
-        yield from owned_pieces(leaf, info)
+        yield from owned_chunks(leaf, info)
     else:
         yield from _in_a_row(host_array(leaf), info, 0)
 
 
-def owned_pieces(leaf: jax.Array, info: TensorInfo) -> Iterator[Piece]:
+def owned_chunks(leaf: jax.Array, info: TensorInfo) -> Iterator[Chunk]:
     """The bytes of the shards that this process owns, in order."""
     itemsize = BITS[info.dtype] // 8
     shards = [shard for shard in owned(leaf, info) if 0 not in shape_of(shard[0])]
@@ -61,7 +60,7 @@ def owned(leaf: jax.Array, info: TensorInfo) -> list[tuple[Region, jax.Array]]:
     ]
 
 
-def _in_a_row(values: NDArray[Any], info: TensorInfo, position: int) -> Iterator[Piece]:
+def _in_a_row(values: NDArray[Any], info: TensorInfo, position: int) -> Iterator[Chunk]:
     for block in blocks(values, info):
         yield position, memoryview(block)  # type: ignore[arg-type] # before 3.12 no type says buffer
         position += len(block)

@@ -14,7 +14,7 @@ from pytree2safetensors._collector import collector_paused
 from pytree2safetensors._save import processes
 from pytree2safetensors._save.contents import collect
 from pytree2safetensors._save.saver import wait_for_earlier
-from pytree2safetensors._save.writing import write
+from pytree2safetensors._save.writing import plan_save, target_of, write
 from pytree2safetensors._storage.atomic_file import Writable
 from pytree2safetensors._storage.byte_source import PathLike
 from pytree2safetensors._storage.progress import ProgressOption, reporter
@@ -62,15 +62,18 @@ def save_pytree(
 
     >>> save_pytree({"w": 1.5, "steps": (1, 2)}, "model.safetensors")
     """
-    with collector_paused():
-        try:
-            report = reporter(progress, "saving", jax.process_index)
+    try:
+        report = reporter(progress, "saving", jax.process_index)
+        with collector_paused():
             contents = collect(tree, metadata or {}, unsupported)
-        except BaseException as error:
-            processes.tell(tree, error)
-            raise
-        wait_for_earlier()
-        if processes.is_needed(contents.leaves.values()):
-            processes.save(contents, path, durable, checksum, max_shard_size, report)
-        else:
-            write(contents, path, durable, checksum, max_shard_size, report)
+    except BaseException as error:
+        processes.tell(tree, error)
+        raise
+    wait_for_earlier()
+    if processes.is_needed(contents.leaves.values()):
+        processes.save(contents, path, durable, checksum, max_shard_size, report)
+        return
+    target = target_of(path, max_shard_size)
+    with collector_paused():
+        plan = plan_save(contents, target, checksum=checksum)
+    write(plan, contents.leaves, target, durable=durable, progress=report)

@@ -17,13 +17,11 @@ from numpy.typing import NDArray
 
 from pytree2safetensors._collector import collector_paused
 from pytree2safetensors._errors import FileFormatError
-from pytree2safetensors._format.index import parse_size
 from pytree2safetensors._leaves.encode import host_array
 from pytree2safetensors._save import processes
-from pytree2safetensors._save.contents import Contents, collect
-from pytree2safetensors._save.files import check_path
+from pytree2safetensors._save.contents import collect
 from pytree2safetensors._save.saver import submit
-from pytree2safetensors._save.writing import write
+from pytree2safetensors._save.writing import plan_save, target_of, write
 from pytree2safetensors._storage.atomic_file import Writable, absolute
 from pytree2safetensors._storage.byte_source import PathLike
 from pytree2safetensors._storage.progress import ProgressOption, reporter
@@ -78,9 +76,7 @@ def save_pytree_async(
     report = reporter(progress, "saving", jax.process_index)
     if isinstance(path, str | os.PathLike):  # the process may change its folder meanwhile
         path = absolute(os.fsdecode(path))
-    if max_shard_size is not None:
-        parse_size(max_shard_size)
-        check_path(path)
+    target = target_of(path, max_shard_size)
     with collector_paused():
         contents = collect(tree, metadata or {}, unsupported)
         if processes.is_needed(contents.leaves.values()):
@@ -88,13 +84,10 @@ def save_pytree_async(
                 "an array of this tree is spread over several processes, which save it together: "
                 "call save_pytree on all of them"
             )
-        snapshot = _snapshot(contents)
-    return submit(partial(write, snapshot, path, durable, checksum, max_shard_size, report))
-
-
-def _snapshot(contents: Contents) -> Contents:
-    """The same contents, safe from donation and mutation."""
-    return contents._replace(leaves={name: _copied(leaf) for name, leaf in contents.leaves.items()})
+        plan = plan_save(contents, target, checksum=checksum)
+        # Safe from donation and mutation.
+        snapshot = {name: _copied(leaf) for name, leaf in contents.leaves.items()}
+    return submit(partial(write, plan, snapshot, target, durable=durable, progress=report))
 
 
 def _copied(leaf: Any) -> NDArray[Any]:

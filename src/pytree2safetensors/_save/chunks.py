@@ -1,26 +1,29 @@
-"""The bytes of a file in order."""
+"""The bytes of a file in chunks: large tensors as they are, small ones joined.
 
-from collections.abc import Iterator
-from typing import Final
+Specification: *Files*.
+"""
 
-from pytree2safetensors._format.header import Plan
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+from pytree2safetensors._format.tensor import TensorInfo
 from pytree2safetensors._leaves.encode import joined_bytes
-from pytree2safetensors._leaves.spread import tensor_pieces
-from pytree2safetensors._save.contents import Contents
+from pytree2safetensors._leaves.spread import tensor_chunks
+from pytree2safetensors._save.plan import FilePlan
+from pytree2safetensors._types import Chunk
 
 _SMALL: Final = 1 << 16  # bytes: smaller tensors are written together
-
-
 _JOINED: Final = 4 << 20  # bytes that are written together
 
 
-def pieces(planned: Plan, contents: Contents) -> Iterator[memoryview]:
-    """The bytes of a file in order: large tensors as they are, small ones joined."""
-    yield memoryview(planned.head)
-    infos, leaves, _ = contents
+def data_chunks(
+    file: FilePlan, infos: Mapping[str, TensorInfo], leaves: Mapping[str, Any]
+) -> Iterator[Chunk]:
+    """Give the data of a file in order, each chunk with its offset from the start of the file."""
+    start = len(file.head)
     small: list[str] = []
     size = 0
-    for name in planned.order:
+    for name in file.tensors:
         nbytes = infos[name].nbytes
         if nbytes < _SMALL:
             small.append(name)
@@ -28,18 +31,21 @@ def pieces(planned: Plan, contents: Contents) -> Iterator[memoryview]:
             if size < _JOINED:
                 continue
         if small:
-            yield _joined(small, contents)
+            yield start, _joined(small, infos, leaves)
+            start += size
             small, size = [], 0
         if nbytes >= _SMALL:
-            for _, piece in tensor_pieces(leaves[name], infos[name]):
-                yield piece
+            for offset, piece in tensor_chunks(leaves[name], infos[name]):
+                yield start + offset, piece
+            start += nbytes
     if small:
-        yield _joined(small, contents)
+        yield start, _joined(small, infos, leaves)
 
 
-def _joined(names: list[str], contents: Contents) -> memoryview:
-    """The bytes of small tensors, one after the other."""
-    infos, leaves, _ = contents
+def _joined(
+    names: list[str], infos: Mapping[str, TensorInfo], leaves: Mapping[str, Any]
+) -> memoryview:
+    """Return the bytes of small tensors, one after the other."""
     return memoryview(
         joined_bytes([leaves[name] for name in names], [infos[name] for name in names])
     )

@@ -9,12 +9,10 @@ from typing import Any, Literal, NamedTuple
 import jax
 
 from pytree2safetensors._errors import UnsupportedLeafError, shorten
-from pytree2safetensors._format.digests import add_digests, digest_tensor, hash_blocks
 from pytree2safetensors._format.header import check_metadata
 from pytree2safetensors._format.note import NOTE, Note, write_note
 from pytree2safetensors._format.tensor import TensorInfo
 from pytree2safetensors._leaves.describe import DeletedLeaf, describe, is_deleted, is_valueless
-from pytree2safetensors._leaves.spread import tensor_pieces
 from pytree2safetensors._tree.flatten import Flat, flatten
 from pytree2safetensors._tree.keypath import cut, split
 
@@ -132,16 +130,3 @@ def _ancestors(names: Iterable[str]) -> set[str]:
         while above and (above := cut(above)[0]) not in found:
             found.add(above)
     return found
-
-
-def with_digests(contents: Contents) -> Contents:
-    """The same contents, with a digest of each tensor in the metadata."""
-    digests = {
-        name: digest_tensor(
-            name,
-            info,
-            hash_blocks(piece for _, piece in tensor_pieces(contents.leaves[name], info)),
-        )
-        for name, info in contents.infos.items()
-    }
-    return contents._replace(metadata=add_digests(contents.metadata, digests))

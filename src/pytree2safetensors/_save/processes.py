@@ -26,7 +26,7 @@ from pytree2safetensors._errors import (
 from pytree2safetensors._format.header import Plan, plan
 from pytree2safetensors._format.tensor import BITS
 from pytree2safetensors._leaves.extents import shape_of
-from pytree2safetensors._leaves.spread import Piece, owned, owned_pieces, tensor_pieces
+from pytree2safetensors._leaves.spread import owned, owned_chunks, tensor_chunks
 from pytree2safetensors._storage.atomic_file import (
     Writable,
     flush,
@@ -40,6 +40,7 @@ from pytree2safetensors._storage.atomic_file import (
 from pytree2safetensors._storage.byte_source import PathLike
 from pytree2safetensors._storage.progress import Progress, Report
 from pytree2safetensors._tree.flatten import open_once
+from pytree2safetensors._types import Chunk
 
 if TYPE_CHECKING:
     from pytree2safetensors._save.contents import Contents
@@ -241,18 +242,18 @@ def _check_layouts(layouts: list[str]) -> None:
 # --- what this process writes -----------------------------------------------------------------
 
 
-def _pieces(contents: "Contents", planned: Plan, start: int, first: bool) -> Iterator[Piece]:
+def _pieces(contents: "Contents", planned: Plan, start: int, first: bool) -> Iterator[Chunk]:
     """The bytes that this process owns: of global arrays its shards, the first one all others."""
     if first:
         yield 0, memoryview(planned.head)
     offset = start
     for name in planned.order:
         info, leaf = contents.infos[name], contents.leaves[name]
-        pieces: Iterable[Piece] = ()
+        pieces: Iterable[Chunk] = ()
         if _is_global(leaf):
-            pieces = owned_pieces(leaf, info)
+            pieces = owned_chunks(leaf, info)
         elif first:
-            pieces = tensor_pieces(leaf, info)
+            pieces = tensor_chunks(leaf, info)
         for position, piece in pieces:
             yield offset + position, piece
         offset += info.nbytes
@@ -271,7 +272,7 @@ def _total(contents: "Contents", planned: Plan, first: bool) -> int:
     return total
 
 
-def _arranged(pieces: Iterable[Piece]) -> Iterator[Piece]:
+def _arranged(pieces: Iterable[Chunk]) -> Iterator[Chunk]:
     """The same bytes in pieces of a good size: small neighbours together, large ones cut."""
     waiting = bytearray()
     start = 0

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from pytree2safetensors._storage.byte_source import HasMethod, PathLike
 from pytree2safetensors._storage.progress import Progress, Report
+from pytree2safetensors._types import Chunk
 
 if sys.platform != "win32":
     import fcntl
@@ -42,13 +43,13 @@ else:
 
 
 def write_stream(
-    file: Writable, pieces: Iterable[memoryview], size: int, progress: Progress | None = None
+    file: Writable, chunks: Iterable[Chunk], size: int, progress: Progress | None = None
 ) -> None:
-    """Write bytes to a file object, as far as it takes them."""
+    """Write chunks that follow each other to a file object, as far as it takes them."""
     if isinstance(file, io.TextIOBase):
         raise TypeError(f"{type(file).__name__} takes text, not bytes; open it in binary mode")
     report = Report(progress, size)
-    for piece in _cut(pieces):
+    for _, piece in _cut(chunks):
         rest = piece
         while len(rest):
             count = file.write(rest)
@@ -64,7 +65,7 @@ def write_stream(
 
 def write_file(
     path: PathLike,
-    pieces: Iterable[memoryview],
+    chunks: Iterable[Chunk],
     size: int,
     *,
     durable: bool,
@@ -72,17 +73,21 @@ def write_file(
 ) -> None:
     """Write a file that appears whole or not at all."""
     with replacing(path, durable=durable) as descriptor:
-        write_pieces(descriptor, pieces, size, progress)
+        write_chunks(descriptor, chunks, size, progress)
 
 
-def write_pieces(
-    descriptor: int, pieces: Iterable[memoryview], size: int, progress: Progress | None = None
+def write_chunks(
+    descriptor: int, chunks: Iterable[Chunk], size: int, progress: Progress | None = None
 ) -> None:
     """Write bytes to a descriptor in few large calls."""
     report = Report(progress, size)
     preallocate(descriptor, size)
-    for piece in _cut(pieces):
+    position = 0
+    for offset, piece in _cut(chunks):
+        if offset != position:
+            os.lseek(descriptor, offset, os.SEEK_SET)
         _write_all(descriptor, piece)
+        position = offset + len(piece)
         report.add(len(piece))
     report.finish()
 
@@ -98,10 +103,10 @@ def preallocate(descriptor: int, size: int) -> None:
             raise
 
 
-def _cut(pieces: Iterable[memoryview]) -> Iterator[memoryview]:
-    for piece in pieces:
+def _cut(chunks: Iterable[Chunk]) -> Iterator[Chunk]:
+    for offset, piece in chunks:
         for start in range(0, len(piece), _STEP):
-            yield piece[start : start + _STEP]
+            yield offset + start, piece[start : start + _STEP]
 
 
 def _write_all(descriptor: int, piece: memoryview) -> None:
@@ -221,7 +226,7 @@ def _followed(path: str) -> str:
 
 def write_new(
     path: str,
-    pieces: Iterable[memoryview],
+    chunks: Iterable[Chunk],
     size: int,
     *,
     like: os.stat_result | None,
@@ -231,7 +236,7 @@ def write_new(
     """Write a file where there is none."""
     descriptor = create(path, like)
     with _Closing(descriptor) as closing:
-        write_pieces(descriptor, pieces, size, progress)
+        write_chunks(descriptor, chunks, size, progress)
         if durable:
             flush(descriptor)
         closing.close()

@@ -19,6 +19,7 @@ from pytree2safetensors._storage.atomic_file import (
     write_new,
 )
 from pytree2safetensors._storage.progress import Progress
+from pytree2safetensors._types import Chunk
 
 
 class Part(NamedTuple):
@@ -26,7 +27,7 @@ class Part(NamedTuple):
 
     name: str
     size: int
-    pieces: Iterable[memoryview]
+    chunks: Iterable[Chunk]
 
 
 def replace_together(
@@ -108,10 +109,10 @@ def _write(
 ) -> None:
     """Write the files under temporary names."""
     total, before = sum(part.size for part in parts), 0
-    for name, size, pieces in parts:
+    for name, size, chunks in parts:
         write_new(
             temporaries[name],
-            pieces,
+            chunks,
             size,
             like=_status(os.path.join(folder, name)),
             durable=durable,

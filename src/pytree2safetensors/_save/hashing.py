@@ -1,0 +1,100 @@
+"""Hashing what is written, block by block, in threads beside the writing.
+
+Specification: *Digests*.
+"""
+
+import hashlib
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Any, Final
+
+from pytree2safetensors._format.digests import BLOCK, digest_tensor, hash_block
+from pytree2safetensors._format.tensor import TensorInfo
+from pytree2safetensors._save.plan import FilePlan
+from pytree2safetensors._types import Chunk
+
+_ALONE: Final = 1 << 18  # bytes: smaller blocks are hashed sooner than handed to a thread
+
+
+class Hashing:
+    """Hashes chunks that pass through it; afterwards it has the digest of each tensor."""
+
+    def __init__(self, infos: Mapping[str, TensorInfo]) -> None:
+        self.infos = infos
+        self._hashes: dict[str, list[Future[bytes] | bytes]] = {}
+        workers = min(4, os.cpu_count() or 1)
+        self._pool = ThreadPoolExecutor(workers, "pytree2safetensors-hash")
+        self._partial: Future[Any] | None = None  # the state of a block of several pieces
+        self._running: deque[Future[bytes]] = deque()
+        self._most = 2 * workers  # blocks that wait or are hashed: they keep their memory
+
+    def __enter__(self) -> "Hashing":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def through(self, file: FilePlan, chunks: Iterable[Chunk]) -> Iterator[Chunk]:
+        """Give the chunks of a file's data on, after their hashing has begun.
+
+        They must come in order, and their memory may not change later.
+        """
+        tensors = iter(zip(file.tensors, file.starts(self.infos), strict=True))
+        name: str | None = None  # of the tensor that is under way
+        stop = room = 0  # where it ends, and what its block lacks
+        for offset, chunk in chunks:
+            rest, position = chunk, offset
+            while len(rest):
+                while name is None or position == stop:
+                    name, start = next(tensors)
+                    stop = start + self.infos[name].nbytes
+                room = room or min(BLOCK, stop - position)
+                piece = rest[:room]
+                self._add(name, piece, len(piece) == room)
+                rest, position, room = rest[len(piece) :], position + len(piece), room - len(piece)
+            yield offset, chunk
+
+    def _add(self, name: str, piece: memoryview, is_last: bool) -> None:
+        """Hash the next piece of a block; most blocks are one piece."""
+        if is_last and self._partial is None:
+            self._hashes.setdefault(name, []).append(self._begin(piece))
+            return
+        state = hashlib.sha256() if self._partial is None else self._partial.result()
+        # One piece at a time, so that no more memory waits.
+        self._partial = self._pool.submit(_updated, state, piece)
+        if is_last:
+            self._hashes.setdefault(name, []).append(self._partial.result().digest())
+            self._partial = None
+
+    def _begin(self, block: memoryview) -> Future[bytes] | bytes:
+        if len(block) < _ALONE:
+            return hash_block(block)
+        if len(self._running) >= self._most:
+            self._running.popleft().result()
+        future = self._pool.submit(hash_block, block)
+        self._running.append(future)
+        return future
+
+    def digests(self) -> dict[str, str]:
+        """Return the digest of each tensor, after all chunks."""
+        return {
+            name: digest_tensor(
+                name,
+                info,
+                (h if isinstance(h, bytes) else h.result() for h in self._hashes.get(name, ())),
+            )
+            for name, info in self.infos.items()
+        }
+
+
+def _updated(state: Any, piece: memoryview) -> Any:
+    state.update(piece)
+    return state
