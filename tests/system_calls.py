@@ -1,10 +1,12 @@
-"""The operating-system calls of a save: recorded, and made to fail one after the other."""
+"""The operating-system calls of the package: recorded, and made to fail one after the other."""
 
 import errno
+import functools
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import BuiltinFunctionType
 from typing import Any, NamedTuple
@@ -16,7 +18,84 @@ _INNER = {"fspath", "getpid", "geteuid", "getegid", "getuid", "getgid", "cpu_cou
 
 
 class Call(NamedTuple):
-    """One call, and what it was about: the last part of each path, or the kind of file."""
+    """One call that the package makes: how many came before it, and what `run` does."""
+
+    number: int
+    name: str
+    args: tuple[Any, ...]
+    run: Callable[[], Any]
+
+
+@contextmanager
+def watched(act: Callable[[Call], Any], *, flushing: bool = True) -> Iterator[None]:
+    """Ask `act` for the result of every call to the operating system that the package makes.
+
+    Args:
+        act: Calls `run`, or fails; calls that it makes itself are not watched.
+        flushing: Whether `fsync` does anything, as disks are slow.
+    """
+    numbers, inside = iter(range(sys.maxsize)), threading.local()
+
+    def watch(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*args: Any, **options: Any) -> Any:
+            caller = sys._getframe(1).f_globals.get("__name__", "").partition(".")[0]
+            if getattr(inside, "act", False) or caller not in _OURS:
+                return function(*args, **options)
+            inside.act = True
+            try:
+                run = functools.partial(function, *args, **options)
+                return act(Call(next(numbers), name, args, run))
+            finally:
+                inside.act = False
+
+        return called
+
+    found = {name: f for name, f in vars(os).items() if isinstance(f, BuiltinFunctionType)}
+    originals = {name: f for name, f in found.items() if name not in _INNER}
+    try:
+        for name, function in originals.items():
+            real = function if flushing or name != "fsync" else lambda _: None
+            setattr(os, name, watch(name, real))
+        yield
+    finally:
+        for name, function in originals.items():
+            setattr(os, name, function)
+
+
+class Fault(NamedTuple):
+    """What happens in place of a call, or after it."""
+
+    name: str
+    error: Callable[[], BaseException]
+    after: bool = False  # the call has had its effect before
+
+    def strike(self, call: Call) -> Any:
+        # A descriptor is gone when closing it fails.
+        if self.after or call.name == "close":
+            with suppress(OSError):
+                call.run()
+        error = self.error()
+        if isinstance(error, OSError) and call.args and isinstance(call.args[0], str):
+            error.filename = call.args[0]  # as the system's own errors have it
+        raise error
+
+
+def failing(code: int, after: bool = False) -> Fault:
+    name = errno.errorcode[code] + (" afterwards" if after else "")
+    return Fault(name, lambda: OSError(code, os.strerror(code)), after)
+
+
+FAULTS = [
+    *map(failing, (errno.ENOSPC, errno.EIO, errno.EINTR)),
+    failing(errno.EIO, after=True),
+    Fault("interrupt", KeyboardInterrupt),
+    # A signal's handler runs when the call that it came in has returned, and its result is lost.
+    Fault("interrupt afterwards", KeyboardInterrupt, after=True),
+]
+
+
+class Told(NamedTuple):
+    """A call in words: its name, and the last part of each path, or the kind of file."""
 
     name: str
     about: tuple[str, ...]
@@ -25,65 +104,23 @@ class Call(NamedTuple):
         return " ".join([self.name, *self.about])
 
 
-class Fault(NamedTuple):
-    """What happens in place of a call, or after it."""
-
-    name: str
-    error: Callable[[], BaseException] | None = None
-    after: bool = False  # the call has had its effect before
-
-
-def failing(code: int) -> Fault:
-    return Fault(errno.errorcode[code], lambda: OSError(code, os.strerror(code)))
-
-
-SHORT = Fault("short write")
-FAULTS = [
-    *map(failing, (errno.ENOSPC, errno.EIO, errno.EINTR)),
-    Fault("interrupt before", KeyboardInterrupt),
-    # A signal's handler runs when the call that it came in has returned, and its result is lost.
-    Fault("interrupt after", KeyboardInterrupt, after=True),
-    SHORT,
-]
-
-
 class Recorder:
     """Records the calls, and lets one of them fail."""
 
-    def __init__(self, fail_at: int = -1, fault: Fault = SHORT) -> None:
-        self.calls: list[Call] = []
+    def __init__(self, fail_at: int = -1, fault: Fault = FAULTS[0]) -> None:
+        self.calls: list[Told] = []
         self.fail_at, self.fault = fail_at, fault
         self.descriptors: dict[int, str] = {}
-        self.failing = False
 
-    def call(self, name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        number = len(self.calls)
-        files = [*args[:1], *(argument for argument in args[1:] if isinstance(argument, str))]
-        call = Call(name, tuple(map(self.describe, files)))
-        self.calls.append(call)
-        if number == self.fail_at and self.fault is SHORT:
-            args = (args[0], memoryview(args[1])[: max(1, len(args[1]) // 2)])
-        # A descriptor is gone when closing it fails.
-        elif number == self.fail_at and not self.fault.after and name != "close":
-            self.fail(args)
-        try:
-            result = function(*args, **kwargs)
-        except OSError:
-            if number == self.fail_at and self.fault.after:
-                self.fail(args)
-            raise
-        if name == "open":
-            self.descriptors[result] = self.describe(args[0])
-        if number == self.fail_at and self.fault is not SHORT:
-            self.fail(args)
+    def __call__(self, call: Call) -> Any:
+        files = [*call.args[:1], *(path for path in call.args[1:] if isinstance(path, str))]
+        self.calls.append(Told(call.name, tuple(map(self.describe, files))))
+        if call.number == self.fail_at:
+            return self.fault.strike(call)
+        result = call.run()
+        if call.name == "open":
+            self.descriptors[result] = self.describe(call.args[0])
         return result
-
-    def fail(self, args: tuple[Any, ...]) -> None:
-        assert self.fault.error is not None
-        error = self.fault.error()
-        if isinstance(error, OSError) and args and isinstance(args[0], str):
-            error.filename = args[0]  # as the system's own errors have it
-        raise error
 
     def describe(self, argument: Any) -> str:
         if isinstance(argument, int):
@@ -92,33 +129,3 @@ class Recorder:
         if path.is_dir():
             return "folder"
         return "temporary" if path.suffix == ".tmp" else path.name
-
-
-@contextmanager
-def watched(recorder: Recorder) -> Iterator[Recorder]:
-    """Let a recorder see every call to the operating system that the package makes."""
-    names = [n for n, f in vars(os).items() if isinstance(f, BuiltinFunctionType)]
-    originals = {name: getattr(os, name) for name in names if name not in _INNER}
-    recording = False
-
-    def wrapped(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def called(*args: Any, **kwargs: Any) -> Any:
-            nonlocal recording
-            caller = sys._getframe(1).f_globals.get("__name__", "").partition(".")[0]
-            if recording or caller not in _OURS:
-                return function(*args, **kwargs)
-            recording = True
-            try:
-                return recorder.call(name, function, *args, **kwargs)
-            finally:
-                recording = False
-
-        return called
-
-    try:
-        for name, function in originals.items():
-            setattr(os, name, wrapped(name, function))
-        yield recorder
-    finally:
-        for name, function in originals.items():
-            setattr(os, name, function)

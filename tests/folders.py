@@ -1,0 +1,64 @@
+"""Folders of shards that tests save: their trees, their names, and what a reader finds."""
+
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from pytree2safetensors import (
+    FileFormatError,
+    load_pytree,
+)
+from pytree2safetensors._compare import assert_same
+
+INDEX = "model.safetensors.index.json"
+
+
+def tree_of(seed: int) -> Any:
+    """Four tensors of 64, 64, 40 and 1 bytes, and a note; every seed gives other values."""
+    return {
+        "a": jnp.full((16,), seed, jnp.float32),
+        "b": (jnp.full((16,), -seed, jnp.int32), None),
+        "c": jnp.full((10,), seed / 2, jnp.float32),
+        "d": bool(seed % 2),
+        "e": f"text {seed}",
+    }
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def shard_names(count: int, stem: str = "model") -> list[str]:
+    return [f"{stem}-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+
+
+def is_same(tree: Any, found: Any) -> bool:
+    try:
+        assert_same(tree, found, "from the folder")
+    except AssertionError:
+        return False
+    return True
+
+
+def outcome(folder: Path) -> str:
+    """What a reader finds."""
+    try:
+        loaded = load_pytree(folder)
+    except FileFormatError as error:
+        if "and no index: a save was cut short" in str(error):
+            return "cut short"
+        if "is being replaced by another save" in str(error):
+            return "cut short"
+        if "has no safetensors file and no index" in str(error):
+            return "nothing"
+        assert "; name the one to load" in str(error)
+        found = {load_pytree(folder / name)["e"] for name in (INDEX, "model.safetensors")}
+        assert found == {"text 1", "text 2"}
+        return "both"
+    except FileNotFoundError:
+        return "nothing"
+    for seed, name in ((1, "old"), (2, "new")):
+        if is_same(tree_of(seed), loaded):
+            return name
+    raise AssertionError("a mixture")

@@ -1,0 +1,254 @@
+"""Loading a folder of shards: which file a path means, and which folders are refused."""
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from folders import INDEX, is_same, names_in, shard_names, tree_of
+from pytree2safetensors import (
+    FileFormatError,
+    Pytree2SafetensorsError,
+    load_abstract,
+    load_into_pytree,
+    load_metadata,
+    load_pytree,
+    save_pytree,
+)
+from pytree2safetensors._load.checkpoint import OpenCheckpoint, open_checkpoint
+from pytree2safetensors._load.locate import Index
+from pytree2safetensors.testing import pytrees
+
+# --- loading ----------------------------------------------------------------------------------
+
+
+def load_quietly(path: Path) -> Any:
+    """The tree, or the class of what loading raised."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="JAX cannot hold the dtypes")
+        try:
+            return load_pytree(path)
+        except Pytree2SafetensorsError as error:
+            return type(error)
+
+
+@given(pytrees(), st.integers(1, 300), st.booleans())
+def test_a_folder_holds_what_a_file_holds(
+    tmp_path_factory: pytest.TempPathFactory, tree: Any, limit: int, checksum: bool
+) -> None:
+    folder = tmp_path_factory.mktemp("m")
+    try:
+        save_pytree(tree, folder / "one", durable=False, checksum=checksum)
+        save_pytree(tree, folder / "m", max_shard_size=limit, durable=False, checksum=checksum)
+        one, many = load_quietly(folder / "one"), load_quietly(folder / "m")
+        assert one is many or is_same(one, many)
+    finally:
+        shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("where", ["", INDEX])
+def test_every_loader_takes_the_folder_and_the_index(tmp_path: Path, where: str) -> None:
+    tree = tree_of(1)
+    save_pytree(tree, tmp_path, max_shard_size=100, metadata={"run": "17"}, checksum=True)
+    path = tmp_path / where
+    assert is_same(tree, load_pytree(path))
+    assert is_same(tree, load_pytree(path, mmap=True))
+    assert is_same(tree["b"], load_pytree(path, prefix="@b"))
+    assert is_same(tree, load_into_pytree(tree_of(2), path))
+    assert load_metadata(path) == {"run": "17"}
+    abstract = load_abstract(path)
+    assert (abstract["a"].shape, abstract["a"].dtype) == ((16,), jnp.float32)
+    assert abstract["e"] == "text 1"
+
+
+def test_a_prefix_reads_its_shards_alone(tmp_path: Path) -> None:
+    save_pytree(tree_of(1), tmp_path, max_shard_size=100)
+    seen: list[tuple[int, int]] = []
+    load_pytree(tmp_path, prefix="@c", progress=lambda *report: seen.append(report))
+    assert seen == [(40, 40)]
+
+
+def test_progress_counts_all_shards(tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    save_pytree(
+        tree_of(1), tmp_path, max_shard_size=100, progress=lambda *report: seen.append(report)
+    )
+    sizes = [(tmp_path / name).stat().st_size for name in names_in(tmp_path)]
+    assert seen == [(sum(sizes[: i + 1]), sum(sizes)) for i in range(4)]
+    seen.clear()
+    load_pytree(tmp_path, progress=lambda *report: seen.append(report))
+    assert seen[-1] == (169, 169)
+
+
+def test_the_index_of_the_model_comes_first(tmp_path: Path) -> None:
+    save_pytree(tree_of(1), tmp_path / "a.safetensors", max_shard_size=100)
+    save_pytree(tree_of(2), tmp_path, max_shard_size=100)
+    assert is_same(tree_of(2), load_pytree(tmp_path))
+    assert is_same(tree_of(1), load_pytree(tmp_path / "a.safetensors.index.json"))
+
+
+def test_an_index_of_a_variant(tmp_path: Path) -> None:
+    save_pytree(tree_of(1), tmp_path, max_shard_size=100)
+    (tmp_path / INDEX).rename(tmp_path / "model.safetensors.index.fp16.json")
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "pytorch_model.bin.index.json").write_text("{}")
+    assert is_same(tree_of(1), load_pytree(tmp_path))
+
+
+def test_numbers_in_the_metadata_of_other_programs_are_no_metadata(tmp_path: Path) -> None:
+    save_pytree(tree_of(1), tmp_path, max_shard_size=100, metadata={"run": "17"})
+    index = json.loads((tmp_path / INDEX).read_text())
+    index["metadata"] |= {"total_size": 1.5, "total_parameters": 37, "list": []}
+    (tmp_path / INDEX).write_text(json.dumps(index | {"more": 1}))
+    assert load_metadata(tmp_path) == {"run": "17"}
+    assert is_same(tree_of(1), load_pytree(tmp_path))
+    del index["metadata"]
+    (tmp_path / INDEX).write_text(json.dumps(index))
+    assert load_metadata(tmp_path) == {}
+    assert isinstance(load_pytree(tmp_path)["b"], list)  # without the note
+
+
+# --- folders that are refused -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ([], "has no safetensors file and no index"),
+        (["config.json"], "has no safetensors file and no index"),
+        (
+            shard_names(2),
+            "has 'model-00001-of-00002.safetensors' and no index: a save was cut short or is under "
+            "way, or the index was not copied; save or copy it again",
+        ),
+        (
+            [".pytree2safetensors-0123456789abcdef.tmp"],
+            "has '.pytree2safetensors-0123456789abcdef.tmp' and no index: a save was cut short",
+        ),
+        (
+            [INDEX, "model.safetensors"],
+            f"has '{INDEX}', 'model.safetensors'; name the one to load",
+        ),
+        (
+            ["a.safetensors.index.json", "model.safetensors"],
+            "has 'a.safetensors.index.json', 'model.safetensors'; name the one to load",
+        ),
+        (
+            ["a.safetensors.index.json", "a.safetensors"],
+            "has 'a.safetensors.index.json', 'a.safetensors'; name the one to load",
+        ),
+        (
+            [f"{stem}.safetensors.index.json" for stem in "abcdefg"],
+            "has 'a.safetensors.index.json', 'b.safetensors.index.json', "
+            "'c.safetensors.index.json', 'd.safetensors.index.json', 'e.safetensors.index.json' "
+            "and 2 more; name the one to load",
+        ),
+        (
+            ["-00001-of-00002.safetensors"],
+            "has '-00001-of-00002.safetensors' and no index: a save was cut short",
+        ),
+        (["a.safetensors", "b.safetensors"], "has 'a.safetensors', 'b.safetensors'; name the one"),
+    ],
+    ids=lambda value: "-".join(value)[:40] if isinstance(value, list) else "",
+)
+def test_folders_without_one_checkpoint(tmp_path: Path, names: list[str], message: str) -> None:
+    for name in names:
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(FileFormatError) as caught:
+        load_pytree(tmp_path)
+    assert str(caught.value).startswith(f"the folder {str(tmp_path)!r} {message}")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_single_file_beside_shards_without_an_index_loads(tmp_path: Path) -> None:
+    save_pytree(tree_of(1), tmp_path, max_shard_size="5GB")
+    (tmp_path / shard_names(3)[0]).write_bytes(b"")
+    assert is_same(tree_of(1), load_pytree(tmp_path))
+
+
+def test_a_missing_index_beside_shards(tmp_path: Path) -> None:
+    save_pytree(tree_of(1), tmp_path, max_shard_size=100)
+    (tmp_path / INDEX).unlink()
+    with pytest.raises(FileFormatError, match="and no index: a save was cut short"):
+        load_pytree(tmp_path / INDEX)
+    with pytest.raises(FileNotFoundError):
+        load_pytree(tmp_path / "policy.safetensors.index.json")
+    with pytest.raises(FileNotFoundError):
+        load_pytree(tmp_path / "none" / INDEX)
+
+
+FIRST, SECOND, THIRD = shard_names(3)
+
+
+@pytest.mark.parametrize("limit", [100, 40])
+def test_a_reader_whose_index_is_replaced_starts_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    save_pytree(tree_of(1), tmp_path, max_shard_size=100)
+    saves = [lambda: save_pytree(tree_of(2), tmp_path, max_shard_size=limit)]
+    real = Index.open
+
+    def save_meanwhile(index: Index, shard: str) -> Any:
+        if shard == sorted(index.shards)[1] and saves:
+            saves.pop()()
+        return real(index, shard)
+
+    monkeypatch.setattr(Index, "open", save_meanwhile)
+    assert is_same(tree_of(2), load_pytree(tmp_path))
+    saves += [lambda: save_pytree(tree_of(1), tmp_path, max_shard_size=100)] * 5
+    with pytest.raises(FileFormatError, match="is being replaced by another save; load it after"):
+        load_pytree(tmp_path)
+    assert is_same(tree_of(1), load_pytree(tmp_path))
+
+
+def descriptors_in(folder: Path) -> int:
+    links = [link.readlink() for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+    return sum(link.is_relative_to(folder) for link in links)
+
+
+def content_of(store: OpenCheckpoint, name: str) -> bytes:
+    return b"".join(piece.tobytes() for piece in store.pieces(name))
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="nothing says what is open")
+@pytest.mark.parametrize("mmap", [False, True])
+def test_few_shards_are_open_at_once(
+    mmap: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pytree2safetensors._load.checkpoint._KEPT", 2)
+    tree = {f"w{i}": jnp.full(10, i, jnp.float32) for i in range(20)}
+    save_pytree(tree, tmp_path, max_shard_size=40, checksum=True)
+    monkeypatch.chdir(tmp_path.parent)
+    with open_checkpoint(tmp_path.name) as store:
+        assert descriptors_in(tmp_path) == 2
+        monkeypatch.chdir("/")
+        for name, values in tree.items():
+            assert content_of(store, f"@{name}") == np.asarray(values).tobytes()
+    assert descriptors_in(tmp_path) == 0
+    assert is_same(tree, load_pytree(tmp_path, mmap=mmap))
+    assert is_same(tree, load_into_pytree(tree, tmp_path, mmap=mmap))
+
+
+def test_a_shard_that_is_replaced_before_it_is_read_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pytree2safetensors._load.checkpoint._KEPT", 1)
+    tree = {f"w{i}": jnp.full(10, i, jnp.float32) for i in range(3)}
+    save_pytree(tree, tmp_path, max_shard_size=40)
+    with open_checkpoint(tmp_path) as store:
+        save_pytree(tree, tmp_path, max_shard_size=40)
+        assert content_of(store, "@w0") == bytes(40)  # which is open
+        with pytest.raises(FileFormatError, match="was replaced while it was read"):
+            content_of(store, "@w1")
+
+
+def test_a_file_called_like_an_index_is_a_file(tmp_path: Path) -> None:
+    save_pytree({"a": 1}, tmp_path / "tree.json")
+    assert load_pytree(tmp_path / "tree.json") == {"a": 1}

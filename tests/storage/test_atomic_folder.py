@@ -1,0 +1,343 @@
+"""A folder of shards changes whole or not at all, or says that it was cut short."""
+
+import errno
+import os
+import shutil
+import stat
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import system_calls
+from folders import INDEX, names_in, outcome, shard_names, tree_of
+from pytree2safetensors import (
+    save_pytree,
+)
+from pytree2safetensors._storage.atomic_file import locked
+from system_calls import FAULTS, Call, Fault, failing
+
+# --- whole or not at all ----------------------------------------------------------------------
+
+CHANGES = {"open", "write", "replace", "unlink", "mkdir", "rmdir"}
+
+
+@contextmanager
+def watched(act: Callable[[Call], Any]) -> Iterator[None]:
+    """Watch the system's calls, of which small files too have their space reserved."""
+    with pytest.MonkeyPatch.context() as patch, system_calls.watched(act, flushing=False):
+        patch.setattr("pytree2safetensors._storage.atomic_file._PREALLOCATED", 1)
+        yield
+
+
+# What was there, and the size of the shards to be: 3 of the same names, 4, or 1.
+SCENES: dict[str, tuple[int | str | None, int | str]] = {
+    "nothing, then shards": (None, 100),
+    "shards of the same names": (100, 100),
+    "shards of other names": (100, 40),
+    "shards, then one file": (100, "5GB"),
+    "one file, then shards": ("5GB", 100),
+    "one file, then another": ("5GB", "5GB"),
+    "shards without an index": ("cut short", 100),
+}
+
+
+@pytest.fixture(scope="module")
+def before(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of what was there in each scene."""
+    root = tmp_path_factory.mktemp("before")
+    for scene, (there, _) in SCENES.items():
+        folder = root / scene / "x/m"
+        if there is None:
+            (root / scene).mkdir()
+            continue
+        save_pytree(tree_of(1), folder, max_shard_size=100 if there == "cut short" else there)
+        (folder / "config.json").write_text("kept")
+        if there == "cut short":
+            (folder / INDEX).unlink()
+    return root
+
+
+def save_new(folder: Path, scene: str) -> None:
+    save_pytree(tree_of(2), folder, max_shard_size=SCENES[scene][1])
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    """All that is below a folder."""
+    return {
+        str(path.relative_to(root)): path.read_bytes() if path.is_file() else b"a folder"
+        for path in root.rglob("*")
+    }
+
+
+def each_failure(
+    root: Path, before: Path, scene: str, fails: Callable[[int, Call], bool], fault: Fault
+) -> Iterator[tuple[str, BaseException | None]]:
+    """Save once for each position at which a call may fail; what failed, and what was raised."""
+    position, failing = 0, [""]
+    while failing:
+        failing.clear()
+        if not root.exists() or contents(root) != contents(before / scene):
+            shutil.rmtree(root, ignore_errors=True)
+            shutil.copytree(before / scene, root)
+
+        def act(call: Call) -> Any:
+            if not fails(position, call):
+                return call.run()
+            failing.append(f"{call.name} {call.args}")
+            return fault.strike(call)
+
+        raised: BaseException | None = None
+        with watched(act):
+            try:
+                save_new(root / "x/m", scene)
+            except (OSError, KeyboardInterrupt) as error:
+                raised = error
+        yield f"at call {position}: {failing[:1]}", raised
+        position += 1
+    assert position > 15
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+@pytest.mark.parametrize("scene", SCENES)
+def test_a_save_that_fails_changes_nothing(
+    tmp_path: Path, before: Path, scene: str, fault: Fault
+) -> None:
+    """Every call of the system fails in turn."""
+    root, was = tmp_path / "root", outcome(before / scene / "x/m")
+    there = contents(before / scene)
+    for what, raised in each_failure(
+        root, before, scene, lambda position, call: call.number == position, fault
+    ):
+        now = contents(root)
+        left = [path for path in now if ".pytree2safetensors-" in path]
+        assert not left or ("['unlink" in what and len(left) == 1), what
+        found = outcome(root / "x/m") if now != there else was
+        # Once the index is there the save is done; what goes after that may still be there.
+        assert found in ({"new"} if raised is None else {was, "new", "both"}), what
+        if found == was:
+            assert now.items() >= there.items(), what
+        if isinstance(raised, OSError):
+            assert raised.filename == str(root / "x/m"), what
+            assert raised.errno in {errno.ENOSPC, errno.EIO, errno.EINTR}, what
+
+
+@pytest.mark.parametrize("scene", SCENES)
+def test_a_failing_rename_brings_everything_back(tmp_path: Path, before: Path, scene: str) -> None:
+    renames = failing = 0
+
+    def act(call: Call) -> Any:
+        nonlocal renames
+        renames += call.name == "replace"
+        if call.name == "replace" and renames == failing:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return call.run()
+
+    root = tmp_path / "root"
+    shutil.copytree(before / scene, root)
+    while failing == 0 or renames >= failing:
+        assert contents(root) == contents(before / scene)
+        renames, failing = 0, failing + 1
+        with watched(act), suppress(OSError):
+            save_new(root / "x/m", scene)
+    assert outcome(root / "x/m") == "new"
+    assert failing > 1
+
+
+@pytest.mark.parametrize("failing", range(8))
+def test_what_cannot_be_looked_at_is_neither_replaced_nor_removed(
+    tmp_path: Path, before: Path, failing: int
+) -> None:
+    """A rename fails (of none, none), and no file can be looked at from then on."""
+    there = before / "shards of the same names"
+    root, renames, blind = tmp_path / "root", 0, failing == 0
+    shutil.copytree(there, root)
+
+    def act(call: Call) -> Any:
+        nonlocal renames, blind
+        renames += call.name == "replace"
+        blind = blind or (call.name == "replace" and renames == failing)
+        if blind and (call.name == "lstat" or (failing and call.name == "replace")):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return call.run()
+
+    with watched(act), pytest.raises(OSError, match="Input/output error"):
+        save_new(root / "x/m", "shards of the same names")
+    assert outcome(root / "x/m") == ("old" if failing < 2 else "cut short")
+    assert set(contents(root).values()) >= set(contents(there).values())
+
+
+@pytest.mark.parametrize("scene", SCENES)
+def test_where_all_calls_fail_from_some_moment_on_there_is_no_mixture(
+    tmp_path: Path, before: Path, scene: str
+) -> None:
+    root, was = tmp_path / "root", outcome(before / scene / "x/m")
+    for what, _ in each_failure(
+        root, before, scene, lambda position, call: call.number >= position, failing(errno.EIO)
+    ):
+        assert outcome(root / "x/m") in {was, "new", "both", "cut short"}, what
+
+
+def test_short_writes_are_gone_on_with(tmp_path: Path) -> None:
+    write = os.write
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "write", lambda descriptor, piece: write(descriptor, piece[:7]))
+        save_pytree(tree_of(2), tmp_path, max_shard_size=100)
+    assert outcome(tmp_path) == "new"
+
+
+@pytest.mark.parametrize("scene", SCENES)
+def test_a_reader_at_any_moment_finds_the_old_or_the_new_or_says_so(
+    tmp_path: Path, before: Path, scene: str
+) -> None:
+    """Which is what a reader finds after the process was killed at that moment, too."""
+    root = tmp_path / "root"
+    shutil.copytree(before / scene, root)
+    folder = root / "x/m"
+    found = [outcome(folder)]
+
+    def act(call: Call) -> Any:
+        result = call.run()
+        if call.name in CHANGES:
+            found.append(outcome(folder))
+        return result
+
+    with watched(act):
+        save_new(folder, scene)
+    stages = [name for name, after in zip(found, [*found[1:], ""], strict=True) if name != after]
+    assert (
+        stages
+        == {
+            "nothing, then shards": ["nothing", "cut short", "new"],
+            "shards of the same names": ["old", "cut short", "new"],
+            "shards of other names": ["old", "new"],
+            "shards, then one file": ["old", "both", "new"],
+            "one file, then shards": ["old", "both", "new"],
+            "one file, then another": ["old", "new"],
+            "shards without an index": ["cut short", "new"],
+        }[scene]
+    )
+
+
+@pytest.mark.parametrize("durable", [True, False])
+def test_files_reach_the_disk_before_their_names(tmp_path: Path, durable: bool) -> None:
+    save_pytree(tree_of(1), tmp_path, max_shard_size=100)
+    steps: list[str] = []
+
+    def act(call: Call) -> Any:
+        if call.name == "fsync":
+            is_folder = stat.S_ISDIR(os.fstat(call.args[0]).st_mode)
+            steps.append("flush folder" if is_folder else "flush")
+        elif call.name == "replace":
+            source, target = (Path(path).name for path in call.args)
+            steps.append(f"aside {source}" if target[0] == "." else f"name {target}")
+        elif call.name == "unlink":
+            steps.append("remove")
+        return call.run()
+
+    with watched(act):
+        save_pytree(tree_of(2), tmp_path, max_shard_size=100, durable=durable)
+    steps = [step for step in steps if step != "remove"]
+    expected = ["flush"] * 4 + [f"aside {INDEX}", "flush folder"]
+    for shard in shard_names(3):
+        expected += [f"aside {shard}", f"name {shard}"]
+    expected += ["flush folder", f"name {INDEX}", "flush folder"]
+    assert steps == [step for step in expected if durable or "flush" not in step]
+
+
+def test_new_folders_reach_the_disk(tmp_path: Path) -> None:
+    flushed: set[int] = set()
+
+    def act(call: Call) -> Any:
+        if call.name == "fsync":
+            flushed.add(os.fstat(call.args[0]).st_ino)
+        return call.run()
+
+    with watched(act):
+        save_pytree(tree_of(1), tmp_path / "x/y", max_shard_size=100)
+    folders = [tmp_path, tmp_path / "x", tmp_path / "x/y"]
+    assert {folder.stat().st_ino for folder in folders} <= flushed
+
+
+def test_an_error_in_a_leaf_changes_nothing(tmp_path: Path) -> None:
+    class Broken(Exception):
+        pass
+
+    def fail(done: int, total: int) -> None:
+        if done > 400:
+            raise Broken
+
+    save_pytree(tree_of(1), tmp_path / "m", max_shard_size=100)
+    for folder in (tmp_path / "m", tmp_path / "new/er"):
+        with pytest.raises(Broken):
+            save_pytree(tree_of(2), folder, max_shard_size=100, progress=fail)
+    assert names_in(tmp_path) == ["m"]
+    assert names_in(tmp_path / "m") == [*shard_names(3), INDEX]
+    assert outcome(tmp_path / "m") == "old"
+
+
+# --- several at once --------------------------------------------------------------------------
+
+
+def test_two_savers_never_make_a_mixture(tmp_path: Path) -> None:
+    limits: list[int | str] = [100, 40, "5GB", 100]
+
+    def save(seed: int) -> None:
+        for step in range(20):
+            limit = limits[(step + seed) % 4] if step < 19 else 100
+            save_pytree(tree_of(seed), tmp_path, max_shard_size=limit, durable=False)
+
+    with ThreadPoolExecutor(2) as pool:
+        for done in [pool.submit(save, seed) for seed in (1, 2)]:
+            done.result()
+    assert names_in(tmp_path) == [*shard_names(3), INDEX]
+    assert outcome(tmp_path) in {"old", "new"}
+
+
+def test_a_reader_beside_a_saver_never_finds_a_mixture(tmp_path: Path) -> None:
+    save_pytree(tree_of(1), tmp_path, max_shard_size=100)
+    done = threading.Event()
+
+    def save() -> None:
+        for step in range(60):
+            save_pytree(tree_of(2 - step % 2), tmp_path, max_shard_size=100, durable=False)
+        done.set()
+
+    saver = threading.Thread(target=save)
+    saver.start()
+    try:
+        while not done.is_set():
+            assert outcome(tmp_path) in {"old", "new", "cut short"}
+    finally:
+        saver.join()
+    assert outcome(tmp_path) == "old"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a system without locks")
+def test_a_lock_ends_with_its_save_whoever_has_the_folder_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, copies = os.open, list[int]()
+
+    def open_twice(*arguments: Any) -> int:  # as a process has that is forked meanwhile
+        descriptor = opened(*arguments)
+        copies.append(os.dup(descriptor))
+        return descriptor
+
+    with monkeypatch.context() as patch, suppress(StopIteration):
+        patch.setattr(os, "open", open_twice)
+        with locked(str(tmp_path)):
+            raise StopIteration
+    saver = threading.Thread(target=lambda: save_pytree(tree_of(1), tmp_path, max_shard_size=100))
+    saver.start()
+    saver.join(30)
+    waits = saver.is_alive()
+    for copy in copies:
+        os.close(copy)
+    saver.join()
+    assert not waits

@@ -1,0 +1,253 @@
+"""Links, permissions, devices, and what belongs to the caller."""
+
+import errno
+import io
+import os
+import stat
+import sys
+import threading
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import pytree2safetensors._storage.atomic_file
+import pytree2safetensors._storage.progress
+from pytree2safetensors import (
+    load_metadata,
+    load_pytree,
+    save_pytree,
+)
+from pytree2safetensors._compare import assert_same
+from versions import assert_holds, litter, posix, version
+
+# --- links, permissions, and what is no file --------------------------------------------------
+
+
+@posix
+def test_a_symbolic_link_stays_and_its_target_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "far" / "away").mkdir(parents=True)
+    target = tmp_path / "far" / "away" / "model"
+    save_pytree(version(1), target)
+    (tmp_path / "far" / "link").symlink_to("away/model")
+    (tmp_path / "near").symlink_to("far")
+    link = tmp_path / "link"
+    link.symlink_to("near/link")
+    save_pytree(version(2), link)
+    assert link.is_symlink()
+    assert (tmp_path / "far" / "link").is_symlink()
+    assert not target.is_symlink()
+    assert_holds(target, 2)
+    assert list(target.parent.iterdir()) == [target]
+
+
+@posix
+def test_a_link_that_leads_to_nothing_leads_to_the_new_file(tmp_path: Path) -> None:
+    (tmp_path / "first").symlink_to("second")
+    (tmp_path / "second").symlink_to(tmp_path / "model")
+    save_pytree(version(1), tmp_path / "first")
+    assert (tmp_path / "first").is_symlink()
+    assert (tmp_path / "second").is_symlink()
+    assert not (tmp_path / "model").is_symlink()
+    assert_holds(tmp_path / "model", 1)
+
+
+@posix
+def test_a_link_into_a_folder_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to("nowhere/model")
+    with pytest.raises(FileNotFoundError) as caught:
+        save_pytree(version(1), link)
+    assert caught.value.filename == str(link)
+    assert link.is_symlink()
+
+
+@posix
+def test_links_in_a_circle_are_an_error(tmp_path: Path) -> None:
+    (tmp_path / "first").symlink_to("second")
+    (tmp_path / "second").symlink_to("first")
+    with pytest.raises(OSError, match="symbolic links") as caught:
+        save_pytree(version(1), tmp_path / "first")
+    assert caught.value.errno == errno.ELOOP
+    assert caught.value.filename == str(tmp_path / "first")
+    assert (tmp_path / "first").is_symlink()
+
+
+@posix
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077, 0o000], ids=oct)
+def test_a_new_file_has_the_permissions_that_open_gives(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        save_pytree(version(1), tmp_path / "model")
+        (tmp_path / "other").open("wb").close()
+    finally:
+        os.umask(before)
+    modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("model", "other")]
+    assert modes == [0o666 & ~umask] * 2
+
+
+@posix
+@pytest.mark.parametrize("mode", [0o600, 0o644, 0o666, 0o444, 0o755, 0o640], ids=oct)
+def test_a_replaced_file_keeps_its_permissions(tmp_path: Path, mode: int) -> None:
+    path = tmp_path / "model"
+    save_pytree(version(1), path)
+    path.chmod(mode)
+    others: list[int] = []
+
+    def look(*_: int) -> None:
+        others.extend(stat.S_IMODE(found.stat().st_mode) for found in litter(tmp_path))
+
+    save_pytree(version(2), path, progress=look)
+    assert stat.S_IMODE(path.stat().st_mode) == mode
+    assert others == [mode]
+    assert_holds(path, 2)
+
+
+@posix
+def test_what_replaces_a_private_file_is_private_from_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "model"
+    save_pytree(version(1), path)
+    path.chmod(0o600)
+    modes: list[int] = []
+    create = os.open
+
+    def opened(name: str, flags: int, *args: int) -> int:
+        descriptor = create(name, flags, *args)
+        if flags & os.O_CREAT:
+            modes.append(stat.S_IMODE(os.fstat(descriptor).st_mode))
+        return descriptor
+
+    monkeypatch.setattr(os, "open", opened)
+    save_pytree(version(2), path)
+    assert modes == [0o600]
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() != 0, reason="giving files away is for the superuser"
+)
+def test_a_replaced_file_keeps_its_owner(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    save_pytree(version(1), path)
+    os.chown(path, 12345, 54321)
+    path.chmod(0o640)
+    save_pytree(version(2), path)
+    status = path.stat()
+    assert (status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode)) == (12345, 54321, 0o640)
+
+
+@posix
+def test_hard_links_part_ways(tmp_path: Path) -> None:
+    path, other = tmp_path / "model", tmp_path / "other"
+    save_pytree(version(1), path)
+    os.link(path, other)
+    save_pytree(version(2), path)
+    assert_holds(path, 2)
+    assert_holds(other, 1)
+
+
+@posix
+def test_a_pipe_is_written_to(tmp_path: Path) -> None:
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    content: list[bytes] = []
+    reader = threading.Thread(target=lambda: content.append(path.read_bytes()))
+    reader.start()
+    save_pytree(version(1, 100_000), path)
+    reader.join()
+    assert stat.S_ISFIFO(path.stat().st_mode)
+    assert_same(version(1, 100_000), load_pytree(io.BytesIO(content[0])), "from the pipe")
+    assert not litter(tmp_path)
+
+
+@posix
+def test_a_pipe_without_a_name_is_written_to() -> None:
+    reader, writer = os.pipe()
+    save_pytree(version(1), f"/dev/fd/{writer}")  # as /dev/stdout is, or >(a command) of a shell
+    os.close(writer)
+    with os.fdopen(reader, "rb") as file:
+        assert_same(version(1), load_pytree(file), "from the pipe")
+
+
+@posix
+def test_a_file_without_a_name_is_written_to(tmp_path: Path) -> None:
+    with (tmp_path / "file").open("w+b") as file:
+        file.write(b"longer than what takes its place" * 1000)
+        file.flush()
+        (tmp_path / "file").unlink()
+        save_pytree(version(1), f"/dev/fd/{file.fileno()}")
+        file.seek(0)
+        assert_same(version(1), load_pytree(file), "from the file")
+    assert not [*tmp_path.iterdir()]
+
+
+@posix
+def test_a_pipe_is_read_from(tmp_path: Path) -> None:
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    save_pytree(version(1, 100_000), tmp_path / "model")
+    content = (tmp_path / "model").read_bytes()
+    writer = threading.Thread(target=lambda: path.write_bytes(content))
+    writer.start()
+    assert_holds(path, 1)
+    writer.join()
+
+
+@posix
+def test_a_device_is_written_to() -> None:
+    save_pytree(version(1), os.devnull)
+    save_pytree(version(1, 3 << 20), os.devnull)
+    assert stat.S_ISCHR(Path(os.devnull).stat().st_mode)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_device_that_is_full_is_an_error() -> None:
+    with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+        save_pytree(version(1), "/dev/full")
+    assert stat.S_ISCHR(Path("/dev/full").stat().st_mode)
+
+
+# --- what belongs to the caller ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("checksum", [False, True], ids=["plain", "checksum"])
+def test_the_tree_of_the_caller_is_untouched(tmp_path: Path, checksum: bool) -> None:
+    inner = {"z": np.asfortranarray(np.arange(6.0).reshape(2, 3)), "a": [jnp.ones(3), 1.5]}
+    tree = {"second": inner, "first": (inner, None), "empty": {}}
+    metadata = {"z": "1", "a": "2"}
+    before = jax.tree_util.tree_map(lambda leaf: (id(leaf), np.array(leaf).tobytes()), tree)
+    save_pytree(tree, tmp_path / "model", metadata=metadata, checksum=checksum)
+    after = jax.tree_util.tree_map(lambda leaf: (id(leaf), np.array(leaf).tobytes()), tree)
+    assert before == after
+    assert list(tree) == ["second", "first", "empty"]
+    assert list(inner) == ["z", "a"]
+    assert list(metadata.items()) == [("z", "1"), ("a", "2")]
+    assert load_metadata(tmp_path / "model") == metadata
+
+
+def test_skipping_leaves_changes_nothing_of_the_callers(tmp_path: Path) -> None:
+    tree = {"b": [print, 1], "a": print}
+    save_pytree(tree, tmp_path / "model", unsupported="skip")
+    assert tree == {"b": [print, 1], "a": print}
+    assert load_pytree(tmp_path / "model") == {"b": [None, 1]}
+
+
+def test_saving_and_loading_need_no_means_that_windows_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pytree2safetensors._storage.atomic_file, "_PREALLOCATED", 0)
+    monkeypatch.setattr(sys, "platform", "win32")
+    for name in (
+        "O_CLOEXEC", "O_DIRECTORY", "O_NOFOLLOW", "fchmod", "fchown", "getegid", "geteuid",
+        "posix_fallocate", "pread", "preadv", "pwrite", "readv", "writev",
+    ):  # fmt: skip
+        monkeypatch.delattr(os, name, raising=False)
+    for checksum in (False, True):
+        for number in (1, 2):
+            save_pytree(version(number), tmp_path / "file", checksum=checksum)
+            save_pytree(version(number), tmp_path / "folder", max_shard_size=700)
+            assert_holds(tmp_path / "file", number)
+            assert_holds(tmp_path / "folder", number)

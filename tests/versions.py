@@ -1,0 +1,43 @@
+"""Trees with a number, saved one after the other to one path."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pytree2safetensors import (
+    load_pytree,
+)
+from pytree2safetensors._compare import assert_same
+
+TEMPORARY = ".pytree2safetensors-*"
+
+posix = pytest.mark.skipif(os.name != "posix", reason="needs a POSIX system")
+
+
+def version(number: int, size: int = 300) -> Any:
+    """A tree of its own, with arrays, scalars, and nodes that need a note."""
+    return {
+        "data": np.full(size, number, np.int32),
+        "pair": (np.arange(number % 7, dtype=np.float32), None),
+        "step": number,
+    }
+
+
+def assert_holds(path: Path, *numbers: int) -> int:
+    """Assert that a file holds one of these versions, whole."""
+    found = load_pytree(path)
+    assert found["step"] in numbers
+    assert_same(version(found["step"], len(found["data"])), found, "from the file")
+    return int(found["step"])
+
+
+def litter(folder: Path) -> list[Path]:
+    return list(folder.glob(TEMPORARY))
+
+
+def open_descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir())) if sys.platform == "linux" else 0
