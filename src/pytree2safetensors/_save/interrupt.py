@@ -1,0 +1,42 @@
+"""Interrupts: a save of several processes runs on a thread that they do not reach.
+
+The thread of the caller waits, and keeps what interrupts it until the save can stop.
+
+Specification: *Files*.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Final, TypeVar
+
+T = TypeVar("T")
+
+_SLICE: Final = 0.5  # seconds of one wait: not every system interrupts a wait without an end
+
+
+class Interrupt:
+    """The interrupts that the caller of a save has received."""
+
+    def __init__(self) -> None:
+        self.received: list[BaseException] = []
+        self.raised = 0
+
+    def check(self) -> None:
+        """Raise the last interrupt, unless that was done."""
+        if self.raised < len(self.received):
+            self.raised = len(self.received)
+            raise self.received[-1]
+
+    def wait_for(self, future: Future[T]) -> T:
+        """Return the result of a future, and keep the interrupts that come meanwhile."""
+        while not future.done():
+            try:
+                wait([future], _SLICE)
+            except BaseException as error:  # noqa: BLE001 - handlers of signals raise any
+                self.received.append(error)
+        return future.result()
+
+    def run(self, work: Callable[[], T]) -> T:
+        """Run work on a thread of its own, and keep the interrupts that come meanwhile."""
+        with ThreadPoolExecutor(1, "pytree2safetensors-agree") as pool:
+            return self.wait_for(pool.submit(work))
