@@ -18,6 +18,7 @@ from pytree2safetensors._leaves.extents import (
     shape_of,
     span_of,
 )
+from pytree2safetensors._leaves.ownership import ownership
 from pytree2safetensors._types import Chunk
 
 _LARGE: Final = 1 << 16  # bytes: smaller arrays are made whole sooner than cut
@@ -52,11 +53,12 @@ def owned_chunks(leaf: jax.Array, info: TensorInfo) -> Iterator[Chunk]:
 
 
 def owned(leaf: jax.Array, info: TensorInfo) -> list[tuple[Region, jax.Array]]:
-    """The shards that this process writes: of those that are equal, one process has the first."""
+    """The shards that this process writes: those on devices that own their region."""
+    devices = ownership(leaf.sharding, leaf.shape).devices
     return [
         (region_of(shard.index, info.shape), shard.data)
         for shard in leaf.addressable_shards
-        if shard.replica_id == 0
+        if shard.device in devices
     ]
 
 

@@ -21,6 +21,7 @@ from pytree2safetensors._storage.progress import ProgressOption, reporter
 from pytree2safetensors._tree.flatten import PyTree
 
 
+@processes.announced
 @jaxtyped(typechecker=beartype)
 def save_pytree(
     tree: PyTree,
@@ -62,17 +63,14 @@ def save_pytree(
 
     >>> save_pytree({"w": 1.5, "steps": (1, 2)}, "model.safetensors")
     """
-    try:
-        report = reporter(progress, "saving", jax.process_index)
-        with collector_paused():
-            contents = collect(tree, metadata or {}, unsupported)
-    except BaseException as error:
-        processes.tell(tree, error)
-        raise
-    wait_for_earlier()
+    report = reporter(progress, "saving", jax.process_index)
+    with collector_paused():
+        contents = collect(tree, metadata or {}, unsupported)
     if processes.is_needed(contents.leaves.values()):
-        processes.save(contents, path, durable, checksum, max_shard_size, report)
+        options = processes.Options(durable, checksum, max_shard_size)
+        processes.save(contents, path, options, report)
         return
+    wait_for_earlier()
     target = target_of(path, max_shard_size)
     with collector_paused():
         plan = plan_save(contents, target, checksum=checksum)

@@ -28,6 +28,7 @@ from pytree2safetensors._storage.progress import ProgressOption, reporter
 from pytree2safetensors._tree.flatten import PyTree
 
 
+@processes.announced
 @jaxtyped(typechecker=beartype)
 def save_pytree_async(
     tree: PyTree,

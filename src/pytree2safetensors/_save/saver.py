@@ -28,9 +28,14 @@ def submit(save: Callable[[], None]) -> Future[None]:
 
 def wait_for_earlier() -> None:
     """Wait until all that was submitted has ended. Errors are left to those who hold the futures."""
-    if not threading.current_thread().name.startswith(_NAME):  # it would wait for itself
+    if not is_current():  # it would wait for itself
         for ended in _last:
             ended.wait()
+
+
+def is_current() -> bool:
+    """Whether this is the saver's thread, which runs callbacks of the user's, too."""
+    return threading.current_thread().name.startswith(_NAME)
 
 
 def _forget() -> None:

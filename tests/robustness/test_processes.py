@@ -4,10 +4,13 @@ Run as a script this file is one of them: it carries out the functions whose nam
 """
 
 import errno
+import inspect
 import io
 import json
 import os
 import queue
+import re
+import signal
 import socket
 import subprocess
 import sys
@@ -28,9 +31,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from numpy.typing import NDArray
 
 import pytree2safetensors as p2s
+from pytree2safetensors._leaves import jax_versions
 from pytree2safetensors._leaves.encode import host_shard
 from pytree2safetensors._leaves.to_jax import TAKEN_OVER
-from pytree2safetensors._save import processes as _distributed
+from pytree2safetensors._save import processes
+from pytree2safetensors._save.interrupt import Interrupt
 from pytree2safetensors._storage import atomic_file as _file
 from pytree2safetensors._storage import byte_source as _source
 
@@ -56,7 +61,7 @@ START = (
 class Pair:
     """Two processes that carry out the functions of this file."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, heartbeat: int = 100) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -68,7 +73,7 @@ class Pair:
         for rank in range(2):
             with self.logs[rank].open("w") as log:
                 process = subprocess.Popen(
-                    [sys.executable, "-c", START, __file__, str(rank), str(port)],
+                    [sys.executable, "-c", START, __file__, str(rank), str(port), str(heartbeat)],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=log,
@@ -165,19 +170,22 @@ def pair(shared: list[Pair], tmp_path_factory: pytest.TempPathFactory) -> Pair:
 def mortals(tmp_path: Path) -> Iterator[Pair]:
     """Two processes of which a test may kill one."""
     (tmp_path / "logs").mkdir()
-    pair = Pair(tmp_path / "logs")
+    pair = Pair(tmp_path / "logs", heartbeat=8)
     yield pair
     pair.end()
 
 
-def main(rank: int, port: str) -> None:
+def main(rank: int, port: str, heartbeat: str) -> None:
     try:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")  # type: ignore[no-untyped-call] # JAX gives it no types
     except AttributeError:
         print(json.dumps({"lacks": "this JAX has no collectives between processes on the CPU"}))
         return
     start: Any = jax.distributed.initialize
-    start(f"127.0.0.1:{port}", num_processes=2, process_id=rank)
+    known = inspect.signature(start).parameters
+    name = "heartbeat_timeout_seconds"  # which older JAX has not: there a death is noticed later
+    limit = {name: int(heartbeat)} if name in known else {}
+    start(f"127.0.0.1:{port}", num_processes=2, process_id=rank, **limit)
     assert (jax.process_count(), len(jax.local_devices()), len(jax.devices())) == (2, 2, 4)
     for local in range(2):
         connect([devices_of(process)[local] for process in range(2)])
@@ -224,9 +232,9 @@ def say(words: dict[str, Any]) -> None:
 # --- trees ------------------------------------------------------------------------------------
 
 
-def spread(values: Any, spec: Any) -> jax.Array:
+def spread(values: Any, spec: Any, mesh: Mesh | None = None) -> jax.Array:
     """A global array: each process makes its own shards."""
-    sharding = NamedSharding(mesh_of_four(), spec)
+    sharding = NamedSharding(mesh or mesh_of_four(), spec)
     if not isinstance(values, jax.Array):
         values = np.asarray(values)
         return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
@@ -412,9 +420,9 @@ def save_with_what_is_local(folder: str) -> None:
         "large": np.full((600, 300), rank, np.float32),
         "local": jax.device_put(np.full(4, rank, np.float32), jax.local_devices()[1]),
         "key": jax.random.key(rank),
-        "int": 10 + rank,
-        "float": 0.5 + rank,
-        "str": f"process {rank}",
+        "int": 10,
+        "float": 0.5,
+        "str": "the same",
         "weak": jnp.asarray(1.5 + rank),
         "tuple": (1, None, {}),
     }
@@ -429,7 +437,7 @@ def test_what_is_no_global_array_comes_from_process_0(pair: Pair, tmp_path: Path
     assert raw(found["large"]) == raw(np.zeros((600, 300), np.float32))
     assert raw(found["local"]) == raw(np.zeros(4, np.float32))
     assert raw(found["key"]) == raw(jax.random.key(0))
-    assert (found["int"], found["float"], found["str"]) == (10, 0.5, "process 0")
+    assert (found["int"], found["float"], found["str"]) == (10, 0.5, "the same")
     assert found["weak"].aval.weak_type
     assert float(found["weak"]) == 1.5
     assert found["tuple"] == (1, None, {})
@@ -635,15 +643,15 @@ def save_with(folder: str, what: str, where: int) -> None:
             def write_at(*_: Any) -> None:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-            patch.setattr(_distributed, "write_at", write_at)
+            patch.setattr(processes, "write_at", write_at)
         elif what == "bug" and here:
-            patch.setattr(_distributed, "owned_chunks", lambda *_: 1 / 0)
+            patch.setattr(processes, "owned_chunks", lambda *_: 1 / 0)
         elif what == "interrupt" and here:
 
             def interrupt(*_: Any) -> None:
                 raise KeyboardInterrupt
 
-            patch.setattr(_distributed, "write_at", interrupt)
+            patch.setattr(processes, "write_at", interrupt)
         elif what == "deleted" and here:
             tree["rows"].delete()
         elif what == "commit" and here:
@@ -701,27 +709,69 @@ def test_the_processes_go_on_after_an_error(pair: Pair, old: Path, tmp_path: Pat
 def save_differently(folder: str, what: str) -> None:
     rank = jax.process_index()
     tree: dict[str, Any] = large()
+    values = values_of((1024, 300))
+    path, options = f"{folder}/file", dict[str, Any]()
     if what == "shape":
         tree["rows"] = spread(values_of((1024, 300 + 4 * rank)), P("x"))
     elif what == "dtype":
-        tree["rows"] = spread(values_of((1024, 300)).view([np.float32, np.int32][rank]), P("x"))
+        tree["rows"] = spread(values.view([np.float32, np.int32][rank]), P("x"))
+    elif what == "sharding":
+        tree["rows"] = spread(values, [P("x"), P(None, "x")][rank])
+    elif what == "order":
+        tree["rows"] = spread(values, P("x"), mesh_in_order_of(rank))
     elif what == "name":
-        tree[f"rank {rank}"] = np.zeros(3)
+        tree[f"rank {rank}"] = np.zeros(3, np.float32)
+    elif what == "structure":
+        tree["some"] = [(), []][rank]
     elif what == "kind":
         tree["number"] = [1.5, np.float64(1.5)][rank]
+    elif what == "int":
+        tree["number"] = 7 + rank
+    elif what == "str":
+        tree["number"] = f"a {rank}"
     elif what == "global":
-        tree["some"] = spread(np.zeros(4), P("x")) if rank else np.zeros(4, np.float32)
-    p2s.save_pytree(tree, f"{folder}/file")
+        tree["some"] = spread(np.zeros(4, np.float32), P("x")) if rank else np.zeros(4, np.float32)
+    elif what == "path":
+        path = f"{folder}/{['file', 'other'][rank]}"
+    elif what == "durable":
+        options["durable"] = bool(rank)
+    p2s.save_pytree(tree, path, **options)
 
 
-@pytest.mark.parametrize("what", ["shape", "dtype", "name", "kind", "global"])
-def test_processes_that_differ_save_nothing(pair: Pair, old: Path, what: str) -> None:
+def mesh_in_order_of(process: int) -> Mesh:
+    """A mesh that begins with the devices of a process."""
+    devices = sorted(jax.devices(), key=lambda device: device.process_index != process)
+    return Mesh(np.array(devices).reshape(2, 2), ("x", "y"))
+
+
+@pytest.mark.parametrize(
+    ("what", "difference"),
+    [
+        ("shape", "'@rows' is F32[1024, 300] {} on process 0 and F32[1024, 304] {} on process 1"),
+        ("dtype", "'@rows' is F32[1024, 300] {} on process 0 and I32[1024, 300] {} on process 1"),
+        (
+            "sharding",
+            "'@rows' is F32[1024, 300] {} on process 0 and F32[1024, 300] {} on process 1",
+        ),
+        ("order", "'@rows' is F32[1024, 300] {} on process 0 and F32[1024, 300] {} on process 1"),
+        ("name", "'@rank 0' is F32[3] on process 0 and missing on process 1"),
+        ("structure", "the node '@some' is tuple on process 0 and list on process 1"),
+        ("kind", "'@number' is 1.5 on process 0 and F64[] on process 1"),
+        ("int", "'@number' is 7 on process 0 and 8 on process 1"),
+        ("str", "'@number' is ['str', 'a 0'] on process 0 and ['str', 'a 1'] on process 1"),
+        ("global", "'@some' is F32[4] on process 0 and F32[4] {} on process 1"),
+        ("path", "the name of the file is 'file' on process 0 and 'other' on process 1"),
+        ("durable", "the option durable= is False on process 0 and True on process 1"),
+    ],
+)
+def test_processes_that_differ_save_nothing(
+    pair: Pair, old: Path, what: str, difference: str
+) -> None:
+    start, end = "the processes do not save the same: ", "; nothing was written; give all processes"
+    pattern = re.escape(f"{start}{difference}{end}").replace(r"\{\}", "with shards [0-9a-f]{32}")
     for error, text in pair.fail(save_differently, old, what):
         assert error == "pytree2safetensors.FileFormatError"
-        assert text == (
-            "the processes do not save the same tree: names, dtypes, shapes or shardings differ "
-            "between process 0 and process 1; give all of them one tree"
-        )
+        assert re.match(pattern, text), text
 
 
 def save_elsewhere(folder: str, elsewhere: str) -> None:
@@ -789,9 +839,9 @@ def die_while_saving(folder: str, where: int, when: str) -> None:
                 die()
 
         if when == "at the end":
-            pytest.MonkeyPatch().setattr(_distributed, "flush", die)
+            pytest.MonkeyPatch().setattr(processes, "flush", die)
         else:
-            pytest.MonkeyPatch().setattr(_distributed, "write_at", write_at)
+            pytest.MonkeyPatch().setattr(processes, "write_at", write_at)
     p2s.save_pytree(large(), f"{folder}/file")
 
 
@@ -814,18 +864,183 @@ def test_where_a_process_dies_the_old_file_stays(
     assert p2s.load_pytree(folder / "file") == {"new": 1}
 
 
+# --- saves that are not the same on all processes ---------------------------------------------
+
+
+def save_replicated_over_meshes_in_another_order(folder: str) -> None:
+    mesh = mesh_in_order_of(jax.process_index())
+    tree = {
+        "replicated": spread(values_of((1024, 300)), P(), mesh),
+        "rows": spread(values_of((1024, 300)), P("x")),
+    }
+    p2s.save_pytree(tree, f"{folder}/file")
+
+
+def test_who_owns_a_replica_does_not_follow_the_order_of_the_mesh(
+    pair: Pair, tmp_path: Path
+) -> None:
+    pair.run(save_replicated_over_meshes_in_another_order, tmp_path)
+    for array in p2s.load_pytree(tmp_path / "file").values():
+        assert raw(array) == raw(values_of((1024, 300)))
+
+
+def checkpoint(number: int) -> dict[str, Any]:
+    """A tree like any other, of a number."""
+    values = np.full((1024, 300), number, np.float32)
+    return {"rows": spread(values, P(("x", "y"))), "columns": spread(values, P(None, ("x", "y")))}
+
+
+def number_in(path: Path) -> int:
+    """The number of a checkpoint, which must be no mixture."""
+    tree = p2s.load_pytree(path)
+    (number,) = set(np.unique(tree["rows"]).tolist()) | set(np.unique(tree["columns"]).tolist())
+    return int(number)
+
+
+def save_all(folder: str, names: list[str], at: str, number: int) -> list[str]:
+    """Save checkpoints 0, 1, ... to these names; what happens at one of them on one process."""
+    found = []
+    for place, name in enumerate(names):
+        tree, options = checkpoint(place), dict[str, Any]()
+        path: Any = f"{folder}/{name}"
+        with pytest.MonkeyPatch.context() as patch:
+            if place == number:
+                if at == "metadata":
+                    options["metadata"] = 5
+                elif at == "unknown option":
+                    options["metdata"] = {}
+                elif at == "progress":
+                    options["progress"] = 5
+                elif at == "path":
+                    path = None
+                elif at == "silent":  # interrupted before it begins
+                    known = processes._processes()
+                    known.calls += 1
+                    found.append("silent")
+                    continue
+                elif at in {"write", "vote", "outcome", "agree"}:
+                    interrupt_in(at, patch)
+            try:
+                p2s.save_pytree(tree, path, **options)
+                found.append("saved")
+            except KeyboardInterrupt:
+                found.append("interrupted")
+            except (Exception, SystemExit) as error:  # noqa: BLE001 - the test looks at its text
+                found.append(f"{type(error).__name__}: {error}")
+    return found
+
+
+def interrupt_in(step: str, patch: pytest.MonkeyPatch) -> None:
+    """Send this process a Ctrl-C while it writes, or waits in a step."""
+    known: list[Interrupt] = []
+    original = Interrupt.__init__
+
+    def create(self: Interrupt) -> None:
+        original(self)
+        known.append(self)
+
+    def interrupting(function: Any) -> Any:
+        def call(*arguments: Any) -> Any:
+            if step == "write" or f"/{step}" in str(arguments[1]):
+                patch.undo()
+                os.kill(os.getpid(), signal.SIGINT)
+                while not known[-1].received:  # it reaches the thread of the caller
+                    time.sleep(0.01)
+            return function(*arguments)
+
+        return call
+
+    patch.setattr(Interrupt, "__init__", create)
+    if step == "write":
+        patch.setattr(processes, "write_at", interrupting(_file.write_at))
+    else:
+        keys = jax_versions.CoordinationKeys
+        patch.setattr(keys, "wait", interrupting(keys.wait))
+
+
+def save_on_both(folder: str, orders: list[list[str]], at: str, where: int, number: int) -> Any:
+    rank = jax.process_index()
+    return save_all(folder, orders[rank], at if rank == where else "nothing", number)
+
+
+@pytest.mark.parametrize("where", [0, 1])
+@pytest.mark.parametrize("at", ["metadata", "unknown option", "progress", "path"])
+def test_a_wrong_argument_on_one_is_an_error_on_all(
+    pair: Pair, tmp_path: Path, where: int, at: str
+) -> None:
+    found = pair.run(save_on_both, tmp_path, [["a", "b", "c"]] * 2, at, where, 1)
+    for process, said in enumerate(found):
+        assert [word == "saved" for word in said] == [True, False, True]
+        assert (f"process {where} could not save: " in said[1]) == (process != where)
+    assert [number_in(tmp_path / name) for name in "ac"] == [0, 2]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "c"]
+
+
+@pytest.mark.parametrize("where", [0, 1])
+def test_a_call_that_only_one_knows_of_fails_on_all(pair: Pair, tmp_path: Path, where: int) -> None:
+    found = pair.run(save_on_both, tmp_path, [["a", "b", "c"]] * 2, "silent", where, 1)
+    assert [said[0] for said in found] == ["saved", "saved"]
+    assert found[where][1] == "silent"
+    assert "begins save" in found[1 - where][1]
+    assert [said[2] for said in found] == ["saved", "saved"]
+    assert [number_in(tmp_path / name) for name in "ac"] == [0, 2]
+
+
+@pytest.mark.parametrize("where", [0, 1])
+@pytest.mark.parametrize("at", ["write", "agree", "vote", "outcome"])
+def test_an_interrupt_on_one(pair: Pair, tmp_path: Path, where: int, at: str) -> None:
+    if at == ("outcome", "vote")[where]:
+        return  # process 0 waits for votes, process 1 for the outcome
+    found = pair.run(save_on_both, tmp_path, [["a", "a", "b"]] * 2, at, where, 1)
+    assert found[where] == ["saved", "interrupted", "saved"]
+    other = found[1 - where]
+    assert (other[0], other[2]) == ("saved", "saved")
+    if at == "outcome":  # process 1 has voted: this part of the save is done
+        assert other[1] == "saved"
+    else:
+        assert f"process {where} could not save: " in other[1]
+    assert number_in(tmp_path / "a") == (at == "outcome")
+    assert number_in(tmp_path / "b") == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_saves_in_another_order_are_an_error_on_all(pair: Pair, tmp_path: Path) -> None:
+    orders = [["params", "average", "last"], ["average", "params", "last"]]
+    for said in pair.run(save_on_both, tmp_path, orders, "nothing", 0, 0):
+        assert "the name of the file is 'params' on process 0 and 'average' on process 1" in said[0]
+        assert "the name of the file is 'average' on process 0 and 'params' on process 1" in said[1]
+        assert said[2] == "saved"
+    assert [path.name for path in tmp_path.iterdir()] == ["last"]
+
+
+def save_local_here_and_global_there(folder: str) -> list[str]:
+    """Process 0 saves one tree more."""
+    found = save_all(folder, ["a"], "nothing", 0)
+    if first():
+        found += save_all(folder, ["local"], "nothing", 0)
+    return [*found, *save_all(folder, ["b"] if first() else ["b", "end"], "nothing", 0)]
+
+
+def test_one_save_more_on_one_is_an_error_on_all(pair: Pair, tmp_path: Path) -> None:
+    zero, one = pair.run(save_local_here_and_global_there, tmp_path)
+    assert zero[0] == one[0] == "saved"
+    for words in zero[1:] + one[1:]:
+        assert words.startswith("FileFormatError: the processes do not save the same: the name of")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
 # --- pieces, in one process -------------------------------------------------------------------
 
 
 def test_pieces_are_joined_and_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_distributed, "_SMALL", 4)
-    monkeypatch.setattr(_distributed, "_JOINED", 8)
-    monkeypatch.setattr(_distributed, "_LARGEST", 16)
+    monkeypatch.setattr(processes, "_SMALL", 4)
+    monkeypatch.setattr(processes, "_JOINED", 8)
+    monkeypatch.setattr(processes, "_LARGEST", 16)
     content = bytes(range(100))
     ranges = [(0, 3), (3, 6), (6, 9), (9, 12), (12, 50), (50, 52), (60, 61), (61, 64), (80, 84)]
     pieces = ((start, memoryview(content)[start:stop]) for start, stop in ranges)
     found = [
-        (start, start + len(piece), bytes(piece)) for start, piece in _distributed._arranged(pieces)
+        (start, start + len(piece), bytes(piece)) for start, piece in processes._arranged(pieces)
     ]
     assert [(start, stop) for start, stop, _ in found] == [
         (0, 9), (9, 12), (12, 28), (28, 44), (44, 50), (50, 52), (60, 64), (80, 84),
@@ -834,7 +1049,7 @@ def test_pieces_are_joined_and_cut(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_nothing_is_needed_of_one_process() -> None:
-    assert not _distributed.is_needed([jnp.arange(3), np.arange(3), 1])
+    assert not processes.is_needed([jnp.arange(3), np.arange(3), 1])
 
 
 def test_shards_on_the_host_leave_no_copy_behind() -> None:
@@ -843,13 +1058,5 @@ def test_shards_on_the_host_leave_no_copy_behind() -> None:
     assert data._npy_value is None  # where JAX keeps it
 
 
-def test_errors_are_told_short() -> None:
-    words = _distributed._described(p2s.KeyPathError("\\" * 10_000))
-    assert len(json.dumps(words)) < _distributed._WORDS
-    error = _distributed._error_of(3, words)
-    assert type(error) is p2s.KeyPathError
-    assert str(error).startswith("process 3 could not save: \\")
-
-
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
+    main(int(sys.argv[1]), sys.argv[2], sys.argv[3])

@@ -1,0 +1,78 @@
+"""Which device's copy of each region of an array is saved.
+
+Specification: *Files*.
+"""
+
+import hashlib
+import math
+from functools import lru_cache
+from typing import Any, Final, NamedTuple
+
+import jax
+
+from pytree2safetensors._errors import UnsupportedLeafError
+from pytree2safetensors._leaves.extents import Region, Shape, region_of
+
+_KNOWN: Final = 4096  # shardings and shapes that are remembered: a train state repeats few
+
+
+class Ownership(NamedTuple):
+    """The owner of each region of an array."""
+
+    devices: frozenset[Any]  # those that own a region
+    digest: str  # of every device and its region
+
+
+@lru_cache(_KNOWN)
+def ownership(sharding: Any, shape: Shape) -> Ownership:
+    """Return the owners: of the devices that hold a region, the one with the lowest process and id.
+
+    This does not follow the order of the mesh, as `replica_id` does: processes may order the
+    devices of a replicated array differently.
+
+    Raises:
+        UnsupportedLeafError: The regions do not tile the array.
+    """
+    held = sorted(
+        ((device.process_index, device.id), region_of(index, shape), device)
+        for device, index in sharding.devices_indices_map(shape).items()
+    )
+    owners: dict[Region, Any] = {}
+    for _, region, device in held:
+        owners.setdefault(region, device)
+    if not _tile(set(owners), shape, sharding.shard_shape(shape)):
+        raise UnsupportedLeafError(
+            f"the shards of an array of shape {shape} do not tile it: {sharding}"
+        )
+    lines = repr([(key, region) for key, region, _ in held])
+    digest = hashlib.sha256(lines.encode()).hexdigest()
+    return Ownership(frozenset(owners.values()), digest)
+
+
+def _tile(regions: set[Region], shape: Shape, shard: Shape) -> bool:
+    """Whether regions of one shape cover an array exactly once."""
+    if 0 in shape:
+        return True
+    fit = all(
+        start % size == 0 and stop - start == size
+        for region in regions
+        for (start, stop), size in zip(region, shard, strict=True)
+    )
+    number = math.prod(size // part for size, part in zip(shape, shard, strict=True))
+    whole = all(size % part == 0 for size, part in zip(shape, shard, strict=True))
+    return fit and whole and len(regions) == number
+
+
+def is_global(leaf: Any) -> bool:
+    """Whether a leaf is an array of which this process holds a part only."""
+    return (
+        isinstance(leaf, jax.Array)
+        and not isinstance(leaf, jax.core.Tracer)
+        and not leaf.is_fully_addressable
+    )
+
+
+def is_unreduced(leaf: jax.Array) -> bool:
+    """Whether the shards of an array are summands of its values."""
+    spec = getattr(leaf.sharding, "spec", None)
+    return bool(getattr(spec, "unreduced", None))  # older JAX has no such axes
