@@ -17,6 +17,7 @@ from pytree2safetensors._save.background import save_pytree_async
 from pytree2safetensors._tree.containers import PyTreeContainer, UnkeyedContainer
 from pytree2safetensors._tree.flatten import dict2pytree, pytree2dict
 from pytree2safetensors._tree.keypath import Key, KeyPath, keypath2string, string2keypath
+from pytree2safetensors._version import __version__ as __version__
 
 __all__ = [
     "FileFormatError",

@@ -1,3 +1,3 @@
-"""The version: the one place that says it."""
+"""The version of the package: the only place that states it."""
 
-__version__ = "0.2.0.dev0"
+__version__ = "0.2.0"

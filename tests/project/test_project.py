@@ -2,6 +2,7 @@
 
 import configparser
 import re
+import runpy
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+import pytree2safetensors
 
 ROOT = Path(__file__).parents[2]
 tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has no TOML parser")
@@ -81,8 +84,63 @@ def test_what_is_installed_is_this_version() -> None:
         installed = version("pytree2safetensors")
     except PackageNotFoundError:
         pytest.skip("runs from the source folder, without an installation")
-    source = (ROOT / "src" / "pytree2safetensors" / "_version.py").read_text("utf-8")
-    assert f'__version__ = "{installed}"\n' in source
+    assert installed == pytree2safetensors.__version__
+
+
+def test_the_workflow_runs_on_every_operating_system() -> None:
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text("utf-8")
+    assert {"ubuntu", "macos", "windows"} == {*re.findall(r"(\w+)-latest", workflow)}
+
+
+def test_the_documentation_and_the_citation_name_this_version() -> None:
+    citation = (ROOT / "CITATION.cff").read_text("utf-8")
+    assert f"\nversion: {pytree2safetensors.__version__}\n" in citation
+    changelog = (ROOT / "CHANGELOG.md").read_text("utf-8")
+    newest, *_ = re.findall(r"^## \[([\d.]+)\]", changelog, re.MULTILINE)
+    assert newest == pytree2safetensors.__version__
+    assert changelog.count(f"\n[{newest}]: https://") == 1
+
+
+CHANGELOG = """# Changelog
+
+## [0.3.0] - 2027-01-31
+
+### Added
+
+- Something.
+
+## [0.2.0] - 2026-12-01
+
+- More.
+
+[0.3.0]: https://example.org
+"""
+
+
+def release_notes(tag: str, version: str, changelog: str = CHANGELOG) -> str:
+    script = runpy.run_path(str(ROOT / ".ci" / "release_notes.py"))
+    text: str = script["notes"](tag, version, changelog)
+    return text
+
+
+def test_release_notes_are_the_section_of_the_version() -> None:
+    assert release_notes("v0.3.0", "0.3.0") == "### Added\n\n- Something."
+    assert release_notes("v0.2.0", "0.2.0") == "- More."
+
+
+@pytest.mark.parametrize(
+    ("tag", "version", "changelog", "message"),
+    [
+        ("v0.3.1", "0.3.0", CHANGELOG, "the tag is v0.3.1, but _version.py says 0.3.0"),
+        ("v0.4.0", "0.4.0", CHANGELOG, "CHANGELOG.md has no section for 0.4.0"),
+        ("v1.0", "1.0", "## [1.0] - Unreleased\n", "CHANGELOG.md says 'Unreleased' where the date"),
+    ],
+)
+def test_a_release_with_a_contradiction_is_refused(
+    tag: str, version: str, changelog: str, message: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        release_notes(tag, version, changelog)
 
 
 def test_this_python_is_supported() -> None:

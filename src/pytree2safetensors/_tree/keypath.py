@@ -80,6 +80,10 @@ _BEFORE_MARKER = re.compile(r"(?=[.@#])")  # the same cut, for strings without a
 # number = "0" / ( "1"-"9" *( "0"-"9" ) )
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,9}")
 
+_MARKERS = (".", "@", "#")
+_TO_DOTS = str.maketrans("@#", "..")
+_INT_KEY = re.compile(r"([@#])\\\((-?[0-9]+)\)")
+_NOT_DOTTED = re.compile(r"[@#\\]")
 _NEEDS_ESCAPE = re.compile(r"[.@#\\]")
 _ESCAPED = re.compile(r"\\(.)")
 _NO_UTF8 = "a lone surrogate has no UTF-8 spelling"
@@ -269,6 +273,26 @@ def add_prefix(prefix: str, string: str) -> str:
     if not prefix or not string:
         return prefix or string
     return prefix + (string if string[0] in ".@#" else "." + string)
+
+
+def is_dotted(string: str) -> bool:
+    """Whether a path is one of keys joined by dots: it has no other marker."""
+    return not _NOT_DOTTED.search(string)
+
+
+def dotted(string: str) -> str:
+    """Join the keys of a spelled path by dots, whatever their kind."""
+    plain = _INT_KEY.sub(r"\1\2", string) if "\\" in string else string
+    if "\\" not in plain:
+        return plain.translate(_TO_DOTS)[plain[:1] in _MARKERS :]
+    return ".".join(map(_text_of, _read(string)))
+
+
+def _text_of(key: Key) -> str:
+    if isinstance(key, GetAttrKey):
+        return key.name
+    value = key.idx if isinstance(key, SequenceKey) else key.key
+    return value if isinstance(value, str) else ascii(value)
 
 
 def read_segment(segment: str) -> Key:

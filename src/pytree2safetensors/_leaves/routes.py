@@ -1,0 +1,113 @@
+"""Routes: the views that rules give the leaves of a tree."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+from pytree2safetensors._leaves.extents import Shape
+from pytree2safetensors._leaves.families import Family, Lost
+from pytree2safetensors._leaves.views import View
+from pytree2safetensors._tree.placeholders import Binding, fill
+from pytree2safetensors._tree.rule import ParsedRule, Rule
+from pytree2safetensors._tree.rule_index import RuleIndex
+
+# The name of a tensor that is the leaf as it is, a view, or None for a leaf that is in no file.
+Route: TypeAlias = str | View | Lost | None
+
+
+class Routes(NamedTuple):
+    """Where each leaf of a tree is in a file, and by which rule; and rules that match no leaf."""
+
+    routes: list[Route]
+    rules: list[Rule | None]  # None if no rule matches
+    idle: list[Rule]
+
+
+class _Leaf(NamedTuple):
+    """A leaf that is cut from tensors."""
+
+    position: int
+    binding: Binding
+    shape: Shape | None  # None if it is not an array
+
+
+def routes_of(
+    rules: RuleIndex, paths: Sequence[str], shapes: Sequence[Shape | None], *, complete: bool
+) -> Routes:
+    """Find out where each leaf is in a file.
+
+    Args:
+        rules: The rules, of which the first that matches counts.
+        paths: The spelled key paths of all leaves.
+        shapes: The shapes of the leaves; None for leaves that are not arrays.
+        complete: Whether leaves that a rule cuts from one tensor must all be there.
+
+    Raises:
+        ValueError: A rule with a dotted path matches two leaves of one dotted path.
+    """
+    routes: list[Route] = []
+    found: list[Rule | None] = []
+    makers: dict[int, _Maker] = {}
+    families: dict[tuple[Any, ...], list[_Leaf]] = {}  # by rule and what their tensors share
+    for match, shape in zip(rules.match_paths(paths), shapes, strict=True):
+        if match is None:
+            routes.append(Lost("no rule has this path"))
+            found.append(None)
+            continue
+        number, binding = match
+        if number not in makers:
+            makers[number] = _Maker(rules.rules[number], rules.parsed[number])
+        maker = makers[number]
+        found.append(maker.rule)
+        if maker.parsed.cut:
+            shared = [i for axis, i in binding.indices.items() if axis not in maker.parsed.cut]
+            key = number, binding.text, *shared
+            families.setdefault(key, []).append(_Leaf(len(routes), binding, shape))
+            routes.append(None)
+        else:
+            routes.append(maker.route(binding, shape))
+    for (number, *_), leaves in families.items():
+        made = makers[number].views(leaves, complete)
+        for leaf, route in zip(leaves, made, strict=True):
+            routes[leaf.position] = route
+    idle = [
+        rule
+        for number, rule in enumerate(rules.rules)
+        if number not in makers and rule.path is not None
+    ]
+    return Routes(routes, found, idle)
+
+
+class _Maker:
+    """Makes routes by one rule; leaves of the same shapes share what does not depend on names."""
+
+    def __init__(self, rule: Rule, parsed: ParsedRule) -> None:
+        self.rule, self.parsed = rule, parsed
+        self.made: dict[tuple[Any, ...], list[View | Lost]] = {}
+
+    def route(self, binding: Binding, shape: Shape | None) -> Route:
+        """The route of a leaf that is not cut from tensors."""
+        if self.parsed.name is None:
+            return None
+        if not self.rule.pattern:
+            return fill(self.parsed.name, binding)
+        return next(self.views([_Leaf(0, binding, shape)], True))
+
+    def views(self, leaves: Sequence[_Leaf], complete: bool) -> Iterator[View | Lost]:
+        """The views of leaves that are cut from the same tensors."""
+        cut = self.parsed.cut
+        indices = [tuple(leaf.binding.indices[axis] for axis in cut) for leaf in leaves]
+        shapes = [leaf.shape for leaf in leaves]
+        key = *indices, *shapes
+        made = self.made.get(key)
+        if made is None:
+            made = Family(self.rule, self.parsed, indices, shapes, leaves[0].binding).views(
+                complete
+            )
+            if not any(isinstance(route, Lost) for route in made):  # a reason names a path
+                self.made[key] = made
+        for leaf, route in zip(leaves, made, strict=True):
+            if isinstance(route, Lost):
+                yield route
+            else:
+                sizes = dict(zip(self.parsed.stacked, route.stacked, strict=True))
+                yield route._replace(names=tuple(self.parsed.names(leaf.binding, sizes)))

@@ -1,0 +1,161 @@
+"""Views: a leaf as regions of tensors, with their axes in another order.
+
+A view is the same for both directions. Reading fills memory that lies in the order of the file and
+gives it to the leaf as `to_leaf` shows it; writing takes from the leaf what `to_file` shows.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
+from typing import Any, NamedTuple
+
+from pytree2safetensors._leaves.extents import Region, Shape, shape_of
+
+
+class View(NamedTuple):
+    """What a leaf is made of.
+
+    In NumPy's terms: take the tensors, each reshaped to `fine` and cut to `region`, and stack them
+    on axes of the sizes `stacked`. Each axis of the leaf merges some of the axes that this has, in
+    the order that `axes` gives. Axes that no axis of the leaf merges have length 1.
+    """
+
+    names: tuple[str, ...]  # the last of the stacked axes changes fastest
+    stored: Shape  # of each tensor
+    stacked: Shape
+    fine: Shape
+    region: Region
+    axes: tuple[tuple[int, ...], ...]
+
+    @property
+    def sizes(self) -> Shape:
+        """The sizes of the axes that `axes` numbers."""
+        return (*self.stacked, *shape_of(self.region))
+
+    @property
+    def shape(self) -> Shape:
+        """The shape of the leaf."""
+        sizes = self.sizes
+        return tuple(math.prod(sizes[axis] for axis in merged) for merged in self.axes)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the leaf is one tensor as it is."""
+        return self == plain_view(self.names[0], self.stored)
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """The axes in the order of the leaf, after those that it does not have."""
+        mine = [axis for merged in self.axes for axis in merged]
+        others = [axis for axis in range(len(self.sizes)) if axis not in mine]
+        return (*others, *mine)
+
+
+class Box(NamedTuple):
+    """A region of a leaf that is a region on the view's axes, too."""
+
+    region: Region  # of the leaf
+    bounds: Region  # of the stacked axes, and of `fine`
+
+    @property
+    def shape(self) -> Shape:
+        """The shape of memory for it that lies in the order of the file."""
+        return shape_of(self.bounds)
+
+
+class Source(NamedTuple):
+    """A region of a tensor, and where it belongs in the memory of a box."""
+
+    name: str
+    region: Region  # of the tensor, reshaped to `fine`
+    place: tuple[int, ...]  # on the stacked axes
+
+
+def plain_view(name: str, shape: Shape) -> View:
+    """The view of a leaf that is one tensor as it is."""
+    whole = tuple((0, size) for size in shape)
+    return View((name,), shape, (), shape, whole, tuple((axis,) for axis in range(len(shape))))
+
+
+def boxes_of(view: View, region: Region) -> list[Box]:
+    """Cut a region of the leaf into boxes: none if it is empty, many if it cuts merged axes."""
+    sizes = view.sizes
+    cuts = [
+        list(_cut([sizes[axis] for axis in merged], *bounds))
+        for merged, bounds in zip(view.axes, region, strict=True)
+    ]
+    origins = [0] * len(view.stacked) + [start for start, _ in view.region]
+    found = []
+    for cut in product(*cuts):
+        bounds = [(start, start + size) for start, size in zip(origins, sizes, strict=True)]
+        for merged, (_, ranges) in zip(view.axes, cut, strict=True):
+            for axis, (start, stop) in zip(merged, ranges, strict=True):
+                bounds[axis] = origins[axis] + start, origins[axis] + stop
+        found.append(Box(tuple(piece for piece, _ in cut), tuple(bounds)))
+    return found
+
+
+_Range = tuple[int, int]
+
+
+def _cut(sizes: Sequence[int], start: int, stop: int) -> Iterator[tuple[_Range, list[_Range]]]:
+    """Cut a range of an axis that merges others: the pieces, and the ranges of those others."""
+    if start >= stop:
+        return
+    if len(sizes) < 2:
+        yield (start, stop), [(start, stop)] * len(sizes)
+    else:
+        inner = math.prod(sizes[1:])
+        first, last = -(-start // inner), stop // inner  # the rows that are whole
+        if first > last:
+            yield from _cut_row(sizes, last, start, stop)
+            return
+        if start < first * inner:
+            yield from _cut_row(sizes, first - 1, start, first * inner)
+        if first < last:
+            yield (first * inner, last * inner), [(first, last), *((0, n) for n in sizes[1:])]
+        if last * inner < stop:
+            yield from _cut_row(sizes, last, last * inner, stop)
+
+
+def _cut_row(
+    sizes: Sequence[int], row: int, start: int, stop: int
+) -> Iterator[tuple[_Range, list[_Range]]]:
+    origin = row * math.prod(sizes[1:])
+    for (first, last), ranges in _cut(sizes[1:], start - origin, stop - origin):
+        yield (first + origin, last + origin), [(row, row + 1), *ranges]
+
+
+def sources_of(view: View, box: Box) -> Iterator[Source]:
+    """What to read for a box, or where to write it."""
+    count = len(view.stacked)
+    stacked, region = box.bounds[:count], box.bounds[count:]
+    for numbers in product(*(range(*bounds) for bounds in stacked)):
+        place = 0
+        for number, size in zip(numbers, view.stacked, strict=True):
+            place = place * size + number
+        index = tuple(n - start for n, (start, _) in zip(numbers, stacked, strict=True))
+        yield Source(view.names[place], region, index)
+
+
+def to_leaf(view: View, box: Box, memory: Any) -> Any:
+    """Show memory of a box as a region of the leaf, without a copy unless axes are merged.
+
+    `memory` is an array of NumPy or JAX, and so is the result.
+    """
+    return memory.transpose(view.order).reshape(shape_of(box.region))
+
+
+def to_file(view: View, box: Box, values: Any) -> Any:
+    """Show a region of the leaf in the order of the file, without a copy: inverts `to_leaf`."""
+    shape, order = box.shape, view.order
+    back = sorted(range(len(order)), key=order.__getitem__)
+    return values.reshape([shape[axis] for axis in order]).transpose(back)
+
+
+def leaf_of(view: View, tensors: Mapping[str, Any], stack: Any) -> Any:
+    """The leaf that whole tensors make; `stack` is that of NumPy or JAX."""
+    index = tuple(slice(*bounds) for bounds in view.region)
+    parts = [tensors[name].reshape(view.fine)[index] for name in view.names]
+    memory = (parts[0] if len(parts) == 1 else stack(parts)).reshape(view.sizes)
+    return memory.transpose(view.order).reshape(view.shape)

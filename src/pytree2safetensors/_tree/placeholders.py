@@ -1,0 +1,182 @@
+"""Names with placeholders, the two sides of a rule: how they are read, matched and filled in.
+
+side  : { text | "{{" | "}}" | hole }
+hole  : "{" sum [ ":" label { "," label } ] "}" | "{*}" | "{=}"
+label : text without "," "{" "}", or none
+sum   : term { "+" term }
+term  : [ number "*" ] axis | number
+
+A placeholder numbers axes from 0, or names them by labels; {*} and {=} stand for text.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Final, NamedTuple, TypeAlias
+
+REST: Final = "*"  # stands for any text
+SPELLED: Final = "="  # stands for a whole spelled key path
+
+_PIECES: Final = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|([{}])")
+_TERM: Final = re.compile(r"(?:([0-9]+)\*)?([^\W\d]\w*)|([0-9]+)")
+_NUMBER: Final = "0|[1-9][0-9]*"
+_EXAMPLES: Final = "{l}, {l+3}, {6*b+i}, {p:q,k,v}, {*} or {=}"
+
+
+class Term(NamedTuple):
+    """A multiple of an axis or, if the axis is "", a number."""
+
+    factor: int
+    axis: str
+
+
+class Hole(NamedTuple):
+    """A placeholder, and the labels that stand for its numbers."""
+
+    text: str  # as it is written
+    terms: tuple[Term, ...]
+    labels: tuple[str, ...] = ()
+
+    @property
+    def axis(self) -> str | None:
+        """The axis that it numbers; None for a sum."""
+        first = self.terms[0]
+        return first.axis if len(self.terms) == 1 and first.factor == 1 and first.axis else None
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it stands for text, not for a number."""
+        return self.text in {REST, SPELLED}
+
+
+Side: TypeAlias = tuple[str | Hole, ...]
+
+
+class Binding(NamedTuple):
+    """What the placeholders of a side stand for: the index on each axis, and a text."""
+
+    indices: dict[str, int]
+    text: str = ""
+
+
+def read_side(text: str) -> Side:
+    """Read a name or a path; raise a ValueError that says what cannot be read."""
+    parts: list[str | Hole] = []
+    literal, end = "", 0
+    for piece in _PIECES.finditer(text):
+        literal += text[end : piece.start()]
+        end = piece.end()
+        if piece[2] is not None:
+            raise ValueError(f"{text!r} has a single {piece[2]!r}; write it twice")
+        if piece[1] is None:
+            literal += piece[0][0]
+        else:
+            parts += [literal, _read_hole(piece[1])]
+            literal = ""
+    parts.append(literal + text[end:])
+    return tuple(part for part in parts if part != "")
+
+
+def _read_hole(text: str) -> Hole:
+    if text in {REST, SPELLED}:
+        return Hole(text, (Term(1, text),))
+    total, colon, listed = text.partition(":")
+    terms = []
+    for written in total.split("+"):
+        found = _TERM.fullmatch(written.strip())
+        if found is None:
+            raise ValueError(f"{{{text}}} is not a placeholder; write {_EXAMPLES}")
+        factor, axis, number = found.groups()
+        terms.append(Term(int(factor or number or 1), axis or ""))
+    hole = Hole(text, tuple(terms), tuple(listed.split(",")) if colon else ())
+    if colon and hole.axis is None:
+        raise ValueError(f"{{{text}}} labels a sum; only a single axis has labels")
+    if len(set(hole.labels)) < len(hole.labels):
+        raise ValueError(f"{{{text}}} has one label twice")
+    return hole
+
+
+def holes_of(side: Side) -> Iterator[Hole]:
+    """The placeholders of a side."""
+    return (part for part in side if isinstance(part, Hole))
+
+
+def axes_of(side: Side) -> list[str]:
+    """The axes of a side's placeholders, each once; text counts as one."""
+    return list(dict.fromkeys(t.axis for hole in holes_of(side) for t in hole.terms if t.axis))
+
+
+def with_labels(side: Side, labels: Mapping[str, tuple[str, ...]]) -> Side:
+    """Give placeholders without labels those of their axis."""
+    return tuple(
+        part._replace(labels=labels.get(part.axis or "", ()))
+        if isinstance(part, Hole) and not part.labels
+        else part
+        for part in side
+    )
+
+
+def fill(side: Side, binding: Binding) -> str:
+    """Write what stands for the placeholders into a side."""
+    indices, text = binding
+    parts = []
+    for part in side:
+        if isinstance(part, str):
+            parts.append(part)
+        elif part.is_text:
+            parts.append(text)
+        else:
+            number = sum(factor * (indices[axis] if axis else 1) for factor, axis in part.terms)
+            parts.append(part.labels[number] if part.labels else str(number))
+    return "".join(parts)
+
+
+class Alternatives:
+    """Sides by number, of which the first that matches a text is found at once."""
+
+    def __init__(self, sides: Mapping[int, Side]) -> None:
+        self._found: dict[int, tuple[int, list[Hole]]] = {}  # by the number of a group
+        branches = []
+        group = 1
+        for number, side in sides.items():
+            pattern, holes = _regex(side, group + 1)
+            branches.append(f"({pattern})")
+            self._found[group] = number, holes
+            group += 1 + len(holes)
+        self._regex = re.compile("|".join(branches), re.DOTALL) if branches else None
+
+    def match(self, text: str) -> tuple[int, Binding] | None:
+        """The number of the first side that matches, and what its placeholders stand for."""
+        found = self._regex.fullmatch(text) if self._regex else None
+        if found is None or found.lastindex is None:
+            return None
+        group = found.lastindex  # the group around the branch, which is closed last
+        number, holes = self._found[group]
+        indices, rest = {}, ""
+        for place, hole in enumerate(holes, group + 1):
+            value = found[place]
+            if hole.is_text:
+                rest = value
+            else:
+                axis = hole.terms[0].axis
+                indices[axis] = hole.labels.index(value) if hole.labels else int(value)
+        return number, Binding(indices, rest)
+
+
+def _regex(side: Side, group: int) -> tuple[str, list[Hole]]:
+    """A regular expression for a side whose first group has a number, and the hole of each group."""
+    parts: list[str] = []
+    holes: list[Hole] = []
+    groups: dict[str, int] = {}
+    for part in side:
+        if isinstance(part, str):
+            parts.append(re.escape(part))
+            continue
+        axis = part.terms[0].axis
+        if axis in groups:
+            parts.append(rf"(?:\{groups[axis]})")
+            continue
+        groups[axis] = group + len(holes)
+        holes.append(part)
+        text = "|".join(map(re.escape, part.labels)) if part.labels else _NUMBER
+        parts.append(f"({'.*' if part.is_text else text})")
+    return "".join(parts), holes

@@ -1,0 +1,213 @@
+"""Rules: which tensors of a file make which leaves of a tree, and how their axes correspond.
+
+A rule has two sides, the file's and the tree's. The axes of a side are those of its array and those
+that the placeholders of its name number. Both sides have the same axes: an axis that numbers names
+on one side and belongs to the array on the other stacks arrays, or cuts one.
+"""
+
+from collections.abc import Iterator, Mapping
+from itertools import product
+from typing import Final, NamedTuple
+
+from beartype import beartype
+from jaxtyping import jaxtyped
+
+from pytree2safetensors._tree.patterns import Dims, merged, read_pattern, spread
+from pytree2safetensors._tree.placeholders import (
+    REST,
+    SPELLED,
+    Binding,
+    Side,
+    axes_of,
+    fill,
+    holes_of,
+    read_side,
+    with_labels,
+)
+
+
+class Rule:
+    """One correspondence between tensors of a file and leaves of a tree, in both directions.
+
+    Args:
+        name: The name of a tensor, with placeholders; None for leaves that are in no file.
+        path: The key path of a leaf, with placeholders, spelled or dotted; None for tensors
+            that no tree has.
+        pattern: The axes of the tensor and those of the leaf, as in einops; "" if they are the
+            same.
+        sizes: Sizes of axes that neither the leaf's shape nor labels tell.
+
+    Raises:
+        ValueError: A side cannot be read, or the two sides do not have the same axes.
+
+    """
+
+    @jaxtyped(typechecker=beartype)
+    def __init__(
+        self, name: str | None, path: str | None, pattern: str = "", /, **sizes: int
+    ) -> None:
+        self.name: Final = name
+        self.path: Final = path
+        self.pattern: Final = pattern
+        self.sizes: Final[Mapping[str, int]] = sizes
+        parse_rule(self)
+
+    def __repr__(self) -> str:
+        parts = [repr(self.name), repr(self.path), *([repr(self.pattern)] if self.pattern else [])]
+        return f"Rule({', '.join([*parts, *(f'{k}={v!r}' for k, v in self.sizes.items())])})"
+
+    def __eq__(self, other: object) -> bool:
+        return _key(self) == _key(other) if isinstance(other, Rule) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(_key(self))
+
+
+def _key(rule: Rule) -> tuple[object, ...]:
+    return rule.name, rule.path, rule.pattern, frozenset(rule.sizes.items())
+
+
+class ParsedRule(NamedTuple):
+    """What a rule means: its sides, and the axes of which they consist."""
+
+    name: Side | None
+    path: Side | None
+    left: Dims  # the axes of the tensor
+    right: Dims  # the axes of the leaf
+    counts: Mapping[str, int]  # the sizes that labels and `sizes` tell
+    stacked: tuple[str, ...]  # the axes that number tensors and belong to the leaf
+    cut: tuple[str, ...]  # the axes that number leaves and belong to the tensor
+
+    def dims(self, rank: int) -> tuple[Dims, Dims] | None:
+        """The axes of tensor and leaf for a leaf of so many dimensions; None if it cannot have."""
+        right = spread(self.right, rank)
+        if right is None:
+            return None
+        return spread(self.left, len(self.left) + rank - len(self.right)) or (), right
+
+    def names(self, binding: Binding, sizes: Mapping[str, int]) -> Iterator[str]:
+        """The names of the tensors of a leaf; the last of the stacked axes changes fastest."""
+        side = self.name or ()
+        if not self.stacked:
+            yield fill(side, binding)
+            return
+        for count in product(*(range(sizes[axis]) for axis in self.stacked)):
+            numbers = dict(zip(self.stacked, count, strict=True))
+            yield fill(side, Binding({**binding.indices, **numbers}, binding.text))
+
+
+def parse_rule(rule: Rule) -> ParsedRule:
+    """Find out what a rule means.
+
+    Raises:
+        ValueError: It means nothing. The message begins with the rule.
+    """
+    try:
+        return _parse(rule)
+    except ValueError as error:
+        raise ValueError(f"{rule!r}: {error}") from None
+
+
+def _parse(rule: Rule) -> ParsedRule:
+    name = None if rule.name is None else read_side(rule.name)
+    path = None if rule.path is None else read_side(rule.path)
+    if name is None and path is None:
+        raise ValueError("it has neither a name nor a path")
+    _check_matched(name, path)
+    name, path, labels = _labelled(name, path)
+    left, right = read_pattern(rule.pattern) if rule.pattern else ((), ())
+    if name is None or path is None:
+        if rule.pattern or rule.sizes:
+            raise ValueError("it needs a name and a path to have a pattern or sizes")
+        return ParsedRule(name, path, (), (), {}, (), ())
+    in_file, in_tree = _axes(name, left, "file"), _axes(path, right, "tree")
+    _check_sides(in_file, in_tree, hints=not rule.pattern)
+    _check_sizes(rule.sizes, in_file, labels)
+    counts = {**labels, **rule.sizes}
+    left, right = merged(left, right, counts)
+    _check_told(right, counts)
+    named, numbered = axes_of(name), axes_of(path)
+    stacked = tuple(axis for axis in named if axis not in numbered)
+    cut = tuple(axis for axis in numbered if axis not in named)
+    return ParsedRule(name, path, left, right, counts, stacked, cut)
+
+
+def _check_matched(name: Side | None, path: Side | None) -> None:
+    """Check the side that texts are matched with: the path or, if there is none, the name."""
+    labels: dict[str, tuple[str, ...]] = {}
+    for hole in holes_of((name if path is None else path) or ()):
+        if hole.axis is None:
+            hint = "only a rule with a path sums" if path is None else "sums belong in the name"
+            raise ValueError(f"{{{hole.text}}} is not a single axis; {hint}")
+        if hole.labels and labels.setdefault(hole.axis, hole.labels) != hole.labels:
+            raise ValueError(f"{hole.axis!r} has two lists of labels, of which one is needed")
+        if hole.axis == SPELLED and (path is None or len(path) > 1):
+            raise ValueError("{=} is the whole path of a leaf; for any text, write {*}")
+
+
+def _labelled(
+    name: Side | None, path: Side | None
+) -> tuple[Side | None, Side | None, dict[str, int]]:
+    """Give each side the labels that only the other has; also how many there are."""
+    labels = [{h.axis or "": h.labels for h in holes_of(s or ()) if h.labels} for s in (name, path)]
+    for axis in labels[0].keys() & labels[1].keys():
+        if len(labels[0][axis]) != len(labels[1][axis]):
+            raise ValueError(
+                f"{axis!r} has {len(labels[0][axis])} labels in the name, "
+                f"and {len(labels[1][axis])} in the path"
+            )
+    found = [
+        side and with_labels(side, {**labels[1 - number], **labels[number]})
+        for number, side in enumerate((name, path))
+    ]
+    counts = {axis: len(listed) for side in labels for axis, listed in side.items()}
+    return found[0], found[1], counts
+
+
+def _axes(side: Side, dims: Dims, which: str) -> list[str]:
+    """All axes of one side; refuse one that is there twice."""
+    found = axes_of(side)
+    named = set(found)
+    for axis in (axis for dim in dims for axis in dim):
+        if axis in found:
+            where = "name" if which == "file" else "path"
+            places = f"in its {where} and in its pattern" if axis in named else "in its pattern"
+            raise ValueError(f"{axis!r} is on the side of the {which} twice, {places}")
+        found.append(axis)
+    return found
+
+
+def _check_sides(in_file: list[str], in_tree: list[str], *, hints: bool) -> None:
+    for here, there, which, pattern in (
+        (in_file, in_tree, "file", "... -> {} ..."),
+        (in_tree, in_file, "tree", "{} ... -> ..."),
+    ):
+        alone = next((axis for axis in here if axis not in there), None)
+        if alone is None:
+            continue
+        if alone in {REST, SPELLED}:
+            raise ValueError(f"{{{alone}}} is only on the side of the {which}")
+        hint = f"; to stack or cut arrays, give a pattern such as {pattern.format(alone)!r}"
+        raise ValueError(f"{alone!r} is only on the side of the {which}{hint if hints else ''}")
+
+
+def _check_sizes(sizes: Mapping[str, int], axes: list[str], labels: Mapping[str, int]) -> None:
+    for axis, size in sizes.items():
+        if axis not in axes:
+            raise ValueError(f"{axis}= is the size of an axis that it does not have")
+        if type(size) is not int or size < 1:
+            raise ValueError(f"{axis}= is a positive int, not {size!r}")
+        if labels.get(axis, size) != size:
+            raise ValueError(f"{axis}={size}, and {axis!r} has {labels[axis]} labels")
+
+
+def _check_told(right: Dims, counts: Mapping[str, int]) -> None:
+    """Refuse a dimension of the leaf that leaves open the sizes of its axes."""
+    for dim in right:
+        unknown = [axis for axis in dim if axis not in counts]
+        if len(unknown) > 1:
+            example = ", ".join(f"{axis}=2" for axis in " ".join(unknown[1:]).split())
+            raise ValueError(
+                f"the size of the leaf's axis ({' '.join(dim)}) does not tell those of "
+                f"{', '.join(unknown[:-1])} and {unknown[-1]}; give sizes, as in {example}"
+            )

@@ -1,0 +1,62 @@
+"""Matching of many paths or names with many rules: one regular expression for all rules."""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from pytree2safetensors._errors import shorten
+from pytree2safetensors._tree.keypath import dotted, is_dotted
+from pytree2safetensors._tree.placeholders import Alternatives, Binding
+from pytree2safetensors._tree.rule import ParsedRule, Rule, parse_rule
+
+
+class Match(NamedTuple):
+    """The first rule that matches, by number, and what its placeholders stand for."""
+
+    number: int
+    binding: Binding
+
+
+class RuleIndex:
+    """Rules, ready to be matched."""
+
+    def __init__(self, rules: Sequence[Rule]) -> None:
+        self.rules = rules
+        self.parsed: list[ParsedRule] = [parse_rule(rule) for rule in rules]
+        sides = {n: parsed.path for n, parsed in enumerate(self.parsed) if parsed.path is not None}
+        of_paths = {
+            n: rule.path != "{=}" and is_dotted(rule.path or "") for n, rule in enumerate(rules)
+        }
+        self._dotted = Alternatives({n: side for n, side in sides.items() if of_paths[n]})
+        self._spelled = Alternatives({n: side for n, side in sides.items() if not of_paths[n]})
+        self._has_dotted = any(of_paths[number] for number in sides)
+        unused = {n: p.name for n, p in enumerate(self.parsed) if p.path is None and p.name}
+        self._unused = Alternatives(unused)
+
+    def match_paths(self, paths: Iterable[str]) -> list[Match | None]:
+        """Match the spelled paths of all leaves of a tree.
+
+        Raises:
+            ValueError: A rule with a dotted path matches two leaves of one dotted path.
+        """
+        found: list[Match | None] = []
+        spelled: dict[str, str] = {}  # by dotted path, if a rule matches that
+        for path in paths:
+            first = self._spelled.match(path)
+            short = dotted(path) if self._has_dotted else ""
+            second = self._dotted.match(short) if self._has_dotted else None
+            if second is not None and (first is None or second[0] < first[0]):
+                if spelled.setdefault(short, path) != path:
+                    raise ValueError(
+                        f"{self.rules[second[0]]!r}: its path is dotted, and both "
+                        f"{shorten(spelled[short])} and {shorten(path)} are {shorten(short)} with "
+                        "dots; write the path as one of them is spelled"
+                    )
+                found.append(Match(*second))
+            else:
+                found.append(first and Match(*first))
+        return found
+
+    def match_names(self, names: Iterable[str]) -> dict[str, int]:
+        """The names that rules without a path match, and the numbers of those rules."""
+        matches = ((name, self._unused.match(name)) for name in names)
+        return {name: found[0] for name, found in matches if found is not None}

@@ -1,0 +1,181 @@
+"""The laws of rules, against an oracle that moves one element at a time."""
+
+from typing import Any
+
+import numpy as np
+from correspondences import Correspondence, correspondences, partitions, regions
+from hypothesis import event, given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from pytree2safetensors import KeyPath, keypath2string
+from pytree2safetensors._leaves.extents import Region, shape_of, within
+from pytree2safetensors._leaves.routes import Routes, routes_of
+from pytree2safetensors._leaves.views import (
+    View,
+    boxes_of,
+    leaf_of,
+    plain_view,
+    sources_of,
+    to_file,
+    to_leaf,
+)
+from pytree2safetensors._tree.keypath import dotted
+from pytree2safetensors._tree.rule_index import RuleIndex
+from pytree2safetensors.testing import keypaths
+
+
+def routed(case: Correspondence, *, complete: bool = True) -> Routes:
+    found = [*case.leaves()]
+    paths, shapes = [path for path, _, _ in found], [shape for *_, shape in found]
+    return routes_of(RuleIndex([case.rule]), paths, shapes, complete=complete)
+
+
+def views(case: Correspondence) -> dict[str, View]:
+    found = {}
+    for (path, *_), route in zip(case.leaves(), routed(case).routes, strict=True):
+        assert isinstance(route, View), route
+        found[path] = route
+    return found
+
+
+def at(region: Region) -> Any:
+    """The index that selects a region, as a view even if it is one element."""
+    return (*(slice(*bounds) for bounds in region), ...)
+
+
+def number_at(place: tuple[int, ...]) -> Any:
+    return (*place, ...)
+
+
+def read(view: View, region: Region, file: dict[str, NDArray[Any]]) -> NDArray[Any]:
+    """A region of a leaf, read as a reader would: each run straight into its place."""
+    values = np.full(shape_of(region), -1, np.int32)
+    for box in boxes_of(view, region):
+        memory = np.full(box.shape, -1, np.int32)
+        for name, there, place in sources_of(view, box):
+            index = at(there)
+            destination = memory[number_at(place)]
+            assert destination.flags.c_contiguous
+            destination[...] = file[name].reshape(view.fine)[index]
+        values[within(box.region, region)] = to_leaf(view, box, memory)
+    return values
+
+
+@given(correspondences())
+def test_a_view_of_whole_tensors_is_the_leaf(case: Correspondence) -> None:
+    file = case.file()
+    tree = case.tree(file)
+    for path, view in views(case).items():
+        assert view.shape == tree[path].shape
+        assert {name: file[name].shape for name in view.names} == dict.fromkeys(
+            view.names, view.stored
+        )
+        np.testing.assert_array_equal(leaf_of(view, file, np.stack), tree[path])
+
+
+@given(st.data(), correspondences())
+def test_a_region_of_a_leaf_is_read_from_its_own_elements_alone(
+    data: Any, case: Correspondence
+) -> None:
+    file = case.file()
+    tree = case.tree(file)
+    for path, view in views(case).items():
+        region = data.draw(regions(view.shape))
+        expected = tree[path][at(region)]
+        np.testing.assert_array_equal(read(view, region, file), expected)
+        boxes = boxes_of(view, region)
+        event(f"{min(len(boxes), 3)} boxes")
+        sizes = [
+            np.prod(shape_of(source.region), dtype=int)
+            for box in boxes
+            for source in sources_of(view, box)
+        ]
+        assert sum(sizes) == expected.size
+
+
+@given(st.data(), correspondences())
+def test_shards_of_the_leaves_make_the_file(data: Any, case: Correspondence) -> None:
+    file = case.file()
+    tree = case.tree(file)
+    found = {name: np.full(values.shape, -1, np.int32) for name, values in file.items()}
+    for path, view in views(case).items():
+        for region in data.draw(partitions(view.shape)):
+            shard = np.asfortranarray(tree[path][at(region)])
+            for box in boxes_of(view, region):
+                part = shard[within(box.region, region)]
+                shown = to_file(view, box, part)
+                assert shown.size == 0 or np.shares_memory(shown, shard)
+                np.testing.assert_array_equal(to_leaf(view, box, shown), part)
+                for name, there, place in sources_of(view, box):
+                    index = at(there)
+                    target = found[name].reshape(view.fine)[index]
+                    assert (target == -1).all()
+                    target[...] = shown[number_at(place)]
+    for name, values in file.items():
+        np.testing.assert_array_equal(found[name], values)
+
+
+@given(st.data(), st.lists(st.integers(0, 4), max_size=4).map(tuple))
+def test_a_plain_view_is_the_tensor(data: Any, shape: tuple[int, ...]) -> None:
+    view = plain_view("t", shape)
+    region = data.draw(regions(shape))
+    assert view.is_plain
+    boxes = boxes_of(view, region)
+    assert len(boxes) == (0 not in shape_of(region))
+    for box in boxes:
+        assert (view.shape, box.region, box.bounds, box.shape) == (
+            shape,
+            region,
+            region,
+            shape_of(region),
+        )
+        assert [*sources_of(view, box)] == [("t", region, ())]
+
+
+@given(st.data(), correspondences())
+def test_parts_of_equal_size_need_no_other_part(data: Any, case: Correspondence) -> None:
+    """Unless it is the leaves that tell how many there are."""
+    if case.joined or any(
+        axis not in case.labels and axis not in case.rule.sizes for axis in case.path
+    ):
+        return
+    leaves = [*case.leaves()]
+    path, _, shape = data.draw(st.sampled_from(leaves))
+    found = routes_of(RuleIndex([case.rule]), [path], [shape], complete=False)
+    assert found.routes[0] == views(case)[path]
+
+
+# --- matching ---------------------------------------------------------------------------------
+
+
+@given(keypaths())
+def test_a_dotted_path_joins_the_keys(path: KeyPath) -> None:
+    def text(key: Any) -> str:
+        for attribute in ("name", "idx", "key"):
+            if hasattr(key, attribute):
+                value = getattr(key, attribute)
+                return value if isinstance(value, str) else ascii(value)
+        raise AssertionError(key)
+
+    assert dotted(keypath2string(path)) == ".".join(map(text, path))
+
+
+@given(st.lists(correspondences(), min_size=1, max_size=4))
+def test_the_first_rule_that_matches_wins(cases: list[Correspondence]) -> None:
+    rules = [case.rule for case in cases]
+    paths = [*dict.fromkeys(path for case in cases for path, *_ in case.leaves())]
+    alone = [RuleIndex([rule]).match_paths(paths) for rule in rules]
+    for position, found in enumerate(RuleIndex(rules).match_paths(paths)):
+        first = next(number for number, matches in enumerate(alone) if matches[position])
+        match = alone[first][position]
+        assert found is not None
+        assert match is not None
+        assert (found.number, found.binding) == (first, match.binding)
+
+
+@given(correspondences())
+def test_a_rule_matches_the_paths_that_it_is_spelled_from(case: Correspondence) -> None:
+    leaves = [*case.leaves()]
+    found = RuleIndex([case.rule]).match_paths([path for path, *_ in leaves])
+    assert [match and match.binding.indices for match in found] == [env for _, env, _ in leaves]

@@ -1,0 +1,157 @@
+"""Rules: what they are made of, what is refused, and which names they give. The laws are in test_rules."""
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+
+from pytree2safetensors._tree.placeholders import fill
+from pytree2safetensors._tree.rule import Rule
+from pytree2safetensors._tree.rule_index import RuleIndex
+
+STACK = "; to stack or cut arrays, give a pattern such as "
+GIVE = "; give sizes, as in "
+UNTOLD = "the size of the leaf's axis "
+
+# Arguments, sizes, and what the message says after the rule.
+BAD = [
+    ((None, None), {}, "it has neither a name nor a path"),
+    (("w{", "w"), {}, "'w{' has a single '{'; write it twice"),
+    (("w", "a}b"), {}, "'a}b' has a single '}'; write it twice"),
+    (("{}", "w"), {}, "{} is not a placeholder; write {l}, {l+3}, {6*b+i}, {p:q,k,v}, {*} or {=}"),
+    (("{l-1}", "{l}"), {}, "{l-1} is not a placeholder; write {l}, {l+3}, {6*b+i}, {p:q,k,v}, {*} or {=}"),
+    (("{2l}", "{l}"), {}, "{2l} is not a placeholder; write {l}, {l+3}, {6*b+i}, {p:q,k,v}, {*} or {=}"),
+    (("{l+1:a,b}", "{l}"), {}, "{l+1:a,b} labels a sum; only a single axis has labels"),
+    (("{p:a,a}", "{p}"), {}, "{p:a,a} has one label twice"),
+    (("{p:a,b}", "{p:0,1,2}"), {}, "'p' has 2 labels in the name, and 3 in the path"),
+    (("{p}", "{p:a,b}.{p:0,1}"), {}, "'p' has two lists of labels, of which one is needed"),
+    (("{l}", "{l+1}"), {}, "{l+1} is not a single axis; sums belong in the name"),
+    (("{l}", "{3}"), {}, "{3} is not a single axis; sums belong in the name"),
+    (("{2*l}", None), {}, "{2*l} is not a single axis; only a rule with a path sums"),
+    (("{=}", "x.{=}"), {}, "{=} is the whole path of a leaf; for any text, write {*}"),
+    (("{=}", None), {}, "{=} is the whole path of a leaf; for any text, write {*}"),
+    (("w", None, "a -> a"), {}, "it needs a name and a path to have a pattern or sizes"),
+    ((None, "w"), {"a": 2}, "it needs a name and a path to have a pattern or sizes"),
+    (("w", "w", "a b"), {}, "a pattern has one arrow, as in '(h d) e -> e h d'"),
+    (("w", "w", "a -> a -> a"), {}, "a pattern has one arrow, as in '(h d) e -> e h d'"),
+    (("w", "w", "a * -> a"), {}, "the pattern has '*', which is not an axis"),
+    (("w", "w", "2 a -> a"), {}, "the pattern has '2', which is not an axis"),
+    (("w", "w", "(... a) -> a"), {}, "the pattern has '...', which is not an axis"),
+    (("w", "w", "... a ... -> a"), {}, "a side of a pattern has '...' once at most"),
+    (("w", "w", "... a -> a"), {}, "a pattern has '...' on both sides or on none"),
+    (("{*}", "w"), {}, "{*} is only on the side of the file"),
+    (("w", "{*}"), {}, "{*} is only on the side of the tree"),
+    (("w", "{=}"), {}, "{=} is only on the side of the tree"),
+    (("w.{l}", "w"), {}, "'l' is only on the side of the file" + STACK + "'... -> l ...'"),
+    (("w", "w.{l}"), {}, "'l' is only on the side of the tree" + STACK + "'l ... -> ...'"),
+    (("w", "w", "a b -> a"), {}, "'b' is only on the side of the file"),
+    (("w", "w", "a -> a b"), {}, "'b' is only on the side of the tree"),
+    (("w.{a}", "w.{a}", "a b -> b"), {}, "'a' is on the side of the file twice, in its name and in its pattern"),
+    (("w.{a}", "w.{a}", "b -> a b"), {}, "'a' is on the side of the tree twice, in its path and in its pattern"),
+    (("w", "w", "a a -> a"), {}, "'a' is on the side of the file twice, in its pattern"),
+    (("w", "w", "a -> (a a)"), {}, "'a' is on the side of the tree twice, in its pattern"),
+    (("w", "w", "a -> a"), {"b": 2}, "b= is the size of an axis that it does not have"),
+    (("w", "w", "a -> a"), {"a": 0}, "a= is a positive int, not 0"),
+    (("w", "w", "a -> a"), {"a": True}, "a= is a positive int, not True"),
+    (("w.{p:x,y}", "w", "a -> p a"), {"p": 3}, "p=3, and 'p' has 2 labels"),
+    (("w", "w", "h d -> (h d)"), {}, UNTOLD + "(h d) does not tell those of h and d" + GIVE + "d=2"),
+    (("w", "w", "(h d) e -> (e h d)"), {}, UNTOLD + "(e h d) does not tell those of e and h d" + GIVE + "h=2, d=2"),
+    (("w", "w", "h e f -> (f e h)"), {}, UNTOLD + "(f e h) does not tell those of f, e and h" + GIVE + "e=2, h=2"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "sizes", "problem"), BAD, ids=[str(bad[0]) for bad in BAD])
+def test_a_rule_that_means_nothing_is_refused(
+    arguments: tuple[Any, ...], sizes: dict[str, int], problem: str
+) -> None:
+    with pytest.raises(ValueError, match="Rule") as caught:
+        Rule(*arguments, **sizes)
+    shown = ", ".join([*map(repr, arguments), *(f"{k}={v}" for k, v in sizes.items())])
+    assert str(caught.value) == f"Rule({shown}): {problem}"
+
+
+def test_a_rule_is_made_of_strs() -> None:
+    with pytest.raises(TypeError, match="typechecking parameter 'name'"):
+        Rule(3, "w")  # type: ignore[arg-type] # what is tested
+
+
+def test_rules_are_equal_hashed_and_shown_by_what_they_are_made_of() -> None:
+    rule = Rule("a.{l}", "b", "... (t d) -> l ... (d t)", t=2, l=3)
+    assert repr(rule) == "Rule('a.{l}', 'b', '... (t d) -> l ... (d t)', t=2, l=3)"
+    assert (rule.name, rule.path, rule.pattern) == ("a.{l}", "b", "... (t d) -> l ... (d t)")
+    assert rule.sizes == {"t": 2, "l": 3}
+    same = Rule("a.{l}", "b", "... (t d) -> l ... (d t)", l=3, t=2)
+    assert rule == same
+    assert hash(rule) == hash(same)
+    assert rule != Rule("a.{l}", "b", "... (t d) -> l ... (d t)", l=3, t=1)
+    assert Rule("a", None) != Rule(None, "a") != "a"
+    assert repr(Rule(None, "a")) == "Rule(None, 'a')"
+    assert copy.deepcopy(rule) == rule == pickle.loads(pickle.dumps(rule))
+
+
+# Rule, spelled path, and the name that it gives; None if it does not match.
+NAMES = [
+    (Rule("w", "w"), "w", "w"),
+    (Rule("w", "w"), "@w", "w"),
+    (Rule("w", "@w"), "w", None),
+    (Rule("w", "@w"), "@w", "w"),
+    (Rule("a{{l}}", "b}}"), "@b}", "a{l}"),
+    (Rule("x.{l}", "layers.{l}.w.value"), "layers#12.w.value", "x.12"),
+    (Rule("x.{l}", "layers.{l}.w.value"), r"@layers@\(12)@w.value", "x.12"),
+    (Rule("x.{l}", "layers.{l}.w.value"), "@layers@12@w@value", "x.12"),
+    (Rule("x.{l}", "layers.{l}.w.value"), "@layers@012@w@value", None),
+    (Rule("x.{l}", "layers.{l}.w"), r"@layers@\(-1)@w", None),
+    (Rule("x.{l}", "a.{l}"), "@a\\.3", "x.3"),
+    (Rule("h.{l+3}.q", "layers.{l}.q"), "layers#1.q", "h.4.q"),
+    (Rule("h.{l+3}.q", "layers#{l}.q"), "layers#1.q", "h.4.q"),
+    (Rule("h.{2*l+1}.q", "layers#{l}.q"), "layers#4.q", "h.9.q"),
+    (Rule("h.{7}.q", "q"), "q", "h.7.q"),
+    (Rule("{p:key,query}.w", "{p:k,q}.w"), "@q@w", "query.w"),
+    (Rule("{p}.w", "{p:k,q}.w"), "@q@w", "q.w"),
+    (Rule("{p:key,query}.w", "{p}.w"), "@query@w", "query.w"),
+    (Rule("{p:,_q}.w", "w{p:,_q}"), "w", ".w"),
+    (Rule("{2*l+p}.w", "{l}.{p:k,q}.w"), "#3@q@w", "7.w"),
+    (Rule("{p:ab,a}", "{p}b"), "abb", "ab"),
+    (Rule("{p:a.c,a}", "{p}.c"), "a.c", "a"),
+    (Rule("a.{l}", "a.{l}.b.{l}"), "a#1.b#1", "a.1"),
+    (Rule("a.{l}", "a.{l}.b.{l}"), "a#1.b#2", None),
+    (Rule("m.{l}.{*}", "l.{l}.{*}"), "l#0@a.b", "m.0.a.b"),
+    (Rule("m.{*}", "@l{*}"), "@l#0@a.b", "m.#0@a.b"),
+    (Rule("m.{*}", "@l{*}"), "@l@a\nb", "m.@a\nb"),
+    (Rule("{=}", "{=}"), "#0@a\\.b", "#0@a\\.b"),
+    (Rule("ema/{=}", "{=}"), "#0@a\\.b", "ema/#0@a\\.b"),
+    (Rule("{*}.weight", "{*}.kernel.value", "o i ... -> ... i o"), "@a@kernel.value", "a.weight"),
+    (
+        Rule("{n:bn1,layer1.0.bn1}.running_{v:mean,var}", r"#1#\({n:0,1})#{v:0,1}"),
+        r"#1#\(1)#0",
+        "layer1.0.bn1.running_mean",
+    ),
+]
+
+
+@pytest.mark.parametrize(("rule", "path", "name"), NAMES, ids=[f"{n[0]}-{n[1]}" for n in NAMES])
+def test_a_rule_gives_a_leaf_its_name(rule: Rule, path: str, name: str | None) -> None:
+    index = RuleIndex([rule])
+    (match,) = index.match_paths([path])
+    side = index.parsed[0].name
+    assert side is not None
+    assert name == (None if match is None else fill(side, match.binding))
+
+
+def test_rules_without_a_path_match_names() -> None:
+    index = RuleIndex([Rule("{*}", "@{*}"), Rule("vision.{*}", None), Rule("h.{l}.{p:a,b}", None)])
+    names = ["vision.x", "h.0.b", "h.0.c", "h.01.a", "visionx"]
+    assert index.match_names(names) == {"vision.x": 1, "h.0.b": 2}
+    assert index.match_paths(["vision.x"]) == [None]
+
+
+def test_two_leaves_of_one_dotted_path_are_refused() -> None:
+    index = RuleIndex([Rule("x", "@a@b"), Rule("{*}", "{*}")])
+    assert all(index.match_paths(["@a@b", "a.b", "@c"]))
+    with pytest.raises(ValueError, match="dotted") as caught:
+        index.match_paths(["@c@d", "a.b", "c.d"])
+    assert str(caught.value) == (
+        "Rule('{*}', '{*}'): its path is dotted, and both '@c@d' and 'c.d' are 'c.d' with dots; "
+        "write the path as one of them is spelled"
+    )
