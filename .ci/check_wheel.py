@@ -6,6 +6,7 @@ Nothing but the package and what it depends on may be needed.
 """
 
 import importlib.util
+import re
 import subprocess
 import sys
 import tarfile
@@ -34,10 +35,13 @@ def check_wheel(path: Path) -> None:
     plain = {line.split(">=")[0] for line in required if "extra ==" not in line}
     extra = {line.split(">=")[0] for line in required if "extra ==" in line}
     assert (plain, extra) == (DEPENDENCIES, OPTIONAL), required
-    description = metadata.get_payload()
-    assert "](https://github.com/" in description
-    assert "](docs/" not in description, "links that lead nowhere on a package index"
-    assert "Until 0.2.0" not in description, "a remark that is no longer true once it is published"
+    description = str(metadata.get_payload())
+    links = re.findall(r"\]\(([^)]+)\)", description)
+    assert links
+    assert all(link.startswith("https://") for link in links), links
+    assert "pip install pytree2safetensors\n" in description
+    assert "git+" not in description, "the README for the repository, not for a package index"
+    assert "not on PyPI" not in description, "a remark that is false once the package is there"
 
 
 def check_sdist(path: Path) -> None:

@@ -1,61 +1,151 @@
-"""The chart: one panel for each task, a bar for each system."""
+"""Draw the charts of the documentation from the published runs: linear bars, one chart for each question.
 
+    python benchmarks/chart.py
+
+The drawings are transparent, and their colors are legible on light and dark pages. The README shows
+one as an image; the documentation inlines them, so that its style sheet can set the text's color.
+"""
+
+import json
+from collections.abc import Sequence
+from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from report import OURS, Figure, figures, ours
+from report import OURS, figures
 
-PANELS = ("A", "B", "C", "D")
-COLORS = {"ours": "#2a78d6", "floor": "#8a8a8a", "peer": "#c9a26b"}
-
-
-def kind(figure: Figure) -> str:
-    """Tell this library, the floor and the others apart."""
-    if figure.system.startswith(OURS):
-        return "ours"
-    return "floor" if "floor" in figure.system or figure.system.startswith("write") else "peer"
-
-
-def draw(result: dict[str, Any], path: Path) -> None:
-    """Draw wall times against each other, on a logarithmic axis, with their spread."""
-    import matplotlib as mpl
-
-    mpl.use("svg")
-    mpl.rcParams.update({"svg.hashsalt": OURS, "svg.fonttype": "none", "font.size": 8})
-    import matplotlib.pyplot as plt
-
-    panels = [w for w in PANELS if figures(result["runs"], w, "load")]
-    if not panels:
-        return
-    chart, axes = plt.subplots(len(panels), 2, figsize=(10, 2.6 * len(panels)), squeeze=False)
-    for line, workload in zip(axes, panels, strict=True):
-        for axis, op in zip(line, ("save", "load"), strict=True):
-            _panel(axis, figures(result["runs"], workload, op), f"{workload}: {op}, seconds")
-    chart.tight_layout()
-    chart.savefig(path, metadata={"Date": None}, facecolor="white")
-    plt.close(chart)
+PUBLISHED = Path(__file__).parents[1] / "docs" / "benchmarks"
+WIDTH, LABELS, VALUES, ROW = 480, 176, 64, 25
+BLUE, TAN, GRAY = "#3b82f6", "#b08d57", "#7a7a7a"
+PEERS = {
+    OURS: OURS,
+    "safetensors": "safetensors.flax",
+    "equinox": "Equinox",
+    "orbax": "Orbax",
+    "flax msgpack": "Flax msgpack",
+    "pickle": "pickle",
+}
+SHARDED = {
+    f"{OURS}, shards": OURS,
+    "get_slice, make_array_from_callback": "safetensors slices",
+    "safetensors.flax, device_put": "safetensors.flax",
+    "orbax": "Orbax",
+}
 
 
-def _panel(axis: Any, fastest_first: list[Figure], title: str) -> None:
-    found = fastest_first[::-1]  # bars stand from the bottom up
-    walls = [figure.wall for figure in found]
-    spread = [[f.wall - f.fastest for f in found], [f.slowest - f.wall for f in found]]
-    axis.barh(
-        [figure.system for figure in found],
-        walls,
-        xerr=spread,
-        color=[COLORS[kind(figure)] for figure in found],
-        error_kw={"elinewidth": 0.7, "ecolor": "#333333"},
+class Line(NamedTuple):
+    """A limit that a library can hardly pass: its caption, and its value or the system that measures it."""
+
+    caption: str
+    value: float | str
+
+
+class Panel(NamedTuple):
+    """The bars of one task."""
+
+    title: str
+    workload: str
+    op: str
+    line: Line | None = None
+    value: str = "wall"  # the member of a figure that is drawn
+    systems: dict[str, str] = PEERS
+
+
+BYTES = Line("dashed: the bytes alone, without a library", "baseline")
+ARRAYS = Line("dashed: JAX alone needs 4 µs for each array", 0.4)
+CHARTS: dict[str, Sequence[Panel]] = {
+    "load-and-save": (
+        Panel("Load 1 GiB, seconds", "large", "load"),
+        Panel("Save 1 GiB, seconds", "large", "save"),
+    ),
+    "large": (
+        Panel("Load 16 arrays, 1 GiB: seconds", "large", "load", BYTES),
+        Panel("Save 16 arrays, 1 GiB: seconds", "large", "save", BYTES),
+    ),
+    "many": (
+        Panel("Load 100,000 small arrays: seconds", "many", "load", ARRAYS),
+        Panel("Save 100,000 small arrays: seconds", "many", "save"),
+    ),
+    "sharded": (
+        Panel(
+            "Load 1 GB, by rows, onto 8 devices: seconds", "rows", "load", BYTES, "wall", SHARDED
+        ),
+        Panel("By columns: seconds", "columns", "load", BYTES, "wall", SHARDED),
+    ),
+    "memory": (Panel("Extra memory to load 1 GiB: GB", "large", "load", None, "peak"),),
+}
+
+
+def text(x: float, y: float, content: str, more: str = "") -> str:
+    """Write one line of text."""
+    return f'<text x="{x:g}" y="{y:g}" {more}>{escape(content)}</text>'
+
+
+def shown(value: float) -> str:
+    """Write a number with two decimals, or none from 10 on."""
+    return f"{value:.2f}" if value < 10 else f"{value:.0f}"
+
+
+def bars(panel: Panel, runs: list[dict[str, Any]], top: float) -> tuple[list[str], float]:
+    """Draw a panel below `top`; return its elements and where it ends."""
+    found = {f.system: f for f in figures(runs, panel.workload, panel.op)}
+    unit = 1e9 if panel.value == "peak" else 1
+    values = {
+        name: getattr(found[system], panel.value) / unit
+        for system, name in panel.systems.items()
+        if system in found
+    }
+    # A bar more than ten times as long as the median's is cut, and its number says by how much.
+    end = max(v for v in values.values() if v < 10 * sorted(values.values())[len(values) // 2])
+    scale = (WIDTH - LABELS - VALUES) / end
+    parts = [text(0, top + 16, panel.title, 'font-weight="600" font-size="15"')]
+    y = first = top + 28
+    for name, value in sorted(values.items(), key=lambda item: item[1]):
+        ours, cut = name == OURS, value > end
+        length = min(value, end) * scale
+        color = BLUE if ours else TAN
+        weight = 'font-weight="600"' if ours else ""
+        parts += [
+            text(LABELS - 8, y + 14, name, f'text-anchor="end" {weight}'),
+            f'<rect x="{LABELS}" y="{y + 2}" width="{length:.1f}" height="16" rx="2" fill="{color}"/>',
+            text(LABELS + length + 6, y + 14, f"{'→ ' if cut else ''}{shown(value)}", weight),
+        ]
+        y += ROW
+    if panel.line:
+        value = panel.line.value
+        x = LABELS + scale * (found[value].wall if isinstance(value, str) else value)
+        parts += [
+            f'<path d="M{x:.1f} {first - 2}V{y}" stroke="{GRAY}" stroke-dasharray="4 3"/>',
+            text(LABELS, y + 15, panel.line.caption, 'font-size="13"'),
+        ]
+        y += 22
+    return parts, y
+
+
+def draw(name: str, runs: list[dict[str, Any]]) -> str:
+    """Return one chart as SVG."""
+    parts: list[str] = []
+    y = 0.0
+    for panel in CHARTS[name]:
+        drawn, y = bars(panel, runs, y)
+        parts += drawn
+        y += 16
+    label = "; ".join(panel.title for panel in CHARTS[name])
+    head = (
+        f'<svg class="chart" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {y - 10:g}" '
+        f'role="img" aria-label="Bar chart. {escape(label)}" font-family="system-ui, sans-serif" '
+        f'font-size="14" fill="{GRAY}">'
     )
-    axis.set_xscale("log")
-    axis.xaxis.set_minor_formatter("")  # on less than a decade its labels would overlap
-    base = ours(found)
-    for place, figure in enumerate(found):
-        ratio = figure.wall / base.wall if base else 0
-        text = f" {ratio:.0f}x" if ratio >= 10 else f" {ratio:.2g}x" if ratio else ""
-        axis.annotate(
-            text, (figure.slowest, place), va="center", xytext=(2, 0), textcoords="offset points"
-        )
-    axis.margins(x=0.15)
-    axis.set_title(title, loc="left")
-    axis.spines[["top", "right"]].set_visible(False)
+    return "\n".join([head, *parts, "</svg>"]) + "\n"
+
+
+def write(result: dict[str, Any], folder: Path) -> None:
+    """Write every chart whose tasks were measured."""
+    measured = {(run["workload"], run["op"]) for run in result["runs"]}
+    for name, panels in CHARTS.items():
+        if {(panel.workload, panel.op) for panel in panels} <= measured:
+            (folder / f"{name}.svg").write_text(draw(name, result["runs"]), "utf-8")
+
+
+if __name__ == "__main__":
+    write(json.loads((PUBLISHED / "speed.json").read_text("utf-8")), PUBLISHED)

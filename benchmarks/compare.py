@@ -3,16 +3,16 @@
     pip install -r benchmarks/requirements.txt
     python benchmarks/compare.py                    # everything; half an hour, 8 GB of memory and of disk
     python benchmarks/compare.py --quick            # small trees, one round: shows that everything runs
-    python benchmarks/compare.py --workloads C D --systems pytree2safetensors safetensors --rounds 7
+    python benchmarks/compare.py --workloads many state --systems pytree2safetensors safetensors --rounds 7
 
 It needs Linux. The library is taken from this checkout; the original 0.1.4 gets an environment of its own, made on
 the first run and kept in benchmarks/.cache. Every run is a process of its own; the systems take turns, so that a
 machine whose speed drifts is slow for all of them. The results go to docs/benchmarks: `speed.json` (every run),
-`speed.rst` (tables) and `speed.svg`; a run with --quick or of less than everything prints, and writes only where
+`speed.rst` (tables) and the charts; a run with --quick or of less than everything prints, and writes only where
 --output says, after each workload.
 
 How to read it. Times of saving are without a flush to the disk, as all the peers save, unless it
-says "flushed". The floor writes the bytes after `fallocate`, and reads them with two threads into
+says "flushed". The baseline writes the bytes after `fallocate`, and reads them with two threads into
 fresh memory. Extra memory is the highest resident memory over what there was before; mapped pages
 of the file count in it, and "anonymous" leaves them out. Before each run a small tree of the same
 kind is saved and loaded (so what a first load of many equal leaves compiles is in "first load"
@@ -20,7 +20,7 @@ alone), the file is in the page cache, and the memory that the run is about to u
 and given back: on a virtual machine the first touch of memory costs twenty times what the second
 does, and is what one would measure otherwise. One run in each cell is watched for
 its memory and its result, which is compared bit by bit; its time does not count. Where one core does
-all the work (C and D), "times ours" compares CPU time, and wall time elsewhere.
+all the work (many and state), "times ours" compares CPU time, and wall time elsewhere.
 """
 
 import argparse
@@ -163,7 +163,7 @@ def write(result: dict[str, Any], output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
     (output / "speed.json").write_text(json.dumps(result, indent=1) + "\n")
     (output / "speed.rst").write_text(report.as_rst(result))
-    chart.draw(result, output / "speed.svg")
+    chart.write(result, output)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ HEAD = (
     "anonymous",
     "file, MB",
 )
-LEAVES = {"C": 100_000, "D": 20_000}
+LEAVES = {"many": 100_000, "state": 20_000}
 TITLES = {"save": "saved", "load": "loaded"}
 
 

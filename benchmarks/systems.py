@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-TREES = ("A", "B", "C", "D")
+TREES = ("large", "model", "many", "state")
 SHARDED = ("rows", "columns")
 
 
@@ -106,7 +106,7 @@ class OursAgain(Ours):
     """A tree that was saved before."""
 
     loads = False
-    workloads = ("C", "D")
+    workloads = ("many", "state")
 
     def prepare(self, tree: Any) -> Any:
         with tempfile.TemporaryDirectory() as folder:
@@ -235,7 +235,7 @@ class Flax(System):
 class Jaxon(System):
     """jaxon, HDF5; it knows no namedtuples."""
 
-    workloads = ("A", "B", "C")
+    workloads = ("large", "model", "many")
 
     def save(self, prepared: Any, path: Path) -> None:
         import jaxon
@@ -279,7 +279,7 @@ READ_PIECE = 8 << 20
 HUGE_PAGE = 2 << 20
 
 
-class Floor(System):
+class Baseline(System):
     """The bytes alone: preallocate and write; read with two threads into fresh memory."""
 
     def __init__(self, allocate: bool = True, flush: bool = False, loads: bool = True) -> None:
@@ -396,12 +396,14 @@ SYSTEMS: dict[str, System] = {
     "pytree2safetensors": Ours(),
     "pytree2safetensors, flushed": OursDurable(),
     "pytree2safetensors, saved again": OursAgain(),
-    "pytree2safetensors, no template": OursReading("pytree2safetensors", ("D",), template=False),
-    "pytree2safetensors, first load": OursFirst("pytree2safetensors", ("C", "D")),
-    "pytree2safetensors, file of safetensors": OursReading(
-        "safetensors", ("A", "B"), template=True
+    "pytree2safetensors, no template": OursReading(
+        "pytree2safetensors", ("state",), template=False
     ),
-    "pytree2safetensors, mmap": OursReading("pytree2safetensors", ("A", "B"), mmap=True),
+    "pytree2safetensors, first load": OursFirst("pytree2safetensors", ("many", "state")),
+    "pytree2safetensors, file of safetensors": OursReading(
+        "safetensors", ("large", "model"), template=True
+    ),
+    "pytree2safetensors, mmap": OursReading("pytree2safetensors", ("large", "model"), mmap=True),
     "pytree2safetensors, shards": OursReading("pytree2safetensors", SHARDED, template=True),
     "pytree2safetensors, shards, mmap": OursReading(
         "pytree2safetensors", SHARDED, template=True, mmap=True
@@ -417,7 +419,7 @@ SYSTEMS: dict[str, System] = {
     "get_slice, make_array_from_callback": Sharded(read_slices),
     "safetensors.numpy, device_put": Sharded(partial(read_whole, framework="numpy")),
     "safetensors.flax, device_put": Sharded(partial(read_whole, framework="flax")),
-    "floor": Floor(),
-    "floor, flushed": Floor(flush=True, loads=False),
-    "write, flushed": Floor(allocate=False, flush=True, loads=False),
+    "baseline": Baseline(),
+    "baseline, flushed": Baseline(flush=True, loads=False),
+    "write, flushed": Baseline(allocate=False, flush=True, loads=False),
 }

@@ -18,7 +18,7 @@ DEVICES = 8
 
 
 class Layer(NamedTuple):
-    """Three small arrays with names, the inner node of workload D."""
+    """Three small arrays with names, the inner node of the train state."""
 
     kernel: Any
     bias: Any
@@ -47,7 +47,7 @@ def spec(*shape: int, dtype: np.dtype[Any] = FLOAT32) -> jax.ShapeDtypeStruct:
 
 
 def big(scale: float) -> Any:
-    """A: 16 float32 arrays, 1 GiB together at scale 1, in dicts and lists."""
+    """16 float32 arrays, 1 GiB together at scale 1, in dicts and lists."""
     rows = max(1, int(4096 * scale))
     return {
         "encoder": {"layers": [{"kernel": spec(rows, 4096)} for _ in range(8)]},
@@ -56,7 +56,7 @@ def big(scale: float) -> Any:
 
 
 def model(scale: float) -> Any:
-    """B: 200 bfloat16 weights of 1 to 4 MB and 200 float32 vectors of 4 to 32 KB, 535 MB together at scale 1."""
+    """200 bfloat16 weights of 1 to 4 MB and 200 float32 vectors of 4 to 32 KB, 535 MB together at scale 1."""
     width = max(1, int(1024 * scale))
     block = {
         "attention": {
@@ -70,7 +70,7 @@ def model(scale: float) -> Any:
 
 
 def many(scale: float) -> Any:
-    """C: 100,000 leaves of shape (4,) at scale 1, in dicts and lists, five deep."""
+    """100,000 leaves of shape (4,) at scale 1, in dicts and lists, five deep."""
     groups = max(1, round(100 * scale))
     return {
         "model": [
@@ -81,7 +81,7 @@ def many(scale: float) -> Any:
 
 
 def train_state(scale: float) -> Any:
-    """D: a train state of namedtuples, 20,000 small leaves at scale 1."""
+    """A train state of namedtuples, 20,000 small leaves at scale 1."""
     layer = Layer(kernel=spec(16, 32), bias=spec(32), scale=spec(16))
     blocks = max(1, round(1111 * scale))
     weights = {"blocks": [{"attention": layer, "mlp": layer} for _ in range(blocks)]}
@@ -119,13 +119,13 @@ class Workload(NamedTuple):
 
 
 WORKLOADS = {
-    "A": Workload("A, big: 16 float32 arrays, 1 GiB", big, 1 / 512),
-    "B": Workload("B, model: 400 bfloat16 and float32 arrays, 535 MB", model, 1 / 256),
+    "large": Workload("16 float32 arrays, 1 GiB", big, 1 / 512),
+    "model": Workload("400 bfloat16 and float32 arrays, 535 MB", model, 1 / 256),
     # More than 1,024 leaves of each shape: from there on this library compiles a program for a shape.
-    "C": Workload("C, many: 100,000 leaves of shape (4,)", many, 1 / 50),
-    "D": Workload("D, train state: namedtuples, 20,000 small leaves", train_state, 1 / 6),
-    "rows": Workload("1 GB into 8 devices, by rows", sharded(0), 1 / 512, DEVICES),
-    "columns": Workload("1 GB into 8 devices, by columns", sharded(1), 1 / 512, DEVICES),
+    "many": Workload("100,000 arrays of shape (4,)", many, 1 / 50),
+    "state": Workload("a train state of 20,000 small arrays", train_state, 1 / 6),
+    "rows": Workload("1 GB sharded by rows over 8 devices", sharded(0), 1 / 512, DEVICES),
+    "columns": Workload("1 GB sharded by columns over 8 devices", sharded(1), 1 / 512, DEVICES),
 }
 
 

@@ -1,5 +1,6 @@
-"""How the documentation is built: `sphinx-build -n -W docs OUT`, without a network."""
+"""The configuration of the documentation: `sphinx-build -n -W docs OUT` builds it, without a network."""
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -20,21 +21,65 @@ extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
     "sphinx.ext.doctest",
+    "sphinx.ext.intersphinx",
     "sphinx.ext.napoleon",
+    "sphinx_copybutton",
+    "sphinxext.opengraph",
     "generated",
 ]
 exclude_patterns = ["_build", "benchmarks"]  # the benchmarks' tables are included in pages
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
 
+SITE = "https://pytree2safetensors.readthedocs.io/en/latest/"
+REPOSITORY = "https://github.com/cooljoseph1/pytree2safetensors/"
 html_theme = "furo"
 html_title = f"pytree2safetensors {release}"
+html_baseurl = SITE
 html_static_path = ["_static"]
 html_css_files = ["custom.css"]
 html_copy_source = False
-html_theme_options = {"navigation_with_keys": True}
+html_theme_options = {
+    "navigation_with_keys": True,
+    "source_repository": REPOSITORY,
+    "source_branch": "main",
+    "source_directory": "docs/",
+    "footer_icons": [
+        {
+            "name": "GitHub",
+            "url": REPOSITORY,
+            "html": '<svg viewBox="0 0 16 16" fill="currentColor" stroke-width="0"><path d="M8 0C3.58 0'
+            " 0 3.58 0 8c0 3.54 2.29 6.53 5.47 7.59.4.07.55-.17.55-.38 0-.19-.01-.82-.01-1.49-2.01.37"
+            "-2.53-.49-2.69-.94-.09-.23-.48-.94-.82-1.13-.28-.15-.68-.52-.01-.53.63-.01 1.08.58 1.23"
+            ".82.72 1.21 1.87.87 2.33.66.07-.52.28-.87.51-1.07-1.78-.2-3.64-.89-3.64-3.95 0-.87.31"
+            "-1.59.82-2.15-.08-.2-.36-1.02.08-2.12 0 0 .67-.21 2.2.82.64-.18 1.32-.27 2-.27s1.36.09 2"
+            " .27c1.53-1.04 2.2-.82 2.2-.82.44 1.1.16 1.92.08 2.12.51.56.82 1.27.82 2.15 0 3.07-1.87"
+            " 3.75-3.65 3.95.29.25.54.73.54 1.48 0 1.07-.01 1.93-.01 2.2 0 .21.15.46.55.38A8.01 8.01 0"
+            ' 0 0 16 8c0-4.42-3.58-8-8-8z"/></svg>',
+        }
+    ],
+}
 pygments_style = "default"
 pygments_dark_style = "monokai"
+
+# The copied text of a session has no prompts and no output.
+copybutton_prompt_text = r">>> |\.\.\. |\$ "
+copybutton_prompt_is_regexp = True
+
+ogp_site_url = SITE
+ogp_site_name = "pytree2safetensors"
+ogp_image = "_static/social-card.png"
+ogp_image_alt = "Save any JAX pytree to safetensors and load it back"
+ogp_social_cards = {"enable": False}
+
+# Links into other projects need their inventories from the network, so only the hosted build has them.
+if "READTHEDOCS" in os.environ:
+    intersphinx_mapping = {
+        "python": ("https://docs.python.org/3", None),
+        "jax": ("https://docs.jax.dev/en/latest", None),
+        "numpy": ("https://numpy.org/doc/stable", None),
+        "safetensors": ("https://huggingface.co/docs/safetensors/main/en", None),
+    }
 
 autodoc_typehints = "signature"
 autodoc_member_order = "bysource"
@@ -60,8 +105,7 @@ os.chdir(_before)
 _folder.cleanup()
 """
 
-# The pages link to no other project's inventory, so that a build needs no network; what follows are
-# names in signatures that live in other projects.
+# Names in signatures that live in other projects, and that a build without a network cannot resolve.
 nitpick_ignore_regex = [
     ("py:.*", r"pytree2safetensors\._.*"),  # private protocols and aliases that signatures mention
     (
@@ -76,6 +120,9 @@ nitpick_ignore_regex = [
 ]
 
 
+SECTION = r"\*([^*]+)\*"
+
+
 def mark_up(*event: Any) -> None:
     """Turn the docstrings' plain marks into links and literals.
 
@@ -84,13 +131,14 @@ def mark_up(*event: Any) -> None:
     lines: list[str] = event[-1]
     for i, line in enumerate(lines):
         if not line.lstrip().startswith((">>>", "...")):
-            linked = re.sub(r"^Specification: \*(.+)\*\.$", _section, line)
+            found = re.fullmatch(r"Specification: (\*.+\*)\.", line)
+            linked = f"Specification: {re.sub(SECTION, _section, found[1])}." if found else line
             lines[i] = re.sub(r"(?<![`:\w>])`([^`]+)`(?!`)(\w?)", _marked, linked)
 
 
 def _section(found: re.Match[str]) -> str:
     page = "guarantees" if found[1] == "Laws" else "specification"
-    return f"Specification: :doc:`{found[1]} <{page}>`."
+    return f":doc:`{found[1]} <{page}>`"
 
 
 def _marked(found: re.Match[str]) -> str:

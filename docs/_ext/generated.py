@@ -1,8 +1,9 @@
-"""The `generated` directive: parts of pages that are made from the project's own tables."""
+"""The `generated` directive: parts of pages that are made from the project's own data."""
 
 import ast
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,26 +55,31 @@ def rejected() -> list[str]:
     return lines
 
 
-def benchmarks() -> list[str]:
-    """Include the tables and the chart that the benchmarks wrote."""
-    return _published("speed") + _published("scaling") or [
-        "No figures have been published for this version yet."
-    ]
+BENCHMARKS = ROOT / "docs" / "benchmarks"
 
 
-def survival() -> list[str]:
-    """Include the table of what survives a round trip, by library."""
-    return _published("survival") or ["No table has been published for this version yet."]
+def chart(name: str) -> list[str]:
+    """Put a chart of the benchmarks into the page, so that the style sheet reaches its text."""
+    return ["```{raw} html", (BENCHMARKS / f"{name}.svg").read_text("utf-8"), "```"]
 
 
-def _published(stem: str) -> list[str]:
-    folder = ROOT / "docs" / "benchmarks"
-    lines: list[str] = []
-    if (folder / f"{stem}.svg").exists():
-        lines += [f"```{{image}} /benchmarks/{stem}.svg", ":class: diagram", "```", ""]
-    if (folder / f"{stem}.rst").exists():
-        lines += ["```{eval-rst}", f".. include:: /benchmarks/{stem}.rst", "```", ""]
-    return lines
+def conditions() -> list[str]:
+    """List where and with what the benchmarks ran."""
+    said = json.loads((BENCHMARKS / "speed.json").read_text("utf-8"))
+    versions = {name: version for name, version in said["versions"].items() if name != "python"}
+    rows = {
+        **said["machine"],
+        "Python": said["versions"]["python"],
+        "packages": ", ".join(f"{name} {version}" for name, version in versions.items()),
+        "this library": f"commit {said['commit']}",
+        "runs": f"medians of {said['rounds']}, the libraries in turn, each run in a new process",
+    }
+    return ["| | |", "|---|---|", *(f"| {what} | {value} |" for what, value in rows.items())]
+
+
+def included(stem: str) -> list[str]:
+    """Include tables that the benchmarks wrote."""
+    return ["```{eval-rst}", f".. include:: /benchmarks/{stem}.rst", "```"]
 
 
 PACKAGE = ROOT / "src" / "pytree2safetensors"
@@ -129,14 +135,15 @@ def modules() -> list[str]:
     return lines
 
 
-MAKERS = {
+MAKERS: dict[str, Callable[..., list[str]]] = {
     "layers": layers,
     "sections": sections,
     "modules": modules,
     "accepted": accepted,
     "rejected": rejected,
-    "benchmarks": benchmarks,
-    "survival": survival,
+    "chart": chart,
+    "conditions": conditions,
+    "included": included,
     "environments": table,
     "diagram": lambda: ["```{raw} html", draw(), "```"],
 }
@@ -146,10 +153,12 @@ class Generated(SphinxDirective):
     """Insert the Markdown that one of the makers gives."""
 
     required_arguments = 1
+    optional_arguments = 1
 
     def run(self) -> list[nodes.Node]:
         self.env.note_dependency(str(KEY_PATHS))
-        return self.parse_text_to_nodes("\n".join(MAKERS[self.arguments[0]]()))
+        maker, *arguments = self.arguments
+        return self.parse_text_to_nodes("\n".join(MAKERS[maker](*arguments)))
 
 
 def setup(app: Sphinx) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Any JAX pytree to one safetensors file and back, losslessly, without pickle."""
+"""Save any JAX pytree to safetensors and load it back, losslessly and without pickle."""
 
 from safetensors.flax import load_file
 

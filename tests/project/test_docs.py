@@ -6,6 +6,7 @@
 import ast
 import doctest
 import importlib
+import json
 import os
 import re
 import signal
@@ -185,18 +186,31 @@ def test_a_wrong_block_is_noticed(tmp_path: Path) -> None:
             run(page, block, {}, tmp_path)
 
 
-def test_readme_names_every_public_name() -> None:
+def test_the_table_of_the_api_page_names_every_public_name() -> None:
     import pytree2safetensors
 
-    text = (ROOT / "README.md").read_text("utf-8")
-    assert [name for name in pytree2safetensors.__all__ if f"`{name}" not in text] == []
+    table = (DOCS / "api.md").read_text("utf-8").partition("\n## ")[0]
+    assert [name for name in pytree2safetensors.__all__ if f"`{name}`" not in table] == []
 
 
 def test_links_of_the_readme_lead_somewhere() -> None:
+    site = "https://pytree2safetensors.readthedocs.io/en/latest/"
     links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", (ROOT / "README.md").read_text("utf-8"))
+    pages = [link.removeprefix(site) for link in links if link.startswith(site)]
     local = [link for link in links if "://" not in link]
+    assert pages
     assert local
+    assert [page for page in pages if not (DOCS / page).with_suffix(".md").exists()] == []
     assert [link for link in local if not (ROOT / link).exists()] == []
+
+
+def test_charts_show_the_published_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    chart = importlib.import_module("chart")
+    runs = json.loads((DOCS / "benchmarks" / "speed.json").read_text("utf-8"))["runs"]
+    for name in chart.CHARTS:
+        drawn = (DOCS / "benchmarks" / f"{name}.svg").read_text("utf-8")
+        assert chart.draw(name, runs) == drawn, "run python benchmarks/chart.py"
 
 
 def tests_of(path: Path) -> set[str]:
@@ -253,6 +267,7 @@ def test_docstrings_name_sections_that_exist() -> None:
     sections = {"Laws", *headings_of_the_specification()}
     sources = (ROOT / "src" / "pytree2safetensors").rglob("*.py")
     text = "".join(source.read_text("utf-8") for source in sources)
-    named = set(re.findall(r"Specification: \*(.+)\*\.", text))
+    lines = re.findall(r"Specification: (\*.+\*)\.", text)
+    named = {name for line in lines for name in re.findall(r"\*([^*]+)\*", line)}
     assert named
     assert named <= sections
