@@ -224,19 +224,12 @@ def _followed(path: str) -> str:
     raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
 
 
-def write_new(
-    path: str,
-    chunks: Iterable[Chunk],
-    size: int,
-    *,
-    like: os.stat_result | None,
-    durable: bool,
-    progress: Progress | None,
-) -> None:
-    """Write a file where there is none."""
+@contextmanager
+def creating_file(path: str, like: os.stat_result | None, *, durable: bool) -> Iterator[int]:
+    """A descriptor of a new file, which is flushed and closed when all went well."""
     descriptor = create(path, like)
     with _Closing(descriptor) as closing:
-        write_chunks(descriptor, chunks, size, progress)
+        yield descriptor
         if durable:
             flush(descriptor)
         closing.close()

@@ -6,17 +6,19 @@ Specification: *Sharded folders*.
 import errno
 import os
 import stat
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import partial
 from typing import NamedTuple
 
 from pytree2safetensors._storage.atomic_file import (
+    creating_file,
     discard,
     flush_folder,
     locked,
     temporary_in,
-    write_new,
+    temporary_name,
+    write_chunks,
 )
 from pytree2safetensors._storage.progress import Progress
 from pytree2safetensors._types import Chunk
@@ -51,20 +53,47 @@ def replace_together(
         OSError: Nothing changed; or everything did, and a flush or a removal failed after that; or
             it could not be changed back, and the last file is missing.
     """
+    temporaries = {part.name: temporary_name() for part in parts}
+    with replacing_together(folder, temporaries, stale, durable=durable) as creating:
+        total, before = sum(part.size for part in parts), 0
+        for name, size, chunks in parts:
+            shifted = None if progress is None else _shifted(progress, before, total)
+            with creating(name) as descriptor:
+                write_chunks(descriptor, chunks, size, shifted)
+            before += size
+
+
+@contextmanager
+def replacing_together(
+    folder: str,
+    temporaries: Mapping[str, str],
+    stale: Callable[[Iterable[str]], list[str]],
+    *,
+    durable: bool,
+) -> Iterator[Callable[[str], AbstractContextManager[int]]]:
+    """Give a function that creates one of the files; all take their places when all went well.
+
+    Until then the files have the given temporary names, by which other processes can open them.
+    """
     with ExitStack() as undo:
         missing = _missing(folder)
         undo.callback(_remove_empty, missing)
         for above in reversed(missing):
             with suppress(FileExistsError):  # another saver was faster
                 os.mkdir(above)
-        temporaries = {part.name: temporary_in(folder) for part in parts}
-        for temporary in temporaries.values():
-            undo.callback(discard, temporary)
-        _write(folder, parts, temporaries, durable, progress)
+        paths = {name: os.path.join(folder, temporaries[name]) for name in temporaries}
+        for path in paths.values():
+            undo.callback(discard, path)
+
+        def creating(name: str) -> AbstractContextManager[int]:
+            like = _status(os.path.join(folder, name))
+            return creating_file(paths[name], like, durable=durable)
+
+        yield creating
         with locked(folder):
             for name in stale(os.listdir(folder)):
                 _status(os.path.join(folder, name))  # what cannot be removed is an error by now
-            _commit(folder, temporaries, durable)
+            _commit(folder, paths, durable)
             if durable:
                 for made in missing:
                     flush_folder(_above(made))
@@ -98,27 +127,6 @@ def _remove_empty(folders: Iterable[str]) -> None:
     for folder in folders:
         with suppress(OSError):  # something is in it
             os.rmdir(folder)
-
-
-def _write(
-    folder: str,
-    parts: list[Part],
-    temporaries: dict[str, str],
-    durable: bool,
-    progress: Progress | None,
-) -> None:
-    """Write the files under temporary names."""
-    total, before = sum(part.size for part in parts), 0
-    for name, size, chunks in parts:
-        write_new(
-            temporaries[name],
-            chunks,
-            size,
-            like=_status(os.path.join(folder, name)),
-            durable=durable,
-            progress=None if progress is None else _shifted(progress, before, total),
-        )
-        before += size
 
 
 def _shifted(progress: Progress, before: int, total: int) -> Progress:
