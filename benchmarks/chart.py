@@ -122,15 +122,15 @@ def bars(panel: Panel, runs: list[dict[str, Any]], top: float) -> tuple[list[str
     return parts, y
 
 
-def draw(name: str, runs: list[dict[str, Any]]) -> str:
+def draw(panels: Sequence[Panel], runs: list[dict[str, Any]]) -> str:
     """Return one chart as SVG."""
     parts: list[str] = []
     y = 0.0
-    for panel in CHARTS[name]:
+    for panel in panels:
         drawn, y = bars(panel, runs, y)
         parts += drawn
         y += 16
-    label = "; ".join(panel.title for panel in CHARTS[name])
+    label = "; ".join(panel.title for panel in panels)
     head = (
         f'<svg class="chart" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {y - 10:g}" '
         f'role="img" aria-label="Bar chart. {escape(label)}" font-family="system-ui, sans-serif" '
@@ -144,7 +144,7 @@ def write(result: dict[str, Any], folder: Path) -> None:
     measured = {(run["workload"], run["op"]) for run in result["runs"]}
     for name, panels in CHARTS.items():
         if {(panel.workload, panel.op) for panel in panels} <= measured:
-            (folder / f"{name}.svg").write_text(draw(name, result["runs"]), "utf-8")
+            (folder / f"{name}.svg").write_text(draw(panels, result["runs"]), "utf-8")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from workloads import WORKLOADS
 HERE = Path(__file__).parent
 SOURCE = HERE.parent / "src"
 SAMPLE_SECONDS = 0.002
+HOST_MEMORY = ("RssAnon", "RssShmem")  # pinned memory is counted in the second
 MEMORY = {"save": 1.6, "load": 2.6}  # in units of the data, backed before each run
 
 
@@ -143,11 +144,18 @@ def _converse(process: "subprocess.Popen[str]", watch: bool) -> dict[str, Any] |
     return None
 
 
+def memory_of(process: int, fields: tuple[str, ...]) -> int:
+    """Add up fields of a process's status, in bytes."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(fields))
+
+
 class Watcher:
     """Sample the anonymous memory of a process: unlike its peak, that leaves out the pages of mapped files."""
 
-    def __init__(self, process: int, start: int) -> None:
-        self.status = Path(f"/proc/{process}/status")
+    def __init__(self, process: int, start: int, fields: tuple[str, ...] = ("RssAnon",)) -> None:
+        self.process = process
+        self.fields = fields
         self.start = start
         self.highest = start
         self.ended = threading.Event()
@@ -157,12 +165,7 @@ class Watcher:
     def _watch(self) -> None:
         with suppress(OSError):  # the process may be gone
             while not self.ended.is_set():
-                lines = [
-                    line
-                    for line in self.status.read_text().splitlines()
-                    if line.startswith("RssAnon")
-                ]
-                self.highest = max([self.highest, *(int(line.split()[1]) * 1024 for line in lines)])
+                self.highest = max(self.highest, memory_of(self.process, self.fields))
                 time.sleep(SAMPLE_SECONDS)
 
     def stop(self) -> int:
