@@ -195,8 +195,16 @@ HEADERS: list[tuple[bytes, str]] = [
     (file({"a": {**byte(), "data_offsets": {"0": 1}}}, b"\0"), "describes 'a' otherwise than by"),
     (file({"a": tensor("F128", [1], 0, 16)}, bytes(16)), "gives 'a' the unknown dtype 'F128'"),
     (file({"a": tensor("f32", [1], 0, 4)}, bytes(4)), "gives 'a' the unknown dtype 'f32'"),
-    (file({"a": tensor("U8", [1], 0.0, 1.0)}, b"\0"), "is not valid JSON"),
-    (file({"a": tensor("U8", [1.0], 0, 1)}, b"\0"), "is not valid JSON"),
+    (file({"a": tensor("U8", [1], 0.0, 1.0)}, b"\0"), "describes 'a' otherwise than by"),
+    (file({"a": tensor("U8", [1.0], 0, 1)}, b"\0"), "a shape that is no list of sizes"),
+    (
+        file(b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[-0,1]}}', b"\0"),
+        "describes 'a' otherwise than by",
+    ),
+    (
+        file(b'{"a":{"dtype":"U8","shape":[-0],"data_offsets":[0,0]}}'),
+        "a shape that is no list of sizes",
+    ),
     (file({"a": tensor("U8", [True], 0, 1)}, b"\0"), "a shape that is no list of sizes"),
     (file({"a": tensor("U8", [[1]], 0, 1)}, b"\0"), "a shape that is no list of sizes"),
     (file({"a": tensor("U8", [-1], 0, 1)}, b"\0"), "a shape that is no list of sizes"),
@@ -222,6 +230,7 @@ HEADERS: list[tuple[bytes, str]] = [
     # Nothing, in shapes that no array has.
     (file({"a": tensor("F32", [0, 2**63], 0, 0)}), "beyond what memory can address"),
     (file({"a": tensor("F32", [2**62, 0], 0, 0)}), "beyond what memory can address"),
+    (file({"a": tensor("U8", [2**63, 2**63, 0], 0, 0)}), "beyond what memory can address"),
     (file({"a": tensor("U8", [2**40, 2**40, 0], 0, 0)}), "beyond what memory can address"),
     (file({"a": tensor("U8", [1] * (MAX_DIMENSIONS + 1), 0, 1)}, b"\0"), "dimensions, and NumPy"),
     (file({"a": tensor("U8", [1] * 100_000, 0, 1)}, b"\0"), "100,000 dimensions, and NumPy"),
@@ -263,14 +272,50 @@ def test_a_header_that_breaks_the_format_is_refused(content: bytes, text: str) -
         refused(content, FileFormatError, text)
 
 
+@pytest.mark.parametrize("dimensions", [32, MAX_DIMENSIONS - 1, MAX_DIMENSIONS])
+def test_as_many_dimensions_as_numpy_has_are_read(dimensions: int) -> None:
+    content = file({"@a": tensor("F64", [1] * dimensions, 0, 8)}, bytes(8))
+    found = load_into_pytree({"a": np.ones((1,) * dimensions)}, io.BytesIO(content))
+    assert found["a"].shape == (1,) * dimensions
+    assert found["a"].item() == 0
+
+
+def test_numpy_2_has_64_dimensions() -> None:
+    expected = 64 if int(np.__version__.partition(".")[0]) >= 2 else 32
+    assert expected == MAX_DIMENSIONS
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("F4", 4), ("F6_E2M3", 6), ("F6_E3M2", 6)])
+def test_a_file_with_a_packed_dtype_opens(dtype: str, size: int) -> None:
+    tensors = {"@a": tensor(dtype, [2, 4], 0, size), "@b": byte(size)}
+    content = file(tensors, bytes(size + 1))
+    assert load_metadata(io.BytesIO(content)) == {}
+    assert load_pytree(io.BytesIO(content), prefix="@b").tolist() == [0]
+    refused(content, FileFormatError, dtype, by_all=False)
+    tensors["@a"] = tensor(dtype, [2, 4], 0, size - 1)
+    refused(file(tensors, bytes(size + 1)), FileFormatError, "another size")
+
+
 def test_a_number_of_many_digits_is_refused() -> None:
     for digits in (4300, 4301, 100_000):
         header = b'{"a":{"dtype":"U8","shape":[' + b"9" * digits + b'],"data_offsets":[0,1]}}'
         refused(file(header, b"\0"), FileFormatError, "")
 
 
-def test_a_header_may_say_more_than_it_must() -> None:
-    content = file({"@a": {**byte(), "comment": {"deep": [1, None]}}}, b"\7")
+@pytest.mark.parametrize(
+    "more",
+    ['{"deep":[1,null]}', "1.5", "-0", "1e999", "9" * 10_000, "null", '"\\ud800"', '{"a":1,"a":2}'],
+    ids=lambda more: more[:12],
+)
+def test_a_header_may_say_more_than_it_must(more: str) -> None:
+    entry = '"dtype":"U8","shape":[1],"data_offsets":[0,1]'
+    for text in (f'{{"@a":{{{entry},"more":{more}}}}}', f'{{"@a":{{"more":{more},{entry}}}}}'):
+        assert load_pytree(io.BytesIO(file(text.encode(), b"\7")))["a"].tolist() == [7]
+
+
+def test_metadata_that_are_null_are_none() -> None:
+    content = file({"__metadata__": None, "@a": byte()}, b"\7")
+    assert load_metadata(io.BytesIO(content)) == {}
     assert load_pytree(io.BytesIO(content))["a"].tolist() == [7]
 
 
@@ -320,7 +365,6 @@ NOTES: list[tuple[bytes, str]] = [
     (nodes({"": ["OrderedDict"]}), "the unknown or malformed node kind 'OrderedDict'"),
     (nodes({"": ["OrderedDict", "@a"]}), "the unknown or malformed node kind 'OrderedDict'"),
     (nodes({"": ["OrderedDict", [1]]}), "the unknown or malformed node kind 'OrderedDict'"),
-    (nodes({"": ["OrderedDict", ["a"]]}), "the unknown or malformed node kind 'OrderedDict'"),
     (nodes({"": ["OrderedDict", [], []]}), "the unknown or malformed node kind 'OrderedDict'"),
     (nodes({"": ["tuple", []]}), "the unknown or malformed node kind 'tuple'"),
     (nodes({"": "x" * 100_000}), "the unknown or malformed node kind 'xxxx"),
@@ -350,6 +394,10 @@ TREE_NOTES: list[tuple[bytes, str]] = [
     (leaves({"@a": ["key", "os"]}, **{"@a": U32}), "a key of the PRNG implementation 'os', which"),
     (leaves({"@a": ["key", "rbg"]}, **{"@a": U32}), "noted as a key of rbg, whose data end in"),
     (leaves({"@a": "int4"}, **{"@a": tensor("I8", [1], 0, 1)})[:-1] + b"\x10", "beyond int4"),
+]
+
+
+CLAIMS: list[tuple[bytes, str]] = [
     (nodes({"#01": "list"}), "'#01' spells no key path"),
     (nodes({"@\ud800": "list"}), "a lone surrogate has no UTF-8 spelling"),
     (nodes({"@a": "list"}, "@a"), "contradicts its tensors: '@a' and '@a' name a leaf and a node"),
@@ -362,7 +410,45 @@ TREE_NOTES: list[tuple[bytes, str]] = [
     (nodes({"": ["OrderedDict", ["@a@b"]]}, r"@a\@b"), "are not those of its children"),
     (nodes({"": ["OrderedDict", [r"@\(True)"]]}, r"@\(1)"), "are not those of its children"),
     (nodes({"": ["OrderedDict", ["@a"]]}), "the noted keys of '' have no leaves"),
+    (nodes({"": ["OrderedDict", ["a"]]}, "a"), "'' is noted as OrderedDict, and its children"),
+    (nodes({"": ["OrderedDict", ["#0"]]}, "#0"), "'' is noted as OrderedDict, and its children"),
+    (nodes({"a": ["OrderedDict", ["@b@c"]]}, "a@b@c"), "are not those of its children"),
+    (nodes({"a": ["OrderedDict", [".b"]]}), "the noted keys of 'a' have no leaves"),
+    (nodes({"a.b.c": "list"}, "a"), "'a' and 'a.b.c' name a leaf and a node at one place"),
+    (nodes({"a": "list"}, ""), "'' and 'a' name a leaf and a node at one place"),
+    (nodes({"a": "None", "a#0": "None"}), "'a' is noted as None, and its children differ"),
+    (nodes({"a": "tuple"}, r"a#\(0)"), "'a' is noted as tuple, and its children differ"),
+    (nodes({"a": "tuple"}, "a#0", "a@b"), "'a' is noted as tuple, and its children differ"),
+    (nodes({"": "tuple"}, "#0", "b"), "'' is noted as tuple, and its children differ"),
 ]
+
+
+@pytest.mark.parametrize(("content", "text"), CLAIMS, ids=range(len(CLAIMS)))
+def test_a_note_that_contradicts_the_names_is_refused_however_the_file_is_opened(
+    content: bytes, text: str
+) -> None:
+    refused(content, FileFormatError, text)
+    loaders: tuple[Callable[[Any], Any], ...] = (
+        lambda source: load_pytree(source, prefix="@nothing"),
+        lambda source: load_into_pytree({"b": 1}, source, prefix="@nothing"),
+    )
+    for load in loaders:
+        with pytest.raises(FileFormatError) as caught:
+            load(io.BytesIO(content))
+        assert text in str(caught.value)
+
+
+def test_a_note_may_stand_beside_names_that_spell_nothing() -> None:
+    kinds = {"@a": "tuple", "b": "list", "@o": ["OrderedDict", ["@y", "@x"]]}
+    content = nodes(kinds, "#01", "a\\x", "@a#0", "@ab", "b c", "ba", "@o@x", "@o@y#0", "@oo")
+    assert load_metadata(io.BytesIO(content)) == {}
+    assert load_pytree(io.BytesIO(content), prefix="@o")["x"].tolist() == [0]
+
+
+def test_many_deep_claims_are_checked_in_time() -> None:
+    kinds = {f"@{number}" + "#0" * 2000: "list" for number in range(2000)}
+    with no_hang(20):
+        assert isinstance(attempt(load_metadata, nodes(kinds)), dict)
 
 
 @pytest.mark.parametrize(("content", "text"), NOTES, ids=range(len(NOTES)))

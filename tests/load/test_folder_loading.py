@@ -102,6 +102,29 @@ def test_an_index_of_a_variant(tmp_path: Path) -> None:
     assert is_same(tree_of(1), load_pytree(tmp_path))
 
 
+def test_tensors_that_the_index_does_not_place_in_their_shard_are_ignored(tmp_path: Path) -> None:
+    tree = {f"w{i}": np.full(10, i, "i4") for i in range(4)}
+    save_pytree(tree, tmp_path, max_shard_size=80)
+    index = json.loads((tmp_path / INDEX).read_text())
+    del index["weight_map"]["@w1"]
+    first = index["weight_map"]["@w0"]
+    (tmp_path / "copy.safetensors").write_bytes((tmp_path / first).read_bytes())
+    index["weight_map"]["@w0"] = "copy.safetensors"
+    (tmp_path / INDEX).write_text(json.dumps(index))
+    found = load_pytree(tmp_path)
+    assert {name: leaf[0] for name, leaf in found.items()} == {"w0": 0, "w2": 2, "w3": 3}
+
+
+def test_an_index_may_have_a_byte_order_mark_and_no_metadata(tmp_path: Path) -> None:
+    tree = {f"w{i}": np.full(10, i, "i4") for i in range(2)}
+    save_pytree(tree, tmp_path, max_shard_size=40)
+    index = json.loads((tmp_path / INDEX).read_text())
+    text = json.dumps(index | {"metadata": None})
+    (tmp_path / INDEX).write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert load_metadata(tmp_path) == {}
+    assert len(load_pytree(tmp_path)) == 2
+
+
 def test_numbers_in_the_metadata_of_other_programs_are_no_metadata(tmp_path: Path) -> None:
     save_pytree(tree_of(1), tmp_path, max_shard_size=100, metadata={"run": "17"})
     index = json.loads((tmp_path / INDEX).read_text())

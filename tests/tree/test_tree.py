@@ -1,5 +1,6 @@
 """Trees and flat dicts: what is accepted and refused, as tables. The laws are in test_laws."""
 
+import io
 import sys
 from collections import OrderedDict, defaultdict
 from pathlib import Path
@@ -9,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from oracle import assert_same
 from pytree2safetensors import (
@@ -231,6 +234,22 @@ def test_more_gaps_are_refused(names: list[str], length: int) -> None:
 
 
 # --- trees that have no flat dict -------------------------------------------------------------
+
+
+@given(st.lists(st.text("ab.@#\\01", max_size=3) | st.text(max_size=2), unique=True))
+def test_dicts_have_the_order_of_keys_in_which_jax_flattens_them(keys: list[str]) -> None:
+    tree = {key: place for place, key in enumerate(keys)}
+    flat = pytree2dict(tree)
+    file = io.BytesIO()
+    save_pytree(tree, file)
+    file.seek(0)
+    for found in (dict2pytree(flat), dict2pytree(dict(reversed(flat.items()))), load_pytree(file)):
+        assert [*found] == sorted(keys)
+
+
+def test_numbers_are_in_their_order() -> None:
+    flat = {rf"@\({number})": number for number in (10, 2, 1, 0, 11)}
+    assert [*dict2pytree(flat)] == [0, 1, 2, 10, 11]
 
 
 def deep(depth: int) -> Any:

@@ -54,7 +54,7 @@ def verify_file(path: PathLike) -> Verdict:
         return Verdict(False, 0, 0, False, [str(error)], [])
     with store:
         problems: list[str] = []
-        remarks = [*_tree_remarks(store, problems)]
+        remarks = [*_tree_remarks(store)]
         for name in store.places:
             problems.extend(_tensor_problems(store, name, remarks))
         nbytes = sum(store.infos[name].nbytes for name in store.places)
@@ -62,13 +62,11 @@ def verify_file(path: PathLike) -> Verdict:
         return Verdict(True, len(store.places), nbytes, digests, problems, remarks)
 
 
-def _tree_remarks(store: OpenCheckpoint, problems: list[str]) -> Iterable[str]:
-    """Check that names and note make a tree. That names alone make none is no damage."""
+def _tree_remarks(store: OpenCheckpoint) -> Iterable[str]:
+    """Say whether names and note make no tree, which is no damage."""
     leaves = dict.fromkeys(store.infos, 0)
     try:
-        build_tree(leaves, store.note.nodes, store.label)
-    except FileFormatError as error:
-        problems.append(str(error))
+        build_tree(leaves, store.note.nodes)
     except (KeyPathError, TreeStructureError) as error:
         yield f"it loads only into a template: {error}"
 

@@ -5,7 +5,7 @@ Specification: *Files*.
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from json.encoder import encode_basestring_ascii as quote
 from typing import Any, Final, NamedTuple
 
@@ -39,6 +39,13 @@ class Tensors(NamedTuple):
     def size(self) -> int:
         """The bytes of the data, where the tensors are in their order."""
         return self.starts[-1] + self.infos[-1].nbytes if self.names else 0
+
+    def keep(self, names: Collection[str]) -> "Tensors":
+        """Leave out the tensors of other names."""
+        if len(names) == len(self.names):
+            return self
+        rows = [row for row in zip(*self, strict=True) if row[0] in names]
+        return Tensors(*map(list, zip(*rows, strict=True))) if rows else Tensors([], [], [])
 
 
 class Plan(NamedTuple):
@@ -258,7 +265,7 @@ def _read_compact(text: str) -> tuple[Tensors, dict[str, str]] | None:
 
 def _read(text: str, file: str) -> tuple[Tensors, dict[str, str]]:
     """Read any header."""
-    pairs = read_json(text, f"the header of {file}", keep_pairs=True)
+    pairs = read_json(text, f"the header of {file}", keep_pairs=True, fractions=True)
     metadata = _metadata(next((value for name, value in pairs if name == _METADATA), None), file)
     tensors = Tensors([], [], [])
     known: dict[TensorInfo, TensorInfo] = {}  # equal forms are one object

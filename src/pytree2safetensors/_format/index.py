@@ -141,7 +141,9 @@ def read_index_metadata(content: dict[str, Any], label: str) -> dict[str, str]:
     """The metadata of all shards. Other programs add numbers, which say nothing of the tensors."""
     if "metadata" not in content and len(content) > 1:
         raise FileFormatError(f"the index {label} has another entry in place of its metadata")
-    metadata = content.get("metadata", {})
+    metadata = content.get("metadata")
+    if metadata is None:
+        return {}
     if not isinstance(metadata, dict):
         raise FileFormatError(f"the metadata of the index {label} are no JSON object")
     found: dict[str, str] = {}

@@ -89,7 +89,7 @@ def _is_node_kind(kind: Any) -> bool:
         return kind in _NODE_KINDS
     match kind:
         case ["OrderedDict", [*keys]]:
-            return all(isinstance(key, str) and key[:1] == "@" for key in keys)
+            return all(isinstance(key, str) for key in keys)
     return False
 
 

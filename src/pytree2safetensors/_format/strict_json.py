@@ -16,8 +16,8 @@ def read_json(text: str, what: str, *, keep_pairs: bool = False, fractions: bool
     """Read JSON strictly: no duplicate names, no numbers but integers; else a FileFormatError.
 
     With `keep_pairs` the text is an object, and objects are tuples of pairs: a fraction of the
-    cost of dicts where there are many. With `fractions` there may be other numbers, too: programs
-    write them where nothing here reads them.
+    cost of dicts where there are many. With `fractions` any number is allowed, as programs write
+    them where nothing here reads them: whatever is not a plain integer of 64 bits is a float.
     """
     hook: Any = tuple if keep_pairs else _object
     try:
@@ -25,7 +25,7 @@ def read_json(text: str, what: str, *, keep_pairs: bool = False, fractions: bool
             text,
             object_pairs_hook=hook,
             parse_constant=_refuse,
-            parse_int=float if fractions else _integer,
+            parse_int=_number if fractions else _integer,
             parse_float=float if fractions else _refuse,
         )
         if keep_pairs:
@@ -83,6 +83,10 @@ def _integer(digits: str) -> int:
     if digits == "-0":  # which is a float to other readers
         _refuse(digits)
     return int(digits)
+
+
+def _number(digits: str) -> int | float:
+    return float(digits) if digits == "-0" or len(digits) > 20 else int(digits)
 
 
 def _refuse(constant: str) -> Any:

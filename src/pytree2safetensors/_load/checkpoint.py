@@ -29,6 +29,7 @@ from pytree2safetensors._format.tensor import TensorInfo, check_kind
 from pytree2safetensors._leaves.spec import LeafSpec, spec_of
 from pytree2safetensors._load.locate import Index, is_index, locate, read_index
 from pytree2safetensors._storage.byte_source import ByteSource, PathLike, Readable, open_source
+from pytree2safetensors._tree.claims import check_nodes
 from pytree2safetensors._tree.keypath import string2keypath
 
 _PIECE = 8 << 20  # bytes of a tensor that are read at once; a multiple of every item size
@@ -100,6 +101,7 @@ class OpenCheckpoint:
                 with errors_of(self.label):
                     check_kind(kind, info.dtype, info.shape, name)
                 self.infos[name] = info._replace(kind=kind)
+        check_nodes(self.note.nodes, self.infos, self.label)
 
     def own_metadata(self) -> dict[str, str]:
         """The metadata without what this package adds, but for `format`."""
@@ -167,6 +169,7 @@ def _read_shards(store: OpenCheckpoint, index: Index) -> None:
         store.sources.append(source)
         start, tensors, _ = read_header(source)
         index.check(shard, tensors.names)
+        tensors = tensors.keep(index.shards[shard])
         if len(store.sources) > _KEPT:
             source = store.sources[-1] = index.shut(shard, source)
         store.add(source, start, tensors)

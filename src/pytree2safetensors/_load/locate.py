@@ -61,12 +61,11 @@ class Index(NamedTuple):
         return os.path.join(os.path.dirname(self.path), shard)
 
     def check(self, shard: str, names: Iterable[str]) -> None:
-        """Refuse a shard that has other tensors than the index says."""
-        differing = sorted(self.shards[shard].symmetric_difference(names))
-        if differing:
-            verb = "lacks" if differing[0] in self.shards[shard] else "has"
+        """Refuse a shard that lacks a tensor that the index places there."""
+        missing = sorted(self.shards[shard].difference(names))
+        if missing:
             raise FileFormatError(
-                f"the shard {shorten(shard)} {verb} {shorten(differing[0])}, and {self.label} says "
+                f"the shard {shorten(shard)} lacks {shorten(missing[0])}, and {self.label} says "
                 "otherwise; copy the folder again, whole"
             )
 
@@ -178,7 +177,7 @@ def _read_content(source: ByteSource) -> dict[str, Any]:
             f"{source.label} has {source.size:,} bytes, and an index has at most {MAX_HEADER:,}"
         )
     try:
-        text = source.read(0, source.size).decode()
+        text = source.read(0, source.size).decode("utf-8-sig")
     except UnicodeDecodeError:
         raise FileFormatError(f"the index {source.label} is not valid UTF-8") from None
     content = read_json(text, f"the index {source.label}", fractions=True)

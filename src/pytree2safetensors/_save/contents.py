@@ -14,7 +14,7 @@ from pytree2safetensors._format.note import NOTE, Note, write_note
 from pytree2safetensors._format.tensor import TensorInfo
 from pytree2safetensors._leaves.describe import DeletedLeaf, describe, is_deleted, is_valueless
 from pytree2safetensors._tree.flatten import Flat, flatten
-from pytree2safetensors._tree.keypath import cut, split
+from pytree2safetensors._tree.keypath import INDEX, ITEM, cut, split
 
 
 class Contents(NamedTuple):
@@ -102,7 +102,7 @@ def leave_out(names: Iterable[str], flat: Flat) -> None:
             flat.kinds[name] = "None"
             continue
         parent, segment = cut(name)
-        if segment[0] == "#":
+        if segment[0] == INDEX:
             flat.kinds[name] = "None"
             parents |= _ancestors([name])
             continue
@@ -110,7 +110,7 @@ def leave_out(names: Iterable[str], flat: Flat) -> None:
         if isinstance(kind, list):
             keyless.setdefault(parent, set()).add(segment)
         elif parent not in parents:
-            flat.kinds[parent] = "dict" if segment[0] == "@" else "PyTreeContainer"
+            flat.kinds[parent] = "dict" if segment[0] == ITEM else "PyTreeContainer"
             parents |= _ancestors([parent])
     for parent, gone in keyless.items():
         kind = flat.kinds[parent]

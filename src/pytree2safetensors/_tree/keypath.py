@@ -67,6 +67,8 @@ else:
 Key: TypeAlias = DictKey | GetAttrKey | SequenceKey | FlattenedIndexKey
 KeyPath: TypeAlias = tuple[Key, ...]
 
+ATTR, ITEM, INDEX, UNKEYED = ".", "@", "#", r"#\("  # the markers of the kinds of nodes
+MARKERS = ".@#"  # the first characters of segments
 MAX_INDEX = 2**31 - 1  # what JAX's keys hold
 
 _SHORT = 32

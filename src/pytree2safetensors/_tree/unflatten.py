@@ -9,9 +9,13 @@ from typing import Any
 
 import jax
 
-from pytree2safetensors._errors import FileFormatError, KeyPathError, TreeStructureError, shorten
+from pytree2safetensors._errors import KeyPathError, TreeStructureError, shorten
 from pytree2safetensors._tree.containers import PyTreeContainer, UnkeyedContainer, container_of
 from pytree2safetensors._tree.keypath import (
+    ATTR,
+    INDEX,
+    ITEM,
+    UNKEYED,
     DictKey,
     GetAttrKey,
     SequenceKey,
@@ -20,6 +24,7 @@ from pytree2safetensors._tree.keypath import (
     read_segment,
     spell_attr,
     spell_flat_index,
+    spell_index,
     spell_item,
     split,
     string2keypath,
@@ -47,26 +52,21 @@ class _Node:
 def build(leaves: Mapping[str, Any], kinds: Mapping[str, Kind], file: str) -> Any:
     """Build the tree in a file from its leaves, and from what the note says of its nodes."""
     try:
-        return build_tree(leaves, kinds, file)
+        return build_tree(leaves, kinds)
     except (KeyPathError, TreeStructureError) as error:
         raise type(error)(
             f"the names in {file} make no tree: {error}; load_into_pytree loads them into a template"
         ) from None
 
 
-def build_tree(leaves: Mapping[str, Any], kinds: Mapping[str, Kind], file: str = "") -> Any:
-    """Build a tree, wherever its leaves are from."""
+def build_tree(leaves: Mapping[str, Any], kinds: Mapping[str, Kind]) -> Any:
+    """Build a tree, wherever its leaves are from; the kinds of nodes are those of a checked note."""
     trie = _Trie()
     for name, leaf in leaves.items():
         trie.insert(name, leaf)
     # Longest first: what lies below a node is known before the node is asked whether it is empty.
     for name in sorted(kinds, key=len, reverse=True):
-        try:
-            trie.note(name, kinds[name])
-        except (KeyPathError, TreeStructureError) as error:
-            if trie.irregular:
-                raise
-            raise FileFormatError(f"the note of {file} contradicts its tensors: {error}") from None
+        trie.note(name, kinds[name])
     return trie.finish()
 
 
@@ -82,7 +82,6 @@ class _Trie:
         self.last = ("", self.top)  # the parent of the leaf before, unless it is the root
         self.deepest = 0
         self.gaps = 0
-        self.irregular = False  # as only a registered node is: its file needs a template
 
     def insert(self, name: str, leaf: Any) -> None:
         if not name:
@@ -122,13 +121,13 @@ class _Trie:
             string2keypath(name)  # raises the same, with the position in the whole name
             raise
         if isinstance(key, GetAttrKey):
-            found: tuple[str, Any] = (".", key.name)
+            found: tuple[str, Any] = (ATTR, key.name)
         elif isinstance(key, DictKey):
-            found = ("@", key.key)
+            found = (ITEM, key.key)
         elif isinstance(key, SequenceKey):
-            found = ("#", key.idx)
+            found = (INDEX, key.idx)
         else:
-            found = (r"#\(", key.key)
+            found = (UNKEYED, key.key)
         self.segments[segment] = found
         return found
 
@@ -173,7 +172,6 @@ class _Trie:
         return join("", *reversed(segments))
 
     def mixed(self, node: _Node, name: str) -> TreeStructureError:
-        self.irregular = True
         other = next(iter(node.entries))
         return TreeStructureError(
             f"{shorten(name)} and {shorten(self.at(node, other))} make the node at "
@@ -184,7 +182,6 @@ class _Trie:
         there = next(other for other in parent.entries if other == key)
         named = self.at(parent, there)
         if not _same(there, key):
-            self.irregular = True
             reason = "have dict keys that are equal in Python"
         else:
             reason = "name a leaf and a node at one place"
@@ -202,16 +199,8 @@ class _Trie:
     def note(self, name: str, kind: Kind) -> None:
         node = self.find(name)
         if node is None:
-            self.insert(name, _empty(kind, name))
+            self.insert(name, _EMPTY[kind[0] if isinstance(kind, list) else kind]())
             return
-        word = kind[0] if isinstance(kind, list) else kind
-        if (word, node.marker) not in {("tuple", "#"), ("OrderedDict", "@")}:
-            raise TreeStructureError(f"{shorten(name)} is noted as {word}, and its children differ")
-        # All children are there by now, as their names are longer.
-        if isinstance(kind, list) and sorted(map(spell_item, node.entries)) != sorted(kind[1]):
-            raise TreeStructureError(
-                f"the noted keys of the OrderedDict {shorten(name)} are not those of its children"
-            )
         node.kind = kind
 
     def find(self, name: str) -> _Node | None:
@@ -237,15 +226,15 @@ class _Trie:
 
     def finished(self, node: _Node) -> Any:
         entries = node.entries
-        if node.marker == "@":
+        if node.marker == ITEM:
             if isinstance(node.kind, list):
                 return self.ordered(node, node.kind[1])
-            return self.sortable(node)
-        if node.marker == ".":
+            return self.in_order(node)
+        if node.marker == ATTR:
             return container_of(entries)
         length = max(entries) + 1
         missing = length - len(entries)
-        if node.marker == r"#\(":
+        if node.marker == UNKEYED:
             if missing:
                 raise TreeStructureError(
                     f"the node without keys at {shorten(self.name_of(node))} lacks {missing} of "
@@ -261,14 +250,13 @@ class _Trie:
         children = [entries.get(index) for index in range(length)]
         return tuple(children) if node.kind == "tuple" else children
 
-    def sortable(self, node: _Node) -> dict[Any, Any]:
+    def in_order(self, node: _Node) -> dict[Any, Any]:
         entries = node.entries
-        if any(type(key) is not str for key in entries):
-            try:
-                sorted(entries)
-            except TypeError:
-                raise unsortable(self.name_of(node), entries) from None
-        return entries
+        try:
+            keys = sorted(entries)
+        except TypeError:
+            raise unsortable(self.name_of(node), entries) from None
+        return entries if keys == [*entries] else {key: entries[key] for key in keys}
 
     def ordered(self, node: _Node, segments: Sequence[str]) -> "OrderedDict[Any, Any]":
         keys = {spell_item(key): key for key in node.entries}
@@ -281,11 +269,11 @@ def _same(key: Any, other: Any) -> bool:
 
 
 def _segment(marker: str, key: Any) -> str:
-    if marker == "@":
+    if marker == ITEM:
         return spell_item(key)
-    if marker == ".":
+    if marker == ATTR:
         return spell_attr(key)
-    return f"#{key}" if marker == "#" else spell_flat_index(key)
+    return spell_index(key) if marker == INDEX else spell_flat_index(key)
 
 
 _EMPTY: dict[str, Callable[[], Any]] = {
@@ -297,13 +285,6 @@ _EMPTY: dict[str, Callable[[], Any]] = {
     "PyTreeContainer": PyTreeContainer,
     "UnkeyedContainer": UnkeyedContainer,
 }
-
-
-def _empty(kind: Kind, name: str) -> Any:
-    key = kind[0] if isinstance(kind, list) else kind
-    if isinstance(kind, list) and kind[1]:
-        raise TreeStructureError(f"the noted keys of {shorten(name)} have no leaves")
-    return _EMPTY[key]()
 
 
 # --- what no tree can be ----------------------------------------------------------------------
