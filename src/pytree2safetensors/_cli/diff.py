@@ -1,238 +1,113 @@
-"""Differences: how two files differ, leaf by leaf and bit by bit, in little memory."""
+"""`diff`: the leaves, nodes and metadata that differ between two files."""
 
-import math
-from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from pytree2safetensors._cli.summary import Leaf, kind_text, leaf_json, leaves_of
-from pytree2safetensors._collector import collector_paused
-from pytree2safetensors._errors import FileFormatError
-from pytree2safetensors._format.tensor import COMPLEX128, TensorInfo
-from pytree2safetensors._leaves.decode import from_bytes, python_value
-from pytree2safetensors._leaves.spec import spec_of
-from pytree2safetensors._load.checkpoint import OpenCheckpoint, open_checkpoint
-from pytree2safetensors._storage.byte_source import PathLike
-from pytree2safetensors._types import Kind
-
-
-class Values(NamedTuple):
-    """How the values of two arrays differ.
-
-    Attributes:
-        elements: How many elements an array has.
-        differing: How many of them differ in some bit.
-        largest: The largest absolute difference among those that have a finite one.
-        not_finite: How many differ without one, as NaN does from everything.
-    """
-
-    elements: int
-    differing: int = 0
-    largest: float | None = None
-    not_finite: int = 0
-
-    def plus(self, other: "Values") -> "Values":
-        """Both together, of two parts of one array."""
-        known = [found.largest for found in (self, other) if found.largest is not None]
-        return Values(
-            self.elements,
-            self.differing + other.differing,
-            max(known, default=None),
-            self.not_finite + other.not_finite,
-        )
+from pytree2safetensors._cli.answer import MOST_LINES, Answer
+from pytree2safetensors._cli.comparison import (
+    Change,
+    Comparison,
+    Difference,
+    Values,
+    compare_files,
+)
+from pytree2safetensors._cli.show import leaf_text, leaves_text, value_text
+from pytree2safetensors._cli.summary import leaf_json
+from pytree2safetensors._cli.terminal import Cells, labelled, plain, size, table
+from pytree2safetensors._errors import shorten
 
 
-Aspect = Literal["missing", "added", "kind", "dtype", "shape", "values"]
+def diff(first: str, second: str, *, everything: bool) -> Answer:
+    """Compare two files and list the differences."""
+    found = compare_files(first, second)
+    return Answer(
+        lambda: _lines(found, everything),
+        lambda: _content(first, second, found),
+        "" if found.same else f"{plain(first)} and {plain(second)} differ",
+    )
 
 
-class Difference(NamedTuple):
-    """A leaf that differs: how, what it was, and what it is.
-
-    Attributes:
-        name: Its spelled name.
-        aspects: What differs.
-        before: The leaf of the first file, if it has one.
-        after: The leaf of the second file, if it has one.
-        values: How arrays of the same dtype and shape differ.
-    """
-
-    name: str
-    aspects: list[Aspect]
-    before: Leaf | None
-    after: Leaf | None
-    values: Values | None = None
+def _lines(found: Comparison, everything: bool) -> Iterator[str]:
+    rows = [_difference(difference) for difference in found.leaves]
+    rows += [_change("node", change, plain) for change in found.nodes]
+    rows += [_change("metadata", change, _entry_text) for change in found.metadata]
+    shown = rows if everything else rows[:MOST_LINES]
+    yield from table(shown)
+    if len(shown) < len(rows):
+        yield f"... and {len(rows) - len(shown):,} more; --all lists them"
+    if rows:
+        yield ""
+    yield from _sum(found)
 
 
-class Change(NamedTuple):
-    """An entry of the metadata, or a node of the note, that differs; None where there is none."""
-
-    name: str
-    before: str | None
-    after: str | None
-
-
-class Comparison(NamedTuple):
-    """How two files differ."""
-
-    leaves: list[Difference]
-    nodes: list[Change]
-    metadata: list[Change]
-    compared: int  # leaves that both files have
-
-    @property
-    def same(self) -> bool:
-        """Whether nothing differs."""
-        return not (self.leaves or self.nodes or self.metadata)
+def _sum(found: Comparison) -> Iterator[str]:
+    if found.same:
+        yield f"The same: {leaves_text(found.compared)}, bit for bit."
+        return
+    missing = sum("missing" in difference.aspects for difference in found.leaves)
+    added = sum("added" in difference.aspects for difference in found.leaves)
+    counts = [f"{len(found.leaves) - missing - added:,} of {found.compared:,} in both files differ"]
+    counts += [f"{missing:,} only in the first"] if missing else []
+    counts += [f"{added:,} only in the second"] if added else []
+    yield from labelled("leaves", ", ".join(counts))
+    for label, changes in (("nodes", found.nodes), ("metadata", found.metadata)):
+        yield from labelled(label, f"{len(changes):,} differ" if changes else "")
 
 
-def compare_files(first: PathLike, second: PathLike) -> Comparison:
-    """Compare two files leaf by leaf, bit by bit, in little memory.
-
-    Raises:
-        Pytree2SafetensorsError: One is damaged.
-        OSError: One cannot be read.
-    """
-    with collector_paused(), open_checkpoint(first) as old, open_checkpoint(second) as new:
-        before = {leaf.name: leaf for leaf in leaves_of(old)}
-        after = {leaf.name: leaf for leaf in leaves_of(new)}
-        found: list[Difference] = []
-        for name in sorted(before.keys() | after.keys()):
-            difference = _compare(name, before.get(name), after.get(name), old, new)
-            if difference is not None:
-                found.append(difference)
-        return Comparison(
-            found,
-            _changes(_spelled_kinds(old.note.nodes), _spelled_kinds(new.note.nodes)),
-            _changes(old.own_metadata(), new.own_metadata()),
-            len(before.keys() & after.keys()),
-        )
-
-
-def _spelled_kinds(nodes: Mapping[str, Kind]) -> dict[str, str]:
-    return {path: kind_text(nodes[path]) for path in nodes}
-
-
-def _changes(before: Mapping[str, str], after: Mapping[str, str]) -> list[Change]:
-    names = sorted(before.keys() | after.keys())
-    changes = (Change(name, before.get(name), after.get(name)) for name in names)
-    return [change for change in changes if change.before != change.after]
-
-
-def _compare(
-    name: str, before: Leaf | None, after: Leaf | None, old: OpenCheckpoint, new: OpenCheckpoint
-) -> Difference | None:
+def _difference(found: Difference) -> Cells:
+    before, after = found.before, found.after
+    name = plain(found.name)
     if before is None or after is None:
-        return Difference(name, ["added" if before is None else "missing"], before, after)
-    aspects: list[Aspect] = []
-    if before.kind != after.kind:
-        aspects.append("kind")
-    elif (before.dtype, before.weak) != (after.dtype, after.weak):
-        aspects.append("dtype")
-    if before.shape != after.shape:
-        aspects.append("shape")
-    if aspects:
-        return Difference(name, aspects, before, after)
-    if before.kind in {"array", "key"}:
-        values = _compare_values(name, old, new)
-        return Difference(name, ["values"], before, after, values) if values.differing else None
-    old_value, new_value = _value(name, old), _value(name, new)
-    if old_value == new_value:
-        return None
-    before, after = before._replace(value=old_value), after._replace(value=new_value)
-    return Difference(name, ["values"], before, after)
+        leaf = before or after
+        nbytes = leaf.nbytes if leaf else 0
+        cells = leaf_text(leaf) if leaf else "", (size(nbytes) if nbytes else "",)
+        return Cells(f"{'+' if after else '-'} {name}", *cells, "green" if after else "red")
+    if found.aspects != ["values"]:
+        text = f"{before.type} -> {after.type}"
+    elif before.value is not None:
+        text = f"{after.type} {value_text(before)} -> {value_text(after)}"
+    elif before.kind == "key" or found.values is None:
+        text = f"{after.type} another key"
+    else:
+        text = f"{after.type} {_values_text(found.values)}"
+    return Cells(f"~ {name}", text, ("",), "yellow")
 
 
-def _value(name: str, store: OpenCheckpoint) -> str:
-    """A Python scalar or str as text, the same for the same bits alone."""
-    info = store.infos[name]
-    if isinstance(info.kind, list):
-        return str(info.kind[1])
-    raw = np.concatenate([*store.pieces(name)])
-    text = repr(python_value(from_bytes(raw, info, name), info))
-    return f"{text} (bits {raw[::-1].tobytes().hex()})" if "nan" in text else text
+def _values_text(values: Values) -> str:
+    text = f"{values.differing:,} of {values.elements:,} differ"
+    if values.largest is not None:
+        shown = f"{values.largest:,}" if type(values.largest) is int else f"{values.largest:.6g}"
+        text += f", by at most {shown}"
+    if values.not_finite:
+        text += f", {values.not_finite:,} not finite"
+    return text
 
 
-def _compare_values(name: str, old: OpenCheckpoint, new: OpenCheckpoint) -> Values:
-    info = old.infos[name]
-    found = Values(math.prod(info.shape[:-1] if info.kind in COMPLEX128 else info.shape))
-    if _is_packed(info):
-        found = Values(info.nbytes)  # its bytes are all that can be compared
-    for piece, other in zip(old.pieces(name), new.pieces(name), strict=True):
-        if not np.array_equal(piece, other):
-            found = found.plus(_compare_pieces(name, info, piece, other))
-    return found
+def _change(what: str, change: Change, show: Callable[[str], str]) -> Cells:
+    absent = "not noted" if what == "node" else "absent"
+    before = absent if change.before is None else show(change.before)
+    after = absent if change.after is None else show(change.after)
+    return Cells(f"~ {what} {plain(change.name)}", f"{before} -> {after}", ("",), "yellow")
 
 
-def _compare_pieces(
-    name: str, info: TensorInfo, piece: NDArray[np.uint8], other: NDArray[np.uint8]
-) -> Values:
-    a, b = items(name, info, piece), items(name, info, other)
-    differ = (piece.reshape(len(a), -1) != other.reshape(len(b), -1)).any(axis=1)
-    a, b = a[differ], b[differ]
-    if a.dtype.kind == "b" or isinstance(info.kind, list) or _is_packed(info):
-        return Values(0, len(a))  # truth, random bits: differences mean nothing
-    distances = _distances(a, b)
-    finite = distances[np.isfinite(distances)]
-    largest = finite.max().item() if finite.size else None
-    return Values(0, len(a), largest, len(a) - finite.size)
+def _entry_text(value: str) -> str:
+    return shorten(value, 32)
 
 
-def items(name: str, info: TensorInfo, piece: NDArray[np.uint8]) -> NDArray[Any]:
-    """The values in a piece of a tensor; the bytes themselves where it is packed."""
-    if isinstance(info.kind, list):
-        words: NDArray[Any] = piece.view("<u4")
-        return words
-    if _is_packed(info):
-        return piece
-    dtype = spec_of(info, "").dtype
-    if dtype is None:  # a Python scalar
-        return piece
-    count = len(piece) // dtype.itemsize
-    shape = (count, 2) if info.kind in COMPLEX128 else (count,)
-    return from_bytes(piece, info._replace(shape=shape), name)
-
-
-def _is_packed(info: TensorInfo) -> bool:
-    """Whether the format knows the dtype, and NumPy does not."""
-    try:
-        spec_of(info, "")
-    except FileFormatError:
-        return not isinstance(info.kind, list)
-    return False
-
-
-def _distances(a: NDArray[Any], b: NDArray[Any]) -> NDArray[Any]:
-    """The absolute differences, exact for integers."""
-    if a.dtype.kind in "iu":
-        high, low = np.maximum(a, b), np.minimum(a, b)
-        exact: NDArray[Any] = high.astype(np.uint64) - low.astype(np.uint64)  # modulo 2**64
-        return exact
-    is_complex = a.dtype.kind == "c"
-    wide = np.complex128 if is_complex else np.float64
-    with np.errstate(all="ignore"):
-        gaps = a.astype(wide) - b.astype(wide)
-        # Of a complex number NumPy's abs may miss the last digit.
-        distances: NDArray[Any] = np.hypot(gaps.real, gaps.imag) if is_complex else np.abs(gaps)
-    return distances
-
-
-def comparison_json(first: str, second: str, comparison: Comparison) -> dict[str, Any]:
-    """What `diff --json` prints."""
+def _content(first: str, second: str, found: Comparison) -> dict[str, Any]:
     return {
         "files": [first, second],
-        "same": comparison.same,
+        "same": found.same,
         "leaves": [
             {
-                "name": found.name,
-                "differs": found.aspects,
-                "before": found.before and leaf_json(found.before),
-                "after": found.after and leaf_json(found.after),
-                "values": found.values and found.values._asdict(),
+                "name": leaf.name,
+                "differs": leaf.aspects,
+                "before": leaf.before and leaf_json(leaf.before),
+                "after": leaf.after and leaf_json(leaf.after),
+                "values": leaf.values and leaf.values._asdict(),
             }
-            for found in comparison.leaves
+            for leaf in found.leaves
         ],
-        "nodes": [change._asdict() for change in comparison.nodes],
-        "metadata": [change._asdict() for change in comparison.metadata],
+        "nodes": [change._asdict() for change in found.nodes],
+        "metadata": [change._asdict() for change in found.metadata],
     }

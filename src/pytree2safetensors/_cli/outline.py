@@ -1,26 +1,22 @@
-"""The outline of a tree: one row for each node and leaf, with what repeats folded into one."""
+"""The outline of a tree: one row for each node and leaf, with similar siblings folded into one."""
 
-import heapq
-import itertools
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final, NamedTuple
 
 from pytree2safetensors._cli.summary import Leaf, kind_text
-from pytree2safetensors._collector import collector_paused
 from pytree2safetensors._errors import KeyPathError
 from pytree2safetensors._tree.keypath import cut, join, split
 from pytree2safetensors._types import Kind
 
-MOST_ROWS: Final = 200  # of an outline that is not asked to show everything
-_FIRST: Final = 50  # children that are shown of a node that has too many
+_MOST_ROWS: Final = 200  # of an outline that `clip` leaves
 _ALIKE: Final = 3  # from here on siblings that differ in a number alone are folded
-_ORDERED: Final = 1000  # names that are put in order by the value of their numbers
 _RUNS: Final = 4  # of numbers that a folded row lists
 
 # The last number of a segment, at most what a 64-bit integer holds.
 _NUMBERED: Final = re.compile(r"(.*?)([0-9]{1,18})([^0-9]*)", re.DOTALL)
-_FOREIGN: Final = "="  # begins the segment that a name is which spells no key path
+_FOREIGN: Final = "="  # begins the segment of a name that spells no key path
 _DIGITS: Final = re.compile(r"([0-9]{1,18})")
 
 
@@ -28,75 +24,83 @@ class Row(NamedTuple):
     """A line of an outline.
 
     Attributes:
-        depth: How many rows stand above it in the tree.
-        name: The spelled name, with ranges such as `0..31` where rows are folded.
-        times: How many nodes or leaves the row stands for.
-        leaf: The leaf, of a row that shows one.
-        kind: What the note says of the node.
-        leaves: How many leaves are at and below each of them.
-        nbytes: The bytes of all of them.
-        left_out: Whether it stands for siblings that are not shown.
-        closed: Whether there is more below it than is shown.
+        depth: How many rows are above it in the tree.
+        name: The spelled name, with ranges such as `0..31` in folded rows.
+        label: What the name adds to that of the row above it in the tree.
+        times: How many nodes or leaves the row represents.
+        leaf: The leaf, or the first of them.
+        kind: The kind of a node, as the note has it.
+        leaves: How many leaves each of the nodes has.
+        parameters: How many elements the arrays of each have.
+        nbytes: How many bytes each of them has.
+        closed: Whether `clip` left out the rows below it.
     """
 
     depth: int
     name: str
+    label: str
     times: int
     leaf: Leaf | None
     kind: str
     leaves: int
+    parameters: int
     nbytes: int
-    left_out: bool = False
     closed: bool = False
 
 
 class _Node:
-    """A node of the names: its children by segment, and what stands at the node itself."""
+    """A node of the names: its children by segment, and the leaf or kind at the node itself."""
 
-    __slots__ = ("children", "kind", "leaf", "leaves", "nbytes", "whole")
+    __slots__ = ("children", "kind", "leaf", "leaves", "nbytes", "parameters", "whole")
 
     def __init__(self) -> None:
         self.children: dict[str, _Node] = {}
         self.leaf: Leaf | None = None
         self.kind = ""
-        self.leaves, self.nbytes = 0, 0
-        self.whole = 0  # equal for nodes that differ in nothing but their segments
+        self.leaves, self.parameters, self.nbytes = 0, 0, 0
+        self.whole = 0  # equal for nodes that differ only in their segments
 
 
 class _Group(NamedTuple):
-    """Siblings that are shown as one: how their segments print, and the first of them."""
+    """Siblings in one row: their segments, how many they are, and the first of them."""
 
     segment: str
     times: int
     node: _Node
 
 
-class _Item(NamedTuple):
-    """A node that has a row: its place, its name, and how many it stands for."""
-
-    depth: int
-    name: str
-    times: int
-    node: _Node
-
-
-def outline(
-    leaves: Iterable[Leaf], nodes: Mapping[str, Kind], *, everything: bool = False
-) -> list[Row]:
-    """Outline a tree, in a bounded number of rows.
+def outline(leaves: Iterable[Leaf], nodes: Mapping[str, Kind], *, fold: bool = True) -> list[Row]:
+    """Outline a tree.
 
     Args:
         leaves: Its leaves. Their names need not be key paths.
-        nodes: What the note says of its nodes.
-        everything: Fold nothing and leave nothing out.
+        nodes: The kinds of nodes in the note.
+        fold: Whether similar siblings share a row.
 
     Returns:
         The rows, parents before children.
     """
-    with collector_paused():
-        root = _grow(leaves, nodes)
-        top = _Item(-1, "", 1, root)
-        return list(_rows(top, _choose(top, everything)))
+    return list(_rows(_grow(leaves, nodes), fold))
+
+
+def clip(rows: list[Row]) -> tuple[list[Row], int]:
+    """Leave out rows until the others fit on some screens: the deepest levels first.
+
+    Returns:
+        The rows that are left, and how many rows of the first level are not.
+    """
+    levels = Counter(row.depth for row in rows)
+    deepest, total = 0, levels[0]
+    while levels[deepest + 1] and total + levels[deepest + 1] <= _MOST_ROWS:
+        deepest += 1
+        total += levels[deepest]
+    below = [*(row.depth for row in rows[1:]), 0]
+    kept = [
+        row._replace(closed=row.depth == deepest and after > deepest)
+        for row, after in zip(rows, below, strict=False)
+        if row.depth <= deepest
+    ]
+    return kept[:_MOST_ROWS], max(0, len(kept) - _MOST_ROWS)
 
 
 # --- the tree of the names --------------------------------------------------------------------
@@ -112,7 +116,7 @@ def _grow(leaves: Iterable[Leaf], kinds: Mapping[str, Kind]) -> _Node:
             return known[name]
         try:
             segments = split(name)
-        except KeyPathError:  # a foreign name is shown as it is
+        except KeyPathError:  # a foreign name stays whole
             segments = [_FOREIGN + name]
         node = root
         for segment in segments:
@@ -141,72 +145,68 @@ def _grow(leaves: Iterable[Leaf], kinds: Mapping[str, Kind]) -> _Node:
 
 
 def _sum_up(order: list[_Node]) -> None:
-    """Count leaves and bytes, and number what is alike, children first."""
+    """Count leaves, parameters and bytes, and number similar nodes, children first."""
     numbers: dict[object, int] = {}
     for node in reversed(order):
         parts: tuple[tuple[str, int], ...] = ()
         if node.children:
-            strip_prefix = node.children.values()
-            node.leaves = sum([child.leaves for child in strip_prefix])
-            node.nbytes = sum([child.nbytes for child in strip_prefix])
+            children = node.children.values()
+            node.leaves = sum([child.leaves for child in children])
+            node.parameters = sum([child.parameters for child in children])
+            node.nbytes = sum([child.nbytes for child in children])
             parts = tuple(sorted([(name, child.whole) for name, child in node.children.items()]))
         leaf = node.leaf
         if leaf is not None:
             node.leaves += 1
+            node.parameters += leaf.parameters
             node.nbytes += leaf.nbytes
         content = (leaf and leaf[1:], node.kind, parts)  # a leaf without its name
         node.whole = numbers.setdefault(content, len(numbers))
 
 
-# --- what is shown ----------------------------------------------------------------------------
+# --- rows -------------------------------------------------------------------------------------
 
 
-def _choose(top: _Item, everything: bool) -> dict[int, tuple[list[_Item], list[_Group]]]:
-    """Decide which nodes open, by id: the rows below each, and the groups that are left out."""
-    shown: dict[int, tuple[list[_Item], list[_Group]]] = {}
-    room = MOST_ROWS
-    waiting: list[tuple[int, int, int, _Item, list[_Group]]] = []
-
-    def consider(item: _Item) -> None:
-        if item.node.children:
-            groups = _groups(item.node, fold=not everything)
-            heapq.heappush(waiting, (item.depth, len(groups), next(numbers), item, groups))
-
-    numbers = itertools.count()  # so that no two compare equal
-    consider(top)
-    while waiting:  # the shallow first, and of these the small
-        *_, item, groups = heapq.heappop(waiting)
-        taken = len(groups)
-        if taken > room and not everything:
-            taken = min(_FIRST, room) if room >= _FIRST // 2 or item is top else 0
-        if not taken:
-            continue
-        room -= taken
-        strip_prefix = [_follow(item, group, fold=not everything) for group in groups[:taken]]
-        shown[id(item)] = strip_prefix, groups[taken:]
-        for child in strip_prefix:
-            consider(child)
-    return shown
+def _rows(root: _Node, fold: bool) -> Iterator[Row]:
+    if root.leaf is not None or root.kind:
+        yield _row(0, "", "", 1, root)
+    pending = [(0, "", 1, group) for group in reversed(_groups(root, fold))]
+    while pending:
+        depth, above, times, group = pending.pop()
+        segments, count, node, below = _follow(group, fold)
+        times *= count
+        label = "".join(segments)
+        if label.startswith(_FOREIGN):
+            name = label = label.removeprefix(_FOREIGN)
+        else:
+            name = join(above, *segments)
+        yield _row(depth, name, label if above else name, times, node)
+        pending.extend((depth + 1, name, times, child) for child in reversed(below))
 
 
-def _follow(above: _Item, group: _Group, fold: bool) -> _Item:
-    """The row of a group, down to where the tree first branches or ends."""
+def _follow(group: _Group, fold: bool) -> tuple[list[str], int, _Node, list[_Group]]:
+    """Go down from a group to where the tree first branches or ends, and find what is below."""
     segment, times, node = group
-    segments, total = [segment], above.times * times
-    while node.leaf is None and not node.kind:
-        groups = _groups(node, fold)
-        if len(groups) != 1:
-            break
-        segment, times, node = groups[0]
+    segments = [segment]
+    below = _groups(node, fold)
+    while len(below) == 1 and node.leaf is None and not node.kind:
+        segment, count, node = below[0]
         segments.append(segment)
-        total *= times
-    foreign = segments[0].startswith(_FOREIGN)
-    name = "".join(segments)[1:] if foreign else join(above.name, *segments)
-    return _Item(above.depth + 1, name, total, node)
+        times *= count
+        below = _groups(node, fold)
+    return segments, times, node, below
+
+
+def _row(depth: int, name: str, label: str, times: int, node: _Node) -> Row:
+    leaf, kind = node.leaf, node.kind
+    return Row(depth, name, label, times, leaf, kind, node.leaves, node.parameters, node.nbytes)
+
+
+# --- folding ----------------------------------------------------------------------------------
 
 
 def _groups(node: _Node, fold: bool) -> list[_Group]:
-    """The children in natural order, those alike but for a number in one group."""
+    """Group the children that are alike but for a number; all in natural order."""
     found: list[tuple[str, _Group]] = []  # each with the first of its segments
     for family in _families(node, fold):
         if len(family) < _ALIKE or not _fits(number for number, _, _ in family):
@@ -218,13 +218,12 @@ def _groups(node: _Node, fold: bool) -> list[_Group]:
         numbers = _ranges([number for number, _, _ in family])
         folded = segment[:start] + numbers + segment[start + len(number) :]
         found.append((segment, _Group(folded, len(family), child)))
-    by_value = len(found) <= _ORDERED
-    found.sort(key=lambda group: _natural(group[0]) if by_value else group[0])
+    found.sort(key=lambda group: _natural(group[0]))
     return [group for _, group in found]
 
 
 def _families(node: _Node, fold: bool) -> Iterable[list[tuple[str, str, _Node]]]:
-    """The children that are alike but for the last number of their segments, with that number."""
+    """Find children that are alike but for the last number of their segments, with that number."""
     families: dict[tuple[str, str, int], list[tuple[str, str, _Node]]] = {}
     for segment, child in node.children.items():
         found = _NUMBERED.fullmatch(segment) if fold else None
@@ -243,13 +242,13 @@ def _natural(segment: str) -> list[Any]:
 
 
 def _fits(numbers: Iterable[str]) -> bool:
-    """Whether a range says how each number is written: all as wide, or none with a zero first."""
+    """Return whether a range is unambiguous: all numbers as wide, or none with a leading zero."""
     texts = list(numbers)
     return len({*map(len, texts)}) == 1 or not any(len(t) > 1 and t[0] == "0" for t in texts)
 
 
 def _ranges(numbers: list[str]) -> str:
-    """Write numbers in order: `0..31`, `0,2,4..7`, and the middle left out of what is long."""
+    """Write sorted numbers as ranges, `0..31` or `0,2,4..7`, without the middle of a long list."""
     runs: list[list[str]] = []
     for number in numbers:
         if runs and int(number) == int(runs[-1][-1]) + 1:
@@ -260,36 +259,3 @@ def _ranges(numbers: list[str]) -> str:
     if len(shown) > _RUNS:
         shown[_RUNS - 1 : -1] = [".."]
     return ",".join(shown)
-
-
-# --- rows -------------------------------------------------------------------------------------
-
-
-def _rows(top: _Item, shown: dict[int, tuple[list[_Item], list[_Group]]]) -> Iterator[Row]:
-    pending: list[_Item | Row] = [top]
-    while pending:
-        item = pending.pop()
-        if isinstance(item, Row):
-            yield item
-            continue
-        node = item.node
-        strip_prefix, left_out = shown.get(id(item), ([], []))
-        if item is not top or node.leaf is not None or node.kind:
-            yield _row(item, closed=bool(node.children) and id(item) not in shown)
-        if left_out:
-            pending.append(_rest(item, strip_prefix, left_out))
-        pending.extend(reversed(strip_prefix))
-
-
-def _row(item: _Item, closed: bool) -> Row:
-    depth, name, times, node = item
-    nbytes = node.nbytes * times
-    leaf, kind, leaves = node.leaf, node.kind, node.leaves
-    return Row(max(depth, 0), name, times, leaf, kind, leaves, nbytes, closed=closed)
-
-
-def _rest(item: _Item, strip_prefix: list[_Item], left_out: list[_Group]) -> Row:
-    times = item.times * sum(group.times for group in left_out)
-    leaves = item.times * sum(group.times * group.node.leaves for group in left_out)
-    nbytes = item.times * sum(group.times * group.node.nbytes for group in left_out)
-    return Row(strip_prefix[0].depth, item.name, times, None, "", leaves, nbytes, left_out=True)

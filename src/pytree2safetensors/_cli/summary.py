@@ -1,16 +1,18 @@
 """Summaries: what a file holds, from its header."""
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from pytree2safetensors._cli.terminal import plain
-from pytree2safetensors._collector import collector_paused
 from pytree2safetensors._errors import FileFormatError
-from pytree2safetensors._format.tensor import TensorInfo
+from pytree2safetensors._format.tensor import SCALARS, TensorInfo
+from pytree2safetensors._leaves.decode import from_bytes, python_value
 from pytree2safetensors._leaves.spec import spec_of
 from pytree2safetensors._load.api import names_below
-from pytree2safetensors._load.checkpoint import OpenCheckpoint, open_checkpoint
-from pytree2safetensors._storage.byte_source import PathLike
+from pytree2safetensors._load.checkpoint import OpenCheckpoint
 from pytree2safetensors._tree.keypath import strip_prefix
 from pytree2safetensors._types import Kind
 
@@ -25,7 +27,7 @@ class Leaf(NamedTuple):
         shape: The shape of an array.
         nbytes: The bytes of its tensor.
         weak: Whether it is weakly typed.
-        value: What lives in the header itself: a str, or the hexadecimal of a large int.
+        value: The value as text, if it is in the header or was read: a str is itself.
     """
 
     name: str
@@ -38,11 +40,21 @@ class Leaf(NamedTuple):
 
     @property
     def type(self) -> str:
-        """The type on a few characters: `float32[3,4]`."""
+        """The printed form of the type: `float32[3,4]`."""
         if self.kind not in {"array", "key"}:
             return self.kind
         dtype = f"key<{self.dtype}>" if self.kind == "key" else self.dtype
         return f"{dtype}[{','.join(map(str, self.shape))}]{' weak' if self.weak else ''}"
+
+    @property
+    def parameters(self) -> int:
+        """How many elements an array has; 0 for everything else."""
+        return math.prod(self.shape) if self.kind == "array" else 0
+
+    @property
+    def is_small(self) -> bool:
+        """Whether the value fits on a line: a str, a Python scalar or an array without axes."""
+        return self.kind in {"str", *SCALARS} or (self.kind == "array" and not self.shape)
 
 
 class Summary(NamedTuple):
@@ -50,7 +62,7 @@ class Summary(NamedTuple):
 
     Attributes:
         leaves: The leaves, sorted by name.
-        nodes: The nodes that the note speaks of.
+        nodes: The nodes that are in the note.
         metadata: The metadata, without the entries of this package.
         files: How many files these are.
         file_bytes: Their size.
@@ -65,31 +77,27 @@ class Summary(NamedTuple):
     digests: bool
 
 
-def summarise_file(path: PathLike, prefix: str = "") -> Summary:
-    """Read the header of a file, and nothing else.
+def summarise(store: OpenCheckpoint, prefix: str = "") -> Summary:
+    """Summarise a checkpoint, or what is below `prefix`.
 
     Raises:
-        Pytree2SafetensorsError: The file is damaged, or has nothing at `prefix`.
-        OSError: The file cannot be read.
+        Pytree2SafetensorsError: There is nothing at `prefix`, or it is no key path.
     """
-    with collector_paused(), open_checkpoint(path) as store:
-        names = set(names_below(store, prefix).values())
-        leaves = [leaf for leaf in leaves_of(store) if leaf.name in names]
-        nodes = store.note.nodes
-        nodes = {path: nodes[path] for path in nodes if strip_prefix(prefix, path) is not None}
-        return Summary(
-            leaves,
-            nodes,
-            store.own_metadata(),
-            len(store.sources),
-            sum(source.size for source in store.sources),
-            store.digests is not None,
-        )
+    names = set(names_below(store, prefix).values())
+    nodes = store.note.nodes
+    return Summary(
+        [leaf for leaf in leaves_of(store) if leaf.name in names],
+        {path: nodes[path] for path in nodes if strip_prefix(prefix, path) is not None},
+        store.own_metadata(),
+        len(store.sources),
+        sum(source.size for source in store.sources),
+        store.digests is not None,
+    )
 
 
 def leaves_of(store: OpenCheckpoint) -> Iterator[Leaf]:
-    """The leaves, in order. A dtype is looked up once, whatever the number of tensors."""
-    known: dict[tuple[str, str], Leaf] = {}
+    """Describe the leaves, sorted by name."""
+    known: dict[tuple[str, str], Leaf] = {}  # to look a dtype up once, not for each tensor
     for name in sorted(store.infos):
         info = store.infos[name]
         if isinstance(info.kind, list):
@@ -107,9 +115,9 @@ def leaves_of(store: OpenCheckpoint) -> Iterator[Leaf]:
 
 def _describe(name: str, info: TensorInfo) -> Leaf:
     try:
-        # The name is for messages alone, and would defeat the caches.
+        # Without the name, which is for messages alone and would defeat the caches.
         found = spec_of(info, "")
-    except FileFormatError:  # what JAX cannot load here is shown as it is stored and noted
+    except FileFormatError:  # JAX cannot load it here: show what is stored and noted
         noted = " ".join(map(plain, info.kind)) if isinstance(info.kind, list) else info.kind
         dtype = f"{info.dtype} ({noted})" if noted else info.dtype
         return Leaf(name, "array", dtype, info.shape, info.nbytes)
@@ -118,27 +126,29 @@ def _describe(name: str, info: TensorInfo) -> Leaf:
     return Leaf(name, found.kind, dtype, found.shape, info.nbytes, found.weak, value)
 
 
+def with_value(leaf: Leaf, store: OpenCheckpoint) -> Leaf:
+    """Read the value of a small leaf; leave other leaves and unreadable values out."""
+    if leaf.value is not None or not leaf.is_small:
+        return leaf
+    info = store.infos[leaf.name]
+    raw = np.concatenate([*store.pieces(leaf.name)])
+    try:
+        values = from_bytes(raw, info, leaf.name)
+    except FileFormatError:  # a dtype that is unknown here, or bits beyond it
+        return leaf
+    text = str(values[()]) if leaf.kind == "array" else repr(python_value(values, info))
+    return leaf._replace(
+        value=f"{text} (bits {raw[::-1].tobytes().hex()})" if "nan" in text else text
+    )
+
+
 def kind_text(kind: Kind) -> str:
-    """A node's kind on one line."""
+    """Write a node's kind on one line."""
     return kind if isinstance(kind, str) else f"{kind[0]}({', '.join(kind[1])})"
 
 
-def summary_json(file: str, summary: Summary) -> dict[str, Any]:
-    """What `show --json` prints."""
-    return {
-        "file": file,
-        "files": summary.files,
-        "file_bytes": summary.file_bytes,
-        "tensor_bytes": sum(leaf.nbytes for leaf in summary.leaves),
-        "digests": summary.digests,
-        "metadata": dict(summary.metadata),
-        "nodes": dict(summary.nodes),
-        "leaves": [leaf_json(leaf) for leaf in summary.leaves],
-    }
-
-
 def leaf_json(leaf: Leaf) -> dict[str, Any]:
-    """A leaf, in what any command prints."""
+    """Make the object for a leaf that `--json` prints, whatever the command."""
     found: dict[str, Any] = {"name": leaf.name, "kind": leaf.kind}
     if leaf.kind in {"array", "key"}:
         found |= {"dtype": leaf.dtype, "shape": list(leaf.shape), "weak": leaf.weak}

@@ -1,46 +1,91 @@
-"""Text for terminals: names, sizes and tables, for a screen of any width."""
+"""Text for terminals: escaped, in columns, in colours, for a screen of any width."""
 
+import os
 import shutil
+import sys
 import textwrap
 import unicodedata
-from collections.abc import Iterator, Sequence
-from typing import Final, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Final, Literal, NamedTuple
 
 from pytree2safetensors._errors import shorten
 
 _NARROWEST: Final = 40  # columns that every screen takes
 _LONGEST_NAME: Final = 400
-_UNITS: Final = ("kB", "MB", "GB", "TB", "PB")
-GLUE: Final = "\N{NO-BREAK SPACE}"  # a space at which no line is cut
 _LABEL: Final = 10  # columns of the labels at the left
+GLUE: Final = "\N{NO-BREAK SPACE}"  # prints as a space; no line is cut there
+
+Style = Literal["", "bold", "dim", "red", "green", "yellow"]
+_CODES: Final[dict[Style, str]] = {
+    "bold": "1",
+    "dim": "2",
+    "red": "31",
+    "green": "32",
+    "yellow": "33",
+}
 
 
 class Cells(NamedTuple):
-    """A row of a table."""
+    """A row of a table: a name and a detail at the left, amounts at the right."""
 
     name: str
     detail: str
-    amount: str
+    amounts: tuple[str, ...] = ()
+    style: Style = ""
+
+
+# --- text -------------------------------------------------------------------------------------
 
 
 def plain(text: str) -> str:
-    """Text as it is where that is safe and unmistakable, and else as a Python literal."""
+    """Return a text itself if it is safe and unmistakable, and otherwise a Python literal."""
     safe = text.isprintable() and text.strip() == text and text[:1] not in {"", "'", '"'}
     return text if safe and len(text) <= _LONGEST_NAME else shorten(text, _LONGEST_NAME)
 
 
 def size(nbytes: int) -> str:
-    """A number of bytes, in decimal units."""
-    if nbytes < 1000:
-        return f"{nbytes} B"
-    value, place = nbytes / 1000, 0
-    while value >= 999.95 and place < len(_UNITS) - 1:
+    """Write a number of bytes in decimal units."""
+    return f"{nbytes} B" if nbytes < 1000 else _scaled(nbytes, " kB", " MB", " GB", " TB", " PB")
+
+
+def count(number: int) -> str:
+    """Write a number in a few characters: `999`, `12.3k`, `6.7B`."""
+    return f"{number}" if number < 1000 else _scaled(number, "k", "M", "B", "T")
+
+
+def _scaled(number: int, *units: str) -> str:
+    value, place = number / 1000, 0
+    while value >= 999.95 and place < len(units) - 1:
         value, place = value / 1000, place + 1
-    return f"{value:.1f} {_UNITS[place]}"
+    return f"{value:.1f}{units[place]}"
+
+
+def plural(number: int, singular: str, plural: str) -> str:
+    """Write a number with its noun: `1 leaf`, `1,000 leaves`."""
+    return f"{number:,} {singular if number == 1 else plural}"
+
+
+# --- lines ------------------------------------------------------------------------------------
+
+
+def line(text: str, style: Style = "") -> str:
+    """Make a line for the terminal: escape control characters, then add the colour."""
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return f"\x1b[{_CODES[style]}m{text}\x1b[0m" if style and _has_colours() else text
+
+
+def _has_colours() -> bool:
+    """Return whether stdout is a terminal whose user wants colours (https://no-color.org)."""
+    if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+        return False
+    if sys.platform == "win32" and "WT_SESSION" not in os.environ:  # older consoles print codes
+        return False
+    return sys.stdout is not None and sys.stdout.isatty()
 
 
 def _columns(text: str) -> int:
-    """How many columns of a terminal a text takes."""
+    """Return how many columns of a terminal a text takes."""
     if text.isascii():
         return len(text)
     wide = sum(unicodedata.east_asian_width(character) in "WF" for character in text)
@@ -52,33 +97,65 @@ def _padded(text: str, width: int) -> str:
 
 
 def _screen() -> int:
-    """The width to print for; that of a pipe is 80, or what COLUMNS says."""
+    """Return the width to print for; for a pipe it is 80, or what COLUMNS says."""
     return max(_NARROWEST, shutil.get_terminal_size((80, 24)).columns)
 
 
 def table(rows: Sequence[Cells]) -> Iterator[str]:
-    """Print rows in columns; what does not fit beside its name goes below it."""
+    """Print rows in columns; a detail that does not fit beside its name goes below it."""
     if not rows:
         return
     screen = _screen()
-    last = max(_columns(row.amount) for row in rows)
-    first, middle = (max(map(_columns, column)) for column in list(zip(*rows, strict=True))[:2])
-    room = screen - last - 4
-    if first + middle > room:  # the names give way to half of the room, the details to the rest
+    lasts = [max(map(len, column)) for column in zip(*(row.amounts for row in rows), strict=True)]
+    first = max(_columns(row.name) for row in rows)
+    middle = max((_columns(row.detail) for row in rows if any(row.amounts)), default=0)
+    room = screen - sum(width + 2 for width in lasts) - 2
+    if first + middle > room:  # names may take half of the room, or what the details leave
         middle = min(middle, max(room // 2, room - first))
         first = room - middle
-    for name, detail, amount in rows:
-        left = name
-        if _columns(name) > first or _columns(detail) > middle:
-            yield name
-            left = ""
-        indent = first if _columns(detail) <= middle else 4
-        rest = _padded(detail, first + middle - indent)
-        yield f"{_padded(left, indent)}  {rest}  {amount:>{last}}".rstrip()
+    for name, detail, amounts, style in rows:
+        width = middle if any(amounts) else screen - first - 2  # or all that is left of the line
+        indent, left = first, name
+        if _columns(name) > first or _columns(detail) > width:
+            yield line(name, style)
+            indent, left = (first if _columns(detail) <= width else 4), ""
+        cells = [_padded(left, indent), _padded(detail, first + middle - indent)]
+        cells += [text.rjust(last) for text, last in zip(amounts, lasts, strict=True)]
+        yield line("  ".join(cells).rstrip(), style)
 
 
 def labelled(label: str, text: str) -> Iterator[str]:
     """Print a text beside its label, on as many lines as it needs."""
-    for line in textwrap.wrap(text, _screen() - _LABEL, break_on_hyphens=False):
-        yield f"{label:<{_LABEL}}{line.replace(GLUE, ' ')}"
+    for part in textwrap.wrap(text, _screen() - _LABEL, break_on_hyphens=False):
+        yield line(f"{label:<{_LABEL}}{part.replace(GLUE, ' ')}")
         label = ""
+
+
+# --- output -----------------------------------------------------------------------------------
+
+
+def write(lines: Iterable[str]) -> None:
+    """Print lines on stdout, and stop quietly when nobody reads them any more."""
+    out = sys.stdout  # None if it was closed before the start
+    try:
+        for text in lines:
+            if out is not None:
+                out.write(_encodable(text, out.encoding) + "\n")
+        if out is not None:
+            out.flush()
+    except BrokenPipeError:
+        # Python flushes stdout once more when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
+
+
+def complain(message: str) -> None:
+    """Print one line on stderr."""
+    if sys.stderr is None:
+        return
+    text = "pytree2safetensors: " + line(" ".join(message.splitlines()))
+    sys.stderr.write(_encodable(text, sys.stderr.encoding) + "\n")
+
+
+def _encodable(text: str, encoding: str | None) -> str:
+    encoding = encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)

@@ -1,12 +1,14 @@
-"""Verdicts: whether a file is sound, from all of it."""
+"""`verify`: whether a file is sound, judged from all of its bytes."""
 
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pytree2safetensors._cli.diff import items
+from pytree2safetensors._cli.answer import MOST_LINES, Answer
+from pytree2safetensors._cli.comparison import items
+from pytree2safetensors._cli.terminal import labelled, line, plain, plural, size
 from pytree2safetensors._errors import (
     FileFormatError,
     KeyPathError,
@@ -29,9 +31,9 @@ class Verdict(NamedTuple):
         opened: Whether the header is sound, so that the data could be read.
         tensors: How many tensors were read.
         nbytes: How many bytes these have.
-        digests: Whether each had a digest to match.
-        problems: What is broken.
-        remarks: What is not, and good to know.
+        digests: Whether each tensor has a digest.
+        problems: What is damaged.
+        remarks: What is not damaged, but good to know.
     """
 
     opened: bool
@@ -40,6 +42,42 @@ class Verdict(NamedTuple):
     digests: bool
     problems: list[str]
     remarks: list[str]
+
+
+def verify(file: str, *, everything: bool) -> Answer:
+    """Check a file and list its problems."""
+    verdict = verify_file(file)
+    count = len(verdict.problems)
+    complaint = f"{plain(file)} is damaged: "
+    complaint += verdict.problems[0] if count == 1 else f"{count:,} problems"
+    return Answer(
+        lambda: _lines(file, verdict, everything),
+        lambda: {"file": file, "sound": not verdict.problems, **verdict._asdict()},
+        complaint if count else "",
+    )
+
+
+def _lines(file: str, verdict: Verdict, everything: bool) -> Iterator[str]:
+    yield line(
+        f"{plain(file)}: {'damaged' if verdict.problems else 'sound'}",
+        "red" if verdict.problems else "green",
+    )
+    if verdict.opened:
+        tensors = plural(verdict.tensors, "tensor", "tensors")
+        yield from labelled("read", f"{tensors}, {size(verdict.nbytes)}")
+        yield from labelled("digests", _digests_text(verdict))
+    for label, texts in (("problem", verdict.problems), ("remark", verdict.remarks)):
+        shown = texts if everything else texts[:MOST_LINES]
+        for text in shown:
+            yield from labelled(label, text)
+        if len(shown) < len(texts):
+            yield from labelled("", f"... and {len(texts) - len(shown):,} more; --all lists them")
+
+
+def _digests_text(verdict: Verdict) -> str:
+    if not verdict.digests:
+        return "none, so changed values go unnoticed; checksum=True saves digests"
+    return "one for each tensor" if verdict.problems else "one for each tensor; all match"
 
 
 def verify_file(path: PathLike) -> Verdict:
@@ -63,12 +101,12 @@ def verify_file(path: PathLike) -> Verdict:
 
 
 def _tree_remarks(store: OpenCheckpoint) -> Iterable[str]:
-    """Say whether names and note make no tree, which is no damage."""
+    """Remark if names and note make no tree, which is no damage."""
     leaves = dict.fromkeys(store.infos, 0)
     try:
         build_tree(leaves, store.note.nodes)
     except (KeyPathError, TreeStructureError) as error:
-        yield f"it loads only into a template: {error}"
+        yield f"loads only into a template, because {error}"
 
 
 def _tensor_problems(store: OpenCheckpoint, name: str, remarks: list[str]) -> Iterable[str]:
@@ -77,7 +115,7 @@ def _tensor_problems(store: OpenCheckpoint, name: str, remarks: list[str]) -> It
         spec_of(info, "")
     except FileFormatError:
         try:
-            spec_of(info, name)  # again, for its message names the tensor
+            spec_of(info, name)  # again, for a message that names the tensor
         except UnknownHere as error:
             remarks.append(str(error))
         except FileFormatError as error:
@@ -88,7 +126,7 @@ def _tensor_problems(store: OpenCheckpoint, name: str, remarks: list[str]) -> It
             for _ in pieces:
                 pass
         elif digest_tensor(name, info, hash_blocks(pieces)) != store.digests[name]:
-            yield f"{shorten(name)} does not match its digest: its data are damaged"
+            yield f"{shorten(name)} does not match its digest: its data is damaged"
     except FileFormatError as error:
         yield str(error)
 
@@ -98,8 +136,3 @@ def _checked_pieces(store: OpenCheckpoint, name: str) -> Iterator[NDArray[np.uin
     for piece in store.pieces(name):
         items(name, info, piece)  # refuses values beyond a dtype of less than a byte
         yield piece
-
-
-def verdict_json(file: str, verdict: Verdict) -> dict[str, Any]:
-    """What `verify --json` prints."""
-    return {"file": file, "sound": not verdict.problems, **verdict._asdict()}

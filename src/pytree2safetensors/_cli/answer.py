@@ -1,0 +1,20 @@
+"""Answers: what each command gives to `main`, for people and for programs."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, Final, NamedTuple
+
+MOST_LINES: Final = 100  # of a list of differences or problems, unless --all is given
+
+
+class Answer(NamedTuple):
+    """What a command found.
+
+    Attributes:
+        lines: Gives the lines for people.
+        content: Gives the object for programs.
+        complaint: The line for stderr. If there is one, the exit code is 1.
+    """
+
+    lines: Callable[[], Iterable[str]]
+    content: Callable[[], dict[str, Any]]
+    complaint: str = ""

@@ -1,0 +1,205 @@
+"""Comparisons: how two files differ, leaf by leaf and bit by bit, in little memory."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pytree2safetensors._cli.summary import Leaf, kind_text, leaves_of, with_value
+from pytree2safetensors._collector import collector_paused
+from pytree2safetensors._errors import FileFormatError
+from pytree2safetensors._format.tensor import COMPLEX128, TensorInfo
+from pytree2safetensors._leaves.decode import from_bytes
+from pytree2safetensors._leaves.spec import spec_of
+from pytree2safetensors._load.checkpoint import OpenCheckpoint, open_checkpoint
+from pytree2safetensors._storage.byte_source import PathLike
+from pytree2safetensors._types import Kind
+
+
+class Values(NamedTuple):
+    """How the values of two arrays differ.
+
+    Attributes:
+        elements: How many elements an array has.
+        differing: How many of them differ in any bit.
+        largest: The largest finite absolute difference.
+        not_finite: How many differ by no finite number, as NaN does from everything.
+    """
+
+    elements: int
+    differing: int = 0
+    largest: float | None = None
+    not_finite: int = 0
+
+    def plus(self, other: "Values") -> "Values":
+        """Add up two parts of one array."""
+        known = [found.largest for found in (self, other) if found.largest is not None]
+        return Values(
+            self.elements,
+            self.differing + other.differing,
+            max(known, default=None),
+            self.not_finite + other.not_finite,
+        )
+
+
+Aspect = Literal["missing", "added", "kind", "dtype", "shape", "values"]
+
+
+class Difference(NamedTuple):
+    """A leaf that differs.
+
+    Attributes:
+        name: Its spelled name.
+        aspects: What differs.
+        before: The leaf of the first file, if it has one.
+        after: The leaf of the second file, if it has one.
+        values: How arrays of the same dtype and shape differ.
+    """
+
+    name: str
+    aspects: list[Aspect]
+    before: Leaf | None
+    after: Leaf | None
+    values: Values | None = None
+
+
+class Change(NamedTuple):
+    """A metadata entry, or a node in the note, that differs; None if a file does not have it."""
+
+    name: str
+    before: str | None
+    after: str | None
+
+
+class Comparison(NamedTuple):
+    """All differences between two files."""
+
+    leaves: list[Difference]
+    nodes: list[Change]
+    metadata: list[Change]
+    compared: int  # leaves that both files have
+
+    @property
+    def same(self) -> bool:
+        """Return whether nothing differs."""
+        return not (self.leaves or self.nodes or self.metadata)
+
+
+def compare_files(first: PathLike, second: PathLike) -> Comparison:
+    """Compare two files leaf by leaf, bit by bit, in little memory.
+
+    Raises:
+        Pytree2SafetensorsError: One is damaged.
+        OSError: One cannot be read.
+    """
+    with collector_paused(), open_checkpoint(first) as old, open_checkpoint(second) as new:
+        before = {leaf.name: leaf for leaf in leaves_of(old)}
+        after = {leaf.name: leaf for leaf in leaves_of(new)}
+        found: list[Difference] = []
+        for name in sorted(before.keys() | after.keys()):
+            difference = _compare(name, before.get(name), after.get(name), old, new)
+            if difference is not None:
+                found.append(difference)
+        return Comparison(
+            found,
+            _changes(_spelled_kinds(old.note.nodes), _spelled_kinds(new.note.nodes)),
+            _changes(old.own_metadata(), new.own_metadata()),
+            len(before.keys() & after.keys()),
+        )
+
+
+def _spelled_kinds(nodes: Mapping[str, Kind]) -> dict[str, str]:
+    return {path: kind_text(nodes[path]) for path in nodes}
+
+
+def _changes(before: Mapping[str, str], after: Mapping[str, str]) -> list[Change]:
+    names = sorted(before.keys() | after.keys())
+    changes = (Change(name, before.get(name), after.get(name)) for name in names)
+    return [change for change in changes if change.before != change.after]
+
+
+def _compare(
+    name: str, before: Leaf | None, after: Leaf | None, old: OpenCheckpoint, new: OpenCheckpoint
+) -> Difference | None:
+    if before is None or after is None:
+        return Difference(name, ["added" if before is None else "missing"], before, after)
+    aspects: list[Aspect] = []
+    if before.kind != after.kind:
+        aspects.append("kind")
+    elif (before.dtype, before.weak) != (after.dtype, after.weak):
+        aspects.append("dtype")
+    if before.shape != after.shape:
+        aspects.append("shape")
+    if aspects:
+        return Difference(name, aspects, before, after)
+    before, after = with_value(before, old), with_value(after, new)
+    if before.kind in {"array", "key"}:
+        values = _compare_values(name, old, new)
+        return Difference(name, ["values"], before, after, values) if values.differing else None
+    return Difference(name, ["values"], before, after) if before.value != after.value else None
+
+
+def _compare_values(name: str, old: OpenCheckpoint, new: OpenCheckpoint) -> Values:
+    info = old.infos[name]
+    found = Values(math.prod(info.shape[:-1] if info.kind in COMPLEX128 else info.shape))
+    if _is_packed(info):
+        found = Values(info.nbytes)  # only its bytes can be compared
+    for piece, other in zip(old.pieces(name), new.pieces(name), strict=True):
+        if not np.array_equal(piece, other):
+            found = found.plus(_compare_pieces(name, info, piece, other))
+    return found
+
+
+def _compare_pieces(
+    name: str, info: TensorInfo, piece: NDArray[np.uint8], other: NDArray[np.uint8]
+) -> Values:
+    a, b = items(name, info, piece), items(name, info, other)
+    differ = (piece.reshape(len(a), -1) != other.reshape(len(b), -1)).any(axis=1)
+    a, b = a[differ], b[differ]
+    if a.dtype.kind == "b" or isinstance(info.kind, list) or _is_packed(info):
+        return Values(0, len(a))  # distances mean nothing for bools and keys
+    distances = _distances(a, b)
+    finite = distances[np.isfinite(distances)]
+    largest = finite.max().item() if finite.size else None
+    return Values(0, len(a), largest, len(a) - finite.size)
+
+
+def items(name: str, info: TensorInfo, piece: NDArray[np.uint8]) -> NDArray[Any]:
+    """View a piece of a tensor as its values, or as bytes if its dtype is packed."""
+    if isinstance(info.kind, list):
+        words: NDArray[Any] = piece.view("<u4")
+        return words
+    if _is_packed(info):
+        return piece
+    dtype = spec_of(info, "").dtype
+    if dtype is None:  # a Python scalar
+        return piece
+    count = len(piece) // dtype.itemsize
+    shape = (count, 2) if info.kind in COMPLEX128 else (count,)
+    return from_bytes(piece, info._replace(shape=shape), name)
+
+
+def _is_packed(info: TensorInfo) -> bool:
+    """Return whether the format knows the dtype, and NumPy does not."""
+    try:
+        spec_of(info, "")
+    except FileFormatError:
+        return not isinstance(info.kind, list)
+    return False
+
+
+def _distances(a: NDArray[Any], b: NDArray[Any]) -> NDArray[Any]:
+    """Compute the absolute differences, exactly for integers."""
+    if a.dtype.kind in "iu":
+        high, low = np.maximum(a, b), np.minimum(a, b)
+        exact: NDArray[Any] = high.astype(np.uint64) - low.astype(np.uint64)  # modulo 2**64
+        return exact
+    is_complex = a.dtype.kind == "c"
+    wide = np.complex128 if is_complex else np.float64
+    with np.errstate(all="ignore"):
+        gaps = a.astype(wide) - b.astype(wide)
+        # NumPy's abs of a complex number may be wrong in the last digit.
+        distances: NDArray[Any] = np.hypot(gaps.real, gaps.imag) if is_complex else np.abs(gaps)
+    return distances

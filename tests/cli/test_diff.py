@@ -1,0 +1,243 @@
+"""`diff`: which leaves differ, and how."""
+
+import json
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from safetensors.numpy import save_file
+
+from command import Run, small, strictly
+from pytree2safetensors import save_pytree
+from pytree2safetensors._cli.comparison import compare_files
+
+DIFFERENT = """\
+~ @big          int 0x8000000000000000000000000 -> 0x4000000000000000000000000
+~ @dtype        float32[3] -> bfloat16[3]
+~ @key          key<threefry2x32>[] another key
+~ @kind         int -> int32[]
+~ @name         str 'adam' -> 'sgd'
++ @new          float32[4]  16 B
+- @old          float32[2]   8 B
+~ @scalar       float 1.0 -> 1.5
+~ @shape        float32[3] -> float32[1,3]
+~ @values       float32[2,2] 2 of 4 differ, by at most 2.5, 1 not finite
+~ @weak         float32[] weak -> float32[]
+~ @zero         float32[3] 1 of 3 differ, by at most 0
+~ node @opt     tuple -> not noted
+~ metadata run  '42' -> '43'
+~ metadata tag  'x' -> absent
+
+leaves    10 of 11 in both files differ, 1 only in the first, 1 only in the
+          second
+nodes     1 differ
+metadata  2 differ
+"""
+
+
+def first_tree() -> dict[str, Any]:
+    return {
+        "big": 2**99,
+        "dtype": np.zeros(3, np.float32),
+        "key": jax.random.key(0),
+        "kind": 7,
+        "name": "adam",
+        "old": np.zeros(2, np.float32),
+        "opt": (np.ones(1, np.int8),),
+        "scalar": 1.0,
+        "shape": np.zeros(3, np.float32),
+        "values": np.array([[0, 1], [2, 3]], np.float32),
+        "weak": jnp.asarray(1.0),
+        "zero": np.zeros(3, np.float32),
+    }
+
+
+def second_tree() -> dict[str, Any]:
+    tree = first_tree()
+    del tree["old"]
+    return tree | {
+        "big": 2**98,
+        "dtype": np.zeros(3, ml_dtypes.bfloat16),
+        "key": jax.random.key(1),
+        "kind": np.int32(7),
+        "name": "sgd",
+        "new": np.zeros(4, np.float32),
+        "opt": [np.ones(1, np.int8)],
+        "scalar": 1.5,
+        "shape": np.zeros((1, 3), np.float32),
+        "values": np.array([[math.nan, 1], [2, 5.5]], np.float32),
+        "weak": np.float32(1),
+        "zero": np.array([0, -0.0, 0], np.float32),
+    }
+
+
+def test_diff_says_which_leaves_differ_and_how(run: Run) -> None:
+    save_pytree(first_tree(), "a.safetensors", metadata={"run": "42", "tag": "x"})
+    save_pytree(second_tree(), "b.safetensors", metadata={"run": "43"})
+    code, out, err = run("diff", "a.safetensors", "b.safetensors")
+    assert (code, err) == (1, "pytree2safetensors: a.safetensors and b.safetensors differ\n")
+    assert out == DIFFERENT
+
+
+def test_diff_of_the_same_says_so(run: Run) -> None:
+    save_pytree(small(), "a.safetensors")
+    save_pytree(small(), "b.safetensors", checksum=True)
+    assert run("diff", "a.safetensors", "b.safetensors") == (
+        0,
+        "The same: 16 leaves, bit for bit.\n",
+        "",
+    )
+
+
+def test_diff_lists_a_hundred_lines_unless_asked(run: Run) -> None:
+    save_pytree([np.zeros(1)] * 150, "a.safetensors")
+    save_pytree([np.ones(1)] * 150, "b.safetensors")
+    _, out, _ = run("diff", "a.safetensors", "b.safetensors")
+    assert len(out.splitlines()) == 103
+    assert "... and 50 more; --all lists them" in out
+    _, out, _ = run("diff", "--all", "a.safetensors", "b.safetensors")
+    assert len(out.splitlines()) == 152
+
+
+DTYPES = [
+    "float32",
+    "float16",
+    "bfloat16",
+    "float64",
+    "int8",
+    "uint64",
+    "int64",
+    "bool",
+    "complex64",
+]
+
+
+@st.composite
+def two_arrays(draw: st.DrawFn) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Two arrays of one dtype and shape, from raw bytes, alike in places."""
+    name = draw(st.sampled_from(DTYPES))
+    dtype = np.dtype(getattr(ml_dtypes, name, name))
+    count = draw(st.integers(0, 5))
+    byte = st.just(b"\0") | st.just(b"\1") if name == "bool" else st.binary(min_size=1, max_size=1)
+    nbytes = count * dtype.itemsize
+    raw = b"".join(draw(st.lists(byte, min_size=nbytes, max_size=nbytes)))
+    keep = draw(st.lists(st.booleans(), min_size=nbytes, max_size=nbytes))
+    other = bytes(old if kept else draw(byte)[0] for old, kept in zip(raw, keep, strict=True))
+    return np.frombuffer(raw, dtype), np.frombuffer(other, dtype)
+
+
+@given(two_arrays())
+@example((np.array([1.154632e-13 + 1.1642243e-10j], np.complex64), np.zeros(1, np.complex64)))
+@example((np.array([6.345697e35j], np.complex64), np.array([3.082218e33 + 0j], np.complex64)))
+@example((np.array([-(2**63)]), np.array([2**63 - 1])))
+@example((np.array([0], np.uint64), np.array([2**64 - 1], np.uint64)))
+def test_diff_counts_the_elements_whose_bits_differ(
+    arrays: tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]],
+) -> None:
+    a, b = arrays
+    save_pytree({"x": a}, "a.safetensors", durable=False)
+    save_pytree({"x": b}, "b.safetensors", durable=False)
+    pairs = [(x, y) for x, y in zip(a, b, strict=True) if x.tobytes() != y.tobytes()]
+    found = compare_files("a.safetensors", "b.safetensors")
+    assert found.same == (not pairs)
+    if found.same:
+        return
+    ((_, aspects, _, _, values),) = found.leaves
+    assert aspects == ["values"]
+    assert values is not None
+    assert (values.elements, values.differing) == (len(a), len(pairs))
+    if a.dtype.kind in "iu":
+        assert values.largest == max(abs(int(x) - int(y)) for x, y in pairs)
+    elif a.dtype.kind != "b":
+        with np.errstate(all="ignore"):
+            gaps = [abs(complex(x) - complex(y)) for x, y in pairs if np.isfinite([x, y]).all()]
+        assert values.not_finite == len(pairs) - len(gaps)
+        assert values.largest == (max(gaps) if gaps else None)
+
+
+def test_diff_compares_in_pieces(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pytree2safetensors._load.checkpoint._PIECE", 64)
+    before = np.arange(1000, dtype=np.complex128)
+    after = before.copy()
+    after[[3, 500, 999]] += [1, 2j, 3]
+    save_pytree({"x": before}, "a.safetensors", checksum=True)
+    save_pytree({"x": after}, "b.safetensors", checksum=True)
+    ((*_, values),) = compare_files("a.safetensors", "b.safetensors").leaves
+    assert values == (1000, 3, 3.0, 0)
+    assert run("verify", "a.safetensors")[0] == 0
+
+
+def test_diff_of_nan_payloads_sees_them(run: Run) -> None:
+    payloads = [
+        np.frombuffer(bits, np.float64)[0] for bits in (b"\1" + b"\xff" * 7, b"\2" + b"\xff" * 7)
+    ]
+    for name, payload in zip("ab", payloads, strict=True):
+        save_pytree({"array": payload, "float": float(payload)}, f"{name}.safetensors")
+    code, out, _ = run("diff", "a.safetensors", "b.safetensors")
+    assert code == 1
+    assert "float64[] nan (bits ffffffffffffff01) -> nan (bits ffffffffffffff02)" in out
+    assert "float nan (bits ffffffffffffff01) -> nan (bits ffffffffffffff02)" in out
+
+
+def test_diff_tells_keys_of_unknown_implementations_apart(run: Run) -> None:
+    for name in ("one", "two"):
+        note = {"version": 1, "nodes": {}, "leaves": {"@k": ["key", name]}}
+        save_file({"@k": np.zeros(2, np.uint32)}, name, {"pytree2safetensors": json.dumps(note)})
+    code, out, _ = run("diff", "one", "two")
+    assert code == 1
+    assert "key one" in out
+    assert "key two" in out
+
+
+def test_diff_json(run: Run) -> None:
+    nan = np.array([1, math.nan], np.float32)
+    save_pytree({"w": nan, "s": math.inf, "n": ()}, "a.safetensors")
+    save_pytree({"w": nan + 1, "t": 1, "n": []}, "b.safetensors", metadata={"run": "42"})
+    code, out, _ = run("diff", "--json", "a.safetensors", "b.safetensors")
+    assert code == 1
+    array = {
+        "name": "@w",
+        "kind": "array",
+        "dtype": "float32",
+        "shape": [2],
+        "weak": False,
+        "bytes": 8,
+    }
+    assert strictly(out) == {
+        "files": ["a.safetensors", "b.safetensors"],
+        "same": False,
+        "leaves": [
+            {
+                "name": "@s",
+                "differs": ["missing"],
+                "before": {"name": "@s", "kind": "float", "bytes": 8},
+                "after": None,
+                "values": None,
+            },
+            {
+                "name": "@t",
+                "differs": ["added"],
+                "before": None,
+                "after": {"name": "@t", "kind": "int", "bytes": 8},
+                "values": None,
+            },
+            {
+                "name": "@w",
+                "differs": ["values"],
+                "before": array,
+                "after": array,
+                "values": {"elements": 2, "differing": 1, "largest": 1.0, "not_finite": 0},
+            },
+        ],
+        "nodes": [{"name": "@n", "before": "tuple", "after": "list"}],
+        "metadata": [{"name": "run", "before": None, "after": "42"}],
+    }
+    code, out, _ = run("diff", "--json", "a.safetensors", "a.safetensors")
+    assert code == 0
+    assert strictly(out)["same"] is True

@@ -1,0 +1,144 @@
+"""The command: its arguments, its exit codes, and how it ends."""
+
+import io
+import pickle
+import subprocess
+import sys
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from command import Run, small, start
+from pytree2safetensors import save_pytree
+
+
+def test_options_may_stand_before_a_file_alone(run: Run) -> None:
+    save_pytree(small(), "tree")
+    assert run("--json", "tree") == run("show", "tree", "--json")
+    assert run("--all", "--prefix", "", "tree") == run("show", "tree", "--all")
+
+
+def pickled() -> bytes:
+    return pickle.dumps(list(range(1000)))
+
+
+def zipped() -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("a", "b")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("command", ["show", "diff", "verify"])
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "file: No such file or directory"),
+        (b"", "'file' has 0 bytes and is no safetensors file"),
+        (pickled(), "(it looks like a pickle)"),
+        (zipped(), "(it looks like a zip archive)"),
+        (b"\x10" + b"\0" * 7 + b"{}", "'file' is cut short"),
+        (b"\2" + b"\0" * 7 + b"[]", "'file' is no safetensors file"),
+    ],
+)
+def test_what_is_no_safetensors_file_gets_one_line(
+    run: Run, command: str, content: bytes | None, said: str
+) -> None:
+    if content is not None:
+        Path("file").write_bytes(content)
+    code, _, err = run(command, "file", *(["file"] if command == "diff" else []))
+    assert code == 1
+    assert said in err
+    assert err.startswith("pytree2safetensors: ")
+    assert err.count("\n") == 1
+    assert len(err) < 300
+
+
+def test_a_folder_without_files_gets_one_line(run: Run) -> None:
+    Path("folder").mkdir()
+    code, out, err = run("show", "folder")
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert "'folder'" in err
+
+
+def test_a_file_name_of_control_characters_is_escaped(run: Run) -> None:
+    code, _, err = run("show", "a\x1b\nb")
+    assert (code, err) == (1, "pytree2safetensors: 'a\\x1b\\nb': No such file or directory\n")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [], ["show"], ["diff", "a"], ["verify"], ["--json"], ["diff", "a", "b", "c"],
+        ["diff", "a", "b", "--prefix", "c"],
+    ],
+)  # fmt: skip
+def test_wrong_usage_exits_with_2(run: Run, arguments: Sequence[str]) -> None:
+    code, out, err = run(*arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("usage: pytree2safetensors ")
+
+
+def test_an_interrupt_ends_quietly(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pytree2safetensors._cli.verify.verify_file", interrupt)
+    assert run("verify", "file") == (130, "", "")
+
+
+def test_a_closed_pipe_ends_it_quietly(tmp_path: Path) -> None:
+    path = tmp_path / "many.safetensors"
+    save_pytree({f"{number}x": np.zeros(1, np.int8) for number in range(20_000)}, path)
+    with start("show", "--all", str(path)) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
+
+
+def test_a_screen_without_unicode_shows_escapes(tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    save_pytree({"h\u00e9": np.zeros(1, np.int8)}, path)
+    with start("show", str(path), PYTHONIOENCODING="ascii", NO_COLOR="", TERM="xterm") as process:
+        out, err = process.communicate()
+    assert (process.returncode, err) == (0, b"")
+    assert b"@h\\xe9" in out
+    assert b"\x1b" not in out
+
+
+def test_a_damaged_header_gets_one_line_whatever_the_damage(run: Run) -> None:
+    save_pytree(small(), "whole.safetensors")
+    content = Path("whole.safetensors").read_bytes()
+    length = len(content[: 8 + int.from_bytes(content[:8], "little")].rstrip())
+    codes = set()
+    for place in range(0, length, 3):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << place % 7
+        Path("damaged.safetensors").write_bytes(damaged)
+        for arguments in (
+            ["show"],
+            ["show", "--all", "--json"],
+            ["verify"],
+            ["diff", "whole.safetensors"],
+        ):
+            code, _, err = run(*arguments, "damaged.safetensors")
+            assert code in {0, 1}
+            assert err.count("\n") == code
+            codes.add((arguments[0], code))
+    assert codes >= {("show", 0), ("show", 1), ("verify", 0), ("verify", 1), ("diff", 1)}
+
+
+@pytest.mark.parametrize(("closed", "code"), [(">&-", 0), ("2>&-", 0), (">&- 2>&-", 0)])
+def test_closed_streams_are_no_error(closed: str, code: int) -> None:
+    save_pytree({"a": 1}, "tree")
+    for file, expected in (("tree", code), ("missing", 1)):
+        command = f"{sys.executable} -m pytree2safetensors show {file} {closed}"
+        run = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+        assert run.returncode == expected
+        assert "Traceback" not in run.stderr
