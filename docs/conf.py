@@ -38,6 +38,7 @@ html_title = f"pytree2safetensors {release}"
 html_baseurl = SITE
 html_static_path = ["_static"]
 html_css_files = ["custom.css"]
+html_js_files = ["accessible.js"]
 html_copy_source = False
 html_theme_options = {
     "navigation_with_keys": True,
