@@ -36,8 +36,8 @@ from pytree2safetensors._leaves.encode import host_shard
 from pytree2safetensors._leaves.to_jax import TAKEN_OVER
 from pytree2safetensors._save import processes
 from pytree2safetensors._save.interrupt import Interrupt
-from pytree2safetensors._storage import atomic_file as _file
 from pytree2safetensors._storage import byte_source as _source
+from pytree2safetensors._storage import descriptor as _file
 
 pytestmark = pytest.mark.multiprocess
 
@@ -656,7 +656,7 @@ def save_with(folder: str, what: str, where: int) -> None:
             tree["rows"].delete()
         elif what == "commit" and here:
 
-            def replace(*_: Any) -> None:
+            def replace(*_: Any, **__: Any) -> None:
                 raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
 
             patch.setattr(os, "replace", replace)

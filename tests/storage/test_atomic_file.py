@@ -11,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import pytest
 
-import pytree2safetensors._storage.atomic_file
+import pytree2safetensors._storage.descriptor
 import pytree2safetensors._storage.progress
 from pytree2safetensors import (
     FileFormatError,
@@ -50,11 +50,13 @@ def test_the_file_is_flushed_then_renamed_then_its_folder_is_flushed(tmp_path: P
 @posix
 def test_without_durable_nothing_is_flushed(tmp_path: Path) -> None:
     assert calls_of_a_save(tmp_path / "model", durable=False) == [
+        "open folder",  # which names are looked up in
         "open temporary",
         "write temporary",  # the header
         "write temporary",  # the data
         "close temporary",
         "replace temporary model",
+        "close folder",
     ]
 
 
@@ -82,7 +84,7 @@ def test_a_file_system_need_not_reserve_space(
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(os, "posix_fallocate", refuse, raising=False)
-    monkeypatch.setattr(pytree2safetensors._storage.atomic_file, "_PREALLOCATED", 0)
+    monkeypatch.setattr(pytree2safetensors._storage.descriptor, "_PREALLOCATED", 0)
     save_pytree(version(1), tmp_path / "model")
     assert_holds(tmp_path / "model", 1)
 
@@ -125,8 +127,8 @@ def test_a_save_ends_in_the_folder_where_it_began(
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the calls of a large file those of a small one."""
-    monkeypatch.setattr(pytree2safetensors._storage.atomic_file, "_PREALLOCATED", 0)
-    monkeypatch.setattr(pytree2safetensors._storage.atomic_file, "_STEP", 640)
+    monkeypatch.setattr(pytree2safetensors._storage.descriptor, "_PREALLOCATED", 0)
+    monkeypatch.setattr(pytree2safetensors._storage.descriptor, "_STEP", 640)
     monkeypatch.setattr(pytree2safetensors._storage.progress, "_STEP", 320)
 
 
@@ -180,8 +182,13 @@ def test_a_save_that_fails_at_any_call_changes_nothing(
 
 
 def check_error(error: BaseException | None, fault: Fault, call: Told, path: Path) -> None:
-    """Every fault is told, and an error of the system names the path."""
-    if isinstance(error, OSError):
+    """Every fault is told, and an error of the system names the path.
+
+    Only that nothing looks for what killed savers left is no fault of the save.
+    """
+    if call.name == "listdir" and fault.error is not KeyboardInterrupt:
+        assert error is None
+    elif isinstance(error, OSError):
         assert os.strerror(error.errno or 0) == error.strerror
         assert errno.errorcode[error.errno or 0] == fault.name.partition(" ")[0]
         assert error.filename == str(path)

@@ -7,13 +7,14 @@ import stat
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import pytree2safetensors._storage.atomic_file
+import pytree2safetensors._storage.descriptor
 import pytree2safetensors._storage.progress
 from pytree2safetensors import (
     load_metadata,
@@ -115,8 +116,8 @@ def test_what_replaces_a_private_file_is_private_from_the_start(
     modes: list[int] = []
     create = os.open
 
-    def opened(name: str, flags: int, *args: int) -> int:
-        descriptor = create(name, flags, *args)
+    def opened(name: str, flags: int, **options: Any) -> int:
+        descriptor = create(name, flags, **options)
         if flags & os.O_CREAT:
             modes.append(stat.S_IMODE(os.fstat(descriptor).st_mode))
         return descriptor
@@ -238,7 +239,7 @@ def test_skipping_leaves_changes_nothing_of_the_callers(tmp_path: Path) -> None:
 def test_saving_and_loading_need_no_means_that_windows_lacks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pytree2safetensors._storage.atomic_file, "_PREALLOCATED", 0)
+    monkeypatch.setattr(pytree2safetensors._storage.descriptor, "_PREALLOCATED", 0)
     monkeypatch.setattr(sys, "platform", "win32")
     for name in (
         "O_CLOEXEC", "O_DIRECTORY", "O_NOFOLLOW", "fchmod", "fchown", "getegid", "geteuid",

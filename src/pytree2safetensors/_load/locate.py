@@ -22,8 +22,9 @@ from pytree2safetensors._format.index import (
     stem_of,
 )
 from pytree2safetensors._format.strict_json import read_json
-from pytree2safetensors._storage.atomic_file import TEMPORARY, absolute
 from pytree2safetensors._storage.byte_source import ByteSource, identity, open_source, shut
+from pytree2safetensors._storage.folder import absolute
+from pytree2safetensors._storage.naming import TEMPORARY
 
 
 class Index(NamedTuple):

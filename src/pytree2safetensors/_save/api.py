@@ -15,9 +15,9 @@ from pytree2safetensors._save import processes
 from pytree2safetensors._save.contents import collect
 from pytree2safetensors._save.saver import wait_for_earlier
 from pytree2safetensors._save.writing import plan_save, target_of, write
-from pytree2safetensors._storage.atomic_file import Writable
 from pytree2safetensors._storage.byte_source import PathLike
 from pytree2safetensors._storage.progress import ProgressOption, reporter
+from pytree2safetensors._storage.stream import Writable
 from pytree2safetensors._tree.flatten import PyTree
 
 

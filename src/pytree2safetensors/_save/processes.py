@@ -28,18 +28,12 @@ from pytree2safetensors._save.contents import Contents
 from pytree2safetensors._save.interrupt import Interrupt
 from pytree2safetensors._save.meeting import JointSave, Processes
 from pytree2safetensors._save.words import Terms
-from pytree2safetensors._storage.atomic_file import (
-    Writable,
-    flush,
-    is_special,
-    joining,
-    replacing,
-    reserve,
-    temporary_name,
-    write_at,
-)
+from pytree2safetensors._storage.atomic_file import is_special, joining, replacing
 from pytree2safetensors._storage.byte_source import PathLike
+from pytree2safetensors._storage.descriptor import flush, reserve, write_at
+from pytree2safetensors._storage.naming import temporary_name
 from pytree2safetensors._storage.progress import Progress, Report
+from pytree2safetensors._storage.stream import Writable
 from pytree2safetensors._tree.flatten import open_once
 from pytree2safetensors._types import Chunk
 

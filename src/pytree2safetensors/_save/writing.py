@@ -14,16 +14,12 @@ from pytree2safetensors._save.chunks import data_chunks
 from pytree2safetensors._save.contents import Contents
 from pytree2safetensors._save.hashing import Hashing
 from pytree2safetensors._save.plan import FilePlan, SavePlan, plan_file, plan_folder
-from pytree2safetensors._storage.atomic_file import (
-    Writable,
-    is_special,
-    named,
-    write_file,
-    write_stream,
-)
+from pytree2safetensors._storage.atomic_file import is_special, write_file
 from pytree2safetensors._storage.atomic_folder import Part, replace_together
 from pytree2safetensors._storage.byte_source import PathLike
+from pytree2safetensors._storage.naming import naming
 from pytree2safetensors._storage.progress import Progress
+from pytree2safetensors._storage.stream import Writable, write_stream
 from pytree2safetensors._types import Chunk
 
 
@@ -136,13 +132,11 @@ def _write_folder(
     rival = target.stem + SUFFIX if plan.index_name else index_name(target.stem)
 
     def stale(found: Iterable[str]) -> list[str]:
-        older = sorted(n for n in found if stem_of(n) == target.stem and n not in kept)
-        return [rival, *older] if rival in found else older
+        return sorted(n for n in found if stem_of(n) == target.stem and n not in kept)
 
-    try:
-        replace_together(target.folder or "", parts, stale, durable=durable, progress=progress)
-    except OSError as error:
-        raise named(error, target.path) from error
+    folder = target.folder or ""
+    with naming(target.path):
+        replace_together(folder, parts, rival, stale, durable=durable, progress=progress)
 
 
 def _index_chunks(plan: SavePlan, hashing: Hashing | None) -> Iterator[Chunk]:

@@ -11,21 +11,16 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, suppre
 from functools import partial
 from typing import NamedTuple
 
-from pytree2safetensors._storage.atomic_file import (
-    creating_file,
-    discard,
-    flush_folder,
-    locked,
-    temporary_in,
-    temporary_name,
-    write_chunks,
-)
-from pytree2safetensors._storage.progress import Progress
+from pytree2safetensors._storage.descriptor import Held, flush, write_chunks
+from pytree2safetensors._storage.folder import Folder
+from pytree2safetensors._storage.naming import temporary_name
+from pytree2safetensors._storage.progress import Progress, part_of
+from pytree2safetensors._storage.threads import undisturbed
 from pytree2safetensors._types import Chunk
 
 
 class Part(NamedTuple):
-    """A file to be: its name in the folder, its size, and its bytes."""
+    """A file to write: its name in the folder, its size, and its bytes."""
 
     name: str
     size: int
@@ -33,8 +28,9 @@ class Part(NamedTuple):
 
 
 def replace_together(
-    folder: str,
+    path: str,
     parts: list[Part],
+    rival: str,
     stale: Callable[[Iterable[str]], list[str]],
     *,
     durable: bool,
@@ -43,9 +39,10 @@ def replace_together(
     """Write files that mean something once the last of them is there; then remove what is stale.
 
     Args:
-        folder: Where the files are to be; made where it is missing.
+        path: The folder of the files; made if it is missing.
         parts: The files.
-        stale: Which of the names in the folder go afterwards, in order.
+        rival: The name that means something else beside the last file, and goes before it comes.
+        stale: Returns which of the names in the folder go afterwards, in order.
         durable: Whether the files have reached the disk when this returns.
         progress: What to call with bytes written, and bytes altogether.
 
@@ -53,74 +50,82 @@ def replace_together(
         OSError: Nothing changed; or everything did, and a flush or a removal failed after that; or
             it could not be changed back, and the last file is missing.
     """
-    temporaries = {part.name: temporary_name() for part in parts}
-    with replacing_together(folder, temporaries, stale, durable=durable) as creating:
+    temporaries = {part.name: temporary_name(parts[-1].name) for part in parts}
+    with replacing_together(path, temporaries, rival, stale, durable=durable) as creating:
         total, before = sum(part.size for part in parts), 0
         for name, size, chunks in parts:
-            shifted = None if progress is None else _shifted(progress, before, total)
             with creating(name) as descriptor:
-                write_chunks(descriptor, chunks, size, shifted)
+                write_chunks(descriptor, chunks, size, part_of(progress, before, total))
             before += size
 
 
 @contextmanager
 def replacing_together(
-    folder: str,
+    path: str,
     temporaries: Mapping[str, str],
+    rival: str,
     stale: Callable[[Iterable[str]], list[str]],
     *,
     durable: bool,
 ) -> Iterator[Callable[[str], AbstractContextManager[int]]]:
-    """Give a function that creates one of the files; all take their places when all went well.
+    """Yield a function that creates one of the files; all take their places if all goes well.
 
     Until then the files have the given temporary names, by which other processes can open them.
     """
     with ExitStack() as undo:
-        missing = _missing(folder)
+        missing = _missing(path)
         undo.callback(_remove_empty, missing)
         for above in reversed(missing):
             with suppress(FileExistsError):  # another saver was faster
                 os.mkdir(above)
-        paths = {name: os.path.join(folder, temporaries[name]) for name in temporaries}
-        for path in paths.values():
-            undo.callback(discard, path)
+        folder = undo.enter_context(Folder(path, listed=True))
+        for temporary in temporaries.values():
+            undo.callback(folder.discard, temporary)
 
-        def creating(name: str) -> AbstractContextManager[int]:
-            like = _status(os.path.join(folder, name))
-            return creating_file(paths[name], like, durable=durable)
+        @contextmanager
+        def creating(name: str) -> Iterator[int]:
+            with Held() as held:
+                descriptor = folder.create(held, temporaries[name], _replaced(folder, name))
+                yield descriptor
+                if durable:
+                    flush(descriptor)
+                held.close()
+
+        def commit() -> None:
+            *_, last = temporaries
+            with folder.locked():
+                for name in (rival, *stale(folder.names())):
+                    _replaced(folder, name)  # what cannot be removed is an error by now
+                _commit(folder, temporaries, rival, durable)
+                if durable:
+                    for made in missing:
+                        with Folder(os.path.dirname(made), listed=True) as above:
+                            above.flush()
+                for name in stale(folder.names()):
+                    folder.unlink(name)
+                for name in (last, rival):
+                    folder.remove_abandoned(name)
 
         yield creating
-        with locked(folder):
-            for name in stale(os.listdir(folder)):
-                _status(os.path.join(folder, name))  # what cannot be removed is an error by now
-            _commit(folder, paths, durable)
-            if durable:
-                for made in missing:
-                    flush_folder(_above(made))
-            for name in stale(os.listdir(folder)):
-                os.unlink(os.path.join(folder, name))
+        # A save from a signal handler would wait for the lock of the save that it came into.
+        undisturbed(commit)
 
 
-def _missing(folder: str) -> list[str]:
-    """The folders to make, the deepest first."""
+def _missing(path: str) -> list[str]:
+    """Return the folders to make, the deepest first."""
     found = []
-    while not _exists(folder, os.stat):
-        found.append(folder)
-        folder = _above(folder)
+    while not _is_there(path):
+        found.append(path)
+        path = os.path.dirname(path) or os.curdir
     return found
 
 
-def _exists(path: str, look: Callable[[str], os.stat_result]) -> bool:
-    """Whether there is such a file. What cannot be known is an error, unlike in `os.path`."""
+def _is_there(path: str) -> bool:
     try:
-        look(path)
+        os.stat(path)
     except FileNotFoundError:
         return False
     return True
-
-
-def _above(path: str) -> str:
-    return os.path.dirname(path) or os.curdir
 
 
 def _remove_empty(folders: Iterable[str]) -> None:
@@ -129,69 +134,69 @@ def _remove_empty(folders: Iterable[str]) -> None:
             os.rmdir(folder)
 
 
-def _shifted(progress: Progress, before: int, total: int) -> Progress:
-    return lambda done, _: progress(before + done, total)
-
-
-def _status(path: str) -> os.stat_result | None:
-    """The status of a file that another is to replace; None where there is none."""
-    try:
-        status = os.stat(path)
-    except FileNotFoundError:
-        return None
-    if not stat.S_ISREG(status.st_mode):
+def _replaced(folder: Folder, name: str) -> os.stat_result | None:
+    """Return the status of a file that another is to replace; None if there is none."""
+    status = folder.status(name)
+    if status is not None and not stat.S_ISREG(status.st_mode):
         code = errno.EISDIR if stat.S_ISDIR(status.st_mode) else errno.EEXIST
-        raise OSError(code, os.strerror(code), path)
+        raise OSError(code, os.strerror(code), name)
     return status
 
 
-def _commit(folder: str, temporaries: dict[str, str], durable: bool) -> None:
+def _commit(folder: Folder, temporaries: Mapping[str, str], rival: str, durable: bool) -> None:
     """Give the files their names, the last one last.
 
-    Where other names are taken, the last of the older files goes first: nobody finds some files of
-    each. The older files live on under temporary names until all is done.
+    If other names are taken, the last of the older files goes first, and so does the rival before
+    the last file comes: nobody finds some files of each, or two that could be meant. The older
+    files live on under temporary names until all is done.
     """
     *others, last = temporaries
-    paths = {name: os.path.join(folder, name) for name in temporaries}
-    taken = [name for name in others if _exists(paths[name], os.lstat)]
-    aside = {name: temporary_in(folder) for name in [last, *taken]} if taken else {}
-    settle = partial(_settle, paths, temporaries, aside)
+    taken = [name for name in others if folder.has(name)]
+    gone = [rival] if folder.has(rival) else []
+    aside = {name: temporary_name(last) for name in [*gone, *taken, *([last] if taken else [])]}
+    settle = partial(_settle, folder, temporaries, aside)
+
+    def set_aside(name: str) -> None:
+        with suppress(FileNotFoundError):
+            folder.replace(name, aside[name])
+
+    def settled() -> None:
+        if durable:
+            folder.flush()
+
     with ExitStack() as undo:
         undo.callback(settle)  # once more, should an interrupt come into the first time
         undo.callback(settle)
         if taken:
-            _set_aside(paths[last], aside[last])
-            if durable:
-                flush_folder(folder)
+            set_aside(last)
+            settled()
         for name in others:
             if name in aside:
-                _set_aside(paths[name], aside[name])
-            os.replace(temporaries[name], paths[name])
-        if others and durable:
-            flush_folder(folder)
-        os.replace(temporaries[last], paths[last])
-        if durable:
-            flush_folder(folder)
+                set_aside(name)
+            folder.replace(temporaries[name], name)
+        if others:
+            settled()
+        if gone:
+            set_aside(rival)
+            settled()
+        folder.replace(temporaries[last], last)
+        settled()
 
 
-def _set_aside(path: str, aside: str) -> None:
-    with suppress(FileNotFoundError):
-        os.replace(path, aside)
-
-
-def _settle(paths: dict[str, str], temporaries: dict[str, str], aside: dict[str, str]) -> None:
-    """Remove the older files where the newer ones have their names, else put them back.
+def _settle(folder: Folder, temporaries: Mapping[str, str], aside: dict[str, str]) -> None:
+    """Remove the older files if the newer ones have their names, else put them back.
 
     The disk says which, as an interrupt may come between a change and the next line.
     """
-    *_, last = paths
-    if not _exists(temporaries[last], os.lstat):
+    *_, last = temporaries
+    if not folder.has(temporaries[last]):
         for older in aside.values():
-            discard(older)
+            folder.discard(older)
         return
-    for name, path in paths.items():  # the last one last, and only when all others are there
+    # The last one last, and only when all others are there.
+    for name in [*aside.keys() - temporaries.keys(), *temporaries]:
         if name in aside:
-            if _exists(aside[name], os.lstat):
-                os.replace(aside[name], path)
-        elif not _exists(temporaries[name], os.lstat):
-            discard(path)
+            if folder.has(aside[name]):
+                folder.replace(aside[name], name)
+        elif not folder.has(temporaries[name]):
+            folder.discard(name)

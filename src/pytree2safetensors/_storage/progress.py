@@ -1,8 +1,11 @@
 """Showing how far long work is."""
 
 import threading
-from collections.abc import Callable
-from typing import Final, TypeAlias
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Final, TypeAlias
+
+from pytree2safetensors._storage.naming import foreign
 
 Progress: TypeAlias = Callable[[int, int], object]
 ProgressOption: TypeAlias = bool | Progress
@@ -30,17 +33,36 @@ def _bar(what: str, process: Callable[[], int]) -> Progress | None:
         ) from None
     if process() != 0:
         return None
-    bar = None
+    return _Bar(lambda total: tqdm(total=total, unit="B", unit_scale=True, desc=what))
 
-    def show(done: int, total: int) -> None:
-        nonlocal bar
-        if bar is None:
-            bar = tqdm(total=total, unit="B", unit_scale=True, desc=what)
-        bar.update(done - bar.n)
+
+class _Bar:
+    """A bar that appears with the first report."""
+
+    def __init__(self, make: Callable[[int], Any]) -> None:
+        self.make = make
+        self.bar: Any = None
+
+    def __call__(self, done: int, total: int) -> None:
+        if self.bar is None:
+            self.bar = self.make(total)
+        self.bar.update(done - self.bar.n)
         if done == total:
-            bar.close()
+            self.close()
 
-    return show
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+@contextmanager
+def closing_bar(progress: Progress | None) -> Iterator[None]:
+    """Close the bar of a reporter when the work ends, whole or not."""
+    try:
+        yield
+    finally:
+        if isinstance(progress, _Bar):
+            progress.close()
 
 
 def part_of(progress: Progress | None, before: int, total: int) -> Progress | None:
@@ -69,8 +91,12 @@ class Report:
             self.done += count
             if self.done - self.told >= _STEP and self.done < self.total:
                 self.told = self.done
-                self.progress(self.done, self.total)
+                self._tell(self.progress, self.done)
 
     def finish(self) -> None:
         if self.progress is not None:
-            self.progress(self.total, self.total)
+            self._tell(self.progress, self.total)
+
+    def _tell(self, progress: Progress, done: int) -> None:
+        with foreign():
+            progress(done, self.total)

@@ -1,0 +1,199 @@
+"""An open folder: names in it, its lock, and what savers left there that were killed."""
+
+import errno
+import os
+import stat
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Final
+
+from pytree2safetensors._errors import shorten
+from pytree2safetensors._storage.descriptor import Held
+from pytree2safetensors._storage.naming import temporary_prefix
+
+if sys.platform != "win32":
+    import fcntl
+
+_PATIENCE: Final = 30.0  # seconds to wait for a lock that is held for the time of a few renames
+_DAY: Final = 86_400.0  # seconds that an unfinished file is kept
+
+
+class Folder:
+    """An open folder. It stays the same one, whatever folder the process changes to meanwhile.
+
+    Where the system can, names are looked up in the folder itself: a path may be as long, and lead
+    through such folders, as `open` allows.
+    """
+
+    def __init__(self, path: str, *, listed: bool) -> None:
+        """Open a folder; what is not to be listed or flushed need not be readable."""
+        self.path, self._listed = path or os.curdir, listed
+        self._held = Held()
+        self._descriptor: int | None = None
+
+    def __enter__(self) -> "Folder":
+        if not hasattr(os, "O_DIRECTORY"):  # Windows
+            self.path = absolute(self.path)
+            return self
+        try:
+            self._descriptor = self._held.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+        except PermissionError:
+            if self._listed:
+                raise
+            if hasattr(os, "O_PATH"):
+                self._descriptor = self._held.open(self.path, os.O_PATH | os.O_DIRECTORY)
+            else:
+                self.path = absolute(self.path)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._held.__exit__()
+
+    def close(self) -> None:
+        """Close the folder; unlike at the end of a `with` block, an error is raised."""
+        self._held.close()
+
+    def _at(self, name: str) -> str:
+        return name if self._descriptor is not None else os.path.join(self.path, name)
+
+    def open(self, held: Held, name: str, flags: int, mode: int = 0o777) -> int:
+        """Open a file."""
+        return held.open(self._at(name), flags, mode, self._descriptor)
+
+    def create(self, held: Held, name: str, like: os.stat_result | None) -> int:
+        """Create a file with the permissions that `open` gives, or those of the file it replaces."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
+        # Until it has its permissions nobody else may open it.
+        descriptor = self.open(held, name, flags, 0o666 if like is None else 0o600)
+        if sys.platform != "win32":
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # this saver is alive
+            if like is not None:
+                if (os.geteuid(), os.getegid()) != (like.st_uid, like.st_gid):
+                    with suppress(PermissionError):  # giving files away is for the superuser
+                        os.fchown(descriptor, like.st_uid, like.st_gid)
+                os.fchmod(descriptor, stat.S_IMODE(like.st_mode))
+        return descriptor
+
+    def status(self, name: str) -> os.stat_result | None:
+        """Return the status of what a name leads to; None if there is nothing."""
+        try:
+            return os.stat(self._at(name), dir_fd=self._descriptor)
+        except FileNotFoundError:
+            return None
+
+    def has(self, name: str) -> bool:
+        """Return whether a name is there. Unlike in `os.path`, what cannot be known is an error."""
+        try:
+            os.lstat(self._at(name), dir_fd=self._descriptor)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def replace(self, name: str, target: str) -> None:
+        """Give a file another name, in place of what has it."""
+        os.replace(
+            self._at(name),
+            self._at(target),
+            src_dir_fd=self._descriptor,
+            dst_dir_fd=self._descriptor,
+        )
+
+    def unlink(self, name: str) -> None:
+        """Remove a file."""
+        os.unlink(self._at(name), dir_fd=self._descriptor)
+
+    def discard(self, name: str) -> None:
+        """Remove a file, if that can be done."""
+        with suppress(OSError):
+            self.unlink(name)
+
+    def names(self) -> list[str]:
+        """Return all names in the folder."""
+        return os.listdir(self.path if self._descriptor is None else self._descriptor)
+
+    def flush(self) -> None:
+        """Make renames last, where the system can flush a folder."""
+        if self._descriptor is not None:
+            try:
+                os.fsync(self._descriptor)
+            except OSError as error:
+                if error.errno != errno.EINVAL:  # a file system that has no such flush
+                    raise
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other savers out, where the system has locks.
+
+        Raises:
+            TimeoutError: Another program has the lock, and keeps it.
+        """
+        if sys.platform == "win32" or self._descriptor is None:
+            yield
+            return
+        self._lock(self._descriptor)
+        try:
+            yield
+        finally:  # not by closing alone: a process that was forked meanwhile has it open, too
+            with suppress(OSError):
+                fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+
+    def _lock(self, descriptor: int) -> None:
+        if sys.platform == "win32":
+            return
+        end, pause = time.monotonic() + _PATIENCE, 0.001
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    raise TimeoutError(
+                        errno.ETIMEDOUT,
+                        f"another program has locked the folder {shorten(self.path)} for more than "
+                        f"{_PATIENCE:.0f} s (a save that hangs, or one that runs under flock); "
+                        "save again when it has ended",
+                        self.path,
+                    ) from None
+                time.sleep(pause)
+                pause = min(2 * pause, 0.05)
+            except OSError:  # a file system without locks
+                return
+            else:
+                return
+
+    def remove_abandoned(self, target: str) -> None:
+        """Remove unfinished files of a target if they are a day old and their saver is gone."""
+        with suppress(OSError):  # they are in nobody's way
+            prefix = temporary_prefix(target)
+            for name in self.names():
+                if name.startswith(prefix):
+                    self._remove_if_abandoned(name)
+
+    def _remove_if_abandoned(self, name: str) -> None:
+        status = self.status(name)
+        if status is None or time.time() - max(status.st_mtime, status.st_ctime) < _DAY:
+            return
+        with Held() as held:
+            descriptor = self.open(held, name, os.O_RDWR | getattr(os, "O_NONBLOCK", 0))
+            if sys.platform != "win32":
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails if a saver has it
+        self.unlink(name)
+
+
+def absolute(path: str) -> str:
+    """Return the path from the root, unless only the relative one leads there.
+
+    A path that ends in "/" still does, and an empty one stays what no file has.
+    """
+    if not path or os.path.isabs(path):
+        return path
+    try:
+        found = os.path.join(os.getcwd(), path)
+        os.lstat(found)
+    except FileNotFoundError:
+        return found if os.path.isdir(os.path.dirname(found)) else path
+    except OSError:  # above is a folder that may not be entered, or the path gets too long
+        return path
+    return found
