@@ -94,11 +94,13 @@ def load_pytree(
 
 
 @jaxtyped(typechecker=beartype)
-def load_abstract(path: PathLike | Readable) -> PyTree:
+def load_abstract(path: PathLike | Readable, *, flat: bool = False) -> PyTree:
     """Load the tree in a file with a `jax.ShapeDtypeStruct` for each array; none of these is read.
 
     Args:
         path: A file, a binary file object, a folder of shards or its index.
+        flat: Return a dict from the names in the file to their leaves, even if the names make no
+            tree.
 
     Returns:
         The tree of `load_pytree`; Python scalars and strs are there as themselves (the values of
@@ -106,8 +108,8 @@ def load_abstract(path: PathLike | Readable) -> PyTree:
 
     Raises:
         FileFormatError: The file is damaged, or no safetensors file.
-        KeyPathError: A name in the file spells no key path.
-        TreeStructureError: The names make no tree.
+        KeyPathError: A name in the file spells no key path, and `flat` is False.
+        TreeStructureError: The names make no tree, and `flat` is False.
         OSError: The file cannot be read.
 
     Specification: *Loading*.
@@ -121,11 +123,8 @@ def load_abstract(path: PathLike | Readable) -> PyTree:
         found = {name: store.spec_of(name) for name in names}
         scalars = [name for name in names if found[name].kind not in {"array", "key"}]
         values = take(store, scalars, False, None)
-        return build(
-            {name: values[name] if name in values else abstract(found[name]) for name in names},
-            store.note.nodes,
-            store.label,
-        )
+        leaves = {name: values[name] if name in values else abstract(found[name]) for name in names}
+        return leaves if flat else build(leaves, store.note.nodes, store.label)
 
 
 @jaxtyped(typechecker=beartype)

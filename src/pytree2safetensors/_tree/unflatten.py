@@ -55,7 +55,8 @@ def build(leaves: Mapping[str, Any], kinds: Mapping[str, Kind], file: str) -> An
         return build_tree(leaves, kinds)
     except (KeyPathError, TreeStructureError) as error:
         raise type(error)(
-            f"the names in {file} make no tree: {error}; load_into_pytree loads them into a template"
+            f"the names in {file} make no tree: {error}; load_into_pytree loads them into a template, "
+            "and load_abstract(..., flat=True) lists them"
         ) from None
 
 
