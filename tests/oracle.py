@@ -26,6 +26,11 @@ def assert_same(found: Any, expected: Any) -> None:
         assert identity(leaf) == identity(expected_leaf), jax.tree_util.keystr(path)
 
 
+def assert_loaded(found: Any, saved: Any) -> None:
+    """Assert that a tree was loaded as it was saved; NumPy's arrays may have become JAX's."""
+    assert_same(canonical(found), canonical(saved))
+
+
 def is_same(found: Any, expected: Any) -> bool:
     """Whether two trees cannot be told apart."""
     try:

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from oracle import assert_loaded
 from pytree2safetensors import (
     load_pytree,
 )
-from pytree2safetensors._compare import assert_same
 
 TEMPORARY = ".pytree2safetensors-*"
 
@@ -31,7 +31,7 @@ def assert_holds(path: Path, *numbers: int) -> int:
     """Assert that a file holds one of these versions, whole."""
     found = load_pytree(path)
     assert found["step"] in numbers
-    assert_same(version(found["step"], len(found["data"])), found, "from the file")
+    assert_loaded(found, version(found["step"], len(found["data"])))
     return int(found["step"])
 
 

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from command import Run, small, strictly
 from pytree2safetensors import load_into_pytree, save_pytree
 from pytree2safetensors._cli.verify import verify_file
-from pytree2safetensors.testing import Keyed
+from pytree2safetensors.testing._nodes import Keyed
 
 
 def test_verify_says_when_all_is_well(run: Run) -> None:

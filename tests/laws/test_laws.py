@@ -35,16 +35,15 @@ from pytree2safetensors import (
     set_weights,
     string2keypath,
 )
-from pytree2safetensors.testing import (
-    SELF_DESCRIBING,
-    Keyed,
-    arrays,
-    keypaths,
-    keys,
-    leaves,
-    makes_no_long_list,
-    pytrees,
-)
+from pytree2safetensors._tree.keypath import Key
+from pytree2safetensors._tree.unflatten import MAX_GAPS
+from pytree2safetensors.testing import SELF_DESCRIBING, arrays, keypaths, keys, leaves, pytrees
+from pytree2safetensors.testing._nodes import Keyed
+
+
+def makes_no_long_list(key: Key) -> bool:
+    """Whether a list up to this index is short, or too long to be made at all."""
+    return not isinstance(key, SequenceKey) or not 100 < key.idx <= MAX_GAPS
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["x32", "x64"])

@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from oracle import assert_loaded
 from pytree2safetensors import (
     load_pytree,
     save_pytree,
 )
-from pytree2safetensors._compare import assert_same
 from pytree2safetensors._load.checkpoint import open_checkpoint
 from versions import assert_holds, litter, posix, version
 
@@ -201,7 +201,7 @@ def test_a_tree_can_be_saved_over_the_file_that_it_came_from(tmp_path: Path, mma
     assert_holds(path, 3)
     changed = {**tree, "data": tree["data"] + 1, "step": 4}
     save_pytree(changed, path)
-    assert_same(version(3, 1 << 18), tree, "before the file changed")
+    assert_loaded(tree, version(3, 1 << 18))
     assert np.asarray(load_pytree(path)["data"] == 4).all()
 
 
@@ -211,4 +211,4 @@ def test_what_was_loaded_outlives_the_file(tmp_path: Path, mmap: bool) -> None:
     save_pytree(version(3, 1 << 18), path)
     tree = load_pytree(path, mmap=mmap)
     path.unlink()
-    assert_same(version(3, 1 << 18), tree, "after the file has gone")
+    assert_loaded(tree, version(3, 1 << 18))

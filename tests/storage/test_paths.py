@@ -16,12 +16,12 @@ import pytest
 
 import pytree2safetensors._storage.descriptor
 import pytree2safetensors._storage.progress
+from oracle import assert_loaded
 from pytree2safetensors import (
     load_metadata,
     load_pytree,
     save_pytree,
 )
-from pytree2safetensors._compare import assert_same
 from versions import assert_holds, litter, posix, version
 
 # --- links, permissions, and what is no file --------------------------------------------------
@@ -160,7 +160,7 @@ def test_a_pipe_is_written_to(tmp_path: Path) -> None:
     save_pytree(version(1, 100_000), path)
     reader.join()
     assert stat.S_ISFIFO(path.stat().st_mode)
-    assert_same(version(1, 100_000), load_pytree(io.BytesIO(content[0])), "from the pipe")
+    assert_loaded(load_pytree(io.BytesIO(content[0])), version(1, 100_000))
     assert not litter(tmp_path)
 
 
@@ -170,7 +170,7 @@ def test_a_pipe_without_a_name_is_written_to() -> None:
     save_pytree(version(1), f"/dev/fd/{writer}")  # as /dev/stdout is, or >(a command) of a shell
     os.close(writer)
     with os.fdopen(reader, "rb") as file:
-        assert_same(version(1), load_pytree(file), "from the pipe")
+        assert_loaded(load_pytree(file), version(1))
 
 
 @posix
@@ -181,7 +181,7 @@ def test_a_file_without_a_name_is_written_to(tmp_path: Path) -> None:
         (tmp_path / "file").unlink()
         save_pytree(version(1), f"/dev/fd/{file.fileno()}")
         file.seek(0)
-        assert_same(version(1), load_pytree(file), "from the file")
+        assert_loaded(load_pytree(file), version(1))
     assert not [*tmp_path.iterdir()]
 
 

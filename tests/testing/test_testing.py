@@ -26,16 +26,11 @@ from pytree2safetensors import (
     keypath2string,
     pytree2dict,
     string2keypath,
-    testing,
 )
 from pytree2safetensors._tree.keypath import item_key
 from pytree2safetensors.testing import (
     NODES,
-    Keyed,
-    Nothing,
-    Pair,
-    Record,
-    Unkeyed,
+    _round_trips,
     arrays,
     assert_round_trips,
     keypaths,
@@ -43,6 +38,8 @@ from pytree2safetensors.testing import (
     leaves,
     pytrees,
 )
+from pytree2safetensors.testing._arrays import DTYPES
+from pytree2safetensors.testing._nodes import Keyed, Nothing, Pair, Record, Unkeyed
 
 quiet = settings(
     database=None, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck)
@@ -158,12 +155,12 @@ def storable_dtypes() -> dict[str, np.dtype[Any]]:
 
 
 def test_the_dtypes_are_all_there_are() -> None:
-    assert {dtype.name for dtype in testing._DTYPES} == storable_dtypes().keys()
-    assert len(testing._DTYPES) == len({*testing._DTYPES})
+    assert {dtype.name for dtype in DTYPES} == storable_dtypes().keys()
+    assert len(DTYPES) == len({*DTYPES})
 
 
 @pytest.mark.xdist_group("arrays")
-@pytest.mark.parametrize("dtype", testing._DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_arrays_reach_every_dtype(some_arrays: list[Any], dtype: np.dtype[Any]) -> None:
     found = [leaf for leaf in some_arrays if leaf.dtype == dtype]
     assert any(isinstance(leaf, np.ndarray) for leaf in found)
@@ -177,7 +174,7 @@ def all_bits(name: str) -> set[int]:
 
 
 @pytest.mark.parametrize(
-    "name", [dtype.name for dtype in testing._DTYPES if dtype.itemsize == 1 and dtype.num > 255]
+    "name", [dtype.name for dtype in DTYPES if dtype.itemsize == 1 and dtype.num > 255]
 )
 def test_arrays_reach_every_value_of_a_byte_and_no_other(name: str) -> None:
     strategy = arrays(st.just(getattr(ml_dtypes, name)), shapes=st.just((32,)))
@@ -483,7 +480,7 @@ def test_fails_for_a_wrong_round_trip(
     monkeypatch: pytest.MonkeyPatch, how: str, name: str, value: Any, difference: str
 ) -> None:
     wrong = {**TREE, name: value}
-    monkeypatch.setattr(testing, how, lambda *_: wrong)
+    monkeypatch.setattr(_round_trips, how, lambda *_: wrong)
     with pytest.raises(AssertionError) as caught:
         assert_round_trips(TREE)
     place = f"'@{name}" + ("#1" if "()" in difference else "") + "'"
@@ -496,15 +493,15 @@ def test_fails_for_a_wrong_round_trip(
 
 def test_a_template_asks_for_the_kind_of_array(monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = {**TREE, "array": jnp.array([1.0, 2.0], jnp.float32)}
-    monkeypatch.setattr(testing, "load_pytree", lambda *_: wrong)
+    monkeypatch.setattr(_round_trips, "load_pytree", lambda *_: wrong)
     assert_round_trips(TREE)  # without a template, that is what comes back
-    monkeypatch.setattr(testing, "load_into_pytree", lambda *_: wrong)
+    monkeypatch.setattr(_round_trips, "load_into_pytree", lambda *_: wrong)
     with pytest.raises(AssertionError, match="'@array' is not what it was: it was a ndarray"):
         assert_round_trips(TREE)
 
 
 def test_a_load_that_keeps_the_template_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(testing, "load_into_pytree", lambda template, path: template)
+    monkeypatch.setattr(_round_trips, "load_into_pytree", lambda template, path: template)
     with pytest.raises(AssertionError, match="loaded into a template, '"):
         assert_round_trips(TREE)
 
@@ -551,7 +548,7 @@ def test_other_nodes_are_compared_by_name(
 ) -> None:
     assert_round_trips(Pair(1, 2))
     wrong = PyTreeContainer(change({"first": 1, "second": 2}))
-    monkeypatch.setattr(testing, "load_pytree", lambda *_: wrong)
+    monkeypatch.setattr(_round_trips, "load_pytree", lambda *_: wrong)
     with pytest.raises(AssertionError) as caught:
         assert_round_trips(Pair(1, 2))
     assert str(caught.value) == f"loaded without a template, {difference}"
@@ -563,7 +560,7 @@ def test_a_tree_of_plain_nodes_must_load_without_a_template(
     def refuse(_: Any) -> Any:
         raise pytree2safetensors.TreeStructureError("no")
 
-    monkeypatch.setattr(testing, "load_pytree", refuse)
+    monkeypatch.setattr(_round_trips, "load_pytree", refuse)
     assert_round_trips(Keyed({"@a": 1, ".a": 2}))
     with pytest.raises(pytree2safetensors.TreeStructureError):
         assert_round_trips({"a": 1})

@@ -26,7 +26,8 @@ from pytree2safetensors import (
     save_pytree,
     string2keypath,
 )
-from pytree2safetensors.testing import Keyed, Pair, Record, Unkeyed, assert_round_trips
+from pytree2safetensors.testing import assert_round_trips
+from pytree2safetensors.testing._nodes import Keyed, Pair, Record, Unkeyed
 
 # --- both ways --------------------------------------------------------------------------------
 

@@ -8,13 +8,11 @@ import jax
 import numpy as np
 
 from pytree2safetensors._errors import shorten
+from pytree2safetensors._format.tensor import WIDTHS
 from pytree2safetensors._tree.keypath import join, spell_key
 
 # The bits that a value fills of its byte. NumPy ignores the rest, and they hold nothing.
-VALUE_BITS: Final = {
-    "bool": 0x01, "int1": 0x01, "uint1": 0x01, "int2": 0x03, "uint2": 0x03, "int4": 0x0F,
-    "uint4": 0x0F, "float4_e2m1fn": 0x0F, "float6_e2m3fn": 0x3F, "float6_e3m2fn": 0x3F,
-}  # fmt: skip
+VALUE_BITS: Final = {"bool": 1, **{name: (1 << width) - 1 for name, width in WIDTHS.items()}}
 
 _LEAF: Final = jax.tree_util.tree_structure(0)
 

@@ -1,0 +1,21 @@
+"""Hypothesis strategies for keys, leaves and trees, and a check that a tree stores and loads."""
+
+try:
+    import hypothesis  # noqa: F401 - the message below is better than that of a strategy's module
+except ImportError:
+    raise ImportError(
+        "pytree2safetensors.testing needs Hypothesis; install pytree2safetensors[testing]"
+    ) from None
+
+from pytree2safetensors.testing._arrays import arrays
+from pytree2safetensors.testing._keys import keypaths, keys
+from pytree2safetensors.testing._leaves import leaves
+from pytree2safetensors.testing._nodes import NODES as NODES
+from pytree2safetensors.testing._nodes import SELF_DESCRIBING as SELF_DESCRIBING
+from pytree2safetensors.testing._round_trips import assert_round_trips
+from pytree2safetensors.testing._trees import pytrees
+
+__all__ = ["arrays", "assert_round_trips", "keypaths", "keys", "leaves", "pytrees"]
+
+for _public in (arrays, assert_round_trips, keypaths, keys, leaves, pytrees):
+    _public.__module__ = __name__

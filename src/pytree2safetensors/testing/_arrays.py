@@ -1,0 +1,141 @@
+"""Strategies for arrays: every dtype from raw bytes, in every layout."""
+
+import math
+from collections.abc import Callable
+from typing import Any, Final
+
+import jax
+import ml_dtypes
+import numpy as np
+from hypothesis import strategies as st
+from hypothesis.strategies import SearchStrategy
+from numpy.typing import NDArray
+
+from pytree2safetensors._leaves.spec import holds
+from pytree2safetensors.testing._compare import VALUE_BITS
+
+Draw = Callable[..., Any]  # Hypothesis's own type of it cannot be checked at run time
+
+# Left out, as no file holds them: longdoubles, half-precision complex numbers, and whatever is
+# no number.
+_NAMES: Final = (
+    "float32", "bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64",
+    "float16", "float64", "complex64", "complex128", "bfloat16", "float8_e3m4", "float8_e4m3",
+    "float8_e4m3b11fnuz", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz",
+    "float8_e8m0fnu", "float4_e2m1fn", "float6_e2m3fn", "float6_e3m2fn", "int1", "int2", "int4",
+    "uint1", "uint2", "uint4",
+)  # fmt: skip
+
+
+def _known(name: str) -> bool:
+    try:
+        np.dtype(getattr(ml_dtypes, name, name))
+    except TypeError:  # this version of ml_dtypes does not have it
+        return False
+    return True
+
+
+# Every dtype that a file can hold, and that is known here.
+DTYPES: Final = tuple(np.dtype(getattr(ml_dtypes, name, name)) for name in _NAMES if _known(name))
+# Bytes from which signs, exponents and mantissas take their extremes: NaNs with and without
+# payloads, infinities, subnormals, zeros of both signs, the largest and smallest integers.
+_EDGES: Final = bytes([0x00, 0x01, 0x7F, 0x80, 0xFF, 0x7C, 0xF0, 0xC0] * 32)
+
+
+def values_of(dtype: np.dtype[Any], count: int, raw: bytes, edges: bool) -> NDArray[Any]:
+    """Repeat the bytes over so many elements, which own their memory."""
+    if edges:
+        raw = raw.translate(_EDGES)
+    filled = np.resize(np.frombuffer(raw, np.uint8), count * dtype.itemsize)
+    if dtype.name in VALUE_BITS:
+        filled &= np.uint8(VALUE_BITS[dtype.name])
+    return filled.view(dtype)
+
+
+def _unaligned(values: NDArray[Any]) -> NDArray[Any]:
+    return np.frombuffer(b"\0" + values.tobytes(), values.dtype, offset=1).reshape(values.shape)
+
+
+def _big_endian(values: NDArray[Any]) -> NDArray[Any]:
+    if values.dtype.isbuiltin != 1:  # ml_dtypes has native types alone
+        return values
+    return values.view(values.dtype.newbyteorder(">"))
+
+
+def _read_only(values: NDArray[Any]) -> NDArray[Any]:
+    values.flags.writeable = False
+    return values
+
+
+def _reversed(values: NDArray[Any]) -> NDArray[Any]:
+    return values[::-1] if values.ndim else values
+
+
+def _strided(values: NDArray[Any]) -> NDArray[Any]:
+    return np.repeat(values, 2, axis=-1)[..., ::2] if values.ndim else values
+
+
+def _repeated(values: NDArray[Any]) -> NDArray[Any]:
+    return np.broadcast_to(values, (2, *values.shape))
+
+
+def _scalar(values: NDArray[Any]) -> Any:
+    return values[()]
+
+
+def _jax_array(values: NDArray[Any]) -> Any:
+    return jax.device_put(values) if holds(values.dtype) else values
+
+
+_LAYOUTS: Final[tuple[Callable[[NDArray[Any]], Any], ...]] = (
+    _jax_array,
+    np.asarray,
+    _jax_array,  # twice, as they are most of what is saved
+    np.asfortranarray,
+    np.transpose,
+    _reversed,
+    _strided,
+    _repeated,
+    _read_only,
+    _unaligned,
+    _big_endian,
+    _scalar,
+)
+
+
+def _shape(number: int) -> tuple[int, ...]:
+    """The shape of up to four axes of up to four elements that has this number."""
+    number, axes = divmod(number, 5)
+    return tuple(number // 5**axis % 5 for axis in range(axes))
+
+
+# From one number, as names are. Left out: sizes and numbers of axes that would only take longer.
+_SHAPES: Final = st.integers(0, 5**5 - 1).map(_shape)
+
+
+@st.composite
+def arrays(
+    draw: Draw,
+    dtypes: SearchStrategy[Any] | None = None,
+    *,
+    shapes: SearchStrategy[tuple[int, ...]] = _SHAPES,
+) -> Any:
+    """Generate arrays of every dtype from raw bytes, as `jax.Array`s and as NumPy arrays.
+
+    NumPy's are in C and Fortran order, transposed, reversed, strided, broadcast (with one axis
+    more), read-only, unaligned, big-endian, and scalars. JAX's are on the default device, and
+    appear for the dtypes that JAX holds: without `jax_enable_x64` none is of 64 bits.
+
+    Args:
+        draw: Supplied by Hypothesis.
+        dtypes: What generates NumPy dtypes, or what `numpy.dtype` takes; every dtype by default.
+        shapes: What generates shapes; small ones by default, 0-d and zero-size included.
+    """
+    dtype = np.dtype(draw(st.sampled_from(DTYPES) if dtypes is None else dtypes))
+    shape = draw(shapes)
+    # More bytes than these say no more about the array; they repeat.
+    count = math.prod(shape)
+    size = max(1, min(32, count * dtype.itemsize))
+    raw = draw(st.binary(min_size=size, max_size=size))
+    values = values_of(dtype, count, raw, draw(st.booleans())).reshape(shape)
+    return draw(st.sampled_from(_LAYOUTS))(values)

@@ -1,0 +1,98 @@
+"""The check that a tree stores and loads.
+
+Specification: *Laws*.
+"""
+
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pytree2safetensors._errors import TreeStructureError, WeightsMismatchError, shorten
+from pytree2safetensors._load.api import load_pytree
+from pytree2safetensors._load.template_api import load_into_pytree
+from pytree2safetensors._save.api import save_pytree
+from pytree2safetensors._tree.flatten import pytree2dict
+from pytree2safetensors.testing._compare import assert_same, assert_same_leaves, is_prng_key
+from pytree2safetensors.testing._nodes import SELF_DESCRIBING
+
+
+def assert_round_trips(tree: Any) -> None:
+    """Assert that a tree comes back from a file, into a template and without one.
+
+    The tree is saved to a temporary file. Loaded into a template that holds other values, it is
+    what it was: structure, types, dtypes, shapes and bits. Loaded without one, so is a tree of
+    dicts, lists, tuples, `None`s and containers; of any other tree, every leaf is under its key
+    path, unless nodes of its own mix kinds of keys: such a tree has no form without a template.
+
+    Args:
+        tree: Any pytree that can be saved.
+
+    Raises:
+        AssertionError: What came back differs; the message names the key path.
+        Pytree2SafetensorsError: The tree cannot be saved; the message says why.
+
+    Specification: *Laws*.
+
+    >>> assert_round_trips({"layers": [1.5, None, (True, "text")]})
+    """
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        # Without 64 bits JAX holds no such arrays, and NumPy arrays come back: as good, here.
+        warnings.filterwarnings("ignore", message="JAX cannot hold the dtypes")
+        path = Path(folder) / "tree.safetensors"
+        save_pytree(tree, path, durable=False)
+        template = jax.tree_util.tree_map(_blank, tree)
+        try:
+            into_template = load_into_pytree(template, path)
+        except WeightsMismatchError as error:
+            raise AssertionError(_not_rebuilt(error)) from None
+        assert_same(tree, into_template, "into a template", same_kinds=True)
+        if _is_self_describing(tree):
+            assert_same(tree, load_pytree(path), "without a template")
+            return
+        try:
+            loaded = load_pytree(path)
+        except TreeStructureError:
+            return  # a node mixes kinds of keys
+        assert_same_leaves(pytree2dict(tree), pytree2dict(loaded), "without a template")
+
+
+def _not_rebuilt(error: WeightsMismatchError) -> str:
+    """Say what differs between a tree and one that JAX rebuilt from leaves like its own."""
+    lines = [
+        *(f"{shorten(name)} is gone" for name in error.unexpected),
+        *(f"{shorten(name)} is new" for name in error.missing),
+        *error.mismatched,
+    ]
+    more = [f"... and {len(lines) - 20} more"] if len(lines) > 20 else []
+    return "\n".join(["the tree that its nodes unflatten to is another:", *lines[:20], *more])
+
+
+def _blank(leaf: Any) -> Any:
+    """A leaf of the same kind, whose values say nothing."""
+    if isinstance(leaf, np.ndarray | np.generic):
+        blank = np.zeros(leaf.shape, leaf.dtype)
+        return blank if isinstance(leaf, np.ndarray) else blank[()]
+    if not isinstance(leaf, jax.Array):
+        return type(leaf)()
+    if is_prng_key(leaf):
+        data = np.zeros(jax.random.key_data(leaf).shape, np.uint32)
+        return jax.random.wrap_key_data(jax.device_put(data), impl=jax.random.key_impl(leaf))
+    if leaf.weak_type:
+        return jnp.zeros_like(leaf)
+    return jax.device_put(np.zeros(leaf.shape, leaf.dtype))
+
+
+def _is_self_describing(tree: Any) -> bool:
+    pending: list[Any] = [jax.tree_util.tree_structure(tree)]
+    while pending:
+        treedef = pending.pop()
+        data = treedef.node_data()  # None for a leaf
+        if data is not None and data[0] not in SELF_DESCRIBING:
+            return False
+        pending.extend(treedef.children())
+    return True

@@ -1,0 +1,146 @@
+"""Strategies for trees of every kind of node."""
+
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import cache, lru_cache
+from typing import Any, Final
+
+from hypothesis import strategies as st
+from hypothesis.strategies import SearchStrategy
+
+from pytree2safetensors._tree.containers import PyTreeContainer, UnkeyedContainer
+from pytree2safetensors._tree.keypath import DictKey, spell_key
+from pytree2safetensors.testing._arrays import Draw
+from pytree2safetensors.testing._keys import keys, literals, numbers, texts
+from pytree2safetensors.testing._leaves import leaves
+from pytree2safetensors.testing._nodes import NODES, Keyed, Nothing, Pair, Record, Unkeyed
+
+
+def pytrees(
+    leaves: SearchStrategy[Any] = leaves(),  # noqa: B008 - strategies have no state
+    *,
+    nodes: Collection[type] = NODES,
+    min_size: int = 0,
+    max_depth: int = 4,
+) -> SearchStrategy[Any]:
+    """Generate trees of every kind of node that JAX users meet.
+
+    These are dicts with keys of every kind, `OrderedDict`s, `defaultdict`s, lists, tuples, `None`,
+    namedtuples, a registered dataclass, classes registered with keys and without, and the two
+    containers; empty ones; nested in each other; and leaves alone.
+
+    Args:
+        leaves: What generates the leaves.
+        nodes: The types of the nodes, some of `NODES`. Those of `SELF_DESCRIBING` come back from
+            a file without a template.
+        min_size: The fewest children of a node. From 1 on, there are no `None`s.
+        max_depth: How many nodes are in each other at most; few by default, so that failures are
+            readable.
+    """
+    unknown = set(nodes) - set(NODES)
+    if unknown:
+        raise ValueError(f"nodes are some of NODES, and these are not: {unknown}")
+    unfit = _CHILDLESS if min_size else ()
+    kinds = tuple(kind for kind in NODES if kind in nodes and kind not in unfit)
+    return _trees(leaves, kinds, min_size, max_depth)
+
+
+@st.composite
+def _trees(draw: Draw, leaves: SearchStrategy[Any], kinds: Any, min_size: int, depth: int) -> Any:
+    if not depth:
+        return draw(leaves)
+    choices = _choices(leaves, kinds, min_size, depth)
+    return draw(choices[draw(st.integers(0, len(choices) - 1))])
+
+
+@lru_cache(maxsize=256)
+def _choices(
+    leaves: SearchStrategy[Any], kinds: Any, min_size: int, depth: int
+) -> list[SearchStrategy[Any]]:
+    """What a tree can be: in one of four cases a leaf, to which it shrinks."""
+    # Kept, as what a strategy finds out about its parts takes longer than drawing from it.
+    children = _trees(leaves, kinds, min_size, depth - 1)
+    nodes = [_BUILDERS[kind](children, min_size) for kind in kinds]
+    return [leaves] * (len(nodes) // 3 + 1) + nodes
+
+
+_CHILDLESS: Final = (type(None), Nothing)
+_Children = SearchStrategy[Any]
+_MOST = 4  # children of one node: a tree of few leaves has no more at its every level
+
+
+def _dicts(children: _Children, least: int) -> SearchStrategy[dict[Any, Any]]:
+    # JAX sorts the keys of one dict, so they are of kinds that compare.
+    sortable: Sequence[SearchStrategy[Any]] = (
+        texts(),
+        st.integers(),  # which alone are far more frequent than with the floats and bools below
+        numbers(),
+        st.binary(max_size=8),
+        st.tuples(st.integers(), texts()),
+    )
+    alone = st.dictionaries(literals(), children, min_size=least, max_size=1)
+    return st.one_of(
+        *(st.dictionaries(kind, children, min_size=least, max_size=_MOST) for kind in sortable),
+        alone,
+    )
+
+
+def _ordered_dicts(children: _Children, least: int) -> SearchStrategy[Any]:
+    # JAX leaves the order of these as it is, so keys of any kinds stand together.
+    pairs = st.dictionaries(texts() | literals(), children, min_size=least, max_size=_MOST)
+    return pairs.map(OrderedDict).filter(_flattens)
+
+
+def _default_dicts(children: _Children, least: int) -> SearchStrategy[Any]:
+    factories = st.sampled_from([None, list, int])
+    return st.builds(defaultdict, factories, _dicts(children, least)).filter(_flattens)
+
+
+def _flattens(tree: dict[Any, Any]) -> bool:
+    """Whether JAX flattens such a dict: from 0.4.36 to 0.6 it does not where a key is None."""
+    return None not in tree or _makes_none_keys()
+
+
+@cache
+def _makes_none_keys() -> bool:
+    try:
+        DictKey(None)
+    except TypeError:
+        return False
+    return True
+
+
+def _lists(children: _Children, least: int) -> SearchStrategy[list[Any]]:
+    return st.lists(children, min_size=least, max_size=_MOST)
+
+
+def _tuples(children: _Children, least: int) -> SearchStrategy[Any]:
+    return _lists(children, least).map(tuple)
+
+
+def _containers(children: _Children, least: int) -> SearchStrategy[Any]:
+    attrs = st.dictionaries(texts(), children, min_size=least, max_size=_MOST)
+    return st.builds(PyTreeContainer, attrs)
+
+
+def _keyed(children: _Children, least: int) -> SearchStrategy[Any]:
+    return st.builds(
+        Keyed, st.dictionaries(keys().map(spell_key), children, min_size=least, max_size=_MOST)
+    )
+
+
+_BUILDERS: Final[Mapping[type, Callable[[_Children, int], SearchStrategy[Any]]]] = {
+    dict: _dicts,
+    OrderedDict: _ordered_dicts,
+    defaultdict: _default_dicts,
+    list: _lists,
+    tuple: _tuples,
+    PyTreeContainer: _containers,
+    UnkeyedContainer: lambda children, least: st.builds(UnkeyedContainer, _lists(children, least)),
+    type(None): lambda _, __: st.none(),
+    Nothing: lambda _, __: st.just(Nothing()),
+    Pair: lambda children, _: st.builds(Pair, children, children),
+    Record: lambda children, _: st.builds(Record, children, children),
+    Keyed: _keyed,
+    Unkeyed: lambda children, least: st.builds(Unkeyed, _lists(children, least)),
+}
