@@ -34,7 +34,7 @@ import pytree2safetensors as p2s
 from pytree2safetensors._leaves import jax_versions
 from pytree2safetensors._leaves.encode import host_shard
 from pytree2safetensors._leaves.to_jax import TAKEN_OVER
-from pytree2safetensors._save import processes
+from pytree2safetensors._save import calls, joint, share
 from pytree2safetensors._save.interrupt import Interrupt
 from pytree2safetensors._storage import byte_source as _source
 from pytree2safetensors._storage import descriptor as _file
@@ -643,15 +643,15 @@ def save_with(folder: str, what: str, where: int) -> None:
             def write_at(*_: Any) -> None:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-            patch.setattr(processes, "write_at", write_at)
+            patch.setattr(joint, "write_at", write_at)
         elif what == "bug" and here:
-            patch.setattr(processes, "owned_chunks", lambda *_: 1 / 0)
+            patch.setattr(share, "owned_chunks", lambda *_: 1 / 0)
         elif what == "interrupt" and here:
 
             def interrupt(*_: Any) -> None:
                 raise KeyboardInterrupt
 
-            patch.setattr(processes, "write_at", interrupt)
+            patch.setattr(joint, "write_at", interrupt)
         elif what == "deleted" and here:
             tree["rows"].delete()
         elif what == "commit" and here:
@@ -793,33 +793,72 @@ def test_a_process_that_does_not_see_the_folder(
     assert not exists or not list(elsewhere.iterdir())
 
 
-def save_to(path: str, option: str) -> None:
-    if option == "async":
-        p2s.save_pytree_async(large(), path).result()
-    elif option == "file object":
-        p2s.save_pytree(large(), io.BytesIO())
-    elif option == "checksum":
-        p2s.save_pytree(large(), path, checksum=True)
-    elif option == "shards":
-        p2s.save_pytree(large(), path, max_shard_size="1MB")
-    else:
-        p2s.save_pytree(large(), option)
+def save_to(path: Any) -> None:
+    p2s.save_pytree(large(), io.BytesIO() if path is None else path)
 
 
-@pytest.mark.parametrize(
-    ("option", "message"),
-    [
-        ("checksum", "checksum=True does not go with several processes"),
-        ("shards", "max_shard_size= does not go with several processes"),
-        ("file object", "several processes save together into a regular file"),
-        (os.devnull, "several processes save together into a regular file"),
-        ("async", "an array of this tree is spread over several processes"),
-    ],
-)
-def test_what_several_processes_cannot_do(pair: Pair, old: Path, option: str, message: str) -> None:
-    for error, text in pair.fail(save_to, old / "file", option):
+@pytest.mark.parametrize("path", [None, os.devnull])
+def test_several_processes_need_a_file_that_all_can_open(pair: Pair, path: str | None) -> None:
+    for error, text in pair.fail(save_to, path):
         assert error == "pytree2safetensors.FileFormatError"
-        assert message in text
+        assert "several processes save together into a regular file, or with max_shard" in text
+
+
+# --- options ----------------------------------------------------------------------------------
+
+
+def small() -> dict[str, tuple[Any, Any]]:
+    """Values of some kinds, and how they are spread."""
+    found: dict[str, tuple[Any, Any]] = {
+        f"{dtype} {number}": (values_of((8, 16), getattr(ml_dtypes, dtype, dtype)), spec)
+        for dtype in ("int4", "bfloat16", "float32")
+        for number, spec in enumerate(SPECS)
+    }
+    found["keys"] = (jax.random.split(jax.random.key(1), (8, 4)), P("x", "y"))
+    found["rows"] = (values_of((1024, 300)), P(("x", "y")))
+    found["columns"] = (values_of((1024, 300)), P(None, ("x", "y")))
+    found["nothing"] = (np.zeros((0, 4), np.int16), P("x", "y"))
+    return found
+
+
+def save_small(folder: str, options: dict[str, Any], background: bool) -> None:
+    """Save with both processes, and with one alone."""
+    described = small()
+    local = {"count": 7, "name": "a", "host": np.arange(70_000, dtype=np.int32), "none": None}
+    tree = local | {name: spread(values, spec) for name, (values, spec) in described.items()}
+    if background:
+        p2s.save_pytree_async(tree, f"{folder}/together", **options).result()
+    else:
+        p2s.save_pytree(tree, f"{folder}/together", **options)
+    if first():
+        alone = local | {name: on_one_device(values) for name, (values, _) in described.items()}
+        p2s.save_pytree(alone, f"{folder}/alone", **options)
+
+
+def contents_of(path: Path) -> dict[str, bytes]:
+    """The files of a save: one, or those of a folder."""
+    if path.is_file():
+        return {"": path.read_bytes()}
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("shards", [None, "100kB", "1GB"])
+@pytest.mark.parametrize("checksum", [False, True])
+def test_every_option_gives_the_bytes_of_one_process(
+    pair: Pair, tmp_path: Path, background: bool, shards: str | None, checksum: bool
+) -> None:
+    options: dict[str, Any] = {"checksum": checksum, "metadata": {"run": "17"}}
+    if shards is not None:
+        (tmp_path / "alone").mkdir()
+        options["max_shard_size"] = shards
+    for durable in False, True:  # the second save replaces the first
+        pair.run(save_small, tmp_path, options | {"durable": durable}, background)
+        together, alone = contents_of(tmp_path / "together"), contents_of(tmp_path / "alone")
+        assert together == alone
+        assert (len(together) > 3) == (shards == "100kB")
+    assert p2s.load_pytree(tmp_path / "together")["count"] == 7
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "together"]
 
 
 def die_while_saving(folder: str, where: int, when: str) -> None:
@@ -839,9 +878,9 @@ def die_while_saving(folder: str, where: int, when: str) -> None:
                 die()
 
         if when == "at the end":
-            pytest.MonkeyPatch().setattr(processes, "flush", die)
+            pytest.MonkeyPatch().setattr(joint, "flush", die)
         else:
-            pytest.MonkeyPatch().setattr(processes, "write_at", write_at)
+            pytest.MonkeyPatch().setattr(joint, "write_at", write_at)
     p2s.save_pytree(large(), f"{folder}/file")
 
 
@@ -914,7 +953,7 @@ def save_all(folder: str, names: list[str], at: str, number: int) -> list[str]:
                 elif at == "path":
                     path = None
                 elif at == "silent":  # interrupted before it begins
-                    known = processes._processes()
+                    known = calls.present()
                     known.calls += 1
                     found.append("silent")
                     continue
@@ -952,7 +991,7 @@ def interrupt_in(step: str, patch: pytest.MonkeyPatch) -> None:
 
     patch.setattr(Interrupt, "__init__", create)
     if step == "write":
-        patch.setattr(processes, "write_at", interrupting(_file.write_at))
+        patch.setattr(joint, "write_at", interrupting(_file.write_at))
     else:
         keys = jax_versions.CoordinationKeys
         patch.setattr(keys, "wait", interrupting(keys.wait))
@@ -1033,15 +1072,13 @@ def test_one_save_more_on_one_is_an_error_on_all(pair: Pair, tmp_path: Path) -> 
 
 
 def test_pieces_are_joined_and_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "_SMALL", 4)
-    monkeypatch.setattr(processes, "_JOINED", 8)
-    monkeypatch.setattr(processes, "_LARGEST", 16)
+    monkeypatch.setattr(share, "_SMALL", 4)
+    monkeypatch.setattr(share, "_JOINED", 8)
+    monkeypatch.setattr(share, "_LARGEST", 16)
     content = bytes(range(100))
     ranges = [(0, 3), (3, 6), (6, 9), (9, 12), (12, 50), (50, 52), (60, 61), (61, 64), (80, 84)]
     pieces = ((start, memoryview(content)[start:stop]) for start, stop in ranges)
-    found = [
-        (start, start + len(piece), bytes(piece)) for start, piece in processes._arranged(pieces)
-    ]
+    found = [(start, start + len(piece), bytes(piece)) for start, piece in share._arranged(pieces)]
     assert [(start, stop) for start, stop, _ in found] == [
         (0, 9), (9, 12), (12, 28), (28, 44), (44, 50), (50, 52), (60, 64), (80, 84),
     ]  # fmt: skip
@@ -1049,7 +1086,7 @@ def test_pieces_are_joined_and_cut(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_nothing_is_needed_of_one_process() -> None:
-    assert not processes.is_needed([jnp.arange(3), np.arange(3), 1])
+    assert not calls.is_needed([jnp.arange(3), np.arange(3), 1])
 
 
 def test_shards_on_the_host_leave_no_copy_behind() -> None:

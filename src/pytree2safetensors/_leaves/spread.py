@@ -1,7 +1,8 @@
 """The bytes of tensors, those of arrays that are spread over devices among them, and where they go."""
 
+import math
 from collections.abc import Iterator
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import jax
 import numpy as np
@@ -31,35 +32,61 @@ def tensor_chunks(leaf: Any, info: TensorInfo) -> Iterator[Chunk]:
     a shard at a time where these follow each other in the file.
     """
     if info.nbytes >= _LARGE and isinstance(leaf, jax.Array) and not leaf.is_fully_replicated:
-        yield from owned_chunks(leaf, info)
+        yield from owned_chunks(owned(leaf, info), info)
     else:
         yield from _in_a_row(host_array(leaf), info, 0)
 
 
-def owned_chunks(leaf: jax.Array, info: TensorInfo) -> Iterator[Chunk]:
-    """The bytes of the shards that this process owns, in order."""
+class Owned(NamedTuple):
+    """The shards of an array that one process saves: their regions of the tensor and their values."""
+
+    shards: list[tuple[Region, jax.Array | NDArray[Any]]]
+
+    def nbytes(self, info: TensorInfo) -> int:
+        """Return how many bytes the shards have in a file."""
+        items = sum(math.prod(shape_of(region)) for region, _ in self.shards)
+        return items * BITS[info.dtype] // 8
+
+    def copied(self) -> "Owned":
+        """Return a copy, safe from donation."""
+        return Owned([(region, _copy(data)) for region, data in self.shards])
+
+
+def owned(leaf: jax.Array, info: TensorInfo) -> Owned:
+    """Return the shards that this process saves: those on devices that own their region."""
+    devices = ownership(leaf.sharding, leaf.shape).devices
+    return Owned(
+        [
+            (region_of(shard.index, info.shape), shard.data)
+            for shard in leaf.addressable_shards
+            if shard.device in devices
+        ]
+    )
+
+
+def _on_host(data: jax.Array | NDArray[Any]) -> NDArray[Any]:
+    return data if isinstance(data, np.ndarray) else host_shard(data)
+
+
+def _copy(data: jax.Array | NDArray[Any]) -> NDArray[Any]:
+    values = _on_host(data)
+    return values if values.flags.owndata else np.array(values)  # what it owns came from a device
+
+
+def owned_chunks(owned: Owned, info: TensorInfo) -> Iterator[Chunk]:
+    """The bytes of shards, in order."""
     itemsize = BITS[info.dtype] // 8
-    shards = [shard for shard in owned(leaf, info) if 0 not in shape_of(shard[0])]
+    shards = [shard for shard in owned.shards if 0 not in shape_of(shard[0])]
     if all(runs_in(region, info.shape, itemsize).number == 1 for region, _ in shards):
         places = [span_of(region, info.shape, itemsize)[0] for region, _ in shards]
         for start, (_, data) in sorted(zip(places, shards, strict=True), key=lambda pair: pair[0]):
-            yield from _in_a_row(host_shard(data), info, start)
+            yield from _in_a_row(_on_host(data), info, start)
         return
     parts = []
     for region, data in shards:
-        raw = to_bytes(host_shard(data), info)
+        raw = to_bytes(_on_host(data), info)
         parts.append(Part(region, np.ndarray(shape_of(region), f"u{itemsize}", raw)))
     yield from gather(parts, info.shape, itemsize)
-
-
-def owned(leaf: jax.Array, info: TensorInfo) -> list[tuple[Region, jax.Array]]:
-    """The shards that this process writes: those on devices that own their region."""
-    devices = ownership(leaf.sharding, leaf.shape).devices
-    return [
-        (region_of(shard.index, info.shape), shard.data)
-        for shard in leaf.addressable_shards
-        if shard.device in devices
-    ]
 
 
 def _in_a_row(values: NDArray[Any], info: TensorInfo, position: int) -> Iterator[Chunk]:

@@ -12,6 +12,7 @@ from jaxtyping import jaxtyped
 
 from pytree2safetensors._collector import collector_paused
 from pytree2safetensors._save import processes
+from pytree2safetensors._save.calls import announced, is_needed
 from pytree2safetensors._save.contents import collect
 from pytree2safetensors._save.saver import wait_for_earlier
 from pytree2safetensors._save.writing import plan_save, target_of, write
@@ -21,7 +22,7 @@ from pytree2safetensors._storage.stream import Writable
 from pytree2safetensors._tree.flatten import PyTree
 
 
-@processes.announced
+@announced
 @jaxtyped(typechecker=beartype)
 def save_pytree(
     tree: PyTree,
@@ -66,7 +67,7 @@ def save_pytree(
     report = reporter(progress, "saving", jax.process_index)
     with collector_paused():
         contents = collect(tree, metadata or {}, unsupported)
-    if processes.is_needed(contents.leaves.values()):
+    if is_needed(contents.leaves.values()):
         options = processes.Options(durable, checksum, max_shard_size)
         processes.save(contents, path, options, report)
         return

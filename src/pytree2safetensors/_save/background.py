@@ -16,9 +16,9 @@ from jaxtyping import jaxtyped
 from numpy.typing import NDArray
 
 from pytree2safetensors._collector import collector_paused
-from pytree2safetensors._errors import FileFormatError
 from pytree2safetensors._leaves.encode import host_array
 from pytree2safetensors._save import processes
+from pytree2safetensors._save.calls import announced, is_needed
 from pytree2safetensors._save.contents import collect
 from pytree2safetensors._save.saver import submit
 from pytree2safetensors._save.writing import plan_save, target_of, write
@@ -29,7 +29,7 @@ from pytree2safetensors._storage.stream import Writable
 from pytree2safetensors._tree.flatten import PyTree
 
 
-@processes.announced
+@announced
 @jaxtyped(typechecker=beartype)
 def save_pytree_async(
     tree: PyTree,
@@ -66,8 +66,7 @@ def save_pytree_async(
         UnsupportedLeafError: Leaves that a file cannot hold.
         KeyPathError: A key has no spelling, or two leaves have one.
         TreeStructureError: JAX cannot flatten the tree.
-        FileFormatError: The metadata are beyond what the format allows, or an array is spread
-            over several processes, which only `save_pytree` can save.
+        FileFormatError: The metadata are beyond what the format allows.
         ValueError: `max_shard_size` is no size, or `path` then is no path.
 
     Specification: *Files*.
@@ -78,14 +77,12 @@ def save_pytree_async(
     report = reporter(progress, "saving", jax.process_index)
     if isinstance(path, str | os.PathLike):  # the process may change its folder meanwhile
         path = absolute(os.fsdecode(path))
-    target = target_of(path, max_shard_size)
     with collector_paused():
         contents = collect(tree, metadata or {}, unsupported)
-        if processes.is_needed(contents.leaves.values()):
-            raise FileFormatError(
-                "an array of this tree is spread over several processes, which save it together: "
-                "call save_pytree on all of them"
-            )
+        if is_needed(contents.leaves.values()):
+            options = processes.Options(durable, checksum, max_shard_size)
+            return processes.save_async(contents, path, options, report)
+        target = target_of(path, max_shard_size)
         plan = plan_save(contents, target, checksum=checksum)
         # Safe from donation and mutation.
         snapshot = {name: _copied(leaf) for name, leaf in contents.leaves.items()}

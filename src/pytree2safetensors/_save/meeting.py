@@ -7,6 +7,7 @@ three meetings: agree, vote and outcome. One with checksums has a fourth, writte
 Specification: *Files*.
 """
 
+import base64
 import json
 import math
 import time
@@ -37,6 +38,7 @@ Step = Literal["written", "vote"]
 _SLICE: Final = 0.5  # seconds of one wait, after which a process looks for interrupts and leavers
 _PATIENCE: Final = 600.0  # seconds that a process waits until the others begin the same save
 _LARGEST: Final = 1 << 20  # characters of terms that one key holds
+_PIECE: Final = 3 << 18  # bytes of data that one key holds: a third more in characters
 
 
 @runtime_checkable
@@ -215,6 +217,22 @@ class JointSave:
         if failed is not None:
             self.failed = failed
             raise error_of(*failed)
+
+    # --- data for process 0 ---
+
+    def give(self, data: bytes) -> None:
+        """Give bytes to process 0, before the step that they belong to is told."""
+        for number, start in enumerate(range(0, len(data), _PIECE)):
+            text = base64.b64encode(data[start : start + _PIECE]).decode("ascii")
+            self._set(f"data/{self.process}/{number}", text)
+
+    def given(self, process: int, size: int) -> bytes:
+        """Return the bytes that a process has given."""
+        texts = [
+            self._wait(f"data/{process}/{number}", process) or ""
+            for number in range(-(-size // _PIECE))
+        ]
+        return b"".join(map(base64.b64decode, texts))
 
     # --- keys ---
 

@@ -5,7 +5,7 @@ Specification: *Files*, *Sharded folders*, *Digests*.
 
 import errno
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -127,16 +127,24 @@ def _write_folder(
     ]
     if plan.index_name:
         parts.append(Part(plan.index_name, len(plan.sealed()), _index_chunks(plan, hashing)))
-    kept = {part.name for part in parts}
-    # A file and an index of one stem would make the folder ambiguous.
+    rival, stale = older_names(plan, target)
+    folder = target.folder or ""
+    with naming(target.path):
+        replace_together(folder, parts, rival, stale, durable=durable, progress=progress)
+
+
+def older_names(plan: SavePlan, target: Target) -> tuple[str, Callable[[Iterable[str]], list[str]]]:
+    """Return the name that goes before the commit, and what finds those that go after it.
+
+    They are an older save's; a file and an index of one stem would make the folder ambiguous.
+    """
+    kept = {file.name for file in plan.files} | {plan.index_name}
     rival = target.stem + SUFFIX if plan.index_name else index_name(target.stem)
 
     def stale(found: Iterable[str]) -> list[str]:
         return sorted(n for n in found if stem_of(n) == target.stem and n not in kept)
 
-    folder = target.folder or ""
-    with naming(target.path):
-        replace_together(folder, parts, rival, stale, durable=durable, progress=progress)
+    return rival, stale
 
 
 def _index_chunks(plan: SavePlan, hashing: Hashing | None) -> Iterator[Chunk]:

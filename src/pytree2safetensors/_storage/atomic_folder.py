@@ -54,7 +54,7 @@ def replace_together(
     with replacing_together(path, temporaries, rival, stale, durable=durable) as creating:
         total, before = sum(part.size for part in parts), 0
         for name, size, chunks in parts:
-            with creating(name) as descriptor:
+            with creating(name, durable) as descriptor:
                 write_chunks(descriptor, chunks, size, part_of(progress, before, total))
             before += size
 
@@ -67,10 +67,11 @@ def replacing_together(
     stale: Callable[[Iterable[str]], list[str]],
     *,
     durable: bool,
-) -> Iterator[Callable[[str], AbstractContextManager[int]]]:
-    """Yield a function that creates one of the files; all take their places if all goes well.
+) -> Iterator[Callable[[str, bool], AbstractContextManager[int]]]:
+    """Yield a function that creates one of the files, and flushes it or not.
 
-    Until then the files have the given temporary names, by which other processes can open them.
+    All files take their places if all goes well. Until then they have the given temporary names,
+    by which other processes can open them.
     """
     with ExitStack() as undo:
         missing = _missing(path)
@@ -83,11 +84,11 @@ def replacing_together(
             undo.callback(folder.discard, temporary)
 
         @contextmanager
-        def creating(name: str) -> Iterator[int]:
+        def creating(name: str, flushed: bool) -> Iterator[int]:
             with Held() as held:
                 descriptor = folder.create(held, temporaries[name], _replaced(folder, name))
                 yield descriptor
-                if durable:
+                if flushed:
                     flush(descriptor)
                 held.close()
 

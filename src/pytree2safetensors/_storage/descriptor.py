@@ -96,6 +96,24 @@ def write_at(descriptor: int, piece: memoryview, offset: int) -> None:
         piece, offset = piece[count:], offset + count
 
 
+def read_at(descriptor: int, size: int, offset: int) -> bytearray:
+    """Read bytes from a place; other threads may read meanwhile where the system can."""
+    found = bytearray(size)
+    rest = memoryview(found)
+    while rest:
+        if hasattr(os, "preadv"):
+            count = os.preadv(descriptor, [rest], offset)
+        else:  # a system without positioned reads
+            os.lseek(descriptor, offset, os.SEEK_SET)
+            piece = os.read(descriptor, len(rest))
+            count = len(piece)
+            rest[:count] = piece
+        if not count:
+            raise OSError(errno.EIO, "the file is shorter than it was written")
+        rest, offset = rest[count:], offset + count
+    return found
+
+
 def reserve(descriptor: int, size: int) -> None:
     """Give a new file its size, and its space where the file system can."""
     preallocate(descriptor, size)

@@ -1,0 +1,104 @@
+"""Calls that several processes take part in: they are counted, and errors in them are told to all.
+
+Specification: *Files*.
+"""
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from functools import partial, wraps
+from typing import Any, ParamSpec, TypeVar
+
+import jax
+
+from pytree2safetensors._errors import FileFormatError
+from pytree2safetensors._leaves.jax_versions import CoordinationKeys, coordination_client
+from pytree2safetensors._leaves.ownership import is_global
+from pytree2safetensors._save.interrupt import Interrupt
+from pytree2safetensors._save.meeting import Processes
+from pytree2safetensors._tree.flatten import open_once
+
+Params = ParamSpec("Params")
+T = TypeVar("T")
+
+_known: list[Processes] = []  # of the present client, once there was a save
+_one_at_a_time = threading.RLock()  # the calls of a process are counted in one order
+
+
+def announced(save: Callable[Params, T]) -> Callable[Params, T]:
+    """Count the calls that several processes take part in, whatever their arguments are.
+
+    An error before the processes have met is told to the others, which raise it, too.
+    """
+
+    @wraps(save)
+    def call(*args: Params.args, **kwargs: Params.kwargs) -> T:
+        tree = args[0] if args else kwargs.get("tree")
+        if coordination_client() is None or not is_needed(_leaves_of(tree)):
+            return save(*args, **kwargs)
+        with _one_at_a_time:
+            processes = present()
+            processes.calls += 1
+            try:
+                return save(*args, **kwargs)
+            except BaseException as error:
+                if processes.told < processes.calls:
+                    _refuse(processes, error)
+                raise
+
+    return call
+
+
+def _refuse(processes: Processes, error: BaseException) -> None:
+    interrupt = Interrupt()
+    with suppress(Exception):  # this process raises its own error
+        interrupt.run(partial(processes.refuse, error, interrupt))
+
+
+def present() -> Processes:
+    """Return the processes of `jax.distributed`; all count anew after it is initialized again."""
+    client = coordination_client()
+    if client is None:
+        raise FileFormatError(
+            "an array of this tree is spread over several processes, which save it together through "
+            "jax.distributed; call jax.distributed.initialize() first"
+        )
+    if not _known or _known[0].client is not client:
+        store = CoordinationKeys(client)
+        _known[:] = [Processes(store, jax.process_index(), jax.process_count(), client)]
+    return _known[0]
+
+
+def is_needed(leaves: Iterable[Any]) -> bool:
+    """Return whether some leaf is not wholly addressable by this process."""
+    leaves = list(leaves)
+    # To ask for the number of processes starts JAX's devices, which a tree of NumPy needs not.
+    if not any(issubclass(kind, jax.Array) for kind in set(map(type, leaves))):
+        return False
+    return jax.process_count() > 1 and any(map(is_global, leaves))
+
+
+def _leaves_of(tree: Any) -> list[Any]:
+    try:
+        return jax.tree_util.tree_leaves(tree)
+    except Exception:  # noqa: BLE001 - the error of a tree that JAX cannot flatten comes later
+        return list(_arrays_in(tree))
+
+
+def _arrays_in(tree: Any) -> Iterator[jax.Array]:
+    """Give the arrays of a tree that JAX cannot flatten, as far as they can be found."""
+    pending, seen = [tree], set[int]()
+    while pending:
+        node = pending.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        if isinstance(node, jax.Array):
+            yield node
+        elif isinstance(node, dict):
+            pending.extend(node.values())
+        elif isinstance(node, list | tuple):
+            pending.extend(node)
+        else:
+            with suppress(Exception):  # the error of this node is the one that comes later
+                pending.extend(child for _, child in open_once(node))
