@@ -34,7 +34,7 @@ from pytree2safetensors import (
     save_pytree,
 )
 from pytree2safetensors._load.checkpoint import read_header
-from pytree2safetensors._storage.byte_source import open_source
+from pytree2safetensors._storage.file_source import open_source
 
 NOTE = "pytree2safetensors"
 DIGESTS = "pytree2safetensors.sha256"

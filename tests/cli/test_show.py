@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from command import Run, small, start, strictly
 from pytree2safetensors import save_pytree
-from pytree2safetensors._storage.byte_source import _Descriptor
+from pytree2safetensors._storage.file_source import FileSource
 
 HEAD = """\
 small.safetensors
@@ -282,13 +282,13 @@ def test_show_reads_the_header_and_the_small_values(
 ) -> None:
     save_pytree({"w": np.ones(1_000_000), "step": 3}, "large.safetensors")
     reads: list[tuple[int, int]] = []
-    read_into = _Descriptor.read_into
+    read_into = FileSource.read_into
 
-    def recorded(self: _Descriptor, buffers: list[memoryview], offset: int) -> int:
+    def recorded(self: FileSource, buffers: list[memoryview], offset: int) -> int:
         reads.append((offset, sum(map(len, buffers))))
         return read_into(self, buffers, offset)
 
-    monkeypatch.setattr(_Descriptor, "read_into", recorded)
+    monkeypatch.setattr(FileSource, "read_into", recorded)
     assert run("show", "large.safetensors")[0] == 0
     assert [offset for offset, length in reads if length > 8] == [0]
     assert max(length for _, length in reads) <= 1 << 16

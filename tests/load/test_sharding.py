@@ -36,7 +36,7 @@ from pytree2safetensors._leaves.extents import (
 from pytree2safetensors._load import api as _load
 from pytree2safetensors._load import sharded as _sharding
 from pytree2safetensors._load.checkpoint import open_checkpoint
-from pytree2safetensors._storage import byte_source as _source
+from pytree2safetensors._storage import file_source as _source
 
 P: Any = PartitionSpec  # whose constructor JAX leaves untyped
 Struct: Any = jax.ShapeDtypeStruct
@@ -740,14 +740,14 @@ class Counter:
 
     def __init__(self, patch: pytest.MonkeyPatch, size: int) -> None:
         self.times = np.zeros(size, np.int64)
-        original = _source._Descriptor.read_into
+        original = _source.FileSource.read_into
 
         def read_into(source: Any, buffers: list[memoryview], offset: int) -> int:
             count = original(source, buffers, offset)
             self.times[offset : offset + count] += 1
             return count
 
-        patch.setattr(_source._Descriptor, "read_into", read_into)
+        patch.setattr(_source.FileSource, "read_into", read_into)
 
 
 @pytest.mark.parametrize("spec", SPECS)

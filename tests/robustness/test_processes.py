@@ -36,8 +36,8 @@ from pytree2safetensors._leaves.encode import host_shard
 from pytree2safetensors._leaves.to_jax import TAKEN_OVER
 from pytree2safetensors._save import calls, joint, share
 from pytree2safetensors._save.interrupt import Interrupt
-from pytree2safetensors._storage import byte_source as _source
 from pytree2safetensors._storage import descriptor as _file
+from pytree2safetensors._storage import file_source as _source
 
 pytestmark = pytest.mark.multiprocess
 
@@ -501,7 +501,7 @@ def count_bytes(folder: str) -> tuple[int, int]:
     counts = []
     for spec in P("x"), P(None, "x"):
         times = np.zeros(size, np.int8)
-        original = _source._Descriptor.read_into
+        original = _source.FileSource.read_into
 
         def read_into(source: Any, buffers: list[memoryview], offset: int) -> int:
             count = original(source, buffers, offset)
@@ -509,7 +509,7 @@ def count_bytes(folder: str) -> tuple[int, int]:
             return count
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(_source._Descriptor, "read_into", read_into)
+            patch.setattr(_source.FileSource, "read_into", read_into)
             template = [spread(values, spec)]
             (found,) = p2s.load_into_pytree(template, f"{folder}/file")
         assert_same_shards(found, template[0])

@@ -5,7 +5,7 @@ Specification: *Loading*.
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import closing
+from contextlib import ExitStack, closing
 from functools import partial
 from itertools import repeat
 from types import TracebackType
@@ -28,13 +28,19 @@ from pytree2safetensors._format.note import NOTE, Note, is_reserved, read_note
 from pytree2safetensors._format.tensor import TensorInfo, check_kind
 from pytree2safetensors._leaves.spec import LeafSpec, spec_of
 from pytree2safetensors._load.locate import Index, is_index, locate, read_index
-from pytree2safetensors._storage.byte_source import ByteSource, PathLike, Readable, open_source
+from pytree2safetensors._storage.byte_source import ByteSource, PathLike, Readable
+from pytree2safetensors._storage.file_source import (
+    descriptors_to_keep,
+    is_exhausted,
+    open_source,
+    shut,
+)
 from pytree2safetensors._tree.claims import check_nodes
 from pytree2safetensors._tree.keypath import string2keypath
 
 _PIECE = 8 << 20  # bytes of a tensor that are read at once; a multiple of every item size
 _HEAD = 1 << 16  # bytes: nearly every header is read with the first call
-_KEPT = 100  # shards that stay open; systems allow a process 256 files, or 1,024
+_KEPT = descriptors_to_keep()  # shards that stay open
 _ATTEMPTS = 5  # at opening shards; only savers in a loop need more than two
 Place: TypeAlias = tuple[ByteSource, int]  # where the bytes of a tensor are
 
@@ -70,8 +76,9 @@ class OpenCheckpoint:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for source in self.sources:
-            source.close()
+        with ExitStack() as stack:  # all of them, whatever one of them raises
+            for source in self.sources:
+                stack.callback(source.close)
 
     def add(self, source: ByteSource, start: int, tensors: Tensors) -> None:
         """Take in the tensors of a file whose data begin at `start`."""
@@ -137,12 +144,32 @@ def open_checkpoint(path: PathLike | Readable, mmap: bool = False) -> OpenCheckp
     if mmap and not isinstance(path, str | os.PathLike):
         raise ValueError("mmap=True maps a file on disk; load a file object without it")
     if isinstance(path, str | os.PathLike):
-        path = locate(os.fsdecode(path))
-        if is_index(path):
-            return _open_shards(path)
-    source = open_source(path)
+        return _open_path(os.fsdecode(path))
+    return _open_file(open_source(path))
+
+
+def _open_path(path: str) -> OpenCheckpoint:
+    """Open what a path means; look again if a save has replaced it since."""
+    found = locate(path)
+    for _ in range(_ATTEMPTS):
+        try:
+            if is_index(found):
+                return _open_shards(found)
+            return _open_file(open_source(found, regular=found != path))
+        except (FileFormatError, FileNotFoundError):
+            if os.path.lexists(found) or found == (again := locate(path)):
+                raise
+            found = again
+    raise _replaced_again(path)
+
+
+def _open_file(source: ByteSource) -> OpenCheckpoint:
     store = OpenCheckpoint(source.label, [source])
     return _opened(store, lambda: _read_file(store, source))
+
+
+def _replaced_again(path: str) -> FileFormatError:
+    return FileFormatError(f"{shorten(path)} is being replaced by another save; load it after that")
 
 
 def _open_shards(path: str) -> OpenCheckpoint:
@@ -160,18 +187,25 @@ def _open_shards(path: str) -> OpenCheckpoint:
                 if index.is_current():
                     return store
                 store.__exit__(None, None, None)
-    raise FileFormatError(f"{shorten(path)} is being replaced by another save; load it after that")
+    raise _replaced_again(path)
 
 
 def _read_shards(store: OpenCheckpoint, index: Index) -> None:
     for shard in index.shards:
-        source = index.open(shard)
+        try:
+            source = index.open(shard)
+        except OSError as error:
+            if not is_exhausted(error):
+                raise
+            for kept in store.sources:
+                shut(kept)
+            source = index.open(shard)
         store.sources.append(source)
         start, tensors, _ = read_header(source)
         index.check(shard, tensors.names)
         tensors = tensors.keep(index.shards[shard])
         if len(store.sources) > _KEPT:
-            source = store.sources[-1] = index.shut(shard, source)
+            shut(source)
         store.add(source, start, tensors)
     store.read_metadata(index.metadata)
 

@@ -4,9 +4,10 @@ Specification: *Sharded folders*.
 """
 
 import os
+import re
 from collections.abc import Iterable
 from contextlib import closing
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from pytree2safetensors._errors import FileFormatError, shorten
 from pytree2safetensors._format.header import LENGTH_BYTES, MAX_HEADER
@@ -22,9 +23,12 @@ from pytree2safetensors._format.index import (
     stem_of,
 )
 from pytree2safetensors._format.strict_json import read_json
-from pytree2safetensors._storage.byte_source import ByteSource, identity, open_source, shut
-from pytree2safetensors._storage.folder import absolute
+from pytree2safetensors._storage.byte_source import ByteSource
+from pytree2safetensors._storage.file_source import identity, open_source
 from pytree2safetensors._storage.naming import TEMPORARY
+
+# How other programs number shards, or have done so.
+_OTHER_SHARD: Final = re.compile(r".*\.safetensors-[0-9]+-of-[0-9]+", re.DOTALL)
 
 
 class Index(NamedTuple):
@@ -46,20 +50,13 @@ class Index(NamedTuple):
 
     def open(self, shard: str) -> ByteSource:
         """Open a shard. As a hub's cache is made of symbolic links, these are followed."""
-        path = self._path_of(shard)
+        path = os.path.join(os.path.dirname(self.path), shard)
         if not os.path.isfile(path):  # which a pipe is not: opening one would wait
             raise FileFormatError(
                 f"{self.label} names the shard {shorten(shard)}, which is missing; "
                 "copy the folder again, whole"
             )
-        return open_source(path)
-
-    def shut(self, shard: str, source: ByteSource) -> ByteSource:
-        """A shard that is open only while it is read."""
-        return shut(absolute(self._path_of(shard)), source)
-
-    def _path_of(self, shard: str) -> str:
-        return os.path.join(os.path.dirname(self.path), shard)
+        return open_source(path, regular=True)
 
     def check(self, shard: str, names: Iterable[str]) -> None:
         """Refuse a shard that lacks a tensor that the index places there."""
@@ -76,8 +73,8 @@ def is_index(path: str) -> bool:
     if not path.endswith(".json") or not os.path.isfile(path):
         return path.endswith(".json")
     try:
-        source = open_source(path)
-    except OSError:  # a save may be replacing it
+        source = open_source(path, regular=True)
+    except (FileFormatError, OSError):  # a save may be replacing it
         return True
     with closing(source):
         head = bytes(source.read(0, min(LENGTH_BYTES + 1, source.size)))
@@ -97,8 +94,20 @@ def locate(path: str) -> str:
         index = path + ".index.json"  # of what was saved as this path, and took several shards
         saved = path.endswith(SUFFIX) and not os.path.lexists(path)
         return index if saved and _has_parts(index) else path
-    names = os.listdir(path)
-    indexes = sorted(filter(INDEX_NAME.fullmatch, names))
+    seen: list[str] | None = None
+    while True:
+        names = sorted(os.listdir(path))
+        try:
+            return os.path.join(path, _chosen(path, names))
+        except FileFormatError:
+            if names == seen:  # else a save may be under way, and what was listed a mixture
+                raise
+            seen = names
+
+
+def _chosen(folder: str, names: list[str]) -> str:
+    """Return which of the names in a folder is the index, or the one file."""
+    indexes = list(filter(INDEX_NAME.fullmatch, names))
     if index_name(STEM) in indexes:
         indexes = [index_name(STEM)]
     single = STEM + SUFFIX
@@ -108,18 +117,25 @@ def locate(path: str) -> str:
     elif single in names:
         found = [single]
     else:
-        _check_not_cut_short(path, sorted(filter(SHARD_NAME.fullmatch, names)))
-        found = sorted(name for name in names if name.endswith(SUFFIX))
+        _check_not_cut_short(folder, list(filter(SHARD_NAME.fullmatch, names)))
+        found = [name for name in names if name.endswith(SUFFIX)]
     if len(found) > 1:
         more = f" and {len(found) - 5} more" if len(found) > 5 else ""
         raise FileFormatError(
-            f"the folder {shorten(path)} has {', '.join(map(shorten, found[:5]))}{more}; "
+            f"the folder {shorten(folder)} has {', '.join(map(shorten, found[:5]))}{more}; "
             "name the one to load"
         )
     if not found:
-        _check_not_cut_short(path, [name for name in names if name.startswith(TEMPORARY)])
-        raise FileFormatError(f"the folder {shorten(path)} has no safetensors file and no index")
-    return os.path.join(path, found[0])
+        _check_not_cut_short(folder, [name for name in names if name.startswith(TEMPORARY)])
+        other = next(filter(_OTHER_SHARD.fullmatch, names), None)
+        hint = other and (
+            f"; {shorten(other)} is not the name of a shard, which is of the form "
+            "'model-00001-of-00002.safetensors': rename it, or copy the folder again, whole"
+        )
+        raise FileFormatError(
+            f"the folder {shorten(folder)} has no safetensors file and no index{hint or ''}"
+        )
+    return found[0]
 
 
 def _has_parts(index: str) -> bool:
@@ -152,7 +168,7 @@ def read_index(path: str) -> Index:
     """
     try:
         status = _status(path)
-        source = open_source(path)
+        source = open_source(path, regular=True)
     except FileNotFoundError:
         _check_not_cut_short(os.path.dirname(path) or os.curdir, _shards_beside(path))
         raise

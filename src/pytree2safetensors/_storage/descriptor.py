@@ -33,6 +33,8 @@ class Held:
         with suppress(OSError):
             self.close()
 
+    __del__ = __exit__  # of what an interrupt takes from its owner
+
     def open(self, path: str, flags: int, mode: int = 0o777, dir_fd: int | None = None) -> int:
         """Open a file as `os.open` does."""
         flags |= getattr(os, "O_BINARY", 0)

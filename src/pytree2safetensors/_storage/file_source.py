@@ -1,0 +1,143 @@
+"""Bytes out of files. Nothing else opens a file for reading."""
+
+import errno
+import mmap
+import os
+import stat
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pytree2safetensors._errors import FileFormatError, shorten
+from pytree2safetensors._storage.byte_source import ByteSource, PathLike, Readable
+from pytree2safetensors._storage.descriptor import Held
+from pytree2safetensors._storage.folder import absolute
+from pytree2safetensors._storage.stream_source import ForwardSource, open_stream
+
+if sys.platform != "win32":
+    import resource
+
+_EXHAUSTED: Final = {errno.EMFILE, errno.ENFILE}  # there are no descriptors left
+
+
+class FileSource(ByteSource):
+    """A regular file. It may be shut, and is then open only while something is read of it."""
+
+    def __init__(self, label: str, path: str, held: Held, descriptor: int) -> None:
+        status = os.fstat(descriptor)
+        super().__init__(label, status.st_size)
+        self.path, self.identity = absolute(path), identity(status)
+        self._held, self._descriptor = held, descriptor
+        self._is_shut = False
+        self._lock = threading.Lock()
+
+    def shut(self) -> None:
+        """Close the file until something is read of it."""
+        self._is_shut = True
+        self._held.close()
+
+    def read_into(self, buffers: list[memoryview], offset: int) -> int:
+        with self._opened() as descriptor:
+            if hasattr(os, "preadv"):
+                count: int = os.preadv(descriptor, buffers, offset)
+                return count
+            with self._lock:  # a system without positioned reads
+                os.lseek(descriptor, offset, os.SEEK_SET)
+                piece = os.read(descriptor, len(buffers[0]))
+            buffers[0][: len(piece)] = piece
+            return len(piece)
+
+    def map(self) -> NDArray[np.uint8]:
+        if not self.size:
+            return np.empty(0, np.uint8)
+        with self._opened() as descriptor:
+            return np.frombuffer(mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ), np.uint8)
+
+    @contextmanager
+    def _opened(self) -> Iterator[int]:
+        if not self._is_shut:
+            yield self._descriptor
+            return
+        with Held() as held:
+            try:
+                descriptor = held.open(self.path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+                found = identity(os.fstat(descriptor))
+            except FileNotFoundError:
+                found = ()
+            if found != self.identity:
+                raise FileFormatError(f"{self.label} was replaced while it was read; load it again")
+            yield descriptor
+
+    def close(self) -> None:
+        self._held.close()
+
+
+class _Pipe(ForwardSource):
+    """A pipe or a device that has a path."""
+
+    def __init__(self, label: str, held: Held, descriptor: int) -> None:
+        super().__init__(label, os.fdopen(descriptor, "rb", closefd=False))
+        self._held = held
+
+    def close(self) -> None:
+        self.file.close()
+        self._held.close()
+
+
+def open_source(path: PathLike | Readable, *, regular: bool = False) -> ByteSource:
+    """Open a file, or a file object, for reading.
+
+    Raises:
+        FileFormatError: It is to be a regular file, and is a pipe or a device, which may wait.
+        OSError: It cannot be opened.
+    """
+    if isinstance(path, str | os.PathLike):
+        return _open_path(os.fsdecode(path), regular)
+    return open_stream(path)
+
+
+def _open_path(path: str, regular: bool) -> ByteSource:
+    label, held = shorten(path), Held()
+    try:
+        waiting = getattr(os, "O_NONBLOCK", 0) if regular else 0
+        descriptor = held.open(path, os.O_RDONLY | waiting)
+        mode = os.fstat(descriptor).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+        if stat.S_ISREG(mode):
+            return FileSource(label, path, held, descriptor)
+        if regular:
+            raise FileFormatError(f"{label} is a pipe or a device, and no regular file")
+        return _Pipe(label, held, descriptor)
+    except BaseException:
+        held.__exit__()
+        raise
+
+
+def shut(source: ByteSource) -> None:
+    """Close a file until something is read of it."""
+    if isinstance(source, FileSource):
+        source.shut()
+
+
+def identity(status: os.stat_result) -> tuple[int, ...]:
+    """Return what differs between a file and another that takes its place."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def is_exhausted(error: OSError) -> bool:
+    """Return whether an error says that there are no descriptors left."""
+    return error.errno in _EXHAUSTED
+
+
+def descriptors_to_keep() -> int:
+    """Return how many files may stay open at once: half of what a process may have."""
+    if sys.platform == "win32":
+        return 256
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 4096 if soft == resource.RLIM_INFINITY else min(4096, soft // 2)
