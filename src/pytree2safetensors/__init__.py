@@ -14,9 +14,11 @@ from pytree2safetensors._load.api import load_abstract, load_metadata, load_pytr
 from pytree2safetensors._load.template_api import load_into_pytree, set_weights
 from pytree2safetensors._save.api import save_pytree
 from pytree2safetensors._save.background import save_pytree_async
+from pytree2safetensors._save.flat_dict import pytree2dict
 from pytree2safetensors._tree.containers import PyTreeContainer, UnkeyedContainer
-from pytree2safetensors._tree.flatten import dict2pytree, pytree2dict
+from pytree2safetensors._tree.flatten import dict2pytree
 from pytree2safetensors._tree.keypath import Key, KeyPath, keypath2string, string2keypath
+from pytree2safetensors._tree.rule import Rule
 from pytree2safetensors._version import __version__ as __version__
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "KeyPathError",
     "PyTreeContainer",
     "Pytree2SafetensorsError",
+    "Rule",
     "TreeStructureError",
     "UnkeyedContainer",
     "UnsupportedLeafError",

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import pairwise, product
 from typing import Any
 
+import jax
 import numpy as np
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -243,3 +244,20 @@ def partitions(draw: Any, shape: tuple[int, ...]) -> list[tuple[tuple[int, int],
         ends = [0, *sorted(inner), size]
         cuts.append([*pairwise(ends)])
     return [tuple(found) for found in product(*cuts)]
+
+
+@st.composite
+def shardings(draw: Any, shape: tuple[int, ...]) -> jax.sharding.NamedSharding:
+    """Shardings of an array over some of the devices, replicated ones among them."""
+    devices = draw(st.permutations(jax.devices()))
+    parts: list[int] = []
+    for size in shape:
+        room = len(devices) // math.prod(parts)
+        choices = [n for n in range(1, room + 1) if size % n == 0] or [1]
+        parts.append(draw(st.sampled_from(choices)))
+    copies = draw(st.integers(1, len(devices) // math.prod(parts)))
+    count = copies * math.prod(parts)
+    names = [f"axis{number}" for number in range(len(shape))]
+    mesh = jax.sharding.Mesh(np.array(devices[:count]).reshape(copies, *parts), ("copy", *names))
+    spec = jax.sharding.PartitionSpec(*names)  # type: ignore[no-untyped-call] # JAX gives it no types
+    return jax.sharding.NamedSharding(mesh, spec)

@@ -1,14 +1,26 @@
 """The laws of rules, against an oracle that moves one element at a time."""
 
+from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from correspondences import Correspondence, correspondences, partitions, regions
-from hypothesis import event, given
+import pytest
+import safetensors.numpy
+from correspondences import Correspondence, correspondences, partitions, regions, shardings
+from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from pytree2safetensors import KeyPath, keypath2string
+from pytree2safetensors import (
+    KeyPath,
+    dict2pytree,
+    keypath2string,
+    pytree2dict,
+    save_pytree,
+    save_pytree_async,
+)
 from pytree2safetensors._leaves.extents import Region, shape_of, within
 from pytree2safetensors._leaves.routes import Routes, routes_of
 from pytree2safetensors._leaves.views import (
@@ -44,10 +56,6 @@ def at(region: Region) -> Any:
     return (*(slice(*bounds) for bounds in region), ...)
 
 
-def number_at(place: tuple[int, ...]) -> Any:
-    return (*place, ...)
-
-
 def read(view: View, region: Region, file: dict[str, NDArray[Any]]) -> NDArray[Any]:
     """A region of a leaf, read as a reader would: each run straight into its place."""
     values = np.full(shape_of(region), -1, np.int32)
@@ -55,7 +63,7 @@ def read(view: View, region: Region, file: dict[str, NDArray[Any]]) -> NDArray[A
         memory = np.full(box.shape, -1, np.int32)
         for name, there, place in sources_of(view, box):
             index = at(there)
-            destination = memory[number_at(place)]
+            destination = memory[place]
             assert destination.flags.c_contiguous
             destination[...] = file[name].reshape(view.fine)[index]
         values[within(box.region, region)] = to_leaf(view, box, memory)
@@ -111,7 +119,7 @@ def test_shards_of_the_leaves_make_the_file(data: Any, case: Correspondence) -> 
                     index = at(there)
                     target = found[name].reshape(view.fine)[index]
                     assert (target == -1).all()
-                    target[...] = shown[number_at(place)]
+                    target[...] = shown[place]
     for name, values in file.items():
         np.testing.assert_array_equal(found[name], values)
 
@@ -130,7 +138,7 @@ def test_a_plain_view_is_the_tensor(data: Any, shape: tuple[int, ...]) -> None:
             region,
             shape_of(region),
         )
-        assert [*sources_of(view, box)] == [("t", region, ())]
+        assert [*sources_of(view, box)] == [("t", region, (...,))]
 
 
 @given(st.data(), correspondences())
@@ -144,6 +152,57 @@ def test_parts_of_equal_size_need_no_other_part(data: Any, case: Correspondence)
     path, _, shape = data.draw(st.sampled_from(leaves))
     found = routes_of(RuleIndex([case.rule]), [path], [shape], complete=False)
     assert found.routes[0] == views(case)[path]
+
+
+# --- saving -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("rules") / "model.safetensors"
+
+
+def tree_of(data: Any, leaves: dict[str, NDArray[Any]]) -> Any:
+    """A tree of leaves in NumPy, in JAX, and in JAX sharded over devices."""
+    found: dict[str, Any] = {}
+    for name, values in leaves.items():
+        kind = data.draw(st.sampled_from(["numpy", "jax", "sharded"]))
+        if kind == "numpy":
+            found[name] = values
+        elif kind == "jax":
+            found[name] = jnp.asarray(values)
+        else:
+            found[name] = jax.device_put(values, data.draw(shardings(values.shape)))
+    return dict2pytree(found)
+
+
+@given(st.data(), correspondences())
+def test_law_9_saving_is_what_a_file_is_made_of(
+    path: Path, data: Any, case: Correspondence
+) -> None:
+    file = case.file()
+    tree = tree_of(data, case.tree(file))
+    save = data.draw(st.sampled_from([save_pytree, save_in_background]))
+    checksum = data.draw(st.booleans())
+    save(tree, path, rename=[case.rule], checksum=checksum, metadata={"format": "pt"})
+    found = safetensors.numpy.load_file(path)
+    assert found.keys() == file.keys()
+    for name, values in file.items():
+        np.testing.assert_array_equal(found[name], values, strict=True)
+
+
+def save_in_background(*arguments: Any, **options: Any) -> None:
+    save_pytree_async(*arguments, **options).result()
+
+
+@settings(max_examples=20)  # JAX compiles a program for each shape
+@given(st.data(), correspondences())
+def test_law_9_a_flat_dict_is_the_file(data: Any, case: Correspondence) -> None:
+    file = case.file()
+    found = pytree2dict(tree_of(data, case.tree(file)), rename=[case.rule])
+    assert found.keys() == file.keys()
+    for name, values in file.items():
+        np.testing.assert_array_equal(found[name], values, strict=True)
 
 
 # --- matching ---------------------------------------------------------------------------------

@@ -81,6 +81,18 @@ def host_shard(data: jax.Array) -> NDArray[Any]:
     return np.asarray(data)
 
 
+def host_part(data: Any, index: tuple[slice, ...]) -> NDArray[Any]:
+    """The values of a region of an array on one device, which alone is copied from there."""
+    if isinstance(data, np.ndarray):
+        part: NDArray[Any] = data[index]
+        return part
+    sizes = [bounds.stop - bounds.start for bounds in index]
+    if _is_on_host(data) or sizes == [*data.shape]:
+        return host_shard(data)[index]
+    starts = [bounds.start for bounds in index]  # one program for all regions of a size
+    return host_shard(jax.lax.dynamic_slice(data, starts, sizes))
+
+
 def _key_data(keys: jax.Array) -> jax.Array:
     with jax.ensure_compile_time_eval():  # it has values, whatever is traced around this
         return jax.random.key_data(keys)

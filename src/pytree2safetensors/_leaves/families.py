@@ -1,4 +1,7 @@
-"""Families: the views of leaves that a rule cuts from the same tensors."""
+"""Families: the views of leaves that a rule cuts from the same tensors.
+
+Specification: *Rules*.
+"""
 
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence

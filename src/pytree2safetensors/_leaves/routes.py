@@ -1,4 +1,7 @@
-"""Routes: the views that rules give the leaves of a tree."""
+"""Routes: the views that rules give the leaves of a tree.
+
+Specification: *Rules*.
+"""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias

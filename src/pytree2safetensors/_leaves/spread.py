@@ -9,17 +9,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pytree2safetensors._format.tensor import BITS, TensorInfo
-from pytree2safetensors._leaves.encode import blocks, host_array, host_shard, to_bytes
+from pytree2safetensors._leaves.assembled import Assembled
+from pytree2safetensors._leaves.encode import blocks, host_array, host_part, host_shard, to_bytes
 from pytree2safetensors._leaves.extents import (
     Part,
     Region,
+    common,
     gather,
     region_of,
     runs_in,
     shape_of,
     span_of,
+    within,
 )
 from pytree2safetensors._leaves.ownership import ownership
+from pytree2safetensors._leaves.views import file_parts, region_of_tensor
 from pytree2safetensors._types import Chunk
 
 _LARGE: Final = 1 << 16  # bytes: smaller arrays are made whole sooner than cut
@@ -31,7 +35,9 @@ def tensor_chunks(leaf: Any, info: TensorInfo) -> Iterator[Chunk]:
     Of a large array that is spread over devices, only what the host cannot read in place is copied:
     a shard at a time where these follow each other in the file.
     """
-    if info.nbytes >= _LARGE and isinstance(leaf, jax.Array) and not leaf.is_fully_replicated:
+    if isinstance(leaf, Assembled):
+        yield from assembled_chunks(leaf)
+    elif info.nbytes >= _LARGE and isinstance(leaf, jax.Array) and not leaf.is_fully_replicated:
         yield from owned_chunks(owned(leaf, info), info)
     else:
         yield from _in_a_row(host_array(leaf), info, 0)
@@ -87,6 +93,33 @@ def owned_chunks(owned: Owned, info: TensorInfo) -> Iterator[Chunk]:
         raw = to_bytes(_on_host(data), info)
         parts.append(Part(region, np.ndarray(shape_of(region), f"u{itemsize}", raw)))
     yield from gather(parts, info.shape, itemsize)
+
+
+def assembled_chunks(tensor: Assembled) -> Iterator[Chunk]:
+    """The bytes of a tensor that is made of leaves, as far as this process owns them, in order."""
+    name, info, members = tensor
+    itemsize = BITS[info.dtype] // 8
+    parts = []
+    for view, leaf in members:
+        needed = region_of_tensor(view, name)
+        for region, data in _held(leaf):
+            shared = common(region, needed)
+            if shared is None:
+                continue
+            part = host_part(data, within(shared, region))
+            raw = np.ndarray(shape_of(shared), f"u{itemsize}", to_bytes(part, info))
+            for source, values in file_parts(view, shared, raw):
+                if source.name == name:
+                    parts.append(Part(source.region, values))
+    yield from gather(parts, members[0].view.fine, itemsize)
+
+
+def _held(leaf: Any) -> list[tuple[Region, Any]]:
+    """The regions of a leaf that this process writes."""
+    if isinstance(leaf, jax.Array) and not (leaf.is_fully_replicated and leaf.is_fully_addressable):
+        return [*owned(leaf, TensorInfo("", leaf.shape, 0)).shards]
+    values = host_array(leaf)
+    return [(tuple((0, size) for size in values.shape), values)]
 
 
 def _in_a_row(values: NDArray[Any], info: TensorInfo, position: int) -> Iterator[Chunk]:

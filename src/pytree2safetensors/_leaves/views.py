@@ -2,6 +2,8 @@
 
 A view is the same for both directions. Reading fills memory that lies in the order of the file and
 gives it to the leaf as `to_leaf` shows it; writing takes from the leaf what `to_file` shows.
+
+Specification: *Rules*.
 """
 
 import math
@@ -9,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
-from pytree2safetensors._leaves.extents import Region, Shape, shape_of
+from pytree2safetensors._leaves.extents import Region, Shape, shape_of, within
 
 
 class View(NamedTuple):
@@ -68,7 +70,7 @@ class Source(NamedTuple):
 
     name: str
     region: Region  # of the tensor, reshaped to `fine`
-    place: tuple[int, ...]  # on the stacked axes
+    place: tuple[Any, ...]  # the index that selects its memory
 
 
 def plain_view(name: str, shape: Shape) -> View:
@@ -134,8 +136,8 @@ def sources_of(view: View, box: Box) -> Iterator[Source]:
         place = 0
         for number, size in zip(numbers, view.stacked, strict=True):
             place = place * size + number
-        index = tuple(n - start for n, (start, _) in zip(numbers, stacked, strict=True))
-        yield Source(view.names[place], region, index)
+        index = [n - start for n, (start, _) in zip(numbers, stacked, strict=True)]
+        yield Source(view.names[place], region, (*index, ...))
 
 
 def to_leaf(view: View, box: Box, memory: Any) -> Any:
@@ -151,6 +153,30 @@ def to_file(view: View, box: Box, values: Any) -> Any:
     shape, order = box.shape, view.order
     back = sorted(range(len(order)), key=order.__getitem__)
     return values.reshape([shape[axis] for axis in order]).transpose(back)
+
+
+def file_parts(view: View, region: Region, values: Any) -> Iterator[tuple[Source, Any]]:
+    """What belongs where in the tensors, of the values of a region of the leaf.
+
+    `values` is an array of NumPy, of which nothing is copied, or of JAX.
+    """
+    for box in boxes_of(view, region):
+        shown = to_file(view, box, values[within(box.region, region)])
+        for source in sources_of(view, box):
+            yield source, shown[source.place]
+
+
+def region_of_tensor(view: View, name: str) -> Region:
+    """A region of the leaf, as small as it may be, that has all of a tensor's part in it."""
+    place = view.names.index(name)
+    region = []
+    for merged, size in zip(view.axes, view.shape, strict=True):
+        if len(merged) == 1 and merged[0] < len(view.stacked):
+            number = place // math.prod(view.stacked[merged[0] + 1 :]) % size
+            region.append((number, number + 1))
+        else:
+            region.append((0, size))
+    return tuple(region)
 
 
 def leaf_of(view: View, tensors: Mapping[str, Any], stack: Any) -> Any:

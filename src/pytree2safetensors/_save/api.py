@@ -11,6 +11,7 @@ from beartype import beartype
 from jaxtyping import jaxtyped
 
 from pytree2safetensors._collector import collector_paused
+from pytree2safetensors._leaves.renaming import Rename
 from pytree2safetensors._save import processes
 from pytree2safetensors._save.calls import announced, is_needed
 from pytree2safetensors._save.contents import collect
@@ -34,6 +35,7 @@ def save_pytree(
     checksum: bool = False,
     max_shard_size: int | str | None = None,
     progress: ProgressOption = False,
+    rename: Rename | None = None,
 ) -> None:
     """Save a pytree as one safetensors file, from which `load_pytree` gives the same tree back.
 
@@ -50,13 +52,17 @@ def save_pytree(
         checksum: Keep a digest of each tensor, which loading checks. Costs a second pass.
         max_shard_size: Split what is larger, in bytes or such as "5GB", as model hubs do.
         progress: True for a bar, or a function of (done_bytes, total_bytes).
+        rename: Rules, or what else `load_into_pytree` takes: the file has the names and axes that
+            it would be loaded from, and no note.
 
     Raises:
         UnsupportedLeafError: Leaves that a file cannot hold, or an array that was deleted or
-            donated; nothing was written.
+            donated, or with `rename` one that a tensor alone does not tell; nothing was written.
+        WeightsMismatchError: `rename` does not fit the tree.
         KeyPathError: A key has no spelling, or two leaves have one.
         TreeStructureError: JAX cannot flatten the tree.
-        FileFormatError: The metadata or the header are beyond what the format allows.
+        FileFormatError: The metadata or the header are beyond what the format allows, or leaves
+            that differ have one name.
         ValueError: `max_shard_size` is no size, or `path` then is no path.
         OSError: The file cannot be written; what was there before still is.
 
@@ -66,7 +72,7 @@ def save_pytree(
     """
     report = reporter(progress, "saving", jax.process_index)
     with collector_paused():
-        contents = collect(tree, metadata or {}, unsupported)
+        contents = collect(tree, metadata or {}, unsupported, rename)
     if is_needed(contents.leaves.values()):
         options = processes.Options(durable, checksum, max_shard_size)
         processes.save(contents, path, options, report)

@@ -16,7 +16,9 @@ from jaxtyping import jaxtyped
 from numpy.typing import NDArray
 
 from pytree2safetensors._collector import collector_paused
+from pytree2safetensors._leaves.assembled import Assembled
 from pytree2safetensors._leaves.encode import host_array
+from pytree2safetensors._leaves.renaming import Rename
 from pytree2safetensors._save import processes
 from pytree2safetensors._save.calls import announced, is_needed
 from pytree2safetensors._save.contents import collect
@@ -41,6 +43,7 @@ def save_pytree_async(
     checksum: bool = False,
     max_shard_size: int | str | None = None,
     progress: ProgressOption = False,
+    rename: Rename | None = None,
 ) -> Future[None]:
     """Save a pytree in the background, as `save_pytree` does.
 
@@ -57,6 +60,7 @@ def save_pytree_async(
         checksum: Keep a digest of each tensor.
         max_shard_size: Split what is larger, in bytes or such as "5GB".
         progress: True for a bar, or a function, called from another thread.
+        rename: What gives the tensors other names and axes, as for `save_pytree`.
 
     Returns:
         A future whose `result()` is None, or raises what writing raised. Ask for it: an error that
@@ -64,6 +68,7 @@ def save_pytree_async(
 
     Raises:
         UnsupportedLeafError: Leaves that a file cannot hold.
+        WeightsMismatchError: `rename` does not fit the tree.
         KeyPathError: A key has no spelling, or two leaves have one.
         TreeStructureError: JAX cannot flatten the tree.
         FileFormatError: The metadata are beyond what the format allows.
@@ -78,15 +83,30 @@ def save_pytree_async(
     if isinstance(path, str | os.PathLike):  # the process may change its folder meanwhile
         path = absolute(os.fsdecode(path))
     with collector_paused():
-        contents = collect(tree, metadata or {}, unsupported)
+        contents = collect(tree, metadata or {}, unsupported, rename)
         if is_needed(contents.leaves.values()):
             options = processes.Options(durable, checksum, max_shard_size)
             return processes.save_async(contents, path, options, report)
         target = target_of(path, max_shard_size)
         plan = plan_save(contents, target, checksum=checksum)
         # Safe from donation and mutation.
-        snapshot = {name: _copied(leaf) for name, leaf in contents.leaves.items()}
+        snapshot = _snapshot(contents.leaves)
     return submit(partial(write, plan, snapshot, target, durable=durable, progress=report))
+
+
+def _snapshot(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Copy leaves, each once: rules may make several tensors of one."""
+    copies: dict[int, NDArray[Any]] = {}
+
+    def copied(leaf: Any) -> Any:
+        if isinstance(leaf, Assembled):
+            members = [member._replace(leaf=copied(member.leaf)) for member in leaf.members]
+            return leaf._replace(members=members)
+        if id(leaf) not in copies:
+            copies[id(leaf)] = _copied(leaf)
+        return copies[id(leaf)]
+
+    return {name: copied(leaf) for name, leaf in leaves.items()}
 
 
 def _copied(leaf: Any) -> NDArray[Any]:

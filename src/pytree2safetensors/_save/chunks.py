@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from pytree2safetensors._format.tensor import TensorInfo
+from pytree2safetensors._leaves.assembled import Assembled
 from pytree2safetensors._leaves.encode import joined_bytes
 from pytree2safetensors._leaves.spread import tensor_chunks
 from pytree2safetensors._save.plan import FilePlan
@@ -25,7 +26,8 @@ def data_chunks(
     size = 0
     for name in file.tensors:
         nbytes = infos[name].nbytes
-        if nbytes < _SMALL:
+        is_small = nbytes < _SMALL and not isinstance(leaves[name], Assembled)
+        if is_small:
             small.append(name)
             size += nbytes
             if size < _JOINED:
@@ -34,7 +36,7 @@ def data_chunks(
             yield start, _joined(small, infos, leaves)
             start += size
             small, size = [], 0
-        if nbytes >= _SMALL:
+        if not is_small:
             for offset, piece in tensor_chunks(leaves[name], infos[name]):
                 yield start + offset, piece
             start += nbytes

@@ -13,6 +13,8 @@ from pytree2safetensors._format.header import check_metadata
 from pytree2safetensors._format.note import NOTE, Note, write_note
 from pytree2safetensors._format.tensor import TensorInfo
 from pytree2safetensors._leaves.describe import DeletedLeaf, describe, is_deleted, is_valueless
+from pytree2safetensors._leaves.renaming import Rename
+from pytree2safetensors._save.renamed import place, tensors_of
 from pytree2safetensors._tree.flatten import Flat, flatten
 from pytree2safetensors._tree.keypath import INDEX, ITEM, cut, split
 
@@ -26,11 +28,16 @@ class Contents(NamedTuple):
 
 
 def collect(
-    tree: Any, metadata: Mapping[str, str], unsupported: Literal["raise", "skip"]
+    tree: Any,
+    metadata: Mapping[str, str],
+    unsupported: Literal["raise", "skip"],
+    rename: Rename | None = None,
 ) -> Contents:
     """Check a tree wholly, before anything is written."""
     check_metadata(metadata)
     flat = flatten(tree)
+    if rename is not None:
+        return _collect_renamed(flat, metadata, unsupported, rename)
     found = describe(flat.leaves)
     places = [place for place, info in enumerate(found) if info is None]
     unfit = [(flat.names[place], flat.leaves[place]) for place in places]
@@ -50,6 +57,22 @@ def collect(
     if note is not None:
         whole[NOTE] = note
     return Contents(infos, leaves, whole)
+
+
+def _collect_renamed(
+    flat: Flat, metadata: Mapping[str, str], unsupported: Literal["raise", "skip"], rename: Rename
+) -> Contents:
+    """Check a tree for a file with names of others, which has no note."""
+    infos = describe(flat.leaves)
+    found = [*zip(flat.names, flat.leaves, infos, strict=True)]
+    if unsupported == "skip":
+        _check_unfit([(name, leaf) for name, leaf, info in found if info is None], skip=True)
+        found = [item for item in found if item[2] is not None]
+    placed, unfit = place(rename, found)
+    if unfit:
+        _check_unfit(unfit, skip=False)
+    tensors, leaves = tensors_of(placed)
+    return Contents(tensors, leaves, {"format": "flax", **metadata})
 
 
 def _check_unfit(unfit: list[tuple[str, Any]], *, skip: bool) -> None:

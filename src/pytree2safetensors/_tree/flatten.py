@@ -39,29 +39,6 @@ class Flat(NamedTuple):
     kinds: dict[str, Kind]
 
 
-@jaxtyped(typechecker=beartype)
-def pytree2dict(tree: PyTree) -> dict[str, Any]:
-    """Map the spelled key path of each leaf to the leaf, in JAX's order of leaves.
-
-    Args:
-        tree: Any pytree.
-
-    Returns:
-        The leaves themselves, not copies. A tree that is a single leaf has the name "".
-
-    Raises:
-        KeyPathError: A key has no spelling, or two leaves have one.
-        TreeStructureError: JAX cannot flatten the tree.
-
-    Specification: *Trees and flat dicts*.
-
-    >>> pytree2dict({"layers": [{"w": 1.0}, {"w": 2.0}]})
-    {'@layers#0@w': 1.0, '@layers#1@w': 2.0}
-    """
-    flat = flatten(tree)
-    return dict(zip(flat.names, flat.leaves, strict=True))
-
-
 def flatten(tree: Any) -> Flat:
     """Walk a tree as JAX does, spelling names on the way."""
     walk = _Walk()

@@ -4,6 +4,8 @@ pattern : dims "->" dims
 dims    : { axis | "1" | "..." | "(" { axis } ")" }
 
 An axis of size 1 has no name, and "..." stands for any number of axes.
+
+Specification: *Rules*.
 """
 
 import re

@@ -7,6 +7,8 @@ sum   : term { "+" term }
 term  : [ number "*" ] axis | number
 
 A placeholder numbers axes from 0, or names them by labels; {*} and {=} stand for text.
+
+Specification: *Rules*.
 """
 
 import re

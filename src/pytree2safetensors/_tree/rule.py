@@ -3,6 +3,8 @@
 A rule has two sides, the file's and the tree's. The axes of a side are those of its array and those
 that the placeholders of its name number. Both sides have the same axes: an axis that numbers names
 on one side and belongs to the array on the other stacks arrays, or cuts one.
+
+Specification: *Rules*.
 """
 
 from collections.abc import Iterator, Mapping

@@ -1,4 +1,7 @@
-"""Matching of many paths or names with many rules: one regular expression for all rules."""
+"""Matching of many paths or names with many rules: one regular expression for all rules.
+
+Specification: *Rules*.
+"""
 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple

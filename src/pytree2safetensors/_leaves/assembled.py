@@ -1,0 +1,69 @@
+"""Tensors that are made of leaves: what rules write.
+
+Specification: *Rules*.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from pytree2safetensors._format.tensor import BITS, TensorInfo
+from pytree2safetensors._leaves.extents import shape_of
+from pytree2safetensors._leaves.views import View, plain_view
+from pytree2safetensors._tree.rule import Rule
+
+
+class Member(NamedTuple):
+    """A leaf of which a tensor is made, or a part of it."""
+
+    view: View
+    leaf: Any
+
+
+class Assembled(NamedTuple):
+    """A tensor to write that is made of leaves, or of parts of one."""
+
+    name: str
+    info: TensorInfo
+    members: list[Member]
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the members have every element of the tensor."""
+        sizes = (math.prod(shape_of(member.view.region)) for member in self.members)
+        return sum(sizes) >= math.prod(self.info.shape)
+
+
+class Copy(NamedTuple):
+    """A tensor as the leaves of one rule make it."""
+
+    tensor: Assembled
+    rule: Rule | None
+    path: str  # of its first leaf
+
+
+class Placed(NamedTuple):
+    """A leaf, and the tensor that it becomes or the view that says which tensors it is made of."""
+
+    route: str | View
+    rule: Rule | None
+    path: str
+    leaf: Any
+    info: TensorInfo
+
+
+def assemble(placed: Iterable[Placed]) -> dict[str, list[Copy]]:
+    """Make tensors of leaves, by name: more than one if several leaves are stored as one tensor."""
+    found: dict[str, list[Copy]] = {}
+    for route, rule, path, leaf, info in placed:
+        view = plain_view(route, info.shape) if isinstance(route, str) else route
+        nbytes = math.prod(view.stored) * BITS[info.dtype] // 8
+        stored = TensorInfo(info.dtype, view.stored, nbytes)
+        for name in view.names:
+            copies = found.setdefault(name, [])
+            last = copies[-1] if copies else None
+            if last is None or last.rule is not rule or last.tensor.is_complete:
+                last = Copy(Assembled(name, stored, []), rule, path)
+                copies.append(last)
+            last.tensor.members.append(Member(view, leaf))
+    return found

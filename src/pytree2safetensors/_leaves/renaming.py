@@ -1,0 +1,62 @@
+"""Renaming: where the leaves of a tree are in a file that has names of its own.
+
+Specification: *Rules*.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeAlias
+
+from pytree2safetensors._errors import shorten
+from pytree2safetensors._leaves.extents import Shape
+from pytree2safetensors._leaves.routes import Routes, routes_of
+from pytree2safetensors._tree.keypath import add_prefix
+from pytree2safetensors._tree.rule import Rule
+from pytree2safetensors._tree.rule_index import RuleIndex
+
+Rename: TypeAlias = Callable[[str], str] | Mapping[str, str] | Sequence[Rule]
+
+
+def rules_in(rename: Rename | None) -> Sequence[Rule] | None:
+    """The rules that names come from, if they do."""
+    return None if rename is None or isinstance(rename, Mapping) or callable(rename) else rename
+
+
+def renamed(
+    rename: Rename | None,
+    paths: Sequence[str],
+    shapes: Sequence[Shape | None],
+    *,
+    complete: bool,
+    prefix: str = "",
+) -> Routes:
+    """Find out where each leaf is in a file.
+
+    Args:
+        rename: What says it; names are key paths without.
+        paths: The spelled key paths of all leaves.
+        shapes: The shapes of the leaves; None for leaves that are not arrays.
+        complete: Whether leaves that a rule cuts from one tensor must all be there.
+        prefix: What the names begin with that `rename` does not give.
+
+    Raises:
+        TypeError: `rename` gives a name that is not a str.
+        ValueError: A rule with a dotted path matches two leaves of one dotted path.
+    """
+    rules = rules_in(rename)
+    if rules is not None:
+        return routes_of(RuleIndex(rules), paths, shapes, complete=complete)
+    names: list[str] = []
+    for path in paths:
+        if callable(rename):
+            name = rename(path)
+        elif isinstance(rename, Mapping) and path in rename:
+            name = rename[path]
+        else:
+            name = add_prefix(prefix, path)
+        if not isinstance(name, str):
+            raise TypeError(
+                f"rename= gives {shorten(path)} a name of type {type(name).__name__}, "
+                "and a name is a str"
+            )
+        names.append(name)
+    return Routes([*names], [None] * len(names), [])

@@ -1,0 +1,129 @@
+"""Flat dicts of trees.
+
+Specification: *Trees and flat dicts*, *Rules*.
+"""
+
+from typing import Any, Final
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from beartype import beartype
+from jaxtyping import jaxtyped
+
+from pytree2safetensors._format.tensor import TensorInfo
+from pytree2safetensors._leaves.assembled import Assembled, Placed, assemble
+from pytree2safetensors._leaves.describe import describe
+from pytree2safetensors._leaves.encode import host_array
+from pytree2safetensors._leaves.extents import Shape
+from pytree2safetensors._leaves.families import Lost
+from pytree2safetensors._leaves.keys import is_key_dtype
+from pytree2safetensors._leaves.renaming import Rename, renamed
+from pytree2safetensors._leaves.views import View, file_parts
+from pytree2safetensors._save.renamed import differ, misfit
+from pytree2safetensors._tree.flatten import PyTree, flatten
+from pytree2safetensors._tree.rule import Rule
+
+_BYTES: Final = TensorInfo("U8", (), 1)  # for arrays whose dtype does not matter here
+
+
+@jaxtyped(typechecker=beartype)
+def pytree2dict(tree: PyTree, *, rename: Rename | None = None) -> dict[str, Any]:
+    """Map the spelled key path of each leaf to the leaf, in JAX's order of leaves.
+
+    Args:
+        tree: Any pytree.
+        rename: Rules, or what else `save_pytree` takes: names and axes are those of its file.
+
+    Returns:
+        The leaves themselves, not copies, but for what rules rearrange. A tree that is a single
+        leaf has the name "".
+
+    Raises:
+        KeyPathError: A key has no spelling, or two leaves have one.
+        TreeStructureError: JAX cannot flatten the tree.
+        WeightsMismatchError: `rename` does not fit the tree.
+        FileFormatError: Leaves that differ have one name.
+
+    Specification: *Trees and flat dicts*.
+
+    >>> pytree2dict({"layers": [{"w": 1.0}, {"w": 2.0}]})
+    {'@layers#0@w': 1.0, '@layers#1@w': 2.0}
+    """
+    flat = flatten(tree)
+    if rename is None:
+        return dict(zip(flat.names, flat.leaves, strict=True))
+    return _renamed(flat.names, flat.leaves, rename)
+
+
+def _renamed(paths: list[str], leaves: list[Any], rename: Rename) -> dict[str, Any]:
+    routes, rules, idle = renamed(rename, paths, [*map(_shape_of, leaves)], complete=True)
+    found: dict[str, Any] = {}
+    owners: dict[str, str] = {}  # the path of the leaf under each name
+    placed: list[Placed] = []
+    lost: list[tuple[str, Rule | None, str]] = []
+    for route, rule, path, leaf in zip(routes, rules, paths, leaves, strict=True):
+        if isinstance(route, Lost):
+            lost.append((path, rule, route.reason))
+        elif isinstance(route, View):
+            placed.append(Placed(route, rule, path, leaf, _BYTES))
+        elif route is not None:
+            _add(found, owners, route, path, leaf)
+    if lost:
+        raise misfit(lost, idle)
+    for name, copies in assemble(placed).items():
+        for tensor, _, path in copies:
+            _add(found, owners, name, path, _array_of(tensor))
+    return found
+
+
+def _shape_of(leaf: Any) -> Shape | None:
+    is_array = hasattr(leaf, "shape") and hasattr(leaf, "dtype") and not is_key_dtype(leaf.dtype)
+    return leaf.shape if is_array else None
+
+
+def _add(found: dict[str, Any], owners: dict[str, str], name: str, path: str, leaf: Any) -> None:
+    if owners.setdefault(name, path) != path and not _is_same(found[name], leaf):
+        raise differ(owners[name], path, name)
+    found.setdefault(name, leaf)
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    """Whether two leaves are equal, as far as they have values to compare."""
+    if one is other or isinstance(one, jax.core.Tracer) or isinstance(other, jax.core.Tracer):
+        return True
+    infos = describe([one, other])
+    if None in infos or infos[0] != infos[1]:
+        return False
+    return host_array(one).tobytes() == host_array(other).tobytes()
+
+
+def _array_of(tensor: Assembled) -> Any:
+    """The values of a tensor that is made of leaves: an array of JAX if one of them is."""
+    if not any(isinstance(leaf, jax.Array) for _, leaf in tensor.members):
+        return _joined(tensor, np)
+    with_devices = [leaf for _, leaf in tensor.members if _is_committed(leaf)]
+    if len({frozenset(leaf.sharding.device_set) for leaf in with_devices}) < 2:
+        return _joined(tensor, jnp)
+    members = [member._replace(leaf=host_array(member.leaf)) for member in tensor.members]
+    return jnp.asarray(_joined(tensor._replace(members=members), np))
+
+
+def _is_committed(leaf: Any) -> bool:
+    is_traced = isinstance(leaf, jax.core.Tracer)
+    return isinstance(leaf, jax.Array) and not is_traced and bool(getattr(leaf, "committed", True))
+
+
+def _joined(tensor: Assembled, xp: Any) -> Any:
+    view, first = tensor.members[0]
+    values = xp.zeros(view.fine, first.dtype)
+    for part_view, leaf in tensor.members:
+        whole = tuple((0, size) for size in part_view.shape)
+        for source, part in file_parts(part_view, whole, leaf):
+            if source.name == tensor.name:
+                index: Any = (*(slice(*bounds) for bounds in source.region), ...)
+                if xp is np:
+                    values[index] = part
+                else:
+                    values = values.at[index].set(part)
+    return values.reshape(view.stored)

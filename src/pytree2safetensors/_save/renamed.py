@@ -1,0 +1,162 @@
+"""Saving under other names: what rules make of a tree's leaves.
+
+Specification: *Rules*.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Final
+
+from pytree2safetensors._errors import (
+    FileFormatError,
+    UnsupportedLeafError,
+    WeightsMismatchError,
+    shorten,
+)
+from pytree2safetensors._format.tensor import NOTED_DTYPES, SCALARS, TensorInfo
+from pytree2safetensors._leaves.assembled import Assembled, Copy, Placed, assemble
+from pytree2safetensors._leaves.extents import Shape
+from pytree2safetensors._leaves.families import Lost
+from pytree2safetensors._leaves.ownership import is_global
+from pytree2safetensors._leaves.renaming import Rename, renamed
+from pytree2safetensors._leaves.spread import assembled_chunks
+from pytree2safetensors._tree.rule import Rule
+
+_PLAIN: Final = frozenset({None, "weak", *SCALARS} - {"complex"})  # kinds that a tensor alone tells
+_LISTED: Final = 20
+
+
+def place(
+    rename: Rename, found: Sequence[tuple[str, Any, TensorInfo | None]]
+) -> tuple[list[Placed], list[tuple[str, Any]]]:
+    """Find out where the leaves of a tree are to be stored, but for those that no file has.
+
+    Args:
+        rename: What says it.
+        found: The paths and the leaves of the tree, and infos of those that a file can hold.
+
+    Returns:
+        The leaves that a file can hold, and the paths and leaves of the others.
+
+    Raises:
+        WeightsMismatchError: A leaf has no place in the file.
+    """
+    paths = [path for path, _, _ in found]
+    shapes = [_shape_of(info) for _, _, info in found]
+    routes, rules, idle = renamed(rename, paths, shapes, complete=True)
+    placed: list[Placed] = []
+    unfit: list[tuple[str, Any]] = []
+    lost: list[tuple[str, Rule | None, str]] = []
+    for route, rule, (path, leaf, info) in zip(routes, rules, found, strict=True):
+        if isinstance(route, Lost):
+            lost.append((path, rule, route.reason))
+        elif route is not None and info is None:
+            unfit.append((path, leaf))
+        elif route is not None and info is not None:
+            placed.append(Placed(route, rule, path, leaf, info))
+    if lost:
+        raise misfit(lost, idle)
+    return placed, unfit
+
+
+def _shape_of(info: TensorInfo | None) -> Shape | None:
+    """The shape of a leaf whose axes can be rearranged."""
+    if info is None or isinstance(info.kind, list):
+        return None
+    return info.shape if info.kind in {None, "weak", *NOTED_DTYPES} else None
+
+
+def misfit(
+    lost: Sequence[tuple[str, Rule | None, str]], idle: Sequence[Rule]
+) -> WeightsMismatchError:
+    """The error that leaves have no place in the file, for the reasons given."""
+    parts = ["rename= does not fit the tree:"]
+    parts += _first(f"    {shorten(path)}: {reason}" for path, _, reason in lost)
+    if idle:
+        parts += ["  rules that match no path of the tree:", *_first(f"    {r!r}" for r in idle)]
+    parts.append(
+        'As the last rule, Rule("{=}", "{=}") stores leaves under their own names; '
+        "Rule(None, path) leaves one out."
+    )
+    missing = [path for path, rule, _ in lost if rule is None]
+    mismatched = [f"{shorten(path)}: {reason}" for path, rule, reason in lost if rule is not None]
+    return WeightsMismatchError("\n".join(parts), missing, (), mismatched)
+
+
+def _first(lines: Iterable[str]) -> list[str]:
+    found = [*lines]
+    more = [f"    ... and {len(found) - _LISTED:,} more"] if len(found) > _LISTED else []
+    return [*found[:_LISTED], *more]
+
+
+def tensors_of(placed: Sequence[Placed]) -> tuple[dict[str, TensorInfo], dict[str, Any]]:
+    """Make the tensors of a file, and what they are made of: a leaf, or an `Assembled`.
+
+    Raises:
+        UnsupportedLeafError: A leaf is more than a tensor tells.
+        FileFormatError: Two leaves that differ are stored as one tensor.
+    """
+    _check_kinds(placed)
+    found = assemble(placed)
+    made: dict[str, Any] = {}
+    for name, copies in found.items():
+        _check_local(copies)
+        for other in copies[1:]:
+            _check_equal(copies[0], other)
+        view, leaf = copies[0].tensor.members[0]
+        made[name] = leaf if view.is_plain else copies[0].tensor
+    return {name: copies[0].tensor.info for name, copies in found.items()}, made
+
+
+def _check_kinds(placed: Iterable[Placed]) -> None:
+    """Refuse leaves that a tensor alone does not tell."""
+    noted = [
+        f"    {shorten(item.path)}: {kind[0] if isinstance(kind, list) else kind}"
+        for item in placed
+        if isinstance(kind := item.info.kind, list) or kind not in _PLAIN
+    ]
+    if noted:
+        first = f"{len(noted)} of the tree's leaves are more than a tensor tells:"
+        last = (
+            "A file with names of others has no note. Convert them, leave them out with "
+            "Rule(None, path), or save without rename=."
+        )
+        raise UnsupportedLeafError("\n".join([first, *_first(noted), last]))
+
+
+def _check_local(copies: Sequence[Copy]) -> None:
+    """Refuse what several processes would have to make together."""
+    members = [member for copy in copies for member in copy.tensor.members]
+    if any(is_global(leaf) for _, leaf in members) and not (
+        len(members) == 1 and members[0].view.is_plain
+    ):
+        raise FileFormatError(
+            f"{shorten(copies[0].path)} is spread over several processes, which do not rearrange its "
+            "axes; save without rename=, then load and save with rename= in one process"
+        )
+
+
+def _check_equal(one: Copy, other: Copy) -> None:
+    """Check that leaves that are stored as one tensor have the same bytes."""
+    if one.tensor.info == other.tensor.info:
+        if _is_same(one.tensor, other.tensor):
+            return
+        chunks = zip(assembled_chunks(one.tensor), assembled_chunks(other.tensor), strict=True)
+        if all(first == second for first, second in chunks):
+            return
+    raise differ(one.path, other.path, one.tensor.name)
+
+
+def differ(one: str, other: str, name: str) -> FileFormatError:
+    """The error that the leaves at two paths are to be one tensor."""
+    return FileFormatError(
+        f"{shorten(one)} and {shorten(other)} are both stored as {shorten(name)}, and they differ; "
+        "give one of them a name of its own, or leave it out with Rule(None, path)"
+    )
+
+
+def _is_same(one: Assembled, other: Assembled) -> bool:
+    """Whether tensors are made of the very same leaves in the same way."""
+    pairs = [*zip(one.members, other.members, strict=False)]
+    return len(one.members) == len(other.members) and all(
+        a.leaf is b.leaf and a.view == b.view for a, b in pairs
+    )

@@ -1,0 +1,243 @@
+"""Saving under other names: ties, what is refused, and what the messages say. The law is in test_rules."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors
+
+from oracle import assert_same
+from pytree2safetensors import (
+    FileFormatError,
+    Rule,
+    UnsupportedLeafError,
+    WeightsMismatchError,
+    load_file,
+    load_metadata,
+    pytree2dict,
+    save_pytree,
+    save_pytree_async,
+)
+
+TRANSPOSED = Rule("{*}.weight", "{*}.kernel", "o i -> i o")
+STRUCT: Any = jax.eval_shape(lambda: np.float32(0))
+KERNEL = np.arange(6, dtype=np.float32).reshape(2, 3)
+
+
+def saved(tree: Any, rename: Any, path: Path, **options: Any) -> dict[str, Any]:
+    save_pytree(tree, path, rename=rename, **options)
+    with safetensors.safe_open(path, "numpy") as file:
+        return {name: file.get_tensor(name) for name in load_file(path)}
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "model.safetensors"
+
+
+def test_a_renamed_file_has_no_note(path: Path) -> None:
+    tree = {
+        "a": {"kernel": jnp.asarray(KERNEL)},
+        "steps": 3,
+        "rate": 0.5,
+        "on": True,
+        "w": jnp.ones(()),
+    }
+    rename = [TRANSPOSED, Rule("{*}", "{*}")]
+    found = saved(tree, rename, path, metadata={"format": "pt"})
+    assert load_metadata(path) == {"format": "pt"}
+    assert_same(
+        found,
+        {
+            "a.weight": np.ascontiguousarray(KERNEL.T),
+            "on": np.array(True),
+            "rate": np.array(0.5),
+            "steps": np.array(3),
+            "w": np.ones((), np.float32),
+        },
+    )
+
+
+@pytest.mark.parametrize(
+    "rename", [{"@w": "weight"}, lambda path: {"@w": "weight"}.get(path, path)]
+)
+def test_names_may_come_from_a_mapping_or_a_function(rename: Any, path: Path) -> None:
+    tree = {"w": KERNEL, "b": KERNEL[0]}
+    assert_same(saved(tree, rename, path), {"@b": KERNEL[0], "weight": KERNEL})
+    assert_same(pytree2dict(tree, rename=rename), {"@b": KERNEL[0], "weight": KERNEL})
+
+
+def test_a_function_that_gives_no_name_is_refused(path: Path) -> None:
+    with pytest.raises(
+        TypeError, match="rename= gives '@w' a name of type int, and a name is a str"
+    ):
+        save_pytree({"w": 1.0}, path, rename=lambda _: 3)  # type: ignore[arg-type] # what is tested
+
+
+def test_leaves_without_a_name_are_not_saved(path: Path) -> None:
+    tree = {"act": jax.nn.relu, "w": KERNEL}
+    rename = [Rule(None, "act"), Rule("{=}", "{=}")]
+    assert_same(saved(tree, rename, path), {"@w": KERNEL})
+    assert_same(pytree2dict(tree, rename=rename), {"@w": KERNEL})
+
+
+def test_shards_have_the_names_of_the_rules(path: Path) -> None:
+    tree = {"layers": {"kernel": np.zeros((4, 2, 3), np.float32)}}
+    rename = [Rule("h.{l}.weight", "layers.kernel", "o i -> l i o")]
+    save_pytree(tree, path.parent / "out", rename=rename, max_shard_size=60)
+    files = sorted(file.name for file in (path.parent / "out").iterdir())
+    assert len(files) == 3
+    names = [name for file in files[:2] for name in load_file(path.parent / "out" / file)]
+    assert sorted(names) == ["h.0.weight", "h.1.weight", "h.2.weight", "h.3.weight"]
+
+
+def test_background_saves_copy_each_leaf_once(path: Path) -> None:
+    stacked = np.zeros((4, 2, 3), np.float32)
+    rename = [Rule("h.{l}.weight", "layers", "o i -> l i o")]
+    future = save_pytree_async({"layers": stacked}, path, rename=rename)
+    stacked[:] = 1
+    future.result()
+    assert not any(np.any(values) for values in load_file(path).values())
+
+
+# --- ties -------------------------------------------------------------------------------------
+
+TIED = [Rule("embed", "embed"), Rule("embed", "head", "v e -> e v")]
+
+
+@pytest.mark.parametrize("kind", [np.asarray, jnp.asarray])
+def test_equal_leaves_may_be_one_tensor(kind: Any, path: Path) -> None:
+    tree = {"embed": kind(KERNEL), "head": kind(KERNEL.T)}
+    assert_same(saved(tree, TIED, path), {"embed": KERNEL})
+    np.testing.assert_array_equal(pytree2dict(tree, rename=TIED)["embed"], KERNEL)
+
+
+def test_leaves_that_are_one_tensor_and_differ_are_refused(path: Path) -> None:
+    other = KERNEL.T.copy()
+    other[0, 1] = np.nan
+    text = (
+        "'@embed' and '@head' are both stored as 'embed', and they differ; give one of them a name of "
+        "its own, or leave it out with Rule(None, path)"
+    )
+    for function in (
+        lambda tree: save_pytree(tree, path, rename=TIED),
+        lambda tree: pytree2dict(tree, rename=TIED),
+    ):
+        for head in (other, KERNEL.T.astype(np.float64), KERNEL.T[:, :1]):
+            with pytest.raises(FileFormatError) as caught:
+                function({"embed": KERNEL, "head": head})
+            assert str(caught.value) == text
+    assert not path.exists()
+
+
+def test_values_that_are_not_numbers_may_be_tied(path: Path) -> None:
+    tree = {
+        "embed": np.full((2, 3), np.nan, np.float32),
+        "head": np.full((3, 2), np.nan, np.float32),
+    }
+    assert saved(tree, TIED, path)["embed"].shape == (2, 3)
+
+
+# --- what is refused --------------------------------------------------------------------------
+
+
+def test_leaves_without_a_place_are_refused(path: Path) -> None:
+    tree = {"a": {"kernel": KERNEL[0]}, "b": {"bias": KERNEL[0]}, "c": {"kernel": 1.0}}
+    idle = Rule("{*}.running_mean", "{*}.mean")
+    for function in (
+        lambda: save_pytree(tree, path, rename=[TRANSPOSED, idle]),
+        lambda: pytree2dict(tree, rename=[TRANSPOSED, idle]),
+    ):
+        with pytest.raises(WeightsMismatchError) as caught:
+            function()
+        assert str(caught.value).splitlines() == [
+            "rename= does not fit the tree:",
+            f"    '@a@kernel': it has 1 axes, and {TRANSPOSED!r} gives it 2",
+            "    '@b@bias': no rule has this path",
+            f"    '@c@kernel': {TRANSPOSED!r} rearranges axes, and this leaf is not an array",
+            "  rules that match no path of the tree:",
+            f"    {idle!r}",
+            'As the last rule, Rule("{=}", "{=}") stores leaves under their own names; '
+            "Rule(None, path) leaves one out.",
+        ]
+        assert caught.value.missing == ("@b@bias",)
+        assert [line.split(":")[0] for line in caught.value.mismatched] == [
+            "'@a@kernel'",
+            "'@c@kernel'",
+        ]
+    assert not path.exists()
+
+
+def test_a_long_list_is_cut(path: Path) -> None:
+    with pytest.raises(WeightsMismatchError) as caught:
+        save_pytree([1.0] * 23, path, rename=[])
+    assert str(caught.value).splitlines()[-3:-1] == [
+        "    '#19': no rule has this path",
+        "    ... and 3 more",
+    ]
+    assert len(caught.value.missing) == 23
+
+
+def test_parts_of_a_tensor_must_all_be_there(path: Path) -> None:
+    rule = Rule("qkv", "{p:q,k,v}", "(p h) e -> h e")
+    with pytest.raises(WeightsMismatchError, match="cuts a tensor, and its part 'v' is not there"):
+        save_pytree({"q": KERNEL, "k": KERNEL}, path, rename=[rule])
+
+
+def test_leaves_that_a_tensor_does_not_tell_are_refused(path: Path) -> None:
+    tree = {
+        "big": 2**70,
+        "complex": 1j,
+        "int4": np.zeros(2, "int4"),
+        "key": jax.random.key(0),
+        "name": "x",
+        "wide": np.zeros(2, np.complex128),
+    }
+    with pytest.raises(UnsupportedLeafError) as caught:
+        save_pytree(tree, path, rename=[Rule("{=}", "{=}")])
+    assert str(caught.value).splitlines() == [
+        "6 of the tree's leaves are more than a tensor tells:",
+        "    '@big': int",
+        "    '@complex': complex",
+        "    '@int4': int4",
+        "    '@key': key",
+        "    '@name': str",
+        "    '@wide': complex128",
+        "A file with names of others has no note. Convert them, leave them out with "
+        "Rule(None, path), or save without rename=.",
+    ]
+    assert not path.exists()
+
+
+def test_leaves_that_a_file_cannot_hold_are_refused_or_left_out(path: Path) -> None:
+    tree = {"act": jax.nn.relu, "w": KERNEL}
+    rename = [Rule("{*}", "{*}")]
+    with pytest.raises(UnsupportedLeafError, match="'@act': "):
+        save_pytree(tree, path, rename=rename)
+    assert_same(saved(tree, rename, path, unsupported="skip"), {"w": KERNEL})
+    with pytest.raises(UnsupportedLeafError, match="Save arrays that have values"):
+        save_pytree({"w": STRUCT}, path, rename=rename, unsupported="skip")
+
+
+def test_a_flat_dict_may_be_made_under_a_trace() -> None:
+    @jax.jit
+    def traced(tree: Any) -> Any:
+        return pytree2dict(tree, rename=TIED)
+
+    found = traced({"embed": KERNEL, "head": KERNEL.T})
+    assert_same(jax.device_get(found), {"embed": KERNEL})
+
+
+def test_processes_do_not_rearrange_what_they_share(path: Path) -> None:
+    rule = Rule("w", "w", "o i -> i o")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pytree2safetensors._save.renamed.is_global", lambda _: True)
+        with pytest.raises(FileFormatError) as caught:
+            save_pytree({"w": KERNEL}, path, rename=[rule])
+    assert str(caught.value) == (
+        "'@w' is spread over several processes, which do not rearrange its axes; save without "
+        "rename=, then load and save with rename= in one process"
+    )
