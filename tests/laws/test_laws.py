@@ -35,7 +35,7 @@ from pytree2safetensors import (
     set_weights,
     string2keypath,
 )
-from pytree2safetensors._tree.keypath import Key
+from pytree2safetensors._tree.keys import Key
 from pytree2safetensors._tree.unflatten import MAX_GAPS
 from pytree2safetensors.testing import SELF_DESCRIBING, arrays, keypaths, keys, leaves, pytrees
 from pytree2safetensors.testing._nodes import Keyed

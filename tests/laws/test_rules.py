@@ -32,7 +32,7 @@ from pytree2safetensors._leaves.views import (
     to_file,
     to_leaf,
 )
-from pytree2safetensors._tree.keypath import dotted
+from pytree2safetensors._tree.paths import dotted
 from pytree2safetensors._tree.rule_index import RuleIndex
 from pytree2safetensors.testing import keypaths
 

@@ -27,7 +27,7 @@ from pytree2safetensors import (
     pytree2dict,
     string2keypath,
 )
-from pytree2safetensors._tree.keypath import item_key
+from pytree2safetensors._tree.keys import item_key
 from pytree2safetensors.testing import (
     NODES,
     _round_trips,

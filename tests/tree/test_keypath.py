@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
 from pytree2safetensors import KeyPath, KeyPathError, keypath2string, string2keypath
-from pytree2safetensors._tree.keypath import add_prefix, cut, item_key, join, split, strip_prefix
+from pytree2safetensors._tree.keypath import join, split
+from pytree2safetensors._tree.keys import item_key
+from pytree2safetensors._tree.paths import add_prefix, cut, strip_prefix
 from pytree2safetensors.testing import keypaths
 
 CASES = json.loads((Path(__file__).parents[1] / "data" / "keypaths.json").read_text("utf-8"))
@@ -144,6 +146,26 @@ def test_rejected(string: str, position: int, reason: str, canonical: str | None
     assert rest == expected
     assert caught.value.__cause__ is None
     assert caught.value.__suppress_context__
+
+
+@pytest.mark.parametrize(
+    ("name", "string"),
+    [
+        ("__metadata__", ".__metadata__"),
+        ("__metadata__x", "__metadata__x"),
+        ("__metadata_", "__metadata_"),
+        ("__metadata__.", "__metadata__\\."),
+        ("__metadata__\\", "__metadata__\\\\"),
+        ("__metadata__@", "__metadata__\\@"),
+        ("", "."),
+        (".", "\\."),
+    ],
+)
+def test_only_names_that_are_empty_or_reserved_keep_their_dot(name: str, string: str) -> None:
+    for rest, spelled in (((), ""), ((SequenceKey(1),), "#1"), ((GetAttrKey("b"),), ".b")):
+        path = (GetAttrKey(name), *rest)
+        assert keypath2string(path) == string + spelled
+        assert string2keypath(string + spelled) == path
 
 
 def test_rejecting_never_warns() -> None:

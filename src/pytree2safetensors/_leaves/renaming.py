@@ -9,7 +9,7 @@ from typing import TypeAlias
 from pytree2safetensors._errors import shorten
 from pytree2safetensors._leaves.extents import Shape
 from pytree2safetensors._leaves.routes import Routes, routes_of
-from pytree2safetensors._tree.keypath import add_prefix
+from pytree2safetensors._tree.paths import add_prefix
 from pytree2safetensors._tree.rule import Rule
 from pytree2safetensors._tree.rule_index import RuleIndex
 

@@ -40,7 +40,8 @@ from pytree2safetensors._storage.byte_source import (
 )
 from pytree2safetensors._storage.progress import Progress, ProgressOption, Report, reporter
 from pytree2safetensors._tree.flatten import PyTree
-from pytree2safetensors._tree.keypath import join, split, string2keypath, strip_prefix
+from pytree2safetensors._tree.keypath import join, split, string2keypath
+from pytree2safetensors._tree.paths import strip_prefix
 from pytree2safetensors._tree.unflatten import build
 from pytree2safetensors._types import Kind
 

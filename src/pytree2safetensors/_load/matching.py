@@ -12,7 +12,7 @@ from pytree2safetensors._errors import WeightsMismatchError, nearest, shorten
 from pytree2safetensors._leaves.spec import LeafSpec, TracedSpec
 from pytree2safetensors._load.sharded import misplaced
 from pytree2safetensors._load.template import TemplateLeaf, misfit
-from pytree2safetensors._tree.keypath import add_prefix
+from pytree2safetensors._tree.paths import add_prefix
 
 Rename: TypeAlias = Callable[[str], str] | Mapping[str, str]
 

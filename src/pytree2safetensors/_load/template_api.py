@@ -23,7 +23,8 @@ from pytree2safetensors._load.template import TemplateLeaf, template_leaves, to_
 from pytree2safetensors._storage.byte_source import PathLike, Readable
 from pytree2safetensors._storage.progress import ProgressOption, part_of, reporter
 from pytree2safetensors._tree.flatten import PyTree, flatten
-from pytree2safetensors._tree.keypath import string2keypath, strip_prefix
+from pytree2safetensors._tree.keypath import string2keypath
+from pytree2safetensors._tree.paths import strip_prefix
 
 
 @jaxtyped(typechecker=beartype)

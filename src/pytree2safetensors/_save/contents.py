@@ -16,7 +16,8 @@ from pytree2safetensors._leaves.describe import DeletedLeaf, describe, is_delete
 from pytree2safetensors._leaves.renaming import Rename
 from pytree2safetensors._save.renamed import place, tensors_of
 from pytree2safetensors._tree.flatten import Flat, flatten
-from pytree2safetensors._tree.keypath import INDEX, ITEM, cut, split
+from pytree2safetensors._tree.keypath import INDEX, ITEM, split
+from pytree2safetensors._tree.paths import cut
 
 
 class Contents(NamedTuple):

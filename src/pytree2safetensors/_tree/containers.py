@@ -4,13 +4,15 @@ Specification: *Trees and flat dicts*.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from importlib import import_module
 from typing import Any, cast
 
 import jax
 from beartype import beartype
 from jaxtyping import jaxtyped
 
-from pytree2safetensors._tree.keypath import GetAttrKey
+from pytree2safetensors._tree.keys import GetAttrKey
+from pytree2safetensors._tree.printing import Node, render
 
 
 class PyTreeContainer:
@@ -90,14 +92,19 @@ class PyTreeContainer:
         return PyTreeContainer, (), None, None, iter(attrs_of(self).items())
 
     def __repr__(self) -> str:
-        from pytree2safetensors._tree.printing import render  # rendering knows the containers
-
         return render(self)
 
-    def __treescope_repr__(self, path: str | None, subtree_renderer: Callable[..., Any]) -> Any:
-        from pytree2safetensors._tree.printing import render_treescope
+    def __printed__(self) -> Node:
+        attrs = sorted(attrs_of(self).items())
+        labels = [f"{name}=" if name.isidentifier() else f"{name!r}: " for name, _ in attrs]
+        return Node("PyTreeContainer(", labels, [value for _, value in attrs], ")")
 
-        return render_treescope(self, path, subtree_renderer)
+    def __treescope_repr__(self, path: str | None, subtree_renderer: Callable[..., Any]) -> Any:
+        parts: Any = import_module("treescope.repr_lib")
+        attrs = dict(sorted(attrs_of(self).items()))
+        if all(name.isidentifier() and not name.startswith("__") for name in attrs):
+            return parts.render_object_constructor(type(self), attrs, path, subtree_renderer)
+        return parts.render_dictionary_wrapper(type(self), attrs, path, subtree_renderer, True)
 
 
 def _is_dunder(name: str) -> bool:
@@ -147,14 +154,14 @@ class UnkeyedContainer:
         return UnkeyedContainer, (), (None, {"children": self.children})
 
     def __repr__(self) -> str:
-        from pytree2safetensors._tree.printing import render  # rendering knows the containers
-
         return render(self)
 
-    def __treescope_repr__(self, path: str | None, subtree_renderer: Callable[..., Any]) -> Any:
-        from pytree2safetensors._tree.printing import render_treescope
+    def __printed__(self) -> Node:
+        return Node("UnkeyedContainer([", [""] * len(self), list(self), "])")
 
-        return render_treescope(self, path, subtree_renderer)
+    def __treescope_repr__(self, path: str | None, subtree_renderer: Callable[..., Any]) -> Any:
+        parts: Any = import_module("treescope.repr_lib")
+        return parts.render_list_wrapper(type(self), self.children, path, subtree_renderer, True)
 
 
 def container_of(attrs: dict[str, Any]) -> PyTreeContainer:

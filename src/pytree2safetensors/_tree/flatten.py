@@ -14,6 +14,7 @@ from jaxtyping import jaxtyped
 
 from pytree2safetensors._errors import KeyPathError, TreeStructureError, shorten
 from pytree2safetensors._tree.containers import PyTreeContainer, UnkeyedContainer, attrs_of
+from pytree2safetensors._tree.depth import DEEP, check_depth, too_deep, unsortable
 from pytree2safetensors._tree.keypath import (
     join,
     spell_attr,
@@ -21,7 +22,7 @@ from pytree2safetensors._tree.keypath import (
     spell_item,
     spell_key,
 )
-from pytree2safetensors._tree.unflatten import DEEP, build_tree, check_depth, too_deep, unsortable
+from pytree2safetensors._tree.unflatten import build_tree
 from pytree2safetensors._types import Kind
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ r"""The grammar: key paths and their spelling, a bijection.
     text     = *( any character but . @ # \  /  "\" ( "." / "@" / "#" / "\" ) )
     number   = "0" / ( "1"-"9" *( "0"-"9" ) )
 
-No other module knows a marker or the escape character.
+No other module knows a marker or the escape character, but for `paths`, which cuts strings.
 
 Specification: *Key paths*.
 """
@@ -18,11 +18,18 @@ Specification: *Key paths*.
 import re
 from collections.abc import Callable, Iterable
 from functools import lru_cache
-from typing import TYPE_CHECKING, NoReturn, TypeAlias
-
-from jax.tree_util import tree_flatten_with_path
 
 from pytree2safetensors._errors import KeyPathError, shorten
+from pytree2safetensors._tree.keys import (
+    MAX_INDEX,
+    DictKey,
+    FlattenedIndexKey,
+    GetAttrKey,
+    Key,
+    KeyPath,
+    SequenceKey,
+    item_key,
+)
 from pytree2safetensors._tree.literal import (
     MAX_DIGITS,
     SURROGATE,
@@ -31,45 +38,10 @@ from pytree2safetensors._tree.literal import (
     show,
     write_literal,
 )
-
-if TYPE_CHECKING:
-    # JAX declares its key classes as `Any`; this is the one place that gives them types.
-    class DictKey:
-        """The key of an entry of a dict."""
-
-        key: object
-
-        def __init__(self, key: object) -> None: ...
-
-    class GetAttrKey:
-        """The key of an attribute."""
-
-        name: str
-
-        def __init__(self, name: str) -> None: ...
-
-    class SequenceKey:
-        """The key of an element of a list or tuple."""
-
-        idx: int
-
-        def __init__(self, idx: int) -> None: ...
-
-    class FlattenedIndexKey:
-        """The key of a child of a node that was registered without keys."""
-
-        key: int
-
-        def __init__(self, key: int) -> None: ...
-else:
-    from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
-
-Key: TypeAlias = DictKey | GetAttrKey | SequenceKey | FlattenedIndexKey
-KeyPath: TypeAlias = tuple[Key, ...]
+from pytree2safetensors._tree.rejection import Rejected, refuse
 
 ATTR, ITEM, INDEX, UNKEYED = ".", "@", "#", r"#\("  # the markers of the kinds of nodes
 MARKERS = ".@#"  # the first characters of segments
-MAX_INDEX = 2**31 - 1  # what JAX's keys hold
 
 _SHORT = 32
 _ENDS = ("", ".", "@", "#")  # what may follow a text
@@ -82,13 +54,10 @@ _BEFORE_MARKER = re.compile(r"(?=[.@#])")  # the same cut, for strings without a
 # number = "0" / ( "1"-"9" *( "0"-"9" ) )
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,9}")
 
-_MARKERS = (".", "@", "#")
-_TO_DOTS = str.maketrans("@#", "..")
-_INT_KEY = re.compile(r"([@#])\\\((-?[0-9]+)\)")
-_NOT_DOTTED = re.compile(r"[@#\\]")
 _NEEDS_ESCAPE = re.compile(r"[.@#\\]")
 _ESCAPED = re.compile(r"\\(.)")
 _NO_UTF8 = "a lone surrogate has no UTF-8 spelling"
+
 # --- spelling ---------------------------------------------------------------------------------
 
 
@@ -127,10 +96,10 @@ def join(prefix: str, *segments: str) -> str:
     """Append segments to the spelled path `prefix`."""
     if prefix or not segments:
         return prefix + "".join(segments)
-    return _without_leading_dot("".join(segments))
+    return strip_leading_dot("".join(segments))
 
 
-def _without_leading_dot(segments: str) -> str:
+def strip_leading_dot(segments: str) -> str:
     # first = segment / text. A name that is empty or reserved keeps its ".": the grammar alone
     # would spell it like the empty path, or like the metadata of the file.
     if segments[0] != "." or segments[1:2] in _ENDS:
@@ -199,13 +168,6 @@ def _checked_index(index: int) -> int:
 # --- reading ----------------------------------------------------------------------------------
 
 
-class _Rejected(Exception):
-    """Why a string is no key path: where, and what would stand there instead."""
-
-    def __init__(self, position: int, reason: str, mend: tuple[int, int, str] | None = None):
-        self.position, self.reason, self.mend = position, reason, mend
-
-
 def string2keypath(string: str) -> KeyPath:
     r"""Read a spelled key path: the inverse of `keypath2string`.
 
@@ -229,9 +191,9 @@ def string2keypath(string: str) -> KeyPath:
             raise KeyPathError(f"a spelled key path is a str, not {describe(string)}")
         string = str.__str__(string)
     try:
-        return tuple(_read(string))
-    except _Rejected as rejected:
-        _raise(string, rejected)
+        return tuple(read(string))
+    except Rejected as rejected:
+        refuse(string, rejected, read)
 
 
 def split(string: str) -> list[str]:
@@ -241,75 +203,26 @@ def split(string: str) -> list[str]:
         _check_length(string, pieces)
         if pieces:
             _read_first(pieces[0])
-    except _Rejected as rejected:
-        _raise(string, rejected)
-    if pieces and pieces[0][0] not in ".@#":
-        pieces[0] = "." + pieces[0]
+    except Rejected as rejected:
+        refuse(string, rejected, read)
+    if pieces and pieces[0][0] not in MARKERS:
+        pieces[0] = ATTR + pieces[0]
     return pieces
-
-
-def cut(string: str) -> tuple[str, str]:
-    """Cut the last segment, with its marker, off a spelled path that is not empty."""
-    if "\\" not in string:
-        at = max(string.rfind("."), string.rfind("@"), string.rfind("#"))
-        if at > 0:
-            return string[:at], string[at:]
-    *rest, last = split(string)
-    return join("", *rest), last
-
-
-def strip_prefix(prefix: str, string: str) -> str | None:
-    """The path from `prefix` down to `string`; None where it does not lead there."""
-    if not prefix:
-        return string
-    if not string.startswith(prefix):
-        return None
-    rest = string[len(prefix) :]
-    if rest and rest[0] not in ".@#":
-        return None
-    return rest and _without_leading_dot(rest)
-
-
-def add_prefix(prefix: str, string: str) -> str:
-    """The path `string`, seen from above `prefix`: the inverse of `below`."""
-    if not prefix or not string:
-        return prefix or string
-    return prefix + (string if string[0] in ".@#" else "." + string)
-
-
-def is_dotted(string: str) -> bool:
-    """Whether a path is one of keys joined by dots: it has no other marker."""
-    return not _NOT_DOTTED.search(string)
-
-
-def dotted(string: str) -> str:
-    """Join the keys of a spelled path by dots, whatever their kind."""
-    plain = _INT_KEY.sub(r"\1\2", string) if "\\" in string else string
-    if "\\" not in plain:
-        return plain.translate(_TO_DOTS)[plain[:1] in _MARKERS :]
-    return ".".join(map(_text_of, _read(string)))
-
-
-def _text_of(key: Key) -> str:
-    if isinstance(key, GetAttrKey):
-        return key.name
-    value = key.idx if isinstance(key, SequenceKey) else key.key
-    return value if isinstance(value, str) else ascii(value)
 
 
 def read_segment(segment: str) -> Key:
     """Read one segment, its marker included."""
     try:
         if not segment.isascii() and (found := SURROGATE.search(segment)):
-            raise _Rejected(found.start(), _NO_UTF8)
+            raise Rejected(found.start(), _NO_UTF8)
         return _read_piece(segment)
-    except _Rejected as rejected:
-        _raise(segment, rejected)
+    except Rejected as rejected:
+        refuse(segment, rejected, read)
 
 
-def _read(string: str) -> list[Key]:
+def read(string: str) -> list[Key]:
     if not string.isascii() and (found := SURROGATE.search(string)):
-        raise _Rejected(found.start(), _NO_UTF8)
+        raise Rejected(found.start(), _NO_UTF8)
     pieces = _pieces(string)
     _check_length(string, pieces)
     keys: list[Key] = []
@@ -319,7 +232,7 @@ def _read(string: str) -> list[Key]:
                 keys.append(_read_first(piece))
             else:
                 keys.append(_read_short(piece) if len(piece) <= _SHORT else _read_piece(piece))
-    except _Rejected as rejected:
+    except Rejected as rejected:
         read, piece = pieces[: len(keys)], pieces[len(keys)]
         raise _shift(rejected, piece, string, sum(map(len, read))) from None
     return keys
@@ -334,7 +247,7 @@ def _pieces(string: str) -> list[str]:
 def _check_length(string: str, pieces: list[str]) -> None:
     if sum(map(len, pieces)) != len(string):
         reason = r"a backslash stands before one of . @ # \, or after @ or # as \("
-        raise _Rejected(_gap(string), reason)
+        raise Rejected(_gap(string), reason)
 
 
 def _gap(string: str) -> int:
@@ -347,12 +260,12 @@ def _gap(string: str) -> int:
     return position
 
 
-def _shift(rejected: _Rejected, piece: str, string: str, offset: int) -> _Rejected:
+def _shift(rejected: Rejected, piece: str, string: str, offset: int) -> Rejected:
     """Turn positions in a piece into positions in the string."""
     mend = rejected.mend if piece.endswith(")") else rejected.mend or _closed(string[offset:])
     if mend is not None:
         mend = (mend[0] + offset, mend[1] + offset, mend[2])
-    return _Rejected(rejected.position + offset, rejected.reason, mend)
+    return Rejected(rejected.position + offset, rejected.reason, mend)
 
 
 def _read_first(piece: str) -> Key:
@@ -360,11 +273,11 @@ def _read_first(piece: str) -> Key:
         return _read_piece(piece)
     # first = segment / text
     if piece == _RESERVED:
-        raise _Rejected(0, "this name is reserved by the file format", (0, 0, "."))
+        raise Rejected(0, "this name is reserved by the file format", (0, 0, "."))
     if piece[0] != ".":
         return GetAttrKey(_unescape(piece))
     if piece[1:] not in ("", _RESERVED) and not piece.startswith(r".\("):
-        raise _Rejected(0, "a leading name stands without its '.'", (0, 1, ""))
+        raise Rejected(0, "a leading name stands without its '.'", (0, 1, ""))
     return _read_piece(piece)
 
 
@@ -398,37 +311,27 @@ def _read_number(text: str, piece: str, spelling: str) -> int:
     except ValueError:
         number = -1
     mend = (0, len(piece), spelling.format(number)) if 0 <= number <= MAX_INDEX else None
-    raise _Rejected(1, reason, mend)
+    raise Rejected(1, reason, mend)
 
 
 def _read_parenthesis(piece: str) -> Key:
     r"""Read `@\(value)` or `#\(number)`."""
     marker, text = piece[0], piece[3:]
     if marker == ".":
-        raise _Rejected(1, r"an attribute has no \(...) form")
+        raise Rejected(1, r"an attribute has no \(...) form")
     if not text.endswith(")"):
-        raise _Rejected(len(piece), r"a \( is closed by ) at the end of its segment")
+        raise Rejected(len(piece), r"a \( is closed by ) at the end of its segment")
     if marker == "#":
         return FlattenedIndexKey(_read_number(text[:-1], piece, r"#\({})"))
     try:
         value = read_literal(_unescape(text[:-1]))
         spelling = spell_item(value)
     except KeyPathError as error:
-        raise _Rejected(3, str(error)) from None
+        raise Rejected(3, str(error)) from None
     if spelling != piece:
         reason = "a dict key in parentheses is written as Python's ascii() writes it, and is no str"
-        raise _Rejected(3, reason, (0, len(piece), spelling))
+        raise Rejected(3, reason, (0, len(piece), spelling))
     return item_key(value)
-
-
-def item_key(value: object) -> DictKey:
-    """The key of a dict's entry."""
-    if value is not None:
-        return DictKey(value)
-    # From JAX 0.4.36 to 0.6 flattening a plain dict makes this key, and the class refuses to.
-    (((key,), _),), _ = tree_flatten_with_path({None: 0})
-    found: DictKey = key
-    return found
 
 
 def _closed(string: str) -> tuple[int, int, str] | None:
@@ -440,28 +343,3 @@ def _closed(string: str) -> tuple[int, int, str] | None:
         return 0, close + 1, spell_item(read_literal(string[3:close]))
     except KeyPathError:
         return None
-
-
-def _raise(string: str, rejected: _Rejected) -> NoReturn:
-    position, reason = rejected.position, rejected.reason
-    message = f"{shorten(string)} spells no key path: at position {position}, {reason}"
-    canonical = _mend(string, rejected) if len(string) <= MAX_DIGITS else None
-    if canonical is not None:
-        message += f"; the canonical spelling is {shorten(canonical)}"
-    raise KeyPathError(message) from None
-
-
-def _mend(string: str, rejected: _Rejected) -> str | None:
-    """The canonical spelling of what was meant, where a few local changes lead to one."""
-    for _ in range(16):
-        if rejected.mend is None:
-            return None
-        start, stop, replacement = rejected.mend
-        string = string[:start] + replacement + string[stop:]
-        try:
-            _read(string)
-        except _Rejected as again:
-            rejected = again
-        else:
-            return string
-    return None

@@ -1,14 +1,11 @@
 """How trees print: structure, shapes and dtypes, never the values of arrays."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
 import numpy as np
 
 from pytree2safetensors._errors import shorten
-from pytree2safetensors._tree.containers import PyTreeContainer, UnkeyedContainer, attrs_of
 
 _WIDTH = 88
 _DECIMAL = 256  # bits of an int that is written in decimal
@@ -16,7 +13,7 @@ _MOST_NODES = 10_000  # of a tree that is printed; a cyclic one ends here too
 
 
 @dataclass
-class _Node:
+class Node:
     """A node to print: brackets, and the label of each child."""
 
     opening: str
@@ -45,7 +42,7 @@ def _value(leaf: Any) -> str:
 
 def render(tree: Any) -> str:
     """Print a tree, each node on one line where it fits, indented where it does not."""
-    root = _Node("", [""], [tree], "")
+    root = Node("", [""], [tree], "")
     nodes = [root]
     for node in nodes:  # grows while it is walked: parents first
         for position, child in enumerate(node.children):
@@ -60,31 +57,28 @@ def render(tree: Any) -> str:
     return root.flat if root.flat is not None else "\n".join(_lines(root))
 
 
-def _open(tree: Any) -> _Node | None:
+def _open(tree: Any) -> Node | None:
     kind = type(tree)
-    if kind is PyTreeContainer:
-        attrs = sorted(attrs_of(tree).items())
-        labels = [f"{name}=" if name.isidentifier() else f"{name!r}: " for name, _ in attrs]
-        return _Node("PyTreeContainer(", labels, [value for _, value in attrs], ")")
-    if kind is UnkeyedContainer:
-        return _Node("UnkeyedContainer([", [""] * len(tree), list(tree), "])")
+    if hasattr(kind, "__printed__"):  # a container, which knows its parts
+        printed: Node = kind.__printed__(tree)
+        return printed
     if isinstance(tree, dict):
         name = "" if kind is dict else kind.__name__
         around = ("{", "}") if kind is dict else (f"{name}({{", "})")
-        return _Node(around[0], [f"{key!r}: " for key in tree], list(tree.values()), around[1])
+        return Node(around[0], [f"{key!r}: " for key in tree], list(tree.values()), around[1])
     if kind is list:
-        return _Node("[", [""] * len(tree), list(tree), "]")
+        return Node("[", [""] * len(tree), list(tree), "]")
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return _Node(f"{kind.__name__}(", [f"{name}=" for name in tree._fields], list(tree), ")")
+        return Node(f"{kind.__name__}(", [f"{name}=" for name in tree._fields], list(tree), ")")
     if kind is tuple:
-        return _Node("(", [""] * len(tree), list(tree), ",)" if len(tree) == 1 else ")")
+        return Node("(", [""] * len(tree), list(tree), ",)" if len(tree) == 1 else ")")
     return None
 
 
-def _on_one_line(node: _Node) -> str | None:
+def _on_one_line(node: Node) -> str | None:
     parts: list[str] = []
     for label, child in zip(node.labels, node.children, strict=True):
-        shown = child.flat if isinstance(child, _Node) else child
+        shown = child.flat if isinstance(child, Node) else child
         if shown is None or "\n" in shown:
             return None
         parts.append(label + shown)
@@ -92,13 +86,13 @@ def _on_one_line(node: _Node) -> str | None:
     return line if len(line) <= _WIDTH or not parts else None
 
 
-def _lines(root: _Node) -> list[str]:
+def _lines(root: Node) -> list[str]:
     lines: list[str] = []
     pending: list[tuple[int, str, Any, str]] = [(0, "", root.children[0], "")]
     while pending:
         indent, label, child, after = pending.pop()
-        if not isinstance(child, _Node) or child.flat is not None:
-            shown = child.flat if isinstance(child, _Node) else child
+        if not isinstance(child, Node) or child.flat is not None:
+            shown = child.flat if isinstance(child, Node) else child
             lines.append(f"{'  ' * indent}{label}{shown}{after}")
             continue
         lines.append(f"{'  ' * indent}{label}{child.opening}")
@@ -108,16 +102,3 @@ def _lines(root: _Node) -> list[str]:
             for labelled in zip(reversed(child.labels), reversed(child.children), strict=True)
         )
     return lines
-
-
-def render_treescope(
-    tree: PyTreeContainer | UnkeyedContainer, path: str | None, subtree: Callable[..., Any]
-) -> Any:
-    """Render a container as treescope, which asks for it, renders objects in a notebook."""
-    parts: Any = import_module("treescope.repr_lib")
-    if isinstance(tree, UnkeyedContainer):
-        return parts.render_list_wrapper(type(tree), tree.children, path, subtree, True)
-    attrs = dict(sorted(attrs_of(tree).items()))
-    if all(name.isidentifier() and not name.startswith("__") for name in attrs):
-        return parts.render_object_constructor(type(tree), attrs, path, subtree)
-    return parts.render_dictionary_wrapper(type(tree), attrs, path, subtree, True)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from pytree2safetensors._errors import shorten
-from pytree2safetensors._tree.keypath import dotted, is_dotted
+from pytree2safetensors._tree.paths import dotted, is_dotted
 from pytree2safetensors._tree.placeholders import Alternatives, Binding
 from pytree2safetensors._tree.rule import ParsedRule, Rule, parse_rule
 

@@ -4,22 +4,17 @@ Specification: *Trees and flat dicts*.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
-
-import jax
 
 from pytree2safetensors._errors import KeyPathError, TreeStructureError, shorten
 from pytree2safetensors._tree.containers import PyTreeContainer, UnkeyedContainer, container_of
+from pytree2safetensors._tree.depth import DEEP, TOO_DEEP, check_depth, too_deep, unsortable
 from pytree2safetensors._tree.keypath import (
     ATTR,
     INDEX,
     ITEM,
     UNKEYED,
-    DictKey,
-    GetAttrKey,
-    SequenceKey,
-    cut,
     join,
     read_segment,
     spell_attr,
@@ -29,12 +24,11 @@ from pytree2safetensors._tree.keypath import (
     split,
     string2keypath,
 )
+from pytree2safetensors._tree.keys import DictKey, GetAttrKey, SequenceKey
+from pytree2safetensors._tree.paths import cut
 from pytree2safetensors._types import Kind
 
 MAX_GAPS = 2**20  # a tree's list indices without a leaf, together
-DEEP = 200  # from here on JAX is asked how deep a tree it can flatten
-_FRAMES = 50  # levels of the stack that remain for what flattens the deepest node
-_TOO_DEEP = 10_000  # no JAX flattens this
 
 
 class _Node:
@@ -141,7 +135,7 @@ class _Trie:
         segments = [segment]
         if node is None:
             segments = split(prefix)
-            if len(segments) > _TOO_DEEP:
+            if len(segments) > TOO_DEEP:
                 raise too_deep(name)
             node = self.child(self.top, "", name)
         for number, segment in enumerate(segments, 1):
@@ -286,45 +280,3 @@ _EMPTY: dict[str, Callable[[], Any]] = {
     "PyTreeContainer": PyTreeContainer,
     "UnkeyedContainer": UnkeyedContainer,
 }
-
-
-# --- what no tree can be ----------------------------------------------------------------------
-
-
-def check_depth(depth: int, name: str) -> int:
-    """How deep a tree JAX can flatten; refuse a tree that is deeper, or cyclic.
-
-    JAX is asked with lists. Where a node with a Python function lies too deep, it loses count of
-    the stack, and from then on every call in this thread is a RecursionError.
-    """
-    fits, fails = 0, _TOO_DEEP + _FRAMES
-    while fails - fits > 1:
-        middle = (fits + fails) // 2
-        lists: list[Any] = []
-        for _ in range(middle):
-            lists = [lists]
-        try:
-            jax.tree_util.tree_structure(lists)
-            fits = middle
-        except (SystemError, RecursionError):
-            fails = middle
-    if depth > fits - _FRAMES:
-        raise too_deep(name)
-    return fits - _FRAMES
-
-
-def too_deep(name: str) -> TreeStructureError:
-    """The error of a tree that is cyclic or too deep."""
-    return TreeStructureError(
-        f"the tree below {shorten(name)} is cyclic, or nested deeper than JAX can flatten; "
-        "flatten it into fewer levels"
-    )
-
-
-def unsortable(name: str, keys: Iterable[Any]) -> TreeStructureError:
-    """The error of a dict whose keys JAX cannot sort."""
-    kinds = ", ".join(sorted({type(key).__name__ for key in keys}))
-    return TreeStructureError(
-        f"JAX cannot sort the keys of the dict at {shorten(name)}, of these types: {kinds}; "
-        "use keys that compare with each other"
-    )

@@ -6,7 +6,7 @@ from typing import Any, Final
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from pytree2safetensors._tree.keypath import (
+from pytree2safetensors._tree.keys import (
     MAX_INDEX,
     DictKey,
     FlattenedIndexKey,

@@ -1,0 +1,54 @@
+"""Limits of trees: how deep JAX can flatten one, and which keys it can sort.
+
+Specification: *Trees and flat dicts*.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+
+from pytree2safetensors._errors import TreeStructureError, shorten
+
+DEEP = 200  # from here on JAX is asked how deep a tree it can flatten
+TOO_DEEP = 10_000  # no JAX flattens this
+_FRAMES = 50  # levels of the stack that remain for what flattens the deepest node
+
+
+def check_depth(depth: int, name: str) -> int:
+    """How deep a tree JAX can flatten; refuse a tree that is deeper, or cyclic.
+
+    JAX is asked with lists. Where a node with a Python function lies too deep, it loses count of
+    the stack, and from then on every call in this thread is a RecursionError.
+    """
+    fits, fails = 0, TOO_DEEP + _FRAMES
+    while fails - fits > 1:
+        middle = (fits + fails) // 2
+        lists: list[Any] = []
+        for _ in range(middle):
+            lists = [lists]
+        try:
+            jax.tree_util.tree_structure(lists)
+            fits = middle
+        except (SystemError, RecursionError):
+            fails = middle
+    if depth > fits - _FRAMES:
+        raise too_deep(name)
+    return fits - _FRAMES
+
+
+def too_deep(name: str) -> TreeStructureError:
+    """The error of a tree that is cyclic or too deep."""
+    return TreeStructureError(
+        f"the tree below {shorten(name)} is cyclic, or nested deeper than JAX can flatten; "
+        "flatten it into fewer levels"
+    )
+
+
+def unsortable(name: str, keys: Iterable[Any]) -> TreeStructureError:
+    """The error of a dict whose keys JAX cannot sort."""
+    kinds = ", ".join(sorted({type(key).__name__ for key in keys}))
+    return TreeStructureError(
+        f"JAX cannot sort the keys of the dict at {shorten(name)}, of these types: {kinds}; "
+        "use keys that compare with each other"
+    )

@@ -1,0 +1,55 @@
+"""Keys: the classes that JAX's key paths are made of, with types.
+
+Specification: *Key paths*.
+"""
+
+from typing import TYPE_CHECKING, TypeAlias
+
+from jax.tree_util import tree_flatten_with_path
+
+if TYPE_CHECKING:
+    # JAX declares its key classes as `Any`; this is the one place that gives them types.
+    class DictKey:
+        """The key of an entry of a dict."""
+
+        key: object
+
+        def __init__(self, key: object) -> None: ...
+
+    class GetAttrKey:
+        """The key of an attribute."""
+
+        name: str
+
+        def __init__(self, name: str) -> None: ...
+
+    class SequenceKey:
+        """The key of an element of a list or tuple."""
+
+        idx: int
+
+        def __init__(self, idx: int) -> None: ...
+
+    class FlattenedIndexKey:
+        """The key of a child of a node that was registered without keys."""
+
+        key: int
+
+        def __init__(self, key: int) -> None: ...
+else:
+    from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
+
+Key: TypeAlias = DictKey | GetAttrKey | SequenceKey | FlattenedIndexKey
+KeyPath: TypeAlias = tuple[Key, ...]
+
+MAX_INDEX = 2**31 - 1  # what JAX's keys hold
+
+
+def item_key(value: object) -> DictKey:
+    """The key of a dict's entry."""
+    if value is not None:
+        return DictKey(value)
+    # From JAX 0.4.36 to 0.6 flattening a plain dict makes this key, and the class refuses to.
+    (((key,), _),), _ = tree_flatten_with_path({None: 0})
+    found: DictKey = key
+    return found

@@ -1,0 +1,72 @@
+"""Spelled key paths as strings: cutting them, and moving them below a prefix or out of it.
+
+Specification: *Key paths*.
+"""
+
+import re
+
+from pytree2safetensors._tree.keypath import (
+    ATTR,
+    INDEX,
+    ITEM,
+    MARKERS,
+    join,
+    read,
+    split,
+    strip_leading_dot,
+)
+from pytree2safetensors._tree.keys import GetAttrKey, Key, SequenceKey
+
+_STARTS = frozenset(MARKERS)
+_TO_DOTS = str.maketrans(dict.fromkeys(MARKERS, ATTR))
+_INT_KEY = re.compile(r"([@#])\\\((-?[0-9]+)\)")
+_NOT_DOTTED = re.compile(r"[@#\\]")
+
+
+def cut(string: str) -> tuple[str, str]:
+    """Cut the last segment, with its marker, off a spelled path that is not empty."""
+    if "\\" not in string:
+        at = max(string.rfind(ATTR), string.rfind(ITEM), string.rfind(INDEX))
+        if at > 0:
+            return string[:at], string[at:]
+    *rest, last = split(string)
+    return join("", *rest), last
+
+
+def strip_prefix(prefix: str, string: str) -> str | None:
+    """The path from `prefix` down to `string`; None where it does not lead there."""
+    if not prefix:
+        return string
+    if not string.startswith(prefix):
+        return None
+    rest = string[len(prefix) :]
+    if rest and rest[0] not in MARKERS:
+        return None
+    return rest and strip_leading_dot(rest)
+
+
+def add_prefix(prefix: str, string: str) -> str:
+    """The path `string`, seen from above `prefix`: the inverse of `strip_prefix`."""
+    if not prefix or not string:
+        return prefix or string
+    return prefix + (string if string[0] in MARKERS else ATTR + string)
+
+
+def is_dotted(string: str) -> bool:
+    """Whether a path is one of keys joined by dots: it has no other marker."""
+    return not _NOT_DOTTED.search(string)
+
+
+def dotted(string: str) -> str:
+    """Join the keys of a spelled path by dots, whatever their kind."""
+    plain = _INT_KEY.sub(r"\1\2", string) if "\\" in string else string
+    if "\\" not in plain:
+        return plain.translate(_TO_DOTS)[plain[:1] in _STARTS :]
+    return ATTR.join(map(_text_of, read(string)))
+
+
+def _text_of(key: Key) -> str:
+    if isinstance(key, GetAttrKey):
+        return key.name
+    value = key.idx if isinstance(key, SequenceKey) else key.key
+    return value if isinstance(value, str) else ascii(value)

@@ -1,0 +1,42 @@
+"""Why a string spells no key path, and the spelling that may have been meant.
+
+Specification: *Key paths*.
+"""
+
+from collections.abc import Callable
+from typing import NoReturn
+
+from pytree2safetensors._errors import KeyPathError, shorten
+from pytree2safetensors._tree.literal import MAX_DIGITS
+
+
+class Rejected(Exception):
+    """Why a string is no key path: where, and what would stand there instead."""
+
+    def __init__(self, position: int, reason: str, mend: tuple[int, int, str] | None = None):
+        self.position, self.reason, self.mend = position, reason, mend
+
+
+def refuse(string: str, rejected: Rejected, read: Callable[[str], object]) -> NoReturn:
+    position, reason = rejected.position, rejected.reason
+    message = f"{shorten(string)} spells no key path: at position {position}, {reason}"
+    canonical = _mend(string, rejected, read) if len(string) <= MAX_DIGITS else None
+    if canonical is not None:
+        message += f"; the canonical spelling is {shorten(canonical)}"
+    raise KeyPathError(message) from None
+
+
+def _mend(string: str, rejected: Rejected, read: Callable[[str], object]) -> str | None:
+    """The canonical spelling of what was meant, where a few local changes lead to one."""
+    for _ in range(16):
+        if rejected.mend is None:
+            return None
+        start, stop, replacement = rejected.mend
+        string = string[:start] + replacement + string[stop:]
+        try:
+            read(string)
+        except Rejected as again:
+            rejected = again
+        else:
+            return string
+    return None
