@@ -11,7 +11,7 @@ from pytree2safetensors._errors import (
     WeightsMismatchError,
 )
 from pytree2safetensors._load.api import load_abstract, load_metadata, load_pytree
-from pytree2safetensors._load.template_api import load_into_pytree, set_weights
+from pytree2safetensors._load.into_template import load_into_pytree, set_weights
 from pytree2safetensors._save.api import save_pytree
 from pytree2safetensors._save.background import save_pytree_async
 from pytree2safetensors._save.flat_dict import pytree2dict

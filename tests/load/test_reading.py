@@ -88,8 +88,8 @@ def test_a_mapped_file_is_not_read(path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_large_arrays_own_the_memory_that_was_read_into() -> None:
+    from pytree2safetensors._leaves.staging import aligned
     from pytree2safetensors._leaves.to_jax import to_jax
-    from pytree2safetensors._load.api import aligned
 
     memory = aligned(1 << 20)
     assert memory.base is not None

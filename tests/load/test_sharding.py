@@ -21,8 +21,7 @@ from numpy.typing import NDArray
 
 import pytree2safetensors as p2s
 from oracle import assert_same
-from pytree2safetensors._format.tensor import TensorInfo
-from pytree2safetensors._leaves import extents as _region
+from pytree2safetensors._leaves import extents, staging
 from pytree2safetensors._leaves.extents import (
     Part,
     Region,
@@ -33,10 +32,12 @@ from pytree2safetensors._leaves.extents import (
     span_of,
     starts_of,
 )
-from pytree2safetensors._load import api as _load
-from pytree2safetensors._load import sharded as _sharding
+from pytree2safetensors._load import plan, reading
 from pytree2safetensors._load.checkpoint import open_checkpoint
+from pytree2safetensors._load.plan import Slot
+from pytree2safetensors._load.ranges import Place, plan_reads
 from pytree2safetensors._storage import file_source as _source
+from pytree2safetensors._storage.read_pool import ReadPool
 
 P: Any = PartitionSpec  # whose constructor JAX leaves untyped
 Struct: Any = jax.ShapeDtypeStruct
@@ -53,11 +54,10 @@ def take_route(route: str, patch: pytest.MonkeyPatch) -> None:
     """Have small arrays read the way that large ones are."""
     if route == "by JAX":
         return
-    patch.setattr(_sharding, "_SMALL", 0)
-    patch.setattr(_region, "BAND", 256)
-    patch.setattr(_sharding, "BAND", 256)
+    patch.setattr(plan, "_CUT_BY_JAX", 0)
+    patch.setattr(extents, "BAND", 256)
     if route == "direct":
-        patch.setattr(_sharding, "_LONG", 1)
+        patch.setattr(plan, "_LONG", 1)
 
 
 def is_key(array: Any) -> bool:
@@ -149,7 +149,7 @@ def test_bands_cut_a_tensor_into_runs(
 ) -> None:
     shape, _ = case
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_region, "BAND", limit)
+        patch.setattr(extents, "BAND", limit)
         bands = list(bands_of(shape, itemsize))
     position = 0
     for band in bands:
@@ -178,7 +178,7 @@ def test_gather_gives_the_bytes_of_parts(
         expected[tuple(slice(*bounds) for bounds in part.region)] = part.values
     found = bytearray(expected.nbytes)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_region, "BAND", limit)
+        patch.setattr(extents, "BAND", limit)
         end = -1
         for offset, piece in gather(parts, shape, 2):
             assert offset > end or not offset or limit < 100  # neighbours within a band are one
@@ -278,7 +278,7 @@ def test_loading_into_a_sharding_is_slicing(
     sharding = NamedSharding(mesh, spec)
     with pytest.MonkeyPatch.context() as patch:
         take_route(route, patch)
-        patch.setattr(_region, "BAND", band)
+        patch.setattr(extents, "BAND", band)
         found = into(path, shape, values.dtype, sharding, mmap=mmap)
     assert_in_place(found, values, sharding)
 
@@ -762,20 +762,6 @@ def test_each_byte_is_read_once(
     assert counter.times[size - values.nbytes :].tolist() == [1] * values.nbytes
 
 
-def partial_plan(
-    path: Path, shape: tuple[int, ...], regions: list[Region]
-) -> tuple[int, _sharding.ShardPlan]:
-    """What a process reads that has some regions only, and where the tensor starts."""
-    with open_checkpoint(path) as store:
-        info, start = store.infos["#0"], store.places["#0"][1]
-        leaf = store.spec_of("#0")
-    wanted = _sharding.Wanted("#0", leaf, SingleDeviceSharding(jax.devices()[0]))
-    size = sum(math.prod(stop - begin for begin, stop in region) for region in regions) * 4
-    devices = {region: [jax.devices()[0]] for region in regions}
-    assert isinstance(info, TensorInfo)
-    return start, _sharding.ShardPlan(wanted, info, devices, False, size)
-
-
 @pytest.mark.parametrize(
     ("shape", "regions", "exactly"),
     [
@@ -798,14 +784,22 @@ def test_what_a_process_does_not_hold_is_not_read(
 ) -> None:
     values = values_of(shape)
     p2s.save_pytree([values], tmp_path / "file")
-    start, plan = partial_plan(tmp_path / "file", shape, regions)
     counter = Counter(monkeypatch, (tmp_path / "file").stat().st_size)
     needed = np.zeros(shape, np.int64)
-    with open_checkpoint(tmp_path / "file") as store:
+    with open_checkpoint(tmp_path / "file") as store, ReadPool(2) as pool:
         counter.times[:] = 0  # the header came with it
-        (shards,) = _sharding._read(store, [plan], None)
-    for region, shard in zip(regions, shards, strict=True):
-        assert shard.raw().tobytes() == select(values, region).tobytes()
+        info, start = store.infos["#0"], store.places["#0"][1]
+        sizes = [plan.nbytes_of(region, info) for region in regions]
+        slots = [
+            Slot("#0", info, region, 0, nbytes, [])
+            for region, nbytes in zip(regions, sizes, strict=True)
+        ]
+        places = [Place(slot, staging.aligned(slot.nbytes), 0) for slot in slots]
+        reads, tasks = plan_reads(store, places, lambda _: None)
+        for future in pool.start(reads, tasks, lambda _: None):
+            future.result()
+    for region, place in zip(regions, places, strict=True):
+        assert place.raw.tobytes() == select(values, region).tobytes()
         select(needed, region)[...] = 1
     counts = counter.times[start:].reshape(-1, 4)[:, 0].reshape(shape)
     assert counter.times[:start].sum() == 0
@@ -814,9 +808,9 @@ def test_what_a_process_does_not_hold_is_not_read(
     if exactly:
         assert (counts == needed).all()
     else:  # gaps between runs, and nothing before or after
-        places = np.flatnonzero(needed)
-        assert not counts.reshape(-1)[: places[0]].any()
-        assert not counts.reshape(-1)[places[-1] + 1 :].any()
+        elements = np.flatnonzero(needed)
+        assert not counts.reshape(-1)[: elements[0]].any()
+        assert not counts.reshape(-1)[elements[-1] + 1 :].any()
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -826,18 +820,18 @@ def test_memory_is_that_of_the_data_once(
     values = values_of((4096, 4096), np.int8)
     p2s.save_pytree([values], tmp_path / "file")
     sizes: list[int] = []
-    original = _load.aligned
+    original = staging.aligned
 
     def aligned(size: int) -> NDArray[np.uint8]:
         sizes.append(size)
         return original(size)
 
-    monkeypatch.setattr(_sharding, "aligned", aligned)
+    monkeypatch.setattr(reading, "aligned", aligned)
     sharding = NamedSharding(mesh, SPECS[spec])
     found = into(tmp_path / "file", values.shape, values.dtype, sharding)
     assert_in_place(found, values, sharding)
     assert max(sizes) == values.nbytes
-    assert sum(sizes) <= values.nbytes + 4 * _region.BAND
+    assert sum(sizes) <= values.nbytes + 4 * extents.BAND
 
 
 def test_the_file_may_change_after_loading(tmp_path: Path, mesh: Mesh) -> None:
@@ -926,14 +920,14 @@ def test_a_file_that_is_cut_short_while_it_is_read(
     take_route("bands", monkeypatch)
     values = values_of((64, 64))
     p2s.save_pytree([values], tmp_path / "file")
-    original = _sharding.plan_shards
+    original = plan.plan_batches
 
-    def plan_shards(*arguments: Any) -> Any:
+    def plan_batches(*arguments: Any) -> Any:
         with (tmp_path / "file").open("r+b") as file:
             file.truncate(5000)
         return original(*arguments)
 
-    monkeypatch.setattr("pytree2safetensors._load.template_api.plan_shards", plan_shards)
+    monkeypatch.setattr(reading, "plan_batches", plan_batches)
     for spec in SPECS.values():
         (tmp_path / "file").unlink()
         p2s.save_pytree([values], tmp_path / "file")
@@ -969,7 +963,7 @@ def test_progress_reaches_the_end_where_two_leaves_take_one_tensor(
         rename=lambda _: "@w",
         progress=lambda *both: told.append(both),
     )
-    assert told[-1] == (2 * values.nbytes, 2 * values.nbytes)
+    assert told[-1] == (values.nbytes, values.nbytes)  # which is read once
 
 
 def test_progress_of_a_map_is_told_at_its_end(tmp_path: Path, mesh: Mesh) -> None:

@@ -11,8 +11,8 @@ from pytree2safetensors._errors import FileFormatError
 from pytree2safetensors._format.tensor import SCALARS, TensorInfo
 from pytree2safetensors._leaves.decode import from_bytes, python_value
 from pytree2safetensors._leaves.spec import spec_of
-from pytree2safetensors._load.api import names_below
 from pytree2safetensors._load.checkpoint import OpenCheckpoint
+from pytree2safetensors._load.stored import names_below
 from pytree2safetensors._tree.paths import strip_prefix
 from pytree2safetensors._types import Kind
 

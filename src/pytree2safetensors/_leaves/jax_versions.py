@@ -1,5 +1,6 @@
 """Every shim for a version of JAX: what newer versions have under another name, or older ones lack."""
 
+import ctypes
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import lru_cache
@@ -8,7 +9,10 @@ from typing import Any, Final
 import jax
 import jax.experimental
 import numpy as np
+from numpy.typing import NDArray
 
+# What JAX leaves untyped.
+block_until_ready: Any = jax.block_until_ready
 ShapeDtypeStruct: Any = jax.ShapeDtypeStruct  # whose constructor JAX leaves untyped
 # The type of references to arrays, where it has a public name: since JAX 0.8.
 REFERENCE: Final[Any] = getattr(jax, "Ref", ())
@@ -87,3 +91,17 @@ def coordination_client() -> Any:
     from jax._src import distributed  # no public module has the client
 
     return distributed.global_state.client
+def pinned_memory(device: jax.Device, size: int) -> NDArray[np.uint8] | None:
+    """Return host memory that a device reads without a further copy; None if there is none.
+
+    JAX has no call for it, but arrays that live there, whose memory is written to through NumPy.
+    """
+    try:
+        sharding = jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host")
+        owner = jax.device_put(np.zeros(size, np.uint8), sharding)
+        address = owner.unsafe_buffer_pointer()
+    except Exception:  # noqa: BLE001 - backends and versions without it differ in what they raise
+        return None
+    buffer: Any = (ctypes.c_uint8 * size).from_address(address)
+    buffer.owner = owner  # NumPy's array keeps the buffer, and this the memory
+    return np.frombuffer(buffer, np.uint8)

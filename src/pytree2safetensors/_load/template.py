@@ -16,6 +16,7 @@ from pytree2safetensors._leaves.keys import implementation_of, is_key_dtype, key
 from pytree2safetensors._leaves.spec import LeafSpec, holds, rank_of
 from pytree2safetensors._tree.literal import show as show_value
 
+PYTHON_NUMBERS: Final = {"int": int, "float": float, "bool": bool, "complex": complex}
 _NO_NUMBERS: Final = frozenset({"key", "str"})
 _RANKS: Final = {"bool": 0, "int": 2, "float": 3, "complex": 4}
 
@@ -186,5 +187,4 @@ def show(leaf: LeafSpec) -> str:
 
 def to_python(values: Any, wanted: LeafSpec) -> Any:
     """The Python scalar of a 0-d array or of another scalar."""
-    types = {"int": int, "float": float, "bool": bool, "complex": complex}
-    return types[wanted.kind](values.item() if hasattr(values, "item") else values)
+    return PYTHON_NUMBERS[wanted.kind](values.item() if hasattr(values, "item") else values)

@@ -96,12 +96,12 @@ class Read(NamedTuple):
 
 def read_ranges(reads: Iterable[Read], progress: Progress | None = None) -> None:
     """Carry out reads, neighbouring ones together, large ones by several threads."""
-    batches = list(_batches(reads))
+    batches = list(joined_reads(reads))
     total = sum(size for _, _, _, size in batches)
     report = Report(progress, total)
     workers = min(4, os.cpu_count() or 1, len(batches))
 
-    def run(batch: tuple[ByteSource, int, list[memoryview], int]) -> None:
+    def run(batch: JoinedRead) -> None:
         source, offset, buffers, size = batch
         source.fill(buffers, offset)
         report.add(size)
@@ -116,7 +116,10 @@ def read_ranges(reads: Iterable[Read], progress: Progress | None = None) -> None
     report.finish()
 
 
-def _batches(reads: Iterable[Read]) -> Iterator[tuple[ByteSource, int, list[memoryview], int]]:
+JoinedRead: TypeAlias = tuple[ByteSource, int, list[memoryview], int]  # with its size in bytes
+
+
+def joined_reads(reads: Iterable[Read]) -> Iterator[JoinedRead]:
     """Join reads that follow each other in the file, and cut those that are long."""
     source: ByteSource | None = None
     buffers: list[memoryview] = []

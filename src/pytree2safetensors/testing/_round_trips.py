@@ -14,7 +14,7 @@ import numpy as np
 
 from pytree2safetensors._errors import TreeStructureError, WeightsMismatchError, shorten
 from pytree2safetensors._load.api import load_pytree
-from pytree2safetensors._load.template_api import load_into_pytree
+from pytree2safetensors._load.into_template import load_into_pytree
 from pytree2safetensors._save.api import save_pytree
 from pytree2safetensors._save.flat_dict import pytree2dict
 from pytree2safetensors.testing._compare import assert_same, assert_same_leaves, is_prng_key

@@ -1,0 +1,46 @@
+"""Leaves of a dictionary, as a template wants them."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from pytree2safetensors._leaves.decode import to_host
+from pytree2safetensors._leaves.spec import LeafSpec, TracedSpec
+from pytree2safetensors._leaves.to_jax import to_jax, weaken, wrap_key
+from pytree2safetensors._load.sharded import concrete, place
+from pytree2safetensors._load.template import TemplateLeaf, to_python
+
+
+def given_spec(slot: TemplateLeaf | None, value: Any) -> LeafSpec | None:
+    """What a leaf of a dictionary is; None where it has no values."""
+    if slot is None or slot.abstract:
+        return None
+    return TracedSpec(*slot.leaf) if isinstance(value, jax.core.Tracer) else slot.leaf
+
+
+def fitted(slot: TemplateLeaf, value: Any) -> Any:
+    """A leaf of a dictionary, as its place in the template wants it."""
+    if slot.target == "python":
+        return value if type(value) is str else to_python(value, slot.leaf)
+    if slot.target in {"numpy", "scalar"}:
+        copy = np.array(to_host(value, slot.leaf.dtype))
+        return copy if slot.target == "numpy" else copy[()]
+    if not isinstance(value, jax.Array):
+        # A copy: JAX would take the memory of the caller's array over.
+        host = np.array(to_host(value, slot.leaf.dtype))
+        if slot.target == "foreign":
+            return host
+        value = to_jax([host])[0]
+        if slot.leaf.weak:
+            value = weaken(value)
+    elif slot.target == "foreign" and value.dtype != slot.leaf.dtype:
+        return np.array(to_host(value, slot.leaf.dtype))  # JAX would narrow it
+    elif slot.leaf.dtype is not None and value.dtype != slot.leaf.dtype:
+        value = value.astype(slot.leaf.dtype)
+    if slot.leaf.kind == "key" and value.dtype == np.uint32:
+        value = wrap_key(value, slot.leaf.impl)
+    if not isinstance(value, jax.Array) or isinstance(value, jax.core.Tracer):
+        return value  # where a traced value lives is for JAX to say
+    sharding = None if slot.sharding is None else concrete(slot.sharding)
+    return value if sharding is None else place(value, sharding)

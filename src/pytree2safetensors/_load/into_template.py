@@ -1,0 +1,212 @@
+"""Loading into a template: stored leaves go to the places that a tree of your own has for them."""
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+from beartype import beartype
+from jaxtyping import jaxtyped
+
+from pytree2safetensors._collector import collector_paused
+from pytree2safetensors._leaves.spec import LeafSpec
+from pytree2safetensors._load.checkpoint import OpenCheckpoint, open_checkpoint
+from pytree2safetensors._load.given import fitted, given_spec
+from pytree2safetensors._load.matching import Options, Rename, match
+from pytree2safetensors._load.plan import Wanted
+from pytree2safetensors._load.reading import read_leaves
+from pytree2safetensors._load.sharded import concrete
+from pytree2safetensors._load.stored import load_stored, names_below, warn_foreign
+from pytree2safetensors._load.template import TemplateLeaf, template_leaves
+from pytree2safetensors._storage.byte_source import PathLike, Readable
+from pytree2safetensors._storage.progress import ProgressOption, reporter
+from pytree2safetensors._tree.flatten import PyTree, flatten
+from pytree2safetensors._tree.keypath import string2keypath
+from pytree2safetensors._tree.paths import strip_prefix
+
+
+@jaxtyped(typechecker=beartype)
+def set_weights(
+    module: PyTree,
+    dictionary: Mapping[str, Any],
+    verbose: bool = False,
+    *,
+    strict: bool = True,
+    cast: bool = False,
+    prefix: str = "",
+    rename: Rename | None = None,
+) -> PyTree:
+    """Make a new pytree: `module` with its leaves taken from `dictionary`.
+
+    Args:
+        module: The template: arrays, `jax.ShapeDtypeStruct`s, NumPy arrays, Python scalars.
+        dictionary: Names to leaves, such as `pytree2dict` gives.
+        verbose: Whether to tell on stderr what `strict=False` left as it was, or did not use.
+        strict: Whether every leaf must be there and fit, and none be left over. Where False, the
+            template keeps what does not fit; nothing fitting at all is still an error.
+        cast: Convert dtypes to those of the template, as far as NumPy's "same_kind" goes.
+        prefix: A spelled key path: take the entries below it.
+        rename: From a spelled key path of the template to the name in the dictionary.
+
+    Returns:
+        A tree with exactly the treedef of `module`.
+
+    Raises:
+        WeightsMismatchError: What is missing, unexpected or differs, all at once.
+        KeyPathError: A key path of `module`, or `prefix`, has no spelling.
+        TreeStructureError: JAX cannot flatten `module`.
+
+    Specification: *Loading into a template*.
+
+    >>> set_weights({"w": 0.0}, {"@w": 1.5})
+    {'w': 1.5}
+    """
+    if not all(isinstance(name, str) for name in dictionary):
+        raise TypeError("the names of leaves are strs")
+    template = _template(module)
+    if prefix:
+        string2keypath(prefix)
+    names = [name for name in dictionary if strip_prefix(prefix, name) is not None]
+    slots = template_leaves(dictionary[name] for name in names)
+    available = {
+        name: given_spec(slot, dictionary[name]) for name, slot in zip(names, slots, strict=True)
+    }
+    options = Options("the dictionary", strict, verbose, cast, prefix, rename)
+    matches = match(template.names, template.slots, available, lambda _: dictionary, options)
+    leaves = list(template.leaves)
+    for position, name in matches:
+        slot = template.slots[position]
+        if slot is not None:
+            leaves[position] = fitted(slot, dictionary[name])
+    return jax.tree_util.tree_unflatten(template.treedef, leaves)
+
+
+@jaxtyped(typechecker=beartype)
+def load_into_pytree(
+    module: PyTree,
+    path: PathLike | Readable,
+    verbose: bool = False,
+    *,
+    strict: bool = True,
+    cast: bool = False,
+    prefix: str = "",
+    rename: Rename | None = None,
+    mmap: bool = False,
+    progress: ProgressOption = False,
+) -> PyTree:
+    """Load a file into the places of a template, reading only what the template needs.
+
+    Args:
+        module: The template: arrays, `jax.ShapeDtypeStruct`s, NumPy arrays, Python scalars. A leaf
+            with a sharding gets its values in that sharding.
+        path: A file, a binary file object, a folder of shards or its index.
+        verbose: Whether to tell on stderr what `strict=False` left as it was, or did not use.
+        strict: Whether every leaf must be there and fit, and none be left over. Where False, the
+            template keeps what does not fit; nothing fitting at all is still an error.
+        cast: Convert dtypes to those of the template, as far as NumPy's "same_kind" goes.
+        prefix: A spelled key path: take the subtree there.
+        rename: From a spelled key path of the template to the name in the file.
+        mmap: Map the file instead of reading it; nothing may change the file afterwards.
+        progress: True for a bar, or a function of (done_bytes, total_bytes).
+
+    Returns:
+        A tree with exactly the treedef of `module`.
+
+    Raises:
+        WeightsMismatchError: What is missing, unexpected or differs, all at once.
+        FileFormatError: The file is damaged, or no safetensors file.
+        KeyPathError: A key path of `module`, or `prefix`, has no spelling.
+        TreeStructureError: JAX cannot flatten `module`.
+        ValueError: `mmap` of a file object.
+        OSError: The file cannot be read.
+
+    Specification: *Loading into a template*.
+
+    >>> save_pytree({"w": np.ones(2, np.float32)}, "model.safetensors")
+    >>> load_into_pytree({"w": np.zeros(2, np.float32)}, "model.safetensors")
+    {'w': array([1., 1.], dtype=float32)}
+    """
+    with collector_paused(), open_checkpoint(path, mmap) as checkpoint:
+        template = _template(module)
+        names = names_below(checkpoint, prefix, template.wanted()).values()
+        options = Options(checkpoint.label, strict, verbose, cast, prefix, rename)
+        available = _Stored(checkpoint, names)
+
+        scalars: dict[str, Any] = {}  # read once, to be judged and to be loaded
+
+        def read_scalars(asked: Collection[str]) -> Mapping[str, Any]:
+            new = [name for name in asked if name not in scalars]
+            scalars.update(load_stored(checkpoint, new, mmap=False, progress=None))
+            return scalars
+
+        matches = match(template.names, template.slots, available, read_scalars, options)
+        report = reporter(progress, "loading", jax.process_index)
+        leaves = list(template.leaves)
+        wanted: list[tuple[int, Wanted]] = []
+        python: list[tuple[int, str, TemplateLeaf]] = []  # stored as Python scalars and strs
+        for position, name in matches:
+            leaf = template.slots[position]
+            if leaf is None:
+                continue
+            if checkpoint.spec_of(name).kind in {"array", "key"}:
+                wanted.append((position, Wanted(name, placed(leaf))))
+            else:
+                python.append((position, name, leaf))
+        read_scalars({name for _, name, _ in python})
+        for position, name, leaf in python:
+            leaves[position] = fitted(leaf, scalars[name])
+        found = read_leaves(checkpoint, [want for _, want in wanted], mmap=mmap, progress=report)
+        for (position, _), value in zip(wanted, found, strict=True):
+            leaves[position] = value
+        foreign = [want.name for _, want in wanted if want.leaf.target == "foreign"]
+        if foreign:
+            warn_foreign(checkpoint, foreign)
+        return jax.tree_util.tree_unflatten(template.treedef, leaves)
+
+
+class _Template(NamedTuple):
+    """A flattened template: what each of its leaves asks for."""
+
+    treedef: Any
+    names: list[str]
+    leaves: list[Any]
+    slots: list[TemplateLeaf | None]
+
+    def wanted(self) -> Iterator[str]:
+        """The names of what is data."""
+        return (name for name, slot in zip(self.names, self.slots, strict=True) if slot)
+
+
+def _template(module: Any) -> _Template:
+    flat = flatten(module)
+    treedef = jax.tree_util.tree_structure(module)
+    return _Template(treedef, flat.names, flat.leaves, template_leaves(flat.leaves))
+
+
+class _Stored(Mapping[str, LeafSpec | None]):
+    """What a checkpoint has under some of its names, judged when it is asked for.
+
+    So a tensor of a dtype that nothing here reads stands in nobody's way.
+    """
+
+    def __init__(self, checkpoint: OpenCheckpoint, names: Iterable[str]) -> None:
+        self.checkpoint, self.names = checkpoint, dict.fromkeys(names)
+
+    def __getitem__(self, name: str) -> LeafSpec:
+        return self.checkpoint.spec_of(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def placed(leaf: TemplateLeaf) -> TemplateLeaf:
+    """The same leaf, with the sharding that it has on the mesh in force."""
+    if leaf.sharding is None or leaf.target != "jax":
+        return leaf
+    sharding = concrete(leaf.sharding)
+    return leaf if sharding is leaf.sharding else leaf._replace(sharding=sharding)

@@ -1,0 +1,175 @@
+"""The one reader: it carries out the plan of a load in bounded batches.
+
+While one batch becomes leaves, the next ones are read. Memory for arrays on the host is theirs for
+good; what goes to other devices passes through a ring of bounded size.
+
+Specification: *Loading*, *Loading into a template*.
+"""
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from typing import Any, Final, NamedTuple
+
+import jax
+import numpy as np
+from numpy.typing import NDArray
+
+from pytree2safetensors._collector import collector_paused
+from pytree2safetensors._leaves.jax_versions import block_until_ready
+from pytree2safetensors._leaves.staging import RING, Ring, aligned, default_device, is_on_host
+from pytree2safetensors._load.checkpoint import OpenCheckpoint
+from pytree2safetensors._load.finishing import Finisher
+from pytree2safetensors._load.plan import Batch, Wanted, plan_batches
+from pytree2safetensors._load.ranges import Place, mapped, plan_reads
+from pytree2safetensors._load.template import TemplateLeaf
+from pytree2safetensors._load.verifying import check_digests
+from pytree2safetensors._storage.progress import Progress, Report
+from pytree2safetensors._storage.read_pool import ReadPool
+
+_BATCH: Final = 64 << 20  # bytes that one leaf that lives on can keep in memory
+_STAGED_BATCH: Final = 32 << 20  # bytes that are handed to other devices at once
+_AHEAD: Final = 2  # batches that are read while another becomes leaves
+_READERS: Final = 4  # threads; more do not help where pages have to be made
+_STAGED_READERS: Final = 16  # into memory that is used again
+
+
+class _Reading(NamedTuple):
+    """A batch whose bytes are on their way."""
+
+    places: list[Place]
+    futures: list[Future[None]]
+    is_staged: bool
+
+
+def read_leaves(
+    checkpoint: OpenCheckpoint, wanted: Sequence[Wanted], *, mmap: bool, progress: Progress | None
+) -> list[Any]:
+    """Read leaves, each as it is wanted.
+
+    Raises:
+        FileFormatError: The file changed, or its data are not what its header or digests say.
+        OSError: The file cannot be read.
+    """
+    if not wanted:
+        return []
+    device = None if mmap else _staged_device(wanted)
+    limit = _BATCH if device is None else _STAGED_BATCH
+    with collector_paused():
+        batches = list(plan_batches(checkpoint, wanted, limit, keeps_memory(device is not None)))
+    report = Report(progress, sum(slot.nbytes for batch in batches for slot in batch.slots))
+    finisher = Finisher(checkpoint, wanted)
+    if mmap:
+        _map(checkpoint, batches, finisher, report)
+    else:
+        _read(checkpoint, batches, finisher, report, device)
+    report.finish()
+    return finisher.leaves
+
+
+def _staged_device(wanted: Sequence[Wanted]) -> jax.Device | None:
+    """Return a device that leaves go to and that is not the host; None if there is none."""
+    leaves = {id(want.leaf): want.leaf for want in wanted}
+    devices = {device for leaf in leaves.values() for device in _devices_of(leaf)}
+    others = sorted((d for d in devices if not is_on_host(d)), key=lambda device: device.id)
+    return others[0] if others else None
+
+
+def _devices_of(leaf: TemplateLeaf) -> Iterable[jax.Device]:
+    if leaf.target != "jax":
+        return ()
+    if leaf.sharding is None:
+        return [default_device()]
+    return leaf.sharding.addressable_devices
+
+
+def keeps_memory(staged: bool) -> Callable[[TemplateLeaf], bool]:
+    """Tell for which leaves a region needs memory of its own: they keep it for good."""
+    known: dict[int, bool] = {}
+
+    def keeps(leaf: TemplateLeaf) -> bool:
+        found = known.get(id(leaf))
+        if found is None:
+            # JAX's arrays on the host take a batch's memory over, which is fine if all of them do.
+            shared = not staged or not any(map(is_on_host, _devices_of(leaf)))
+            found = known[id(leaf)] = leaf.target in {"numpy", "foreign"} or not shared
+        return found
+
+    return keeps
+
+
+def _map(
+    checkpoint: OpenCheckpoint, batches: Sequence[Batch], finisher: Finisher, report: Report
+) -> None:
+    """Take regions out of maps of the files; what is not one run there is copied."""
+    maps: dict[int, NDArray[np.uint8]] = {}
+    with ReadPool(min(_READERS, os.cpu_count() or 1)) as pool:
+        for batch in batches:
+            places: list[Place] = []
+            copies: list[Callable[[], None]] = []
+            for slot in batch.slots:
+                source, start = checkpoint.places[slot.name]
+                if id(source) not in maps:
+                    maps[id(source)] = source.map()
+                place, copy = mapped(slot, maps[id(source)], start)
+                places.append(place)
+                copies += [] if copy is None else [copy]
+            for future in pool.start((), copies, report.add):
+                future.result()
+            if checkpoint.digests is not None:
+                check_digests(checkpoint, checkpoint.digests, places, pool)
+            finisher.finish(places, is_staged=False)
+
+
+def _read(
+    checkpoint: OpenCheckpoint,
+    batches: Sequence[Batch],
+    finisher: Finisher,
+    report: Report,
+    device: jax.Device | None,
+) -> None:
+    """Read batches ahead of those that become leaves."""
+    largest = max((batch.size for batch in batches), default=0)
+    ring = None if device is None else Ring(device, RING if len(batches) > 1 else largest)
+    most = _READERS if ring is None else _STAGED_READERS
+    window: deque[_Reading] = deque()
+    large: list[Any] = []  # made of a batch that is larger than the ring
+    with ReadPool(min(most, os.cpu_count() or 1)) as pool:
+
+        def finish() -> None:
+            places, futures, is_staged = window.popleft()
+            for future in futures:
+                future.result()
+            if checkpoint.digests is not None:
+                check_digests(checkpoint, checkpoint.digests, places, pool)
+            arrays = finisher.finish(places, is_staged=is_staged)
+            if ring is not None and is_staged:
+                ring.transferred(arrays)
+            else:
+                large[:] = arrays if ring is not None else []
+
+        for batch in batches:
+            memory = None
+            if ring is not None and batch.size <= len(ring.memory):
+                while (memory := ring.take(batch.size)) is None:
+                    finish()
+            while len(window) > (0 if ring is not None and memory is None else _AHEAD):
+                finish()
+            is_staged = memory is not None
+            if memory is None:
+                block_until_ready(large)  # one of these in memory, and one on its way
+                memory = aligned(batch.size)
+            places = list(_places(batch, memory))
+            reads, tasks = plan_reads(checkpoint, places, report.add)
+            window.append(_Reading(places, pool.start(reads, tasks, report.add), is_staged))
+        while window:
+            finish()
+
+
+def _places(batch: Batch, memory: NDArray[np.uint8]) -> Iterator[Place]:
+    for slot in batch.slots:
+        if slot.offset < 0:
+            yield Place(slot, aligned(slot.nbytes), 0)
+        else:
+            yield Place(slot, memory, slot.offset)

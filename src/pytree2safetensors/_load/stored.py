@@ -1,0 +1,125 @@
+"""Leaves as the file alone describes them, and what is below a prefix."""
+
+import sys
+import warnings
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from itertools import islice
+from types import FrameType
+from typing import Any, Final
+
+from pytree2safetensors._errors import (
+    KeyPathError,
+    WeightsMismatchError,
+    nearest,
+    shorten,
+)
+from pytree2safetensors._leaves.spec import LeafSpec, holds, noted_value
+from pytree2safetensors._load.checkpoint import OpenCheckpoint
+from pytree2safetensors._load.plan import Wanted
+from pytree2safetensors._load.reading import read_leaves
+from pytree2safetensors._load.template import PYTHON_NUMBERS, TemplateLeaf
+from pytree2safetensors._storage.progress import Progress
+from pytree2safetensors._tree.keypath import join, split, string2keypath, strip_prefix
+from pytree2safetensors._types import Kind
+
+_COMPARED: Final = 2000  # names among which the prefix that was meant is looked for
+
+
+def names_below(
+    checkpoint: OpenCheckpoint, prefix: str, wanted: Iterable[str] = ()
+) -> dict[str, str]:
+    """The names below `prefix`, as seen from there, to the names in the file.
+
+    `wanted` are the key paths that are missing if there is nothing.
+    """
+    if not prefix:
+        return {name: name for name in sorted(checkpoint.infos)}
+    string2keypath(prefix)
+    found = {}
+    for name in sorted(checkpoint.infos):
+        rest = strip_prefix(prefix, name)
+        if rest is not None:
+            found[rest] = name
+    if not found and not nodes_below(checkpoint, prefix):
+        raise WeightsMismatchError(
+            f"{checkpoint.label} has nothing at the prefix {shorten(prefix)}{_nearest_node(checkpoint, prefix)}; "
+            f"its names begin with "
+            f"{', '.join(map(shorten, sorted(checkpoint.infos)[:5])) or 'nothing, for it is empty'}",
+            missing=tuple(wanted),
+        )
+    return found
+
+
+def _nearest_node(checkpoint: OpenCheckpoint, prefix: str) -> str:
+    """Which prefix of as many keys may have been meant."""
+    count = len(split(prefix))
+    nodes: dict[str, None] = {}
+    for name in islice(checkpoint.infos, _COMPARED):
+        with suppress(KeyPathError):  # a foreign name has no prefix
+            nodes[join("", *split(name)[:count])] = None
+    return nearest(prefix, list(nodes))
+
+
+def nodes_below(checkpoint: OpenCheckpoint, prefix: str) -> Mapping[str, Kind]:
+    """What the note says of the nodes below `prefix`, as seen from there."""
+    if not prefix:
+        return checkpoint.note.nodes
+    found = ((strip_prefix(prefix, path), kind) for path, kind in checkpoint.note.nodes.items())
+    return {path: kind for path, kind in found if path is not None}
+
+
+def load_stored(
+    checkpoint: OpenCheckpoint, names: Iterable[str], *, mmap: bool, progress: Progress | None
+) -> dict[str, Any]:
+    """Load leaves as the file alone describes them."""
+    found: dict[str, Any] = {}
+    wanted: list[Wanted] = []
+    leaves: dict[int, TemplateLeaf] = {}  # by info: most tensors share theirs with others
+    for name in names:
+        info = checkpoint.infos[name]
+        if not info.dtype:
+            found[name] = noted_value(info)
+            continue
+        leaf = leaves.get(id(info))
+        if leaf is None:
+            leaf = leaves[id(info)] = leaf_as_stored(checkpoint.spec_of(name))
+        wanted.append(Wanted(name, leaf))
+    read = read_leaves(checkpoint, wanted, mmap=mmap, progress=progress)
+    found.update(zip((want.name for want in wanted), read, strict=True))
+    foreign = [want.name for want in wanted if want.leaf.target == "foreign"]
+    if foreign:
+        warn_foreign(checkpoint, foreign)
+    return found
+
+
+def leaf_as_stored(spec: LeafSpec) -> TemplateLeaf:
+    """Ask for a leaf as it is stored: as an array of JAX wherever JAX holds its dtype."""
+    if spec.kind in PYTHON_NUMBERS:
+        return TemplateLeaf(spec, "python")
+    foreign = spec.dtype is not None and not holds(spec.dtype)
+    return TemplateLeaf(spec, "foreign" if foreign else "jax")
+
+
+def warn_foreign(checkpoint: OpenCheckpoint, names: list[str]) -> None:
+    """Say once which leaves are NumPy arrays, and why."""
+    shown = ", ".join(f"{shorten(name)} ({checkpoint.spec_of(name).dtype})" for name in names[:20])
+    more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+    warnings.warn(
+        f"JAX cannot hold the dtypes of {len(names)} leaves of {checkpoint.label} here, so they are "
+        f"NumPy arrays: {shown}{more}. Enable jax_enable_x64 for dtypes of 64 bits.",
+        stacklevel=caller_level(),
+    )
+
+
+def caller_level() -> int:
+    """How far up the stack the code stands that called this package."""
+    level = 1
+    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 - how CPython shows callers
+    while frame is not None and _is_ours(frame.f_globals.get("__name__", "")):
+        level, frame = level + 1, frame.f_back
+    return level
+
+
+def _is_ours(module: str) -> bool:
+    return module.partition(".")[0] in {"pytree2safetensors", "jaxtyping", "beartype"}

@@ -1,0 +1,56 @@
+"""Checking the digests of tensors that are loaded whole, block by block, in threads.
+
+Specification: *Digests*.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from itertools import groupby
+
+from pytree2safetensors._format.digests import (
+    block_bounds,
+    check_digest,
+    hash_block,
+    hash_blocks,
+)
+from pytree2safetensors._format.tensor import BITS, TensorInfo
+from pytree2safetensors._leaves.extents import Part, gather
+from pytree2safetensors._load.checkpoint import OpenCheckpoint
+from pytree2safetensors._load.ranges import Place
+from pytree2safetensors._storage.read_pool import ReadPool
+
+
+def check_digests(
+    checkpoint: OpenCheckpoint,
+    digests: Mapping[str, str],
+    places: Sequence[Place],
+    pool: ReadPool,
+) -> None:
+    """Refuse tensors whose bytes are not those that were saved.
+
+    A tensor of which a part alone was read cannot be checked.
+    """
+    checks: list[tuple[str, TensorInfo, Sequence[Future[bytes] | Future[list[bytes]]]]] = []
+    for name, group in groupby(places, key=lambda place: place.slot.name):
+        mine = list(group)
+        whole = next((place for place in mine if place.slot.region is None), None)
+        if whole is not None:
+            blocks = [whole.raw[start:stop] for start, stop in block_bounds(whole.slot.nbytes)]
+            checks.append((name, mine[0].slot.info, pool.map(hash_block, blocks)))
+        elif sum(place.slot.nbytes for place in mine) == mine[0].slot.info.nbytes:
+            checks.append((name, mine[0].slot.info, pool.map(_hash_all, [mine])))
+    for name, info, futures in checks:
+        check_digest(name, info, _results(futures), digests, checkpoint.label)
+
+
+def _hash_all(places: list[Place]) -> list[bytes]:
+    """Hash the blocks of a tensor that regions make up."""
+    info = places[0].slot.info
+    parts = [Part(place.slot.region or (), place.items()) for place in places]
+    return hash_blocks(piece for _, piece in gather(parts, info.shape, BITS[info.dtype] // 8))
+
+
+def _results(futures: Sequence[Future[bytes] | Future[list[bytes]]]) -> Iterator[bytes]:
+    for future in futures:
+        found = future.result()
+        yield from found if isinstance(found, list) else [found]
