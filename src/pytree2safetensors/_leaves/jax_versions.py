@@ -91,6 +91,8 @@ def coordination_client() -> Any:
     from jax._src import distributed  # no public module has the client
 
     return distributed.global_state.client
+
+
 def pinned_memory(device: jax.Device, size: int) -> NDArray[np.uint8] | None:
     """Return host memory that a device reads without a further copy; None if there is none.
 

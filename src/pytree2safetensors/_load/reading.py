@@ -52,8 +52,6 @@ def read_leaves(
         FileFormatError: The file changed, or its data are not what its header or digests say.
         OSError: The file cannot be read.
     """
-    if not wanted:
-        return []
     device = None if mmap else _staged_device(wanted)
     limit = _BATCH if device is None else _STAGED_BATCH
     with collector_paused():
