@@ -10,9 +10,15 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
         f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
     )
 
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 import jax
 import pytest
 from hypothesis import HealthCheck, settings
+
+if TYPE_CHECKING:
+    from command import Run
 
 # jaxtyping's plugin may have imported JAX, which reads its variables then.
 jax.config.update("jax_platforms", "cpu")  # type: ignore[no-untyped-call] # JAX gives it no types
@@ -36,3 +42,30 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 @pytest.fixture(scope="session", autouse=True)
 def _eight_cpu_devices() -> None:
     assert [device.platform for device in jax.devices()] == ["cpu"] * 8
+
+
+# --- for tests of the command -----------------------------------------------------------------
+
+
+@pytest.fixture
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> "Run":
+    """Run the command on a screen of some columns."""
+    # What a conftest imports at its top can escape the runtime type checks.
+    from pytree2safetensors._cli.main import main
+
+    def run(*arguments: str, columns: int = 80) -> tuple[int, str, str]:
+        monkeypatch.setenv("COLUMNS", str(columns))
+        try:
+            code = main(arguments)
+        except SystemExit as ended:  # argparse refuses
+            assert isinstance(ended.code, int)
+            code = ended.code
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run

@@ -17,6 +17,8 @@ from command import Run, small, strictly
 from pytree2safetensors import save_pytree
 from pytree2safetensors._cli.comparison import compare_files
 
+pytestmark = pytest.mark.usefixtures("own_folder")
+
 DIFFERENT = """\
 ~ @big          int 0x8000000000000000000000000 -> 0x4000000000000000000000000
 ~ @dtype        float32[3] -> bfloat16[3]

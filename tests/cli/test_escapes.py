@@ -19,6 +19,8 @@ from pytree2safetensors import (
 )
 from pytree2safetensors._cli.main import main
 
+pytestmark = pytest.mark.usefixtures("own_folder")
+
 EVIL = "\x1b[2J\u202e\x9b31m\r\n\x07"
 TENSOR = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 

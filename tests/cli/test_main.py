@@ -14,6 +14,8 @@ import pytest
 from command import Run, small, start
 from pytree2safetensors import save_pytree
 
+pytestmark = pytest.mark.usefixtures("own_folder")
+
 
 def test_options_may_stand_before_a_file_alone(run: Run) -> None:
     save_pytree(small(), "tree")

@@ -15,6 +15,8 @@ from pytree2safetensors._cli.summary import Leaf, summarise
 from pytree2safetensors._cli.terminal import plain
 from pytree2safetensors._load.checkpoint import open_checkpoint
 
+pytestmark = pytest.mark.usefixtures("own_folder")
+
 
 def test_names_that_are_shown_are_prefixes_to_load() -> None:
     file = io.BytesIO()

@@ -16,6 +16,8 @@ from command import Run, small, start, strictly
 from pytree2safetensors import save_pytree
 from pytree2safetensors._storage.file_source import FileSource
 
+pytestmark = pytest.mark.usefixtures("own_folder")
+
 HEAD = """\
 small.safetensors
 contents  16 leaves with 1,092 parameters

@@ -12,6 +12,8 @@ from pytree2safetensors import save_pytree
 from pytree2safetensors._cli.main import main
 from pytree2safetensors._cli.terminal import count, line, plain, size
 
+pytestmark = pytest.mark.usefixtures("own_folder")
+
 
 def test_hostile_names_are_escaped(run: Run) -> None:
     names = ["\x1b[31m", "\u202eabc", "a\nb", " ", "", "'", "\u200b", "\x7f", "\x9b", "x" * 100_000]

@@ -14,6 +14,8 @@ from pytree2safetensors import load_into_pytree, save_pytree
 from pytree2safetensors._cli.verify import verify_file
 from pytree2safetensors.testing._nodes import Keyed
 
+pytestmark = pytest.mark.usefixtures("own_folder")
+
 
 def test_verify_says_when_all_is_well(run: Run) -> None:
     save_pytree(small(), "small.safetensors", checksum=True)

@@ -35,7 +35,8 @@ def test_names_that_make_no_tree_load_flat(
         load_abstract(path)
     found = load_abstract(path, flat=True)
     assert found == {
-        name: jax.ShapeDtypeStruct((2, place), np.int8) for place, name in enumerate(names)
+        name: jax.ShapeDtypeStruct((2, place), np.int8)
+        for place, name in enumerate(names)  # type: ignore[no-untyped-call] # JAX gives it no types
     }
     assert list(found) == sorted(names)
 

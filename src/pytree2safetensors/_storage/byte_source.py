@@ -2,14 +2,12 @@
 
 import os
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pytree2safetensors._errors import FileFormatError
-from pytree2safetensors._storage.progress import Progress, Report
 
 PathLike: TypeAlias = str | os.PathLike[str]
 
@@ -92,28 +90,6 @@ class Read(NamedTuple):
     source: ByteSource
     offset: int
     buffer: memoryview
-
-
-def read_ranges(reads: Iterable[Read], progress: Progress | None = None) -> None:
-    """Carry out reads, neighbouring ones together, large ones by several threads."""
-    batches = list(joined_reads(reads))
-    total = sum(size for _, _, _, size in batches)
-    report = Report(progress, total)
-    workers = min(4, os.cpu_count() or 1, len(batches))
-
-    def run(batch: JoinedRead) -> None:
-        source, offset, buffers, size = batch
-        source.fill(buffers, offset)
-        report.add(size)
-
-    if workers <= 1 or total < _PIECE:
-        for batch in batches:
-            run(batch)
-    else:
-        with ThreadPoolExecutor(workers, "pytree2safetensors-read") as pool:
-            for _ in pool.map(run, batches):
-                pass
-    report.finish()
 
 
 JoinedRead: TypeAlias = tuple[ByteSource, int, list[memoryview], int]  # with its size in bytes
