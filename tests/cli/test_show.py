@@ -362,3 +362,33 @@ def test_show_json(run: Run) -> None:
             },
         ],
     }
+
+
+def test_show_leaves_out_rows_and_says_so(run: Run) -> None:
+    leaves = {f"{number:03}x": np.zeros(number, np.int8) for number in range(300)}
+    save_pytree(leaves, "flat.safetensors")
+    save_pytree(dict.fromkeys("cd", leaves), "deep.safetensors")
+    lines = run("show", "flat.safetensors")[1].splitlines()
+    assert len(table_of("\n".join(lines)).splitlines()) == 1 + 1 + 200 + 2
+    assert lines[-1] == "100 rows are left out; --prefix NAME shows a part, --all everything"
+    assert table_of(run("show", "deep.safetensors")[1]) == (
+        "\nname  type            params     size\n"
+        "@c    300 leaves ...   44.9k  44.9 kB\n"
+        "@d    300 leaves ...   44.9k  44.9 kB\n"
+        "\n... has more below; --prefix NAME shows a part, --all everything\n"
+    )
+
+
+def test_show_says_that_there_are_digests(run: Run) -> None:
+    save_pytree({"x": 1}, "x.safetensors", checksum=True)
+    _, out, _ = run("show", "x.safetensors")
+    assert "\ndigests   one for each tensor; verify checks them\n" in out
+
+
+def test_show_prints_twenty_metadata_entries(run: Run) -> None:
+    metadata = {f"entry{number:02}": "x" * 2000 * (number == 3) for number in range(30)}
+    save_pytree({}, "x.safetensors", metadata=metadata)
+    _, out, _ = run("show", "x.safetensors")
+    assert "\n          entry19: ''\n          ... and 11 more in --json\n" in out
+    assert "entry20" not in out
+    assert "(2,000 characters)" in " ".join(out.split())

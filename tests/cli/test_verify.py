@@ -137,3 +137,14 @@ def test_verify_json(run: Run) -> None:
     assert code == 1
     assert (strictly(out)["sound"], strictly(out)["opened"]) == (False, False)
     assert err == f"pytree2safetensors: w.safetensors is damaged: {strictly(out)['problems'][0]}\n"
+
+
+def test_verify_lists_a_hundred_problems_unless_asked(run: Run) -> None:
+    save_pytree([np.ones(1, np.int8)] * 150, "x.safetensors", checksum=True)
+    content = Path("x.safetensors").read_bytes()
+    Path("x.safetensors").write_bytes(content[:-150] + bytes(150))
+    code, out, err = run("verify", "x.safetensors")
+    assert code == 1
+    assert out.endswith("\n          ... and 50 more; --all lists them\n")
+    assert err == "pytree2safetensors: x.safetensors is damaged: 150 problems\n"
+    assert len(run("verify", "--all", "x.safetensors")[1].splitlines()) == 3 + 150
