@@ -100,7 +100,8 @@ def pinned_memory(device: jax.Device, size: int) -> NDArray[np.uint8] | None:
     """
     try:
         sharding = jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host")
-        owner = jax.device_put(np.zeros(size, np.uint8), sharding)
+        # Waited for, as the zeros must not arrive after what is read into the memory.
+        owner: Any = block_until_ready(jax.device_put(np.zeros(size, np.uint8), sharding))
         address = owner.unsafe_buffer_pointer()
     except Exception:  # noqa: BLE001 - backends and versions without it differ in what they raise
         return None

@@ -1,0 +1,36 @@
+"""Memory that a device reads by itself."""
+
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from pytree2safetensors._leaves import jax_versions
+
+
+class Late:
+    """An array whose zeros arrive when it is waited for."""
+
+    def __init__(self, memory: Any) -> None:
+        self.memory = memory
+
+    def block_until_ready(self) -> "Late":
+        self.memory[:] = 0
+        return self
+
+    def unsafe_buffer_pointer(self) -> int:
+        address: int = self.memory.ctypes.data
+        return address
+
+
+def test_pinned_memory_is_handed_out_after_its_zeros_arrived(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    memory = np.ones(64, np.uint8)
+    monkeypatch.setattr(jax, "device_put", lambda *_: Late(memory))
+    found = jax_versions.pinned_memory(jax.devices()[0], 64)
+    assert found is not None
+    assert not found.any()
+    found[:] = 5
+    assert (memory == 5).all()
