@@ -371,6 +371,7 @@ const NOTED = {
   float6_e3m2fn: "U8", float8_e3m4: "U8", float8_e4m3: "U8", float8_e4m3b11fnuz: "U8",
 };
 const SCALARS = { bool: "BOOL", int: "I64", float: "F64", complex: "F64" };
+const STORED = { ...SCALARS, ...NOTED, key: "U32" }; // by kinds of leaves
 const WEAK = ["BOOL", "I32", "I64", "F32", "F64", "C64"];
 const KEY_WORDS = { threefry2x32: 2, rbg: 4, unsafe_rbg: 4 };
 
@@ -436,8 +437,7 @@ function describeLeaf(name, noted, tensor) {
   const wide = word === "complex" || word?.endsWith("complex128"); // an axis of 2 for the parts
   const weak = word === "weak" || word === "weak complex128";
   const outer = wide ? shape.slice(0, -1) : shape;
-  const stored = { ...SCALARS, ...NOTED, key: "U32" }[word] ?? dtype;
-  const dtypes = wide ? ["F64"] : word === "weak" ? WEAK : [stored];
+  const dtypes = wide ? ["F64"] : word === "weak" ? WEAK : [STORED[word] ?? dtype];
   const scalar = word in SCALARS || weak;
   if (!dtypes.includes(dtype) || (wide && shape.at(-1) !== 2) || (scalar && outer.length)) return undefined;
   const kind = word in SCALARS || word === "key" ? word : "array";
@@ -608,6 +608,8 @@ export class Node {
 
 const PLAIN = { attr: "PyTreeContainer", item: "dict", index: "list", flat: "UnkeyedContainer" };
 
+const NO_CHILDREN = new Map(); // shared, as most places are leaves
+
 /** The trie of the names of a file, with what the note says of its nodes. */
 class Trie {
   constructor() {
@@ -616,7 +618,7 @@ class Trie {
   }
 
   node(segment, parent) {
-    return { segment, parent, children: new Map(), leaf: undefined, kind: undefined };
+    return { segment, parent, children: NO_CHILDREN, leaf: undefined, kind: undefined };
   }
 
   /** Add a name; return its place. */
@@ -628,6 +630,7 @@ class Trie {
       if (!this.keys.has(segment)) this.keys.set(segment, readSegment(segment));
     }
     for (const segment of segments) {
+      if (place.children === NO_CHILDREN) place.children = new Map();
       let next = place.children.get(segment);
       if (!next) place.children.set(segment, (next = this.node(segment, place)));
       place = next;
@@ -802,6 +805,7 @@ export class Checkpoint {
     const found = this.allMetadata.get(METADATA_DIGEST);
     const digests = this.allMetadata.get(DIGESTS);
     if (found === undefined && digests === undefined) return;
+    if (!globalThis.crypto?.subtle) return; // browsers have SHA-256 in secure contexts only
     const others = new Map(this.allMetadata);
     others.delete(METADATA_DIGEST);
     if (digests === undefined || found !== (await digest(new Blob([compactJSON(others)])))) {
