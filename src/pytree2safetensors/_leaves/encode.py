@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from pytree2safetensors._format.tensor import NUMPY, SCALARS, WIDTHS, TensorInfo
 from pytree2safetensors._leaves.describe import PYTHON_SCALARS
 from pytree2safetensors._leaves.keys import is_key_dtype
+from pytree2safetensors._leaves.placement import is_in_place
 from pytree2safetensors._leaves.to_jax import TAKEN_OVER
 
 
@@ -75,10 +76,13 @@ def host_shard(data: jax.Array) -> NDArray[Any]:
     """The values of an array on one device; a large copy that this takes is not kept inside it."""
     if is_key_dtype(data.dtype):
         data = _key_data(data)
-    if data.nbytes >= TAKEN_OVER and not _is_on_host(data):
-        # Another array of the same memory, in which the copy stays instead.
-        data = jax.make_array_from_single_device_arrays(data.shape, data.sharding, [data])
-    return np.asarray(data)
+    if is_in_place(data):
+        return np.asarray(data)
+    with jax.transfer_guard("allow"):  # it guards a program's transfers, not those of a save
+        if data.nbytes >= TAKEN_OVER:
+            # Another array of the same memory, in which the copy stays instead.
+            data = jax.make_array_from_single_device_arrays(data.shape, data.sharding, [data])
+        return np.asarray(data)
 
 
 def host_part(data: Any, index: tuple[slice, ...]) -> NDArray[Any]:
@@ -87,7 +91,7 @@ def host_part(data: Any, index: tuple[slice, ...]) -> NDArray[Any]:
         part: NDArray[Any] = data[index]
         return part
     sizes = [bounds.stop - bounds.start for bounds in index]
-    if _is_on_host(data) or sizes == [*data.shape]:
+    if is_in_place(data) or sizes == [*data.shape]:
         return host_shard(data)[index]
     starts = [bounds.start for bounds in index]  # one program for all regions of a size
     return host_shard(jax.lax.dynamic_slice(data, starts, sizes))
@@ -96,12 +100,6 @@ def host_part(data: Any, index: tuple[slice, ...]) -> NDArray[Any]:
 def _key_data(keys: jax.Array) -> jax.Array:
     with jax.ensure_compile_time_eval():  # it has values, whatever is traced around this
         return jax.random.key_data(keys)
-
-
-def _is_on_host(data: jax.Array) -> bool:
-    """Whether the host can read an array where it is; types of a byte or less may be packed."""
-    device: Any = next(iter(data.sharding.device_set))
-    return device.platform == "cpu" and not (data.dtype.kind == "V" and data.dtype.itemsize == 1)
 
 
 _BLOCK = 1 << 22

@@ -93,6 +93,14 @@ def coordination_client() -> Any:
     return distributed.global_state.client
 
 
+def pinned_sharding(sharding: Any) -> Any:
+    """Return the sharding in pinned host memory; None if there is none."""
+    try:
+        return sharding.with_memory_kind("pinned_host")
+    except (AttributeError, NotImplementedError, ValueError):
+        return None
+
+
 def pinned_memory(device: jax.Device, size: int) -> NDArray[np.uint8] | None:
     """Return host memory that a device reads without a further copy; None if there is none.
 

@@ -26,11 +26,6 @@ def aligned(size: int) -> NDArray[np.uint8]:
     return memory[skip : skip + size]
 
 
-def is_on_host(device: jax.Device) -> bool:
-    """Return whether JAX arrays on a device are host memory, so that it takes NumPy's over."""
-    return str(device.platform) == "cpu"
-
-
 def default_device() -> jax.Device:
     """Return the device that JAX puts arrays on now."""
     with own_programs():

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from pytree2safetensors._collector import collector_paused
 from pytree2safetensors._leaves.jax_versions import block_until_ready
-from pytree2safetensors._leaves.staging import RING, Ring, aligned, default_device, is_on_host
+from pytree2safetensors._leaves.placement import is_on_host
+from pytree2safetensors._leaves.staging import RING, Ring, aligned, default_device
 from pytree2safetensors._load.checkpoint import OpenCheckpoint
 from pytree2safetensors._load.finishing import Finisher
 from pytree2safetensors._load.plan import Batch, Wanted, plan_batches

@@ -4,7 +4,7 @@ Specification: *Files*.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from functools import partial
 from typing import Any, Literal
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from pytree2safetensors._collector import collector_paused
 from pytree2safetensors._leaves.assembled import Assembled
 from pytree2safetensors._leaves.encode import host_array
+from pytree2safetensors._leaves.host_copies import to_host
 from pytree2safetensors._leaves.renaming import Rename
 from pytree2safetensors._save import processes
 from pytree2safetensors._save.calls import announced, is_needed
@@ -96,17 +97,28 @@ def save_pytree_async(
 
 def _snapshot(leaves: Mapping[str, Any]) -> dict[str, Any]:
     """Copy leaves, each once: rules may make several tensors of one."""
-    copies: dict[int, NDArray[Any]] = {}
+    unique = {id(leaf): leaf for leaf in _whole_leaves(leaves.values())}
+    on_host = dict(zip(unique, to_host([*unique.values()]), strict=True))  # started all at once
+    copies: dict[int, Any] = {}
 
     def copied(leaf: Any) -> Any:
         if isinstance(leaf, Assembled):
             members = [member._replace(leaf=copied(member.leaf)) for member in leaf.members]
             return leaf._replace(members=members)
         if id(leaf) not in copies:
-            copies[id(leaf)] = _copied(leaf)
+            copy = on_host[id(leaf)]
+            copies[id(leaf)] = _copied(leaf) if copy is leaf else copy
         return copies[id(leaf)]
 
     return {name: copied(leaf) for name, leaf in leaves.items()}
+
+
+def _whole_leaves(leaves: Iterable[Any]) -> Iterator[Any]:
+    for leaf in leaves:
+        if isinstance(leaf, Assembled):
+            yield from (member.leaf for member in leaf.members)
+        else:
+            yield leaf
 
 
 def _copied(leaf: Any) -> NDArray[Any]:

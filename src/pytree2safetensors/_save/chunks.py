@@ -9,6 +9,7 @@ from typing import Any, Final
 from pytree2safetensors._format.tensor import TensorInfo
 from pytree2safetensors._leaves.assembled import Assembled
 from pytree2safetensors._leaves.encode import joined_bytes
+from pytree2safetensors._leaves.host_copies import copied_ahead
 from pytree2safetensors._leaves.spread import tensor_chunks
 from pytree2safetensors._save.plan import FilePlan
 from pytree2safetensors._types import Chunk
@@ -22,32 +23,29 @@ def data_chunks(
 ) -> Iterator[Chunk]:
     """Give the data of a file in order, each chunk with its offset from the start of the file."""
     start = len(file.head)
-    small: list[str] = []
+    small: list[tuple[Any, TensorInfo]] = []
     size = 0
-    for name in file.tensors:
-        nbytes = infos[name].nbytes
-        is_small = nbytes < _SMALL and not isinstance(leaves[name], Assembled)
+    copies = copied_ahead([leaves[name] for name in file.tensors])
+    for name, leaf in zip(file.tensors, copies, strict=True):
+        info = infos[name]
+        is_small = info.nbytes < _SMALL and not isinstance(leaf, Assembled)
         if is_small:
-            small.append(name)
-            size += nbytes
+            small.append((leaf, info))
+            size += info.nbytes
             if size < _JOINED:
                 continue
         if small:
-            yield start, _joined(small, infos, leaves)
+            yield start, _joined(small)
             start += size
             small, size = [], 0
         if not is_small:
-            for offset, piece in tensor_chunks(leaves[name], infos[name]):
+            for offset, piece in tensor_chunks(leaf, info):
                 yield start + offset, piece
-            start += nbytes
+            start += info.nbytes
     if small:
-        yield start, _joined(small, infos, leaves)
+        yield start, _joined(small)
 
 
-def _joined(
-    names: list[str], infos: Mapping[str, TensorInfo], leaves: Mapping[str, Any]
-) -> memoryview:
+def _joined(tensors: list[tuple[Any, TensorInfo]]) -> memoryview:
     """Return the bytes of small tensors, one after the other."""
-    return memoryview(
-        joined_bytes([leaves[name] for name in names], [infos[name] for name in names])
-    )
+    return memoryview(joined_bytes([leaf for leaf, _ in tensors], [info for _, info in tensors]))

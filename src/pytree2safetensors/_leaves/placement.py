@@ -1,0 +1,30 @@
+"""Where arrays are: on the host, which reads them in place, or on other devices.
+
+Specification: *Files*.
+"""
+
+from typing import Any, Final
+
+import jax
+
+_HOST_MEMORY: Final = frozenset({"pinned_host", "unpinned_host"})
+
+
+def is_on_host(device: jax.Device) -> bool:
+    """Return whether a device's arrays are host memory, so that it takes NumPy's over."""
+    return str(device.platform) == "cpu"
+
+
+def has_other_devices() -> bool:
+    """Return whether this process has devices whose arrays are not host memory."""
+    return not all(map(is_on_host, jax.local_devices()))
+
+
+def is_in_place(array: jax.Array) -> bool:
+    """Return whether the host reads an array where it is; types of a byte or less may be packed."""
+    if array.dtype.kind == "V" and array.dtype.itemsize == 1:
+        return False
+    sharding: Any = array.sharding
+    if sharding.memory_kind in _HOST_MEMORY:
+        return True
+    return is_on_host(next(iter(sharding.device_set)))

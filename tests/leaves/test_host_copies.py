@@ -1,0 +1,127 @@
+"""Copies of device arrays: CPU devices stand in for others, whose arrays the host does not hold."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from pytree2safetensors import load_pytree, save_pytree, save_pytree_async
+from pytree2safetensors._leaves import host_copies, placement
+
+P: Any = PartitionSpec  # whose constructor JAX leaves untyped
+
+
+class Link:
+    """Records what is copied to the host, and how many bytes of copies live at once."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.calls: list[int] = []
+        self.real = jax.device_put
+        patch.setattr(placement, "is_on_host", lambda _: False)
+        patch.setattr(jax, "device_put", self.device_put)
+
+    def device_put(self, values: Any, *arguments: Any) -> Any:
+        if isinstance(values, list):
+            self.calls.append(sum(value.nbytes for value in values))
+        return self.real(values, *arguments)
+
+
+@pytest.fixture
+def link(monkeypatch: pytest.MonkeyPatch) -> Iterator[Link]:
+    with monkeypatch.context() as patch:
+        yield Link(patch)
+
+
+def tree_of_arrays() -> dict[str, Any]:
+    mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("x", "y"))
+    values = jnp.arange(64 * 64, dtype=jnp.float32).reshape(64, 64)
+    return {
+        "one": [values + i for i in range(8)],
+        "rows": jax.device_put(values, NamedSharding(mesh, P("x"))),
+        "columns": jax.device_put(values, NamedSharding(mesh, P(None, "y"))),
+        "replicated": jax.device_put(values, NamedSharding(mesh, P())),
+        "small": jnp.arange(3),
+        "bfloat16": jnp.ones((100, 100), jnp.bfloat16),
+        "int4": jnp.ones((10, 10), jnp.int4),
+        "key": jax.random.key(0),
+        "numpy": np.arange(10, dtype=np.int32),
+        "step": 3,
+    }
+
+
+@pytest.mark.parametrize("batch", [1, 20_000, 1 << 30])
+@pytest.mark.parametrize("background", [False, True])
+def test_copies_have_the_bytes_of_the_arrays(
+    batch: int, background: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = tree_of_arrays()
+    save_pytree(tree, tmp_path / "plain")
+    monkeypatch.setattr(host_copies, "_BATCH", batch)
+    link = Link(monkeypatch)
+    if background:
+        save_pytree_async(tree, tmp_path / "copied").result()
+    else:
+        save_pytree(tree, tmp_path / "copied")
+    assert link.calls
+    assert (tmp_path / "copied").read_bytes() == (tmp_path / "plain").read_bytes()
+
+
+def test_a_save_copies_batches_of_bounded_size(
+    link: Link, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host_copies, "_BATCH", 40_000)
+    arrays = [jnp.full((64, 64), i, jnp.float32) for i in range(10)]
+    save_pytree(arrays, tmp_path / "file")
+    assert link.calls == [2 * arrays[0].nbytes] * 5
+
+
+def test_copies_are_at_most_two_batches_ahead(link: Link, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_copies, "_BATCH", 1)
+    arrays = [jnp.full((64, 64), i, jnp.float32) for i in range(6)]
+    for number, copy in enumerate(host_copies.copied_ahead(arrays)):
+        assert len(link.calls) <= number + 2
+        assert np.asarray(copy)[0, 0] == number
+
+
+@pytest.mark.filterwarnings("ignore:Some donated buffers were not usable")
+def test_a_background_save_lets_arrays_be_donated_at_once(link: Link, tmp_path: Path) -> None:
+    array = jnp.arange(10_000, dtype=jnp.float32)
+    expected = np.array(array).tobytes()
+    future = save_pytree_async([array], tmp_path / "file")
+    jax.jit(lambda x: x * 2, donate_argnums=0)(array).block_until_ready()
+    future.result()
+    assert link.calls == [40_000]
+    [found] = load_pytree(tmp_path / "file")
+    assert np.asarray(found).tobytes() == expected
+
+
+def test_a_save_leaves_no_copy_inside_the_arrays(link: Link, tmp_path: Path) -> None:
+    array: Any = jnp.arange(10_000, dtype=jnp.float32)
+    save_pytree([array], tmp_path / "file")
+    assert array._npy_value is None
+
+
+@pytest.mark.parametrize("level", ["disallow", "disallow_explicit"])
+def test_saves_go_on_where_transfers_are_watched_for(
+    link: Link, tmp_path: Path, level: str
+) -> None:
+    tree = tree_of_arrays()
+    with jax.transfer_guard(level):
+        save_pytree(tree, tmp_path / "file")
+        save_pytree_async(tree, tmp_path / "again").result()
+    assert (tmp_path / "file").read_bytes() == (tmp_path / "again").read_bytes()
+
+
+def test_memory_without_a_pinned_kind_is_copied_as_it_is(
+    link: Link, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host_copies, "pinned_sharding", lambda _: None)
+    tree = tree_of_arrays()
+    save_pytree(tree, tmp_path / "file")
+    assert link.calls == []
+    assert load_pytree(tmp_path / "file")["step"] == 3
