@@ -57,11 +57,12 @@ class Plan(NamedTuple):
 
 
 def plan(
-    infos: Mapping[str, TensorInfo], metadata: Mapping[str, str], limit: int = MAX_HEADER
+    infos: Mapping[str, TensorInfo], metadata: Mapping[str, str], limit: int | None = None
 ) -> Plan:
     """Lay out a file: the same tensors and metadata always give the same bytes.
 
-    The head is as long with other metadata of the same lengths, such as digests not known yet.
+    The header has `limit` bytes at most, or what the format allows. The head is as long with other
+    metadata of the same lengths, such as digests not known yet.
     """
     order = in_order(infos)
     pieces = _metadata_pieces(metadata)
@@ -74,7 +75,7 @@ def plan(
         pieces.append(f"{quote(name)}{tails[id(info)]}{start},{stop}]}}")
         start = stop
     header = "{" + ",".join(pieces) + "}"
-    return Plan(_padded(header, size, limit), order, size)
+    return Plan(_padded(header, size, MAX_HEADER if limit is None else limit), order, size)
 
 
 def _metadata_pieces(metadata: Mapping[str, str]) -> list[str]:

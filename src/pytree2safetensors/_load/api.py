@@ -1,9 +1,8 @@
 """Loading: the tree in a file, without a template."""
 
 import jax
-from beartype import beartype
-from jaxtyping import jaxtyped
 
+from pytree2safetensors._arguments import checked
 from pytree2safetensors._collector import collector_paused
 from pytree2safetensors._errors import (
     shorten,
@@ -20,7 +19,7 @@ from pytree2safetensors._tree.flatten import PyTree
 from pytree2safetensors._tree.unflatten import build
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 def load_pytree(
     path: PathLike | Readable,
     *,
@@ -65,7 +64,7 @@ def load_pytree(
         return build(found, kinds, where)
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 def load_abstract(path: PathLike | Readable, *, flat: bool = False) -> PyTree:
     """Load the tree in a file with a `jax.ShapeDtypeStruct` for each array; none of these is read.
 
@@ -99,7 +98,7 @@ def load_abstract(path: PathLike | Readable, *, flat: bool = False) -> PyTree:
         return leaves if flat else build(leaves, checkpoint.note.nodes, checkpoint.label)
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 def load_metadata(path: PathLike | Readable) -> dict[str, str]:
     """Load the metadata that the caller of `save_pytree` passed.
 

@@ -4,9 +4,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
-from beartype import beartype
-from jaxtyping import jaxtyped
 
+from pytree2safetensors._arguments import checked
 from pytree2safetensors._collector import collector_paused
 from pytree2safetensors._leaves.spec import LeafSpec
 from pytree2safetensors._load.checkpoint import OpenCheckpoint, open_checkpoint
@@ -24,7 +23,7 @@ from pytree2safetensors._tree.keypath import string2keypath
 from pytree2safetensors._tree.paths import strip_prefix
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 def set_weights(
     module: PyTree,
     dictionary: Mapping[str, Any],
@@ -60,8 +59,6 @@ def set_weights(
     >>> set_weights({"w": 0.0}, {"@w": 1.5})
     {'w': 1.5}
     """
-    if not all(isinstance(name, str) for name in dictionary):
-        raise TypeError("the names of leaves are strs")
     template = _template(module)
     if prefix:
         string2keypath(prefix)
@@ -80,7 +77,7 @@ def set_weights(
     return jax.tree_util.tree_unflatten(template.treedef, leaves)
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 def load_into_pytree(
     module: PyTree,
     path: PathLike | Readable,

@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from typing import Literal
 
 import jax
-from beartype import beartype
-from jaxtyping import jaxtyped
 
+from pytree2safetensors._arguments import checked
 from pytree2safetensors._collector import collector_paused
 from pytree2safetensors._leaves.renaming import Rename
 from pytree2safetensors._save import processes
@@ -24,7 +23,7 @@ from pytree2safetensors._tree.flatten import PyTree
 
 
 @announced
-@jaxtyped(typechecker=beartype)
+@checked
 def save_pytree(
     tree: PyTree,
     path: PathLike | Writable,

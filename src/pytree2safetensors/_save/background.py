@@ -11,10 +11,9 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-from beartype import beartype
-from jaxtyping import jaxtyped
 from numpy.typing import NDArray
 
+from pytree2safetensors._arguments import checked
 from pytree2safetensors._collector import collector_paused
 from pytree2safetensors._leaves.assembled import Assembled
 from pytree2safetensors._leaves.encode import host_array
@@ -33,7 +32,7 @@ from pytree2safetensors._tree.flatten import PyTree
 
 
 @announced
-@jaxtyped(typechecker=beartype)
+@checked
 def save_pytree_async(
     tree: PyTree,
     path: PathLike | Writable,

@@ -8,9 +8,8 @@ from typing import Any, Final
 import jax
 import jax.numpy as jnp
 import numpy as np
-from beartype import beartype
-from jaxtyping import jaxtyped
 
+from pytree2safetensors._arguments import checked
 from pytree2safetensors._format.tensor import TensorInfo
 from pytree2safetensors._leaves.assembled import Assembled, Placed, assemble
 from pytree2safetensors._leaves.describe import describe
@@ -27,7 +26,7 @@ from pytree2safetensors._tree.rule import Rule
 _BYTES: Final = TensorInfo("U8", (), 1)  # for arrays whose dtype does not matter here
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 def pytree2dict(tree: PyTree, *, rename: Rename | None = None) -> dict[str, Any]:
     """Map the spelled key path of each leaf to the leaf, in JAX's order of leaves.
 

@@ -8,9 +8,8 @@ from importlib import import_module
 from typing import Any, cast
 
 import jax
-from beartype import beartype
-from jaxtyping import jaxtyped
 
+from pytree2safetensors._arguments import checked
 from pytree2safetensors._tree.keys import GetAttrKey
 from pytree2safetensors._tree.printing import Node, render
 
@@ -38,10 +37,8 @@ class PyTreeContainer:
     __attrs__: dict[str, Any]
 
     # Not in __init__, so that no error has to show a container that is not made yet.
-    @jaxtyped(typechecker=beartype)
+    @checked
     def __new__(cls, attrs: Mapping[str, Any] = {}) -> "PyTreeContainer":
-        if not all(isinstance(name, str) for name in attrs):
-            raise TypeError("the names of attributes are strs")
         return container_of(dict(attrs))
 
     def __getattribute__(self, name: str) -> Any:
@@ -133,7 +130,7 @@ class UnkeyedContainer:
     __slots__ = ("__weakref__", "children")
     children: tuple[Any, ...]
 
-    @jaxtyped(typechecker=beartype)
+    @checked
     def __new__(cls, children: Iterable[Any] = ()) -> "UnkeyedContainer":
         return _unflatten_unkeyed(None, children)
 

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
 
 import jax
 import numpy as np
-from beartype import beartype
-from jaxtyping import jaxtyped
 
+from pytree2safetensors._arguments import checked
 from pytree2safetensors._errors import KeyPathError, TreeStructureError, shorten
 from pytree2safetensors._tree.containers import PyTreeContainer, UnkeyedContainer, attrs_of
 from pytree2safetensors._tree.depth import DEEP, check_depth, too_deep, unsortable
@@ -218,7 +217,7 @@ def _spelled(speller: Callable[[Any], str], key: Any, name: str) -> str:
         raise KeyPathError(f"{error}, in a key path that begins {shorten(name)}") from None
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 def dict2pytree(dictionary: Mapping[str, Any]) -> PyTree:
     """Build the tree whose leaves have these spelled key paths: the inverse of `pytree2dict`.
 
@@ -242,8 +241,6 @@ def dict2pytree(dictionary: Mapping[str, Any]) -> PyTree:
     """
     leaf_types: set[type] = set()
     for name, leaf in dictionary.items():
-        if not isinstance(name, str):
-            raise TypeError(f"the names of leaves are strs, and {name!r} is none")
         if type(leaf) not in leaf_types:
             if not jax.tree_util.all_leaves([leaf]):
                 raise TreeStructureError(

@@ -1,0 +1,127 @@
+"""Arguments of public functions: cheap checks with short messages, before the type checks of all.
+
+Specification: *Errors*.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import wraps
+from inspect import signature
+from typing import Final, ParamSpec, TypeVar
+
+from beartype import beartype
+from jaxtyping import jaxtyped
+
+from pytree2safetensors._errors import shorten
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def checked(function: Callable[P, R]) -> Callable[P, R]:
+    """Check the arguments of a public function, whatever checks are switched off.
+
+    The type checkers would print a whole tree where a path should be. Their turn is after this.
+    """
+    inner = jaxtyped(function, typechecker=beartype)
+    names = [name for name in signature(function).parameters if name not in {"cls", "self"}]
+    skipped = len(signature(function).parameters) - len(names)  # a class, which needs no check
+    where = function.__qualname__.removesuffix(".__new__")
+
+    @wraps(function)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        for name, value in zip(names, args[skipped:], strict=False):
+            _check(where, name, value)
+        for name, value in kwargs.items():
+            _check(where, name, value)
+        return inner(*args, **kwargs)
+
+    return wrapper
+
+
+def _check(where: str, name: str, value: object) -> None:
+    rule = _RULES.get(f"{where} {name}") or _RULES.get(name)
+    if rule is not None and not rule[0](value):
+        remedy = _REMEDIES.get(f"{where} {name}", "")
+        if name == "path" and isinstance(value, bytes):
+            remedy = "; os.fsdecode makes a str of bytes"
+        raise TypeError(f"{where}: {name} must be {rule[1]}, not {_shown(value, rule[0])}{remedy}")
+
+
+def _shown(value: object, rule: object) -> str:
+    kind = type(value).__name__
+    if isinstance(value, str):
+        return shorten(value, 80)
+    if rule in _MAPPINGS and isinstance(value, Mapping):
+        for key, entry in value.items():
+            if not isinstance(key, str):
+                return f"a {kind} with a key of type {type(key).__name__}"
+            if not isinstance(entry, str) and rule != _has_names:
+                return f"a {kind} with a value of type {type(entry).__name__} at {shorten(key)}"
+    return kind
+
+
+def _is_bool(value: object) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_path_or(method: str) -> Callable[[object], bool]:
+    def fits(value: object) -> bool:
+        return isinstance(value, str | os.PathLike) or callable(getattr(value, method, None))
+
+    return fits
+
+
+def _has_names(value: object) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(name, str) for name in value)
+
+
+def _maps_texts(value: object) -> bool:
+    if not isinstance(value, Mapping):
+        return False
+    return all(isinstance(text, str) for item in value.items() for text in item)
+
+
+def _is_metadata(value: object) -> bool:
+    return value is None or _maps_texts(value)
+
+
+def _is_rename(value: object) -> bool:
+    if value is None or callable(value):
+        return True
+    if isinstance(value, Mapping):
+        return _maps_texts(value)
+    kinds = {type(rule).__name__ for rule in value} if isinstance(value, Sequence) else {""}
+    return not isinstance(value, str | bytes) and kinds <= {"Rule"}
+
+
+_MAPPINGS: Final = (_has_names, _is_metadata, _is_rename)
+_A_PATH: Final = "a path, as a str or an os.PathLike, or a binary file object"
+_BOOL: Final = (_is_bool, "a bool")
+_RULES: Final[Mapping[str, tuple[Callable[[object], bool], str]]] = {
+    "path": (_is_path_or("read"), _A_PATH),
+    "save_pytree path": (_is_path_or("write"), _A_PATH),
+    "save_pytree_async path": (_is_path_or("write"), _A_PATH),
+    "metadata": (_is_metadata, "a mapping of strs to strs"),
+    "unsupported": (
+        lambda value: isinstance(value, str) and value in {"raise", "skip"},
+        "'raise' or 'skip'",
+    ),
+    "max_shard_size": (
+        lambda value: value is None or isinstance(value, int | str),
+        "a number of bytes, or a str such as '5GB'",
+    ),
+    "progress": (lambda value: isinstance(value, bool) or callable(value), "a bool or a function"),
+    "prefix": (lambda value: isinstance(value, str), "a spelled key path, which is a str"),
+    "rename": (_is_rename, "a function, a mapping of strs to strs, or a sequence of Rules"),
+    "dictionary": (_has_names, "a mapping of names, which are strs, to leaves"),
+    "attrs": (_has_names, "a mapping of names, which are strs, to values"),
+    "children": (lambda value: isinstance(value, Iterable), "an iterable"),
+    **dict.fromkeys(("durable", "checksum", "mmap", "verbose", "strict", "cast", "flat"), _BOOL),
+}
+_REMEDIES: Final = {
+    "save_pytree path": "; the tree comes first, the path second",
+    "save_pytree_async path": "; the tree comes first, the path second",
+    "load_into_pytree path": "; the template comes first, the path second",
+    "set_weights dictionary": "; the template comes first, the dictionary second",
+}

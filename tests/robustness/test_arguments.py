@@ -1,0 +1,166 @@
+"""Wrong arguments of public functions: a short TypeError at once, also where type checks are off."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+import pytree2safetensors as p2s
+
+BIG = {f"layer{number}": {"w": float(number)} for number in range(20_000)}
+BYTES = b"x" * 20_000_000
+PATH = "must be a path, as a str or an os.PathLike, or a binary file object, not"
+p: Any = p2s  # the mistakes below are none of its types
+
+WRONG: list[tuple[Callable[[], Any], str]] = [
+    (
+        lambda: p.save_pytree("model.safetensors", BIG),
+        f"save_pytree: path {PATH} dict; the tree comes first, the path second",
+    ),
+    (
+        lambda: p.save_pytree_async("model.safetensors", [BIG]),
+        f"save_pytree_async: path {PATH} list; the tree comes first, the path second",
+    ),
+    (
+        lambda: p.load_into_pytree("model.safetensors", BIG),
+        f"load_into_pytree: path {PATH} dict; the template comes first, the path second",
+    ),
+    (
+        lambda: p.set_weights(BIG, [BIG]),
+        "set_weights: dictionary must be a mapping of names, which are strs, to leaves, not list; "
+        "the template comes first, the dictionary second",
+    ),
+    (
+        lambda: p.set_weights(BIG, {3: BYTES}),
+        "set_weights: dictionary must be a mapping of names, which are strs, to leaves, not a dict "
+        "with a key of type int; the template comes first, the dictionary second",
+    ),
+    (
+        lambda: p.load_pytree(BYTES),
+        f"load_pytree: path {PATH} bytes; os.fsdecode makes a str of bytes",
+    ),
+    (
+        lambda: p.load_abstract(path=BYTES),
+        f"load_abstract: path {PATH} bytes; os.fsdecode makes a str of bytes",
+    ),
+    (lambda: p.load_metadata(None), f"load_metadata: path {PATH} NoneType"),
+    (
+        lambda: p.save_pytree(BIG, "model", metadata={"step": BYTES}),
+        "save_pytree: metadata must be a mapping of strs to strs, not a dict with a value of type "
+        "bytes at 'step'",
+    ),
+    (
+        lambda: p.save_pytree(BIG, "model", metadata={1: "a"}),
+        "save_pytree: metadata must be a mapping of strs to strs, not a dict with a key of type int",
+    ),
+    (
+        lambda: p.save_pytree(BIG, "model", unsupported="x" * 10_000_000),
+        f"save_pytree: unsupported must be 'raise' or 'skip', not '{'x' * 40}'...'{'x' * 40}' "
+        "(10,000,000 characters)",
+    ),
+    (
+        lambda: p.save_pytree(BIG, "model", max_shard_size=1.5),
+        "save_pytree: max_shard_size must be a number of bytes, or a str such as '5GB', not float",
+    ),
+    (
+        lambda: p.save_pytree(BIG, "model", progress=3),
+        "save_pytree: progress must be a bool or a function, not int",
+    ),
+    (
+        lambda: p.load_pytree("model", prefix=("@a",)),
+        "load_pytree: prefix must be a spelled key path, which is a str, not tuple",
+    ),
+    (
+        lambda: p.load_into_pytree(BIG, "model", rename="layers"),
+        "load_into_pytree: rename must be a function, a mapping of strs to strs, or a sequence of "
+        "Rules, not 'layers'",
+    ),
+    (
+        lambda: p.load_into_pytree(BIG, "model", rename={"@a": "b", "@b": 5}),
+        "load_into_pytree: rename must be a function, a mapping of strs to strs, or a sequence of "
+        "Rules, not a dict with a value of type int at '@b'",
+    ),
+    (
+        lambda: p.load_into_pytree(BIG, "model", rename=[BYTES]),
+        "load_into_pytree: rename must be a function, a mapping of strs to strs, or a sequence of "
+        "Rules, not list",
+    ),
+    (
+        lambda: p.dict2pytree([BIG]),
+        "dict2pytree: dictionary must be a mapping of names, which are strs, to leaves, not list",
+    ),
+    (
+        lambda: p.PyTreeContainer([BIG]),
+        "PyTreeContainer: attrs must be a mapping of names, which are strs, to values, not list",
+    ),
+    (lambda: p.UnkeyedContainer(3), "UnkeyedContainer: children must be an iterable, not int"),
+    *(
+        (
+            lambda option=option: p.save_pytree(BIG, "model", **{option: BIG}),
+            f"save_pytree: {option} must be a bool, not dict",
+        )
+        for option in ("durable", "checksum")
+    ),
+    *(
+        (
+            lambda option=option: p.load_into_pytree(BIG, "model", **{option: "yes"}),
+            f"load_into_pytree: {option} must be a bool, not 'yes'",
+        )
+        for option in ("verbose", "strict", "cast", "mmap")
+    ),
+]
+
+
+def message_of(work: Callable[[], Any]) -> str:
+    """What a wrong call says; it says so at once, and nothing stands behind it."""
+    start = time.process_time()
+    try:
+        work()
+    except TypeError as error:
+        assert type(error) is TypeError
+        assert error.__cause__ is None
+        assert error.__context__ is None
+        return f"{error}{' (slow)' if time.process_time() - start > 0.05 else ''}"
+    return "nothing"
+
+
+@pytest.mark.parametrize(("work", "text"), WRONG, ids=range(len(WRONG)))
+def test_a_wrong_argument_is_a_short_type_error(work: Callable[[], Any], text: str) -> None:
+    assert message_of(work) == text
+    assert len(text) < 1000
+
+
+@pytest.mark.parametrize(
+    ("options", "variables"), [([], {"JAXTYPING_DISABLE": "1"}), (["-O"], {})], ids=["off", "-O"]
+)
+def test_wrong_arguments_are_found_without_type_checks(
+    options: list[str], variables: dict[str, str]
+) -> None:
+    found = subprocess.run(
+        [sys.executable, *options, __file__],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **variables},
+        capture_output=True,
+        check=True,
+        text=True,
+    )
+    assert json.loads(found.stdout) == [text for _, text in WRONG]
+
+
+def test_arguments_that_are_missing_or_unknown_are_pythons_errors() -> None:
+    for work in (
+        p.save_pytree,
+        lambda: p.save_pytree(BIG, "model", {}),
+        lambda: p.load_pytree(x=1),
+    ):
+        with pytest.raises(TypeError) as caught:
+            work()
+        assert len(str(caught.value)) < 1000
+
+
+if __name__ == "__main__":
+    print(json.dumps([message_of(work) for work, _ in WRONG]))
