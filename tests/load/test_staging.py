@@ -1,0 +1,212 @@
+"""Loads to other devices: CPU devices stand in for them, and transfers end as late as they may."""
+
+import weakref
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from oracle import assert_same
+from pytree2safetensors import load_into_pytree, load_pytree, save_pytree
+from pytree2safetensors._leaves import jax_versions, placement, staging
+from pytree2safetensors._leaves.staging import Ring
+from pytree2safetensors._load import reading
+
+P: Any = PartitionSpec  # whose constructor JAX leaves untyped
+Struct: Any = jax.ShapeDtypeStruct
+RING, BATCH = 64 << 10, 16 << 10
+
+
+class Link:
+    """Transfers that read their memory when they are waited for, and not before."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.moving: list[tuple[list[Any], list[np.ndarray[Any, Any]], list[bytes]]] = []
+        self.most = 0  # bytes on their way at once
+        self.puts = 0
+        self.fails_at = -1
+        self.rings: list[weakref.ref[Any]] = []
+        real_put, real_wait, real_aligned = (
+            jax.device_put,
+            jax_versions.block_until_ready,
+            staging.aligned,
+        )
+
+        def device_put(values: Any, *arguments: Any) -> Any:
+            if not isinstance(values, list) or not values:
+                return real_put(values, *arguments)
+            self.puts += 1
+            if self.puts == self.fails_at:
+                raise RuntimeError("the link is down")
+            copies = [np.array(value) for value in values]
+            arrays = real_put(copies, *arguments)
+            self.moving.append((arrays, values, [copy.tobytes() for copy in copies]))
+            self.most = max(
+                self.most, sum(v.nbytes for _, moving, _ in self.moving for v in moving)
+            )
+            return arrays
+
+        def block_until_ready(arrays: Any) -> Any:
+            waited = {id(array) for array in arrays}
+            for moving in [m for m in self.moving if waited & {id(array) for array in m[0]}]:
+                self.arrive(moving)
+            return real_wait(arrays)
+
+        def aligned(size: int) -> Any:
+            memory = real_aligned(size)
+            self.rings.append(weakref.ref(memory))
+            return memory
+
+        patch.setattr(jax, "device_put", device_put)
+        patch.setattr(staging, "block_until_ready", block_until_ready)
+        patch.setattr(staging, "pinned_memory", lambda *_: None)
+        patch.setattr(staging, "aligned", aligned)
+        patch.setattr(reading, "block_until_ready", block_until_ready)
+        patch.setattr(reading, "is_on_host", lambda _: False)
+        patch.setattr(placement, "is_on_host", lambda _: False)
+        patch.setattr(reading, "RING", RING)
+        patch.setattr(reading, "_STAGED_BATCH", BATCH)
+
+    def arrive(self, moving: Any) -> None:
+        self.moving.remove(moving)
+        for values, expected in zip(*moving[1:], strict=True):
+            assert values.tobytes() == expected, "memory was used again before its transfer ended"
+
+    def reset(self) -> None:
+        """Forget what was transferred to save a file."""
+        self.moving, self.rings, self.most, self.puts = [], [], 0, 0
+
+    def finish(self) -> None:
+        for moving in list(self.moving):
+            self.arrive(moving)
+
+
+@pytest.fixture
+def link(monkeypatch: pytest.MonkeyPatch) -> Link:
+    return Link(monkeypatch)
+
+
+def tree_of(count: int, size: int) -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    return {
+        f"w{i}": jnp.asarray(rng.standard_normal(size, np.float32), jnp.float32)
+        for i in range(count)
+    }
+
+
+def test_leaves_pass_through_memory_of_bounded_size(link: Link, tmp_path: Path) -> None:
+    tree = tree_of(50, 1500)  # 300 kB through 64 KiB
+    save_pytree(tree, tmp_path / "file")
+    link.reset()
+    found = load_pytree(tmp_path / "file")
+    link.finish()
+    assert_same(found, tree)
+    assert link.puts > 10
+    assert link.most <= RING
+
+
+def test_templates_of_all_kinds_load_the_same(link: Link, tmp_path: Path) -> None:
+    mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("x", "y"))
+    values = np.arange(64 * 64, dtype=np.float32).reshape(64, 64)
+    specs = {"rows": P("x"), "columns": P(None, "y"), "both": P("x", "y"), "all": P()}
+    tree: dict[str, Any] = {name: values + i for i, name in enumerate(specs)}
+    tree |= {"numpy": values, "key": jax.random.key(1), "weak": jnp.asarray(2.0), "step": 3}
+    tree |= {"int4": jnp.ones((9, 9), jnp.int4), "flags": jnp.arange(7) % 2 == 0}
+    save_pytree(tree, tmp_path / "file")
+    template = {
+        **tree,
+        **{
+            name: Struct((64, 64), np.float32, sharding=NamedSharding(mesh, spec))
+            for name, spec in specs.items()
+        },
+    }
+    found = load_into_pytree(template, tmp_path / "file")
+    link.finish()
+    for name in specs:
+        assert found[name].sharding == template[name].sharding
+        assert np.asarray(found[name]).tobytes() == tree[name].tobytes()
+    for name in tree.keys() - specs.keys():
+        assert_same(found[name], tree[name])
+    found["numpy"][:] = 0  # which is nobody else's memory
+    again = load_into_pytree(template, tmp_path / "file")
+    assert np.asarray(again["numpy"]).tobytes() == values.tobytes()
+
+
+def test_a_tensor_larger_than_the_ring_has_memory_of_its_own(link: Link, tmp_path: Path) -> None:
+    tree = {**tree_of(8, 30_000), **{f"small{i}": jnp.arange(9.0) + i for i in range(20)}}
+    save_pytree(tree, tmp_path / "file")
+    link.reset()
+    found = load_pytree(tmp_path / "file")
+    link.finish()
+    assert_same(found, tree)
+    assert link.most <= 2 * 120_000 + RING  # one on its way, and one that is being read
+
+
+@pytest.mark.parametrize("fails_at", [1, 2, 5])
+def test_a_transfer_that_fails_is_raised_and_frees_everything(
+    link: Link, tmp_path: Path, fails_at: int
+) -> None:
+    save_pytree(tree_of(50, 1500), tmp_path / "file")
+    link.reset()
+    link.fails_at = fails_at
+    with pytest.raises(RuntimeError, match="the link is down"):
+        load_pytree(tmp_path / "file")
+    link.finish()
+    assert [ring() for ring in link.rings if ring() is not None] == []
+
+
+def test_the_memory_is_free_after_a_load(link: Link, tmp_path: Path) -> None:
+    save_pytree(tree_of(50, 1500), tmp_path / "file")
+    found = load_pytree(tmp_path / "file")
+    link.finish()
+    assert link.rings
+    assert [ring() for ring in link.rings if ring() is not None] == []
+    assert len(found) == 50
+
+
+def test_arrays_on_the_host_keep_no_memory_of_the_ring(
+    link: Link, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host, other = jax.devices()[:2]
+    monkeypatch.setattr(reading, "is_on_host", lambda device: device == host)
+    tree = tree_of(40, 2000)
+    save_pytree(tree, tmp_path / "file")
+    template = {
+        name: Struct(leaf.shape, leaf.dtype, sharding=SingleDeviceSharding((host, other)[i % 2]))
+        for i, (name, leaf) in enumerate(tree.items())
+    }
+    found = load_into_pytree(template, tmp_path / "file")
+    link.finish()
+    for name, leaf in tree.items():
+        assert np.asarray(found[name]).tobytes() == np.asarray(leaf).tobytes()
+
+
+@given(st.lists(st.integers(1, 5000), max_size=60), st.randoms(use_true_random=False))
+def test_batches_in_a_ring_never_overlap(sizes: list[int], random: Any) -> None:
+    ring = Ring(jax.devices()[0], 8192)
+    base = ring.memory.ctypes.data
+    live: list[tuple[int, int]] = []  # taken, the oldest first
+    waiting = 0  # of these, how many are not being transferred yet
+    for size in sizes:
+        while waiting and random.random() < 0.4:
+            ring.transferred([])
+            waiting -= 1
+        before = len(ring.taken)
+        memory = ring.take(size)
+        if memory is None:
+            assert waiting == len(ring.taken) <= before  # nothing that can be waited for is left
+            live = live[len(live) - waiting :]
+            continue
+        waiting += 1
+        live = [*live, (memory.ctypes.data - base, len(memory))][-len(ring.taken) :]
+        assert len(memory) >= size
+        spans = sorted(live)
+        assert all(a + n <= b for (a, n), (b, _) in pairwise(spans))
+        assert spans[-1][0] + spans[-1][1] <= len(ring.memory)
