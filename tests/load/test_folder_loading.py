@@ -1,7 +1,10 @@
 """Loading a folder of shards: which file a path means, and which folders are refused."""
 
+import errno
 import json
+import os
 import shutil
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ from pytree2safetensors import (
     load_pytree,
     save_pytree,
 )
+from pytree2safetensors._load import locate
 from pytree2safetensors._load.checkpoint import OpenCheckpoint, open_checkpoint
 from pytree2safetensors._load.locate import Index
 from pytree2safetensors.testing import pytrees
@@ -275,3 +279,120 @@ def test_a_shard_that_is_replaced_before_it_is_read_is_an_error(
 def test_a_file_called_like_an_index_is_a_file(tmp_path: Path) -> None:
     save_pytree({"a": 1}, tmp_path / "tree.json")
     assert load_pytree(tmp_path / "tree.json") == {"a": 1}
+
+
+# --- what goes wrong with files of the system -------------------------------------------------
+
+
+def test_a_shard_that_cannot_be_closed_leaves_no_other_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_pytree(tree_of(1), tmp_path, max_shard_size=100)
+    store = open_checkpoint(tmp_path)
+    close, closed = os.close, list[int]()
+
+    def fail_first(descriptor: int) -> None:
+        close(descriptor)
+        closed.append(descriptor)
+        if len(closed) == 1:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="Input/output"), store:
+        patch.setattr(os, "close", fail_first)
+    assert len(closed) == 3
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="nothing says what is open")
+def test_a_folder_loads_with_few_descriptors_left(tmp_path: Path) -> None:
+    tree = {f"w{i:02}": jnp.full(10, i, jnp.float32) for i in range(40)}
+    save_pytree(tree, tmp_path, max_shard_size=40)
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = max(int(entry.name) for entry in Path("/proc/self/fd").iterdir())
+    holes = [os.open(os.devnull, os.O_RDONLY)]
+    try:
+        while holes[-1] <= used:
+            holes.append(os.dup(holes[0]))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (holes[-1] + 12, hard))
+        assert is_same(tree, load_pytree(tmp_path))
+        if sys.version_info >= (3, 13):  # before that, a map has a descriptor
+            assert is_same(tree, load_pytree(tmp_path, mmap=True))
+        with open_checkpoint(tmp_path):
+            assert descriptors_in(tmp_path) < 12
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for hole in holes:
+            os.close(hole)
+
+
+def test_a_shard_that_is_gone_before_it_is_read_was_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pytree2safetensors._load.checkpoint._KEPT", 1)
+    tree = {f"w{i}": jnp.full(10, i, jnp.float32) for i in range(3)}
+    save_pytree(tree, tmp_path, max_shard_size=40)
+    with open_checkpoint(tmp_path) as store:
+        save_pytree(tree, tmp_path, max_shard_size="5GB")
+        with pytest.raises(FileFormatError, match="was replaced while it was read; load it again"):
+            content_of(store, "@w1")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="a system without pipes that have names")
+@pytest.mark.parametrize("name", ["model.safetensors", INDEX, "model-00001-of-00003.safetensors"])
+def test_a_pipe_in_a_folder_is_refused(tmp_path: Path, name: str) -> None:
+    save_pytree(tree_of(1), tmp_path, max_shard_size=100)
+    if name == "model.safetensors":
+        (tmp_path / INDEX).unlink()
+    else:
+        (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(FileFormatError, match=r"is a pipe or a device|which is missing"):
+        load_pytree(tmp_path)
+
+
+@pytest.mark.parametrize("then", ["5GB", 100, 40])
+def test_a_folder_that_changes_after_it_was_listed_is_listed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, then: int | str
+) -> None:
+    save_pytree(tree_of(1), tmp_path, max_shard_size=100 if then == "5GB" else "5GB")
+    saves = [lambda: save_pytree(tree_of(2), tmp_path, max_shard_size=then)]
+    located = locate.locate
+
+    def save_meanwhile(path: str) -> str:
+        found = located(path)
+        if saves:
+            saves.pop()()
+        return found
+
+    for path in (tmp_path, tmp_path / "model.safetensors"):
+        monkeypatch.setattr("pytree2safetensors._load.checkpoint.locate", save_meanwhile)
+        assert is_same(tree_of(2), load_pytree(path))
+
+
+def test_a_listing_that_is_a_mixture_is_not_believed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A listing is no snapshot: what is renamed meanwhile may be missing, or there twice."""
+    save_pytree(tree_of(1), tmp_path, max_shard_size=100)
+    for mixture in ([], shard_names(3), [INDEX, "model.safetensors"]):
+        listings = [mixture]
+        listdir = os.listdir
+
+        def mixed(path: Any, listings: Any = listings, listdir: Any = listdir) -> Any:
+            return listings.pop() if listings else listdir(path)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "listdir", mixed)
+            assert is_same(tree_of(1), load_pytree(tmp_path))
+        assert not listings
+
+
+def test_shards_of_another_naming_are_told(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors-00001-of-00002").write_bytes(b"")
+    with pytest.raises(FileFormatError) as caught:
+        load_pytree(tmp_path)
+    assert str(caught.value) == (
+        f"the folder {str(tmp_path)!r} has no safetensors file and no index; "
+        "'model.safetensors-00001-of-00002' is not the name of a shard, which is of the form "
+        "'model-00001-of-00002.safetensors': rename it, or copy the folder again, whole"
+    )

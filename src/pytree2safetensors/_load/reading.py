@@ -26,7 +26,7 @@ from pytree2safetensors._load.plan import Batch, Wanted, plan_batches
 from pytree2safetensors._load.ranges import Place, mapped, plan_reads
 from pytree2safetensors._load.template import TemplateLeaf
 from pytree2safetensors._load.verifying import check_digests
-from pytree2safetensors._storage.progress import Progress, Report
+from pytree2safetensors._storage.progress import Progress, Report, closing_bar
 from pytree2safetensors._storage.read_pool import ReadPool
 
 _BATCH: Final = 64 << 20  # bytes that one leaf that lives on can keep in memory
@@ -59,11 +59,12 @@ def read_leaves(
         batches = list(plan_batches(checkpoint, wanted, limit, keeps_memory(device is not None)))
     report = Report(progress, sum(slot.nbytes for batch in batches for slot in batch.slots))
     finisher = Finisher(checkpoint, wanted)
-    if mmap:
-        _map(checkpoint, batches, finisher, report)
-    else:
-        _read(checkpoint, batches, finisher, report, device)
-    report.finish()
+    with closing_bar(progress):
+        if mmap:
+            _map(checkpoint, batches, finisher, report)
+        else:
+            _read(checkpoint, batches, finisher, report, device)
+        report.finish()
     return finisher.leaves
 
 

@@ -18,7 +18,7 @@ from pytree2safetensors._storage.atomic_file import is_special, write_file
 from pytree2safetensors._storage.atomic_folder import Part, replace_together
 from pytree2safetensors._storage.byte_source import PathLike
 from pytree2safetensors._storage.naming import naming
-from pytree2safetensors._storage.progress import Progress
+from pytree2safetensors._storage.progress import Progress, closing_bar
 from pytree2safetensors._storage.stream import Writable, write_stream
 from pytree2safetensors._types import Chunk
 
@@ -76,7 +76,8 @@ def write(
     Raises:
         OSError: The files cannot be written; what was there before still is.
     """
-    with Hashing(plan.infos) if plan.checksum else nullcontext() as hashing:
+    hasher = Hashing(plan.infos) if plan.checksum else nullcontext()
+    with closing_bar(progress), hasher as hashing:
         if target.folder is not None:
             _write_folder(plan, leaves, target, hashing, durable, progress)
             return

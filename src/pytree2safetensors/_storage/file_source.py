@@ -8,7 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,8 @@ from pytree2safetensors._storage.stream_source import ForwardSource, open_stream
 if sys.platform != "win32":
     import resource
 
+# Before Python 3.13 a map keeps a descriptor of its own.
+_UNTRACKED: Final[dict[str, Any]] = {} if sys.version_info < (3, 13) else {"trackfd": False}
 _EXHAUSTED: Final = {errno.EMFILE, errno.ENFILE}  # there are no descriptors left
 
 
@@ -56,7 +58,9 @@ class FileSource(ByteSource):
         if not self.size:
             return np.empty(0, np.uint8)
         with self._opened() as descriptor:
-            return np.frombuffer(mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ), np.uint8)
+            return np.frombuffer(
+                mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ, **_UNTRACKED), np.uint8
+            )
 
     @contextmanager
     def _opened(self) -> Iterator[int]:
@@ -137,7 +141,7 @@ def is_exhausted(error: OSError) -> bool:
 
 def descriptors_to_keep() -> int:
     """Return how many files may stay open at once: half of what a process may have."""
-    if sys.platform == "win32":
-        return 256
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return 4096 if soft == resource.RLIM_INFINITY else min(4096, soft // 2)
+    if sys.platform != "win32":
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        return 4096 if soft == resource.RLIM_INFINITY else min(4096, soft // 2)
+    return 256

@@ -42,8 +42,9 @@ class Folder:
         except PermissionError:
             if self._listed:
                 raise
-            if hasattr(os, "O_PATH"):
-                self._descriptor = self._held.open(self.path, os.O_PATH | os.O_DIRECTORY)
+            looked_up = getattr(os, "O_PATH", None)  # on Linux: to look names up alone
+            if looked_up is not None:
+                self._descriptor = self._held.open(self.path, looked_up | os.O_DIRECTORY)
             else:
                 self.path = absolute(self.path)
         return self
@@ -130,38 +131,13 @@ class Folder:
         Raises:
             TimeoutError: Another program has the lock, and keeps it.
         """
-        if sys.platform == "win32" or self._descriptor is None:
-            yield
-            return
-        self._lock(self._descriptor)
+        if self._descriptor is not None:
+            _lock(self._descriptor, self.path)
         try:
             yield
         finally:  # not by closing alone: a process that was forked meanwhile has it open, too
-            with suppress(OSError):
-                fcntl.flock(self._descriptor, fcntl.LOCK_UN)
-
-    def _lock(self, descriptor: int) -> None:
-        if sys.platform == "win32":
-            return
-        end, pause = time.monotonic() + _PATIENCE, 0.001
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() > end:
-                    raise TimeoutError(
-                        errno.ETIMEDOUT,
-                        f"another program has locked the folder {shorten(self.path)} for more than "
-                        f"{_PATIENCE:.0f} s (a save that hangs, or one that runs under flock); "
-                        "save again when it has ended",
-                        self.path,
-                    ) from None
-                time.sleep(pause)
-                pause = min(2 * pause, 0.05)
-            except OSError:  # a file system without locks
-                return
-            else:
-                return
+            if self._descriptor is not None:
+                _unlock(self._descriptor)
 
     def remove_abandoned(self, target: str) -> None:
         """Remove unfinished files of a target if they are a day old and their saver is gone."""
@@ -180,6 +156,35 @@ class Folder:
             if sys.platform != "win32":
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails if a saver has it
         self.unlink(name)
+
+
+def _lock(descriptor: int, path: str) -> None:
+    if sys.platform != "win32":
+        end, pause = time.monotonic() + _PATIENCE, 0.001
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    raise TimeoutError(
+                        errno.ETIMEDOUT,
+                        f"another program has locked the folder {shorten(path)} for more than "
+                        f"{_PATIENCE:.0f} s (a save that hangs, or one that runs under flock); "
+                        "save again when it has ended",
+                        path,
+                    ) from None
+                time.sleep(pause)
+                pause = min(2 * pause, 0.05)
+            except OSError:  # a file system without locks
+                return
+            else:
+                return
+
+
+def _unlock(descriptor: int) -> None:
+    if sys.platform != "win32":
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
 
 
 def absolute(path: str) -> str:

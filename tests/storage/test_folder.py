@@ -1,0 +1,156 @@
+"""Folders that files are in: relative paths, what may not be read, and what killed savers left."""
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+from folders import names_in, tree_of
+from pytree2safetensors import load_pytree, save_pytree, save_pytree_async
+from pytree2safetensors._storage.descriptor import Held
+from pytree2safetensors._storage.folder import Folder
+from pytree2safetensors._storage.naming import temporary_name
+from versions import assert_holds, litter, posix, version
+
+superuser = pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() != 0, reason="giving up rights is for the superuser"
+)
+
+
+@posix
+@pytest.mark.parametrize("beyond", [5, 60], ids=["the path", "the temporary file's path"])
+def test_a_path_may_be_as_long_as_open_allows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, beyond: int
+) -> None:
+    """What is relative may be beyond the limit from the root on."""
+    limit = os.pathconf(tmp_path, "PC_PATH_MAX")
+    monkeypatch.chdir(tmp_path)
+    size = len(str(tmp_path))
+    while size < limit - 300:
+        Path("d" * 200).mkdir()
+        os.chdir("d" * 200)
+        size += 201
+    Path("e" * (limit - size - beyond)).mkdir()
+    os.chdir("e" * (limit - size - beyond))
+    Path("plain").write_bytes(b"")
+    for path in ("model", "folder"):
+        options = {"max_shard_size": 100} if path == "folder" else {}
+        save_pytree(tree_of(1), path, **options)  # type: ignore[arg-type] # mypy sees object
+        save_pytree_async(tree_of(1), path, **options).result()  # type: ignore[arg-type]
+        assert load_pytree(path)["e"] == "text 1"
+    monkeypatch.chdir(tmp_path)
+
+
+RESTRICTED = """
+import os, sys
+import numpy as np
+import pytree2safetensors as p2s
+
+tree = {"a": np.zeros(50, np.float32), "b": np.ones(50, np.float32)}
+os.chdir(sys.argv[1])
+p2s.save_pytree(tree, "folder", max_shard_size=200)
+p2s.load_pytree("folder")  # what is imported late may be closed to others, too
+os.rename("folder", "other")
+os.setgroups([])
+os.setgid(65534)
+os.setuid(65534)
+for work in (
+    lambda: p2s.save_pytree(tree, "model"),
+    lambda: p2s.save_pytree(tree, "folder", max_shard_size=200),
+    lambda: print(sorted(p2s.load_pytree("model")), sorted(p2s.load_pytree("folder"))),
+    lambda: p2s.save_pytree(tree, "writable/model"),
+    lambda: p2s.save_pytree(tree, "writable/model", durable=False),
+):
+    try:
+        work()
+    except OSError as error:
+        print(error)
+"""
+
+
+@superuser
+def test_folders_that_may_not_be_entered_or_read() -> None:
+    with tempfile.TemporaryDirectory() as scratch:  # pytest's own folders are closed to others
+        inner = Path(scratch) / "inner"
+        inner.mkdir()
+        inner.chmod(0o777)
+        (inner / "writable").mkdir()
+        (inner / "writable").chmod(0o333)
+        Path(scratch).chmod(0o700)  # so that the path from the root is closed
+        run = subprocess.run(
+            [sys.executable, "-c", RESTRICTED, str(inner)],
+            capture_output=True, text=True, check=False, timeout=300,
+        )  # fmt: skip
+        assert run.stdout.splitlines() == [
+            "['a', 'b'] ['a', 'b']",
+            "[Errno 13] Permission denied (its folder cannot be read, which flushing it takes; "
+            "durable=False saves): 'writable/model'",
+        ], run.stderr
+        assert names_in(inner / "writable") == ["model"]
+
+
+def test_a_folder_that_is_missing_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "3" / "model.safetensors"
+    with pytest.raises(FileNotFoundError) as caught:
+        save_pytree(version(1), path)
+    assert caught.value.strerror == (
+        f"No such file or directory (the folder {str(path.parent)!r} is missing; make it first)"
+    )
+    assert caught.value.filename == str(path)
+
+
+# --- what killed savers left ------------------------------------------------------------------
+
+
+def left_behind(folder: Path, target: str) -> Path:
+    path = folder / temporary_name(target)
+    path.write_bytes(b"half of a file")
+    return path
+
+
+def later(monkeypatch: pytest.MonkeyPatch, hours: float) -> None:
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() + 3600 * hours)
+
+
+@pytest.mark.parametrize(("hours", "count"), [(23, 3), (25, 1)])
+def test_a_day_later_a_save_of_the_same_path_removes_what_a_killed_one_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hours: float, count: int
+) -> None:
+    for target in ("model", "model", "other"):
+        left_behind(tmp_path, target)
+    save_pytree(version(1), tmp_path / "model")
+    assert len(litter(tmp_path)) == 3
+    later(monkeypatch, hours)
+    save_pytree(version(2), tmp_path / "model")
+    assert len(litter(tmp_path)) == count
+    assert_holds(tmp_path / "model", 2)
+
+
+@pytest.mark.parametrize("limit", [100, "5GB"])
+def test_a_day_later_a_save_of_the_same_folder_removes_what_a_killed_one_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int | str
+) -> None:
+    left_behind(tmp_path, "model.safetensors")
+    left_behind(tmp_path, "model.safetensors.index.json")
+    later(monkeypatch, 25)
+    save_pytree(tree_of(1), tmp_path, max_shard_size=limit)
+    assert not litter(tmp_path)
+
+
+@posix
+def test_what_a_saver_is_still_writing_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Folder(str(tmp_path), listed=True) as folder, Held() as held:
+        folder.create(held, temporary_name("model"), None)
+        later(monkeypatch, 25)
+        save_pytree(version(1), tmp_path / "model")
+        assert len(litter(tmp_path)) == 1
+        held.close()
+        save_pytree(version(1), tmp_path / "model")
+        assert not litter(tmp_path)

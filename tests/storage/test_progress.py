@@ -1,0 +1,67 @@
+"""Progress: bars that end, and errors of the caller's function."""
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import tqdm.auto
+
+from folders import tree_of
+from pytree2safetensors import load_into_pytree, load_pytree, save_pytree, save_pytree_async
+
+
+def fail(done: int, total: int) -> None:
+    raise FileNotFoundError(2, "No such file or directory", "the caller's own")
+
+
+def wait_for_async(*arguments: Any, **options: Any) -> None:
+    save_pytree_async(*arguments, **options).result()
+
+
+@pytest.mark.parametrize("options", [{}, {"max_shard_size": 100}], ids=["file", "folder"])
+@pytest.mark.parametrize("save", [save_pytree, wait_for_async])
+def test_an_error_of_the_callers_function_keeps_its_file(
+    tmp_path: Path, save: Any, options: dict[str, Any]
+) -> None:
+    with pytest.raises(FileNotFoundError) as caught:
+        save(tree_of(1), tmp_path / "model", progress=fail, **options)
+    assert caught.value.filename == "the caller's own"
+    save_pytree(tree_of(1), tmp_path / "model", **options)
+    with pytest.raises(FileNotFoundError) as caught:
+        load_pytree(tmp_path / "model", progress=fail)
+    assert caught.value.filename == "the caller's own"
+
+
+class Bar:
+    opened: ClassVar[list["Bar"]] = []
+
+    def __init__(self, **_: Any) -> None:
+        self.n, self.closed = 0, False
+        self.opened.append(self)
+
+    def update(self, count: int) -> None:
+        self.n += count
+        if self.n > 100:
+            raise KeyboardInterrupt
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_the_bar_of_work_that_fails_is_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_pytree(tree_of(1), tmp_path / "model", checksum=True)
+    monkeypatch.setattr("pytree2safetensors._storage.progress._STEP", 1)
+    monkeypatch.setattr(tqdm.auto, "tqdm", Bar)
+    for work in (
+        lambda: load_pytree(tmp_path / "model", progress=True),
+        lambda: load_into_pytree(tree_of(1), tmp_path / "model", progress=True),
+        lambda: save_pytree(tree_of(1), tmp_path / "other", progress=True),
+        lambda: wait_for_async(tree_of(1), tmp_path / "other", progress=True),
+        lambda: save_pytree(tree_of(1), tmp_path / "new", max_shard_size=100, progress=True),
+    ):
+        Bar.opened.clear()
+        with pytest.raises(KeyboardInterrupt):
+            work()
+        assert [bar.closed for bar in Bar.opened] == [True]

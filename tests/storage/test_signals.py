@@ -1,0 +1,197 @@
+"""Signals lose no descriptor and no checkpoint, and a save may come into another."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+
+import system_calls
+from folders import is_same, names_in, outcome, tree_of
+from pytree2safetensors import load_pytree, save_pytree
+from pytree2safetensors._storage import folder as folder_module
+from pytree2safetensors._storage import threads
+from pytree2safetensors._storage.folder import Folder
+from versions import litter, posix
+
+
+@contextmanager
+def handling(number: int, act: Callable[[], object]) -> Iterator[None]:
+    def handle(_: int, __: FrameType | None) -> None:
+        act()
+
+    before = signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+
+class Interrupted(Exception):
+    pass
+
+
+def interrupt() -> None:
+    raise Interrupted
+
+
+# In a process of its own: a handler that raises within a runtime type check is taken for a wrong type.
+INTERRUPTED = """
+import gc, os, signal, sys
+from pytree2safetensors._storage.atomic_file import replacing
+from pytree2safetensors._storage.file_source import open_source
+
+class Interrupted(Exception):
+    pass
+
+def interrupt(*_):
+    raise Interrupted
+
+def read():
+    open_source(path).close()
+
+def write():
+    with replacing(path, durable=False):
+        pass
+
+path, hits = sys.argv[1], 0
+write()
+before = len(os.listdir("/proc/self/fd"))
+signal.signal(signal.SIGALRM, interrupt)
+for attempt in range(3000):
+    work = (read, write)[attempt % 2]
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 1e-6 + attempt % 100 * 2e-6)
+        work()
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    except Interrupted:
+        hits += 1
+assert hits > 100, hits
+gc.collect()
+assert len(os.listdir("/proc/self/fd")) == before, os.listdir("/proc/self/fd")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="nothing says what is open")
+def test_an_interrupt_at_any_moment_leaves_no_file_open(tmp_path: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", INTERRUPTED, str(tmp_path / "model")],
+        capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert names_in(tmp_path) == ["model"]
+
+
+@posix
+@pytest.mark.parametrize("limits", [(100, 100), (100, "5GB"), ("5GB", 100)], ids=str)
+def test_a_save_may_come_into_a_save_of_the_same_folder(
+    tmp_path: Path, limits: tuple[int | str, int | str]
+) -> None:
+    """At every call of the system, in a signal handler; the later save is the one that is found."""
+    number = 0
+    while True:
+        saved: list[bool] = []
+
+        def save_too() -> None:
+            saved.append(True)
+            save_pytree(tree_of(2), tmp_path, max_shard_size=limits[1], durable=False)
+
+        def act(call: system_calls.Call, at: int = number) -> Any:
+            if call.number == at:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            return call.run()
+
+        start = time.monotonic()
+        with handling(signal.SIGUSR1, save_too), system_calls.watched(act, flushing=False):
+            save_pytree(tree_of(1), tmp_path, max_shard_size=limits[0])
+        assert time.monotonic() - start < 5
+        assert outcome(tmp_path) in {"old", "new"}
+        assert not litter(tmp_path)
+        if not saved:
+            break
+        number += 1
+    assert number > 30
+
+
+def test_what_a_handler_raises_comes_after_the_work_that_it_came_into() -> None:
+    steps: list[str] = []
+
+    def work() -> None:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(0.05)
+        steps.append("done")
+
+    with handling(signal.SIGUSR1, interrupt), pytest.raises(Interrupted):
+        threads.undisturbed(work)
+    assert steps == ["done"]
+
+
+def test_an_interpreter_that_ends_saves_and_loads_without_threads(tmp_path: Path) -> None:
+    script = f"""
+import atexit, sys, threading
+import numpy as np
+import pytree2safetensors as p2s
+
+tree = {{"w": np.arange(3 << 20, dtype=np.float32), "b": np.zeros(9, np.float32)}}
+p2s.save_pytree(tree, {str(tmp_path / "model")!r})
+p2s.load_pytree({str(tmp_path / "model")!r})
+
+def again(when):
+    p2s.save_pytree(tree, {str(tmp_path)!r} + "/" + when, max_shard_size=100)
+    found = p2s.load_pytree({str(tmp_path)!r} + "/" + when)
+    assert np.array_equal(found["w"], tree["w"])
+    print(when, flush=True)
+
+def later():
+    threading.main_thread().join()
+    again("thread")
+
+threading.Thread(target=later).start()
+atexit.register(again, "exit")
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=300
+    )
+    assert run.stdout.split() == ["thread", "exit"], run.stderr
+
+
+# --- locks ------------------------------------------------------------------------------------
+
+
+@posix
+def test_a_lock_that_another_program_keeps_is_an_error_that_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_pytree(tree_of(1), tmp_path, max_shard_size=100)
+    before = names_in(tmp_path)
+    monkeypatch.setattr(folder_module, "_PATIENCE", 0.1)
+    # As for a program that runs under `flock FOLDER`.
+    with Folder(str(tmp_path), listed=True) as other, other.locked():
+        with pytest.raises(TimeoutError, match="another program has locked the folder") as caught:
+            save_pytree(tree_of(2), tmp_path, max_shard_size=100)
+        assert caught.value.filename == str(tmp_path)
+        assert "or one that runs under flock); save again when it has ended" in str(caught.value)
+    assert names_in(tmp_path) == before
+    assert is_same(tree_of(1), load_pytree(tmp_path))
+
+
+@posix
+def test_a_lock_that_another_saver_lets_go_of_is_waited_for(tmp_path: Path) -> None:
+    with Folder(str(tmp_path), listed=True) as other:
+        with other.locked():
+            saver = threading.Thread(
+                target=lambda: save_pytree(tree_of(2), tmp_path, max_shard_size=100)
+            )
+            saver.start()
+            time.sleep(0.3)
+            assert outcome(tmp_path) in {"nothing", "cut short"}
+        saver.join()
+    assert outcome(tmp_path) == "new"
