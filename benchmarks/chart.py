@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from report import OURS, figures
 
 PUBLISHED = Path(__file__).parents[1] / "docs" / "benchmarks"
-WIDTH, LABELS, VALUES, ROW = 480, 176, 64, 25
+WIDTH, LABELS, VALUES, ROW = 420, 170, 58, 25
 BLUE, TAN, GRAY = "#3b82f6", "#b08d57", "#7a7a7a"
 PEERS = {
     OURS: OURS,
@@ -51,7 +51,7 @@ class Panel(NamedTuple):
     systems: dict[str, str] = PEERS
 
 
-BYTES = Line("dashed: the bytes alone, without a library", "baseline")
+BYTES = Line("dashed: the bytes, without a library", "baseline")
 ARRAYS = Line("dashed: JAX alone needs 4 µs for each array", 0.4)
 CHARTS: dict[str, Sequence[Panel]] = {
     "load-and-save": (
