@@ -29,6 +29,7 @@ save_pytree_async(tree, "tree.safetensors").result()
 load_pytree("tree.safetensors")
 load_pytree("folder", mmap=True)
 load_into_pytree(load_abstract("tree.safetensors"), "tree.safetensors", cast=True)
+save_pytree({"w": jnp.ones(3)}, "renamed.safetensors", rename=[Rule("{=}", "{=}")])
 load_metadata("tree.safetensors")
 set_weights(tree, pytree2dict(tree))
 dict2pytree(pytree2dict(tree))
@@ -47,7 +48,7 @@ def test_every_public_function_is_called() -> None:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
     }
     functions = {name for name in p2s.__all__ if inspect.isfunction(getattr(p2s, name))}
-    assert called == functions
+    assert called - {"Rule"} == functions
 
 
 @pytest.mark.skipif(not NEWEST, reason="older releases of JAX warn by themselves")

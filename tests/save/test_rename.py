@@ -21,6 +21,7 @@ from pytree2safetensors import (
     save_pytree,
     save_pytree_async,
 )
+from pytree2safetensors._leaves.renaming import rules_in
 
 TRANSPOSED = Rule("{*}.weight", "{*}.kernel", "o i -> i o")
 STRUCT: Any = jax.eval_shape(lambda: np.float32(0))
@@ -241,3 +242,9 @@ def test_processes_do_not_rearrange_what_they_share(path: Path) -> None:
         "'@w' is spread over several processes, which do not rearrange its axes; save without "
         "rename=, then load and save with rename= in one process"
     )
+
+
+def test_a_sequence_of_something_else_than_rules_is_refused() -> None:
+    wrong: Any = [TRANSPOSED, 3]
+    with pytest.raises(TypeError, match="a function, a mapping of names or a sequence of Rules"):
+        rules_in(wrong)

@@ -3,8 +3,8 @@
 Specification: *Rules*.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TypeAlias
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, TypeAlias
 
 from pytree2safetensors._errors import shorten
 from pytree2safetensors._leaves.extents import Shape
@@ -13,12 +13,20 @@ from pytree2safetensors._tree.paths import add_prefix
 from pytree2safetensors._tree.rule import Rule
 from pytree2safetensors._tree.rule_index import RuleIndex
 
-Rename: TypeAlias = Callable[[str], str] | Mapping[str, str] | Sequence[Rule]
+if TYPE_CHECKING:
+    Rename: TypeAlias = Callable[[str], str] | Mapping[str, str] | Sequence[Rule]
+else:
+    # To check an item of a Sequence, beartype draws from Python's global random generator.
+    Rename = Callable[[str], str] | Mapping[str, str] | Collection[Rule]
 
 
 def rules_in(rename: Rename | None) -> Sequence[Rule] | None:
     """The rules that names come from, if they do."""
-    return None if rename is None or isinstance(rename, Mapping) or callable(rename) else rename
+    if rename is None or isinstance(rename, Mapping) or callable(rename):
+        return None
+    if not all(isinstance(rule, Rule) for rule in rename):
+        raise TypeError("rename= is a function, a mapping of names or a sequence of Rules")
+    return rename
 
 
 def renamed(
