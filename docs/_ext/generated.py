@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import tomllib  # of Python 3.11: the documentation is built with that or newer
+from anatomy import hexdump, layout, vectors
 from diagram import draw
 from docutils import nodes
 from environments import table
@@ -145,6 +146,9 @@ MAKERS: dict[str, Callable[..., list[str]]] = {
     "conditions": conditions,
     "included": included,
     "environments": table,
+    "layout": lambda: ["```{raw} html", layout(), "```"],
+    "hexdump": lambda: ["```text", *hexdump(), "```"],
+    "vectors": vectors,
     "diagram": lambda: ["```{raw} html", draw(), "```"],
 }
 

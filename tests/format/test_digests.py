@@ -56,6 +56,28 @@ def test_the_digest_in_a_file_is_that_of_its_blocks(tmp_path: Path, size: int) -
     assert found == {"@é": digest_of("@é", "U8", [size], values.tobytes())}
 
 
+@pytest.mark.parametrize(
+    ("name", "dtype", "shape", "digest"),
+    [
+        ("@w", "U8", [0], "81ab5a336114976310eda419ba689144"),
+        ("@w", "F32", [2, 3], "9ea16bfa2db40567ffa47a8d5f0a94a4"),
+        ("a.b", "I64", [], "a6ecca406e49eedd327118ba9f48ff49"),
+        ("@é\\.x", "U8", [3, 5], "b259f72b8a0990c94059a4811dd750f7"),
+        ("@big", "U8", [16_777_216], "de875d494355bf31e49a79d9d5a20473"),
+        ("@big", "U8", [16_777_217], "e4102e2e8f842eeccc8dcc97f08e8c09"),
+        ("@big", "F32", [3, 4_000_000], "d11ee4917352250ef1998441ad1de195"),
+    ],
+)
+def test_the_vectors_of_the_format_page(
+    name: str, dtype: str, shape: list[int], digest: str
+) -> None:
+    size = int(np.prod(shape)) * {"U8": 1, "F32": 4, "I64": 8}[dtype]
+    data = bytes(i % 251 for i in range(251)) * (size // 251 + 1)
+    assert digest_of(name, dtype, shape, data[:size]) == digest
+    hashes = digests.hash_blocks([data[:size]])
+    assert digests.digest_tensor(name, TensorInfo(dtype, tuple(shape), size), hashes) == digest
+
+
 @given(st.lists(st.text(), unique=True), st.data())
 def test_a_header_is_as_long_before_the_digests_are_known(names: list[str], data: Any) -> None:
     infos = {name: TensorInfo("U8", (9,), 9) for name in names}

@@ -230,9 +230,9 @@ def test_guarantees_name_the_tests_of_the_laws() -> None:
 
 
 def headings_of_the_specification() -> list[str]:
-    """Name the sections of the specification, in order."""
-    text = (DOCS / "specification.md").read_text("utf-8")
-    return re.findall(r"^## (.+)$", text, re.MULTILINE)
+    """Name the sections of both pages of the specification, in order, without appendices."""
+    text = "".join((DOCS / page).read_text("utf-8") for page in ("format.md", "interface.md"))
+    return re.findall(r"^## (?!Appendix)(.+)$", text, re.MULTILINE)
 
 
 def sections_of_modules() -> set[str]:

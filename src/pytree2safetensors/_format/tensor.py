@@ -1,6 +1,6 @@
 """Tensors as the format knows them: dtypes, bits, shapes, and the kinds of leaves that they are noted as.
 
-Specification: *Files*.
+Specification: *Leaves*.
 """
 
 from typing import Final, NamedTuple

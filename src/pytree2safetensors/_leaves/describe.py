@@ -1,6 +1,6 @@
 """Describing leaves: what a file holds of each, without its values.
 
-Specification: *Files*.
+Specification: *Leaves*.
 """
 
 import math

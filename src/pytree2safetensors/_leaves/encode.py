@@ -1,6 +1,6 @@
 """Encoding: the bytes of a leaf.
 
-Specification: *Files*.
+Specification: *Leaves*.
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Copies of device arrays on the host: started ahead of their use, in memory of bounded size.
 
-Specification: *Files*.
+Specification: *Leaves*.
 """
 
 from collections import deque

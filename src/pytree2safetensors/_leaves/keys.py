@@ -1,6 +1,6 @@
 """PRNG keys: their implementations, and the shapes of their data.
 
-Specification: *Files*.
+Specification: *Leaves*.
 """
 
 from functools import lru_cache

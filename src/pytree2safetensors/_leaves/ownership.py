@@ -1,6 +1,6 @@
 """Which device's copy of each region of an array is saved.
 
-Specification: *Files*.
+Specification: *Leaves*.
 """
 
 import hashlib

@@ -1,6 +1,6 @@
 """Where arrays are: on the host, which reads them in place, or on other devices.
 
-Specification: *Files*.
+Specification: *Leaves*.
 """
 
 from typing import Any, Final

@@ -113,7 +113,7 @@ def load_metadata(path: PathLike | Readable) -> dict[str, str]:
         FileFormatError: The file is damaged, or no safetensors file.
         OSError: The file cannot be read.
 
-    Specification: *Files*.
+    Specification: *Loading*.
 
     >>> save_pytree({"w": 1.5}, "model.safetensors", metadata={"run": "17"})
     >>> load_metadata("model.safetensors")

@@ -1,6 +1,6 @@
 """Saving a tree.
 
-Specification: *Files*.
+Specification: *Saving*.
 """
 
 from collections.abc import Mapping
@@ -65,7 +65,7 @@ def save_pytree(
         ValueError: `max_shard_size` is no size, or `path` then is no path.
         OSError: The file cannot be written; what was there before still is.
 
-    Specification: *Files*.
+    Specification: *Saving*.
 
     >>> save_pytree({"w": 1.5, "steps": (1, 2)}, "model.safetensors")
     """

@@ -1,6 +1,6 @@
 """Saving in the background, from a snapshot.
 
-Specification: *Files*.
+Specification: *Saving*.
 """
 
 import os
@@ -74,7 +74,7 @@ def save_pytree_async(
         FileFormatError: The metadata are beyond what the format allows.
         ValueError: `max_shard_size` is no size, or `path` then is no path.
 
-    Specification: *Files*.
+    Specification: *Saving*.
 
     >>> future = save_pytree_async({"w": 1.5}, "model.safetensors")
     >>> future.result()

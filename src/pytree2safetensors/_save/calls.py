@@ -1,6 +1,6 @@
 """Calls that several processes take part in: they are counted, and errors in them are told to all.
 
-Specification: *Files*.
+Specification: *Saving*.
 """
 
 import threading

@@ -1,6 +1,6 @@
 """The bytes of a file in chunks: large tensors as they are, small ones joined.
 
-Specification: *Files*.
+Specification: *Saving*.
 """
 
 from collections.abc import Iterator, Mapping

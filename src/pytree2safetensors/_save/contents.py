@@ -1,6 +1,6 @@
 """What a save holds: the tensors, their leaves, and the metadata, checked before anything is written.
 
-Specification: *Files*.
+Specification: *Saving*.
 """
 
 from collections.abc import Iterable, Mapping

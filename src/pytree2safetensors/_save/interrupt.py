@@ -2,7 +2,7 @@
 
 The thread of the caller waits, and keeps what interrupts it until the save can stop.
 
-Specification: *Files*.
+Specification: *Saving*.
 """
 
 from collections.abc import Callable

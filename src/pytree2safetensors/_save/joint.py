@@ -4,7 +4,7 @@ The steps are prepare, agree, write, written, hash, vote, commit and outcome. Wr
 for checksums, which are of what reached the file system: each process reads other blocks back than
 it wrote.
 
-Specification: *Files*, *Sharded folders*, *Digests*.
+Specification: *Saving*, *Sharded folders*, *Digests*.
 """
 
 import os

@@ -4,7 +4,7 @@ Every message is a key that is set once: `<round>/<step>/<process>`. In a meetin
 posts its words, process 0 collects them and posts one verdict, and all act on that. A save has
 three meetings: agree, vote and outcome. One with checksums has a fourth, written, before the vote.
 
-Specification: *Files*.
+Specification: *Saving*.
 """
 
 import base64

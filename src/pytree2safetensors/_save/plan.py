@@ -3,7 +3,7 @@
 A plan is plain data, computed once and without I/O. A file, a folder, a stream and several processes
 carry out the same plan.
 
-Specification: *Files*, *Sharded folders*, *Digests*.
+Specification: *Saving*, *Sharded folders*, *Digests*.
 """
 
 from collections.abc import Mapping

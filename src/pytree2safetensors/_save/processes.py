@@ -1,6 +1,6 @@
 """Saving from several processes: they agree on a save, and then each does its share of it.
 
-Specification: *Files*.
+Specification: *Saving*.
 """
 
 import os

@@ -1,6 +1,6 @@
 """The one thread that saves in the background: the saves of a process end in the order of its calls.
 
-Specification: *Files*.
+Specification: *Saving*.
 """
 
 import os

@@ -1,6 +1,6 @@
 """The share that one process has in a save: the bytes that it writes, and the blocks that it hashes.
 
-Specification: *Files*, *Digests*.
+Specification: *Saving*, *Digests*.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence

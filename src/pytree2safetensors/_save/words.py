@@ -1,6 +1,6 @@
 """What processes that save together say to each other, and what follows from it: data, no I/O.
 
-Specification: *Files*.
+Specification: *Saving*.
 """
 
 import hashlib

@@ -1,6 +1,6 @@
 """Carrying out the plan of a save: to a file, a file object or a folder.
 
-Specification: *Files*, *Sharded folders*, *Digests*.
+Specification: *Saving*, *Sharded folders*, *Digests*.
 """
 
 import errno

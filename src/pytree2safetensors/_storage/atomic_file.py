@@ -1,6 +1,6 @@
 """Files that appear whole or not at all.
 
-Specification: *Files*.
+Specification: *Saving*.
 """
 
 import errno

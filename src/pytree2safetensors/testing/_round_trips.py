@@ -1,7 +1,4 @@
-"""The check that a tree stores and loads.
-
-Specification: *Laws*.
-"""
+"""The check that a tree stores and loads."""
 
 import tempfile
 import warnings
