@@ -17,9 +17,11 @@ from pytree2safetensors import (
     KeyPath,
     dict2pytree,
     keypath2string,
+    load_into_pytree,
     pytree2dict,
     save_pytree,
     save_pytree_async,
+    set_weights,
 )
 from pytree2safetensors._leaves.extents import Region, shape_of, within
 from pytree2safetensors._leaves.routes import Routes, routes_of
@@ -203,6 +205,84 @@ def test_law_9_a_flat_dict_is_the_file(data: Any, case: Correspondence) -> None:
     assert found.keys() == file.keys()
     for name, values in file.items():
         np.testing.assert_array_equal(found[name], values, strict=True)
+
+
+# --- loading ----------------------------------------------------------------------------------
+
+
+def template_of(data: Any, leaves: dict[str, NDArray[Any]]) -> Any:
+    """A tree of templates: in NumPy, in JAX, abstract, and abstract with a sharding."""
+    found: dict[str, Any] = {}
+    for name, values in leaves.items():
+        kind = data.draw(st.sampled_from(["numpy", "jax", "abstract", "sharded"]))
+        if kind == "numpy":
+            found[name] = np.zeros_like(values)
+        elif kind == "jax":
+            found[name] = jnp.zeros(values.shape, values.dtype)
+        else:
+            sharding = data.draw(shardings(values.shape)) if kind == "sharded" else None
+            found[name] = STRUCT(values.shape, values.dtype, sharding=sharding)
+    return dict2pytree(found)
+
+
+STRUCT: Any = jax.ShapeDtypeStruct  # whose constructor JAX leaves untyped
+
+
+def assert_loaded(found: Any, template: Any, expected: dict[str, NDArray[Any]]) -> None:
+    asked, leaves = pytree2dict(template), pytree2dict(found)
+    assert leaves.keys() == expected.keys()
+    for name, values in expected.items():
+        leaf = leaves[name]
+        assert isinstance(leaf, np.ndarray) == isinstance(asked[name], np.ndarray)
+        np.testing.assert_array_equal(np.asarray(leaf), values, strict=True)
+        sharding = getattr(asked[name], "sharding", None)
+        if isinstance(sharding, jax.sharding.NamedSharding):
+            assert leaf.sharding == sharding
+            for shard in leaf.addressable_shards:
+                np.testing.assert_array_equal(np.asarray(shard.data), values[shard.index])
+
+
+@given(st.data(), correspondences())
+def test_law_9_loading_makes_the_tree(path: Path, data: Any, case: Correspondence) -> None:
+    file = case.file()
+    tree = case.tree(file)
+    write(path, file, data.draw(st.booleans()))
+    template = template_of(data, tree)
+    with pytest.MonkeyPatch.context() as patch:
+        # Sizes from which arrays are read in regions, and runs one by one.
+        patch.setattr(
+            "pytree2safetensors._load.plan._CUT_BY_JAX", data.draw(st.sampled_from([0, 1 << 20]))
+        )
+        patch.setattr(
+            "pytree2safetensors._load.plan._LONG", data.draw(st.sampled_from([1, 1 << 16]))
+        )
+        patch.setattr(
+            "pytree2safetensors._load.reading._BATCH", data.draw(st.sampled_from([1, 1 << 20]))
+        )
+        mmap = data.draw(st.booleans())
+        found = load_into_pytree(template, path, rename=[case.rule], mmap=mmap)
+    assert_loaded(found, template, tree)
+
+
+def write(path: Path, file: dict[str, NDArray[Any]], checksum: bool) -> None:
+    """Write a file with names of its own; with digests of its tensors, or as others do."""
+    if checksum:
+        names = {f"@{number}": name for number, name in enumerate(file)}
+        tree = {str(number): values for number, values in enumerate(file.values())}
+        save_pytree(tree, path, rename=names, checksum=True)
+    else:
+        safetensors.numpy.save_file(file, path)
+
+
+@settings(max_examples=20)  # JAX compiles a program for each shape
+@given(st.data(), correspondences())
+def test_law_9_holds_for_set_weights(data: Any, case: Correspondence) -> None:
+    file = case.file()
+    tree = case.tree(file)
+    kinds = st.sampled_from([np.asarray, jnp.asarray])
+    dictionary = {name: data.draw(kinds)(values) for name, values in file.items()}
+    template = template_of(data, tree)
+    assert_loaded(set_weights(template, dictionary, rename=[case.rule]), template, tree)
 
 
 # --- matching ---------------------------------------------------------------------------------

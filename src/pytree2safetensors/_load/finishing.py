@@ -3,8 +3,8 @@
 Specification: *Loading*, *Loading into a template*.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Final, NamedTuple
 
 import jax
 import numpy as np
@@ -14,11 +14,25 @@ from numpy.typing import NDArray
 from pytree2safetensors._errors import errors_of
 from pytree2safetensors._leaves.decode import cast_array, from_bytes, python_value
 from pytree2safetensors._leaves.extents import shape_of
+from pytree2safetensors._leaves.placement import is_on_host
+from pytree2safetensors._leaves.spec import numpy_dtype
+from pytree2safetensors._leaves.staging import aligned, default_device
 from pytree2safetensors._leaves.to_jax import to_jax, weaken, wrap_key
+from pytree2safetensors._load.assembling import Assembler, rearranged
 from pytree2safetensors._load.checkpoint import OpenCheckpoint
-from pytree2safetensors._load.plan import Use, Wanted
+from pytree2safetensors._load.plan import Slot, Use, Wanted
 from pytree2safetensors._load.ranges import Place
 from pytree2safetensors._load.template import to_python
+
+_AT_ONCE: Final = 64 << 20  # bytes of assembled leaves that become arrays of JAX together
+
+
+class _Pending(NamedTuple):
+    """Values that are to become an array of JAX, and what is to be done with that afterwards."""
+
+    use: Use
+    host: NDArray[Any]
+    rearrange: Callable[[Any], Any] | None
 
 
 class Finisher:
@@ -28,57 +42,120 @@ class Finisher:
         self.checkpoint, self.wanted = checkpoint, wanted
         self.leaves: list[Any] = [None] * len(wanted)
         self._parts: dict[int, dict[jax.Device, jax.Array]] = {}  # of leaves in several regions
+        self._assembled = Assembler(self.checkpoint)
+        self._near: dict[Any, bool] = {}  # the devices, and whether they are the host
         # Most tensors share their shape and dtype with others.
         self._plain: dict[int, tuple[tuple[int, ...], np.dtype[Any]]] = {}
 
+    def memory_for(self, slot: Slot) -> tuple[NDArray[np.uint8], int]:
+        """Return memory for a region that has its own, and where in it the region begins."""
+        piece = slot.piece
+        if piece is None or piece.assembly.pieces == 1:
+            return aligned(slot.nbytes), 0
+        return self._assembled.memory_for(piece, slot.nbytes)
+
     def finish(self, places: Sequence[Place], *, is_staged: bool) -> list[jax.Array]:
         """Make leaves of what a batch holds; return the arrays that are made of its memory."""
-        uses: list[Use] = []
-        hosts: list[NDArray[Any]] = []
+        made: list[jax.Array] = []
+        pending: list[_Pending] = []
+        size = 0
         for place in places:
-            values = self._values(place)
-            for use in place.slot.uses:
-                want = self.wanted[use.position]
-                if want.leaf.target == "jax":
-                    uses.append(use)
-                    hosts.append(self._for_jax(values, use, place))
+            piece = place.slot.piece
+            if piece is None:
+                values, uses = self._values(place), place.slot.uses
+            else:
+                found = self._assembled.found(piece, self._values(place))
+                if found is None:
+                    continue
+                values, uses = found, piece.assembly.uses
+            for use in uses:
+                if self.wanted[use.position].leaf.target == "jax":
+                    pending.append(self._for_jax(values, use, place))
                 else:
-                    self.leaves[use.position] = self._on_host(values, want, place)
+                    self._finish_on_host(values, use.position, place)
+            if piece is not None and (size := size + values.nbytes) > _AT_ONCE:
+                made += self._to_jax(pending, is_staged)
+                pending, size = [], 0
+        return made + self._to_jax(pending, is_staged)
+
+    def finish_empty(self) -> None:
+        """Make the leaves of which there is nothing to read."""
+        for position, (source, leaf) in enumerate(self.wanted):
+            if isinstance(source, str) or 0 not in source.shape:
+                continue
+            info = self.checkpoint.infos[source.names[0]]
+            values = np.zeros(source.shape, numpy_dtype(info, source.names[0]))
+            host = cast_array(values, leaf.leaf.dtype)
+            jaxed = leaf.target == "jax"
+            self.leaves[position] = to_jax([host], [leaf.sharding])[0] if jaxed else host
+
+    def _to_jax(self, pending: Sequence[_Pending], is_staged: bool) -> list[jax.Array]:
         # A sharding of keys is not one of their data.
-        shardings = [None if self._is_key(use) else use.sharding for use in uses]
+        shardings = [None if self._is_key(use) else use.sharding for use, *_ in pending]
+        hosts = [host for _, host, _ in pending]
         arrays = to_jax(hosts, shardings, keeps_memory=not is_staged)
-        for use, array in zip(uses, arrays, strict=True):
-            self._place(use, array)
+        for (use, _, rearrange), array in zip(pending, arrays, strict=True):
+            self._place(use, array if rearrange is None else rearrange(array))
         return arrays
 
     def _values(self, place: Place) -> NDArray[Any]:
         """View the bytes of a region as its values, in their own dtype."""
         slot = place.slot
         info = slot.info
-        if slot.region is None:
+        if slot.region is None and slot.piece is None:
             plain = self._plain.get(id(info))
             if plain is not None:
                 found: NDArray[Any] = np.ndarray(*plain, place.memory, place.offset)
                 return found
-        else:
+        elif slot.region is not None:
             info = info._replace(shape=shape_of(slot.region), nbytes=slot.nbytes)
         with errors_of(self.checkpoint.label):
             values = from_bytes(place.memory, info, slot.name, place.offset)
-        if slot.region is None and info.kind is None and info.dtype != "BOOL":
+        if (
+            slot.region is None
+            and slot.piece is None
+            and info.kind is None
+            and info.dtype != "BOOL"
+        ):
             self._plain[id(info)] = values.shape, values.dtype
         return values
 
-    def _for_jax(self, values: NDArray[Any], use: Use, place: Place) -> NDArray[Any]:
+    def _for_jax(self, values: NDArray[Any], use: Use, place: Place) -> _Pending:
         leaf = self.wanted[use.position].leaf
         values = cast_array(values, leaf.leaf.dtype)
-        if use.device is None or leaf.sharding is None:
-            return values
-        shape = leaf.leaf.shape
-        beyond = place.slot.info.shape[len(shape) :] if leaf.leaf.kind == "key" else ()
-        return values.reshape((*leaf.sharding.shard_shape(shape), *beyond))
+        piece = place.slot.piece
+        shape = None
+        if use.device is not None and leaf.sharding is not None:
+            shape = leaf.sharding.shard_shape(leaf.leaf.shape)
+            if leaf.leaf.kind == "key":
+                shape = (*shape, *place.slot.info.shape[len(leaf.leaf.shape) :])
+
+        def rearrange(array: Any) -> Any:
+            if piece is not None:
+                array = rearranged(piece.assembly, array)
+            return array if shape is None else array.reshape(shape)
+
+        if piece is None or self._is_near(use):
+            return _Pending(use, rearrange(values), None)
+        return _Pending(use, values, rearrange)  # the device is quicker at it
+
+    def _is_near(self, use: Use) -> bool:
+        """Whether the host rearranges an array before JAX gets it, as it holds or cuts it."""
+        if use.device is None and use.sharding is not None:
+            return True
+        if use.device not in self._near:
+            self._near[use.device] = is_on_host(use.device or default_device())
+        return self._near[use.device]
 
     def _is_key(self, use: Use) -> bool:
         return use.device is None and self.wanted[use.position].leaf.leaf.kind == "key"
+
+    def _finish_on_host(self, values: NDArray[Any], position: int, place: Place) -> None:
+        piece = place.slot.piece
+        if piece is not None:
+            values = rearranged(piece.assembly, values)
+            values = values if values.flags.c_contiguous else values.copy()
+        self.leaves[position] = self._on_host(values, self.wanted[position], place)
 
     def _on_host(self, values: NDArray[Any], want: Wanted, place: Place) -> Any:
         leaf = want.leaf
@@ -109,7 +186,7 @@ class Finisher:
 
     def _weak(self, want: Wanted, array: jax.Array, sharding: Sharding | None) -> jax.Array:
         """Make an array weakly typed if the stored one was, and was not cast."""
-        if want.name not in self.checkpoint.note.leaves:
+        if want.name not in self.checkpoint.note.leaves or not isinstance(want.source, str):
             return array
         stored = self.checkpoint.spec_of(want.name)
         if not stored.weak or array.dtype != stored.dtype:

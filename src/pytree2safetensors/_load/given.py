@@ -1,13 +1,17 @@
 """Leaves of a dictionary, as a template wants them."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from pytree2safetensors._leaves.decode import to_host
+from pytree2safetensors._leaves.encode import host_array
 from pytree2safetensors._leaves.spec import LeafSpec, TracedSpec
 from pytree2safetensors._leaves.to_jax import to_jax, weaken, wrap_key
+from pytree2safetensors._leaves.views import View, leaf_of
 from pytree2safetensors._load.sharded import concrete, place
 from pytree2safetensors._load.template import TemplateLeaf, to_python
 
@@ -17,6 +21,14 @@ def given_spec(slot: TemplateLeaf | None, value: Any) -> LeafSpec | None:
     if slot is None or slot.abstract:
         return None
     return TracedSpec(*slot.leaf) if isinstance(value, jax.core.Tracer) else slot.leaf
+
+
+def seen_through(view: View, dictionary: Mapping[str, Any]) -> Any:
+    """The leaf that a rule makes of entries of a dictionary."""
+    given = {name: dictionary[name] for name in view.names}
+    if any(isinstance(value, jax.Array) for value in given.values()):
+        return leaf_of(view, {name: jnp.asarray(given[name]) for name in given}, jnp.stack)
+    return leaf_of(view, {name: host_array(given[name]) for name in given}, np.stack)
 
 
 def fitted(slot: TemplateLeaf, value: Any) -> Any:

@@ -7,10 +7,12 @@ import jax
 
 from pytree2safetensors._arguments import checked
 from pytree2safetensors._collector import collector_paused
+from pytree2safetensors._leaves.renaming import Rename, rules_in
 from pytree2safetensors._leaves.spec import LeafSpec
+from pytree2safetensors._leaves.views import View
 from pytree2safetensors._load.checkpoint import OpenCheckpoint, open_checkpoint
-from pytree2safetensors._load.given import fitted, given_spec
-from pytree2safetensors._load.matching import Options, Rename, match
+from pytree2safetensors._load.given import fitted, given_spec, seen_through
+from pytree2safetensors._load.matching import Options, match
 from pytree2safetensors._load.plan import Wanted
 from pytree2safetensors._load.reading import read_leaves
 from pytree2safetensors._load.sharded import concrete
@@ -44,7 +46,8 @@ def set_weights(
             template keeps what does not fit; nothing fitting at all is still an error.
         cast: Convert dtypes to those of the template, as far as NumPy's "same_kind" goes.
         prefix: A spelled key path: take the entries below it.
-        rename: From a spelled key path of the template to the name in the dictionary.
+        rename: Rules; or a function or mapping from a spelled key path of the template to the name
+            in the dictionary.
 
     Returns:
         A tree with exactly the treedef of `module`.
@@ -62,7 +65,8 @@ def set_weights(
     template = _template(module)
     if prefix:
         string2keypath(prefix)
-    names = [name for name in dictionary if strip_prefix(prefix, name) is not None]
+    whole = rules_in(rename) is not None  # the names in rules are
+    names = [name for name in dictionary if whole or strip_prefix(prefix, name) is not None]
     slots = template_leaves(dictionary[name] for name in names)
     available = {
         name: given_spec(slot, dictionary[name]) for name, slot in zip(names, slots, strict=True)
@@ -73,7 +77,8 @@ def set_weights(
     for position, name in matches:
         slot = template.slots[position]
         if slot is not None:
-            leaves[position] = fitted(slot, dictionary[name])
+            value = dictionary[name] if isinstance(name, str) else seen_through(name, dictionary)
+            leaves[position] = fitted(slot, value)
     return jax.tree_util.tree_unflatten(template.treedef, leaves)
 
 
@@ -101,7 +106,8 @@ def load_into_pytree(
             template keeps what does not fit; nothing fitting at all is still an error.
         cast: Convert dtypes to those of the template, as far as NumPy's "same_kind" goes.
         prefix: A spelled key path: take the subtree there.
-        rename: From a spelled key path of the template to the name in the file.
+        rename: Rules; or a function or mapping from a spelled key path of the template to the name
+            in the file.
         mmap: Map the file instead of reading it; nothing may change the file afterwards.
         progress: True for a bar, or a function of (done_bytes, total_bytes).
 
@@ -124,7 +130,9 @@ def load_into_pytree(
     """
     with collector_paused(), open_checkpoint(path, mmap) as checkpoint:
         template = _template(module)
-        names = names_below(checkpoint, prefix, template.wanted()).values()
+        names: Iterable[str] = names_below(checkpoint, prefix, template.wanted()).values()
+        if rules_in(rename) is not None:  # the names in rules are whole
+            names = sorted(checkpoint.infos)
         options = Options(checkpoint.label, strict, verbose, cast, prefix, rename)
         available = _Stored(checkpoint, names)
 
@@ -144,7 +152,7 @@ def load_into_pytree(
             leaf = template.slots[position]
             if leaf is None:
                 continue
-            if checkpoint.spec_of(name).kind in {"array", "key"}:
+            if isinstance(name, View) or checkpoint.spec_of(name).kind in {"array", "key"}:
                 wanted.append((position, Wanted(name, placed(leaf))))
             else:
                 python.append((position, name, leaf))

@@ -9,15 +9,17 @@ Specification: *Loading*, *Loading into a template*.
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Final, NamedTuple
+from itertools import count, groupby
+from typing import Any, Final, NamedTuple
 
 import jax
 from jax.sharding import Sharding
 
 from pytree2safetensors._format.tensor import BITS, TensorInfo
-from pytree2safetensors._leaves.extents import Region, region_of, runs_in, shape_of
+from pytree2safetensors._leaves.extents import Region, Shape, region_of, runs_in, shape_of
 from pytree2safetensors._leaves.staging import ALIGNMENT
 from pytree2safetensors._leaves.to_jax import TAKEN_OVER
+from pytree2safetensors._leaves.views import Box, View, boxes_of, sources_of
 from pytree2safetensors._load.checkpoint import OpenCheckpoint
 from pytree2safetensors._load.sharded import is_ordinary
 from pytree2safetensors._load.template import TemplateLeaf
@@ -27,10 +29,15 @@ _LONG: Final = 1 << 16  # bytes: a run worth a read of its own
 
 
 class Wanted(NamedTuple):
-    """A leaf to load: its name in the file, and what it shall be; its sharding is concrete."""
+    """A leaf to load: what it is in the file, and what it shall be; its sharding is concrete."""
 
-    name: str
+    source: str | View  # the tensor that it is, or what it is made of
     leaf: TemplateLeaf
+
+    @property
+    def name(self) -> str:
+        """The name of its tensor, or of the first of its tensors."""
+        return self.source if isinstance(self.source, str) else self.source.names[0]
 
 
 class Use(NamedTuple):
@@ -47,15 +54,44 @@ class Use(NamedTuple):
     device: jax.Device | None
 
 
+class Assembly(NamedTuple):
+    """A region of a leaf that is made of regions of tensors.
+
+    Attributes:
+        number: What tells it from others.
+        view: What the leaf is made of.
+        region: Of the leaf.
+        boxes: What the region consists of, each with memory in the order of the file.
+        uses: Who gets the region.
+        pieces: How many regions of tensors make it.
+    """
+
+    number: int
+    view: View
+    region: Region
+    boxes: list[Box]
+    uses: list[Use]
+    pieces: int
+
+
+class Piece(NamedTuple):
+    """Where a region of a tensor belongs in an assembly."""
+
+    assembly: Assembly
+    box: int
+    place: tuple[Any, ...]  # the index that selects its memory from that of the box
+
+
 class Slot(NamedTuple):
     """A region of a tensor, and the place in a batch's memory that it is read to."""
 
     name: str
-    info: TensorInfo
+    info: TensorInfo  # of the tensor; by a rule, its shape is that of the view's fine axes
     region: Region | None  # None for the whole tensor
     offset: int  # in the memory of the batch, or -1 for memory of its own
     nbytes: int
     uses: list[Use]
+    piece: Piece | None = None  # what it is a part of, by a rule
 
 
 class Batch(NamedTuple):
@@ -76,43 +112,89 @@ def plan_batches(
     `keeps_memory` tells of a leaf whether it keeps the memory of its region for good.
     """
     ranks = {name: rank for rank, name in enumerate(checkpoint.places)}
-    order = [ranks[want.name] for want in wanted]
+    requests = list(_requests(checkpoint, wanted, keeps_memory))
+    requests.sort(key=lambda request: ranks[request.name])
     digested = checkpoint.digests is not None  # of whole tensors
     slots: list[Slot] = []
-    size = 0
-    shared: dict[Region | None, Slot] = {}  # of the tensor that is planned: what JAX arrays share
-    name = ""
-    for position in sorted(range(len(wanted)), key=order.__getitem__):
-        want = wanted[position]
-        if want.name != name:
-            name, shared = want.name, {}
-        info = checkpoint.infos[name]
-        uses = _uses(want.leaf, info, position)
+    size = own = 0  # bytes of the memory that slots share, and of the memory of assemblies
+    for _, group in groupby(requests, key=lambda request: request.name):
+        mine = list(group)
+        shared: dict[Region | None, Slot] = {}  # what JAX arrays share
         room = limit
-        if len(uses) > 1 and (digested or not all(is_direct(region, info) for region, _ in uses)):
-            room = limit - sum(nbytes_of(region, info) for region in {region for region, _ in uses})
-        for region, use in uses:
-            if region in shared:
-                shared[region].uses.append(use)
+        if len(mine) > 1 and (digested or not all(is_direct(r.region, r.info) for r in mine)):
+            sizes = {(r.region, r.piece is None): nbytes_of(r.region, r.info) for r in mine}
+            room = limit - sum(sizes.values())
+        for name, info, region, uses, piece, keeps in mine:
+            if region in shared and piece is None:
+                shared[region].uses.extend(uses)
                 continue
             nbytes = nbytes_of(region, info)
-            if keeps_memory(want.leaf):
-                offset = -1
-            else:
-                # What is copied anyway needs no alignment.
-                offset = size if nbytes < TAKEN_OVER else -(-size // ALIGNMENT) * ALIGNMENT
-            if slots and max(offset, size) + nbytes > room:
+            # What is copied anyway needs no alignment.
+            aligned = size if nbytes < TAKEN_OVER else -(-size // ALIGNMENT) * ALIGNMENT
+            offset = -1 if keeps else aligned
+            if slots and max(offset, size) + own + nbytes > room:
                 yield Batch(slots, size)
-                slots, size, offset = [], 0, min(offset, 0)
+                slots, size, own, offset = [], 0, 0, min(offset, 0)
             if room < limit:  # its regions are read in bands, or hashed, together
                 room = sys.maxsize
-            slot = Slot(name, info, region, offset, nbytes, [use])
+            slot = Slot(name, info, region, offset, nbytes, uses, piece)
             slots.append(slot)
             if offset >= 0:
                 size = offset + nbytes
-                shared[region] = slot
+                if piece is None:
+                    shared[region] = slot
+            elif piece is not None:
+                own += nbytes
     if slots:
         yield Batch(slots, size)
+
+
+class _Request(NamedTuple):
+    """A region of a tensor that somebody needs."""
+
+    name: str
+    info: TensorInfo
+    region: Region | None
+    uses: list[Use]
+    piece: Piece | None
+    keeps: bool  # whether it needs memory of its own
+
+
+def _requests(
+    checkpoint: OpenCheckpoint,
+    wanted: Sequence[Wanted],
+    keeps_memory: Callable[[TemplateLeaf], bool],
+) -> Iterator[_Request]:
+    assemblies = count()
+    for position, (source, leaf) in enumerate(wanted):
+        if isinstance(source, str):
+            info = checkpoint.infos[source]
+            keeps = keeps_memory(leaf)
+            for region, use in _uses(leaf, info.shape, info.nbytes, position):
+                yield _Request(source, info, region, [use], None, keeps)
+            continue
+        info = checkpoint.infos[source.names[0]]
+        nbytes = math.prod(source.shape) * BITS[info.dtype] // 8
+        regions: dict[Region, list[Use]] = {}
+        whole = tuple((0, size) for size in source.shape)
+        for region, use in _uses(leaf, source.shape, nbytes, position):
+            regions.setdefault(whole if region is None else region, []).append(use)
+        for region, uses in regions.items():
+            boxes = boxes_of(source, region)
+            found = [(n, part) for n, box in enumerate(boxes) for part in sources_of(source, box)]
+            assembly = Assembly(next(assemblies), source, region, boxes, uses, len(found))
+            # One region may be in the memory of the batch; several have theirs until all are there.
+            keeps = len(found) > 1 or keeps_memory(leaf)
+            for number, part in found:
+                fine = tuple((0, size) for size in source.fine)
+                yield _Request(
+                    part.name,
+                    info._replace(shape=source.fine, nbytes=checkpoint.infos[part.name].nbytes),
+                    None if part.region == fine else part.region,
+                    [],
+                    Piece(assembly, number, part.place),
+                    keeps,
+                )
 
 
 def is_direct(region: Region | None, info: TensorInfo) -> bool:
@@ -130,19 +212,21 @@ def nbytes_of(region: Region | None, info: TensorInfo) -> int:
     return math.prod(shape_of(region)) * BITS[info.dtype] // 8
 
 
-def _uses(leaf: TemplateLeaf, info: TensorInfo, position: int) -> list[tuple[Region | None, Use]]:
-    """List the regions that a leaf needs here, each with its use."""
+def _uses(
+    leaf: TemplateLeaf, stored: Shape, nbytes: int, position: int
+) -> list[tuple[Region | None, Use]]:
+    """List the regions of an array that a leaf needs here, each with its use."""
     sharding = leaf.sharding
     if sharding is None or leaf.target != "jax":
         return [(None, Use(position, None, None))]
     shape = leaf.leaf.shape
-    if info.nbytes < _CUT_BY_JAX and is_ordinary(sharding, shape):
+    if nbytes < _CUT_BY_JAX and is_ordinary(sharding, shape):
         return [(None, Use(position, sharding, None))]
     memory_kind = getattr(sharding, "memory_kind", None)
-    whole = tuple((0, size) for size in info.shape)
+    whole = tuple((0, size) for size in stored)
     found: list[tuple[Region | None, Use]] = []
     for device, index in sharding.addressable_devices_indices_map(shape).items():
-        region = region_of(index or (), info.shape)
+        region = region_of(index or (), stored)
         single = jax.sharding.SingleDeviceSharding(device, memory_kind=memory_kind)
         found.append((None if region == whole else region, Use(position, single, device)))
     return sorted(found, key=lambda pair: pair[0] or ())

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from pytree2safetensors._format.tensor import BITS, TensorInfo
 from pytree2safetensors._leaves.extents import (
     Region,
+    Shape,
     bands_of,
     common,
     ranges_of,
@@ -23,7 +24,6 @@ from pytree2safetensors._leaves.extents import (
     starts_of,
     within,
 )
-from pytree2safetensors._leaves.staging import aligned
 from pytree2safetensors._load.checkpoint import OpenCheckpoint
 from pytree2safetensors._load.plan import Slot, is_direct
 from pytree2safetensors._storage.byte_source import ByteSource, Read
@@ -66,7 +66,7 @@ def plan_reads(
     """Plan how the places are filled; `report` hears the bytes of each band."""
     work = Work([], [])
     run: _Run | None = None  # neighbours in file and memory, which are one read
-    for name, group in groupby(places, key=lambda place: place.slot.name):
+    for (name, _), group in groupby(places, key=_tensor_of):
         source, start = checkpoint.places[name]
         mine = list(group)
         if all(is_direct(place.slot.region, place.slot.info) for place in mine):
@@ -84,6 +84,11 @@ def plan_reads(
     if run is not None:
         work.reads.append(run.read())
     return work
+
+
+def _tensor_of(place: Place) -> tuple[str, Shape]:
+    """What places have in common that are cut from one tensor together."""
+    return place.slot.name, place.slot.info.shape
 
 
 class _Run:
@@ -155,7 +160,10 @@ def _read_band(
 
 
 def mapped(
-    slot: Slot, memory: NDArray[np.uint8], start: int
+    slot: Slot,
+    memory: NDArray[np.uint8],
+    start: int,
+    memory_for: Callable[[Slot], tuple[NDArray[np.uint8], int]],
 ) -> tuple[Place, Callable[[], None] | None]:
     """Find a slot in the map of its file; where it is not one run there, give a copy to make."""
     info = slot.info
@@ -167,7 +175,7 @@ def mapped(
         if runs.number <= 1:
             first = span_of(slot.region, info.shape, itemsize)[0] if runs.number else 0
             return Place(slot, memory, start + first), None
-    place = Place(slot, aligned(slot.nbytes), 0)
+    place = Place(slot, *memory_for(slot))
     whole = tuple((0, size) for size in info.shape)
     items = place.items()
     values: NDArray[Any] = np.ndarray(info.shape, items.dtype, memory, start)

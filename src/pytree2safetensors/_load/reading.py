@@ -59,6 +59,7 @@ def read_leaves(
         batches = list(plan_batches(checkpoint, wanted, limit, keeps_memory(device is not None)))
     report = Report(progress, sum(slot.nbytes for batch in batches for slot in batch.slots))
     finisher = Finisher(checkpoint, wanted)
+    finisher.finish_empty()
     with closing_bar(progress):
         if mmap:
             _map(checkpoint, batches, finisher, report)
@@ -112,7 +113,7 @@ def _map(
                 source, start = checkpoint.places[slot.name]
                 if id(source) not in maps:
                     maps[id(source)] = source.map()
-                place, copy = mapped(slot, maps[id(source)], start)
+                place, copy = mapped(slot, maps[id(source)], start, finisher.memory_for)
                 places.append(place)
                 copies += [] if copy is None else [copy]
             for future in pool.start((), copies, report.add):
@@ -160,16 +161,16 @@ def _read(
             if memory is None:
                 block_until_ready(large)  # one of these in memory, and one on its way
                 memory = aligned(batch.size)
-            places = list(_places(batch, memory))
+            places = list(_places(batch, memory, finisher))
             reads, tasks = plan_reads(checkpoint, places, report.add)
             window.append(_Reading(places, pool.start(reads, tasks, report.add), is_staged))
         while window:
             finish()
 
 
-def _places(batch: Batch, memory: NDArray[np.uint8]) -> Iterator[Place]:
+def _places(batch: Batch, memory: NDArray[np.uint8], finisher: Finisher) -> Iterator[Place]:
     for slot in batch.slots:
         if slot.offset < 0:
-            yield Place(slot, aligned(slot.nbytes), 0)
+            yield Place(slot, *finisher.memory_for(slot))
         else:
             yield Place(slot, memory, slot.offset)

@@ -33,12 +33,17 @@ def check_digests(
     checks: list[tuple[str, TensorInfo, Sequence[Future[bytes] | Future[list[bytes]]]]] = []
     for name, group in groupby(places, key=lambda place: place.slot.name):
         mine = list(group)
+        info = checkpoint.infos[name]
         whole = next((place for place in mine if place.slot.region is None), None)
         if whole is not None:
             blocks = [whole.raw[start:stop] for start, stop in block_bounds(whole.slot.nbytes)]
-            checks.append((name, mine[0].slot.info, pool.map(hash_block, blocks)))
-        elif sum(place.slot.nbytes for place in mine) == mine[0].slot.info.nbytes:
-            checks.append((name, mine[0].slot.info, pool.map(_hash_all, [mine])))
+            checks.append((name, info, pool.map(hash_block, blocks)))
+            continue
+        for _, parts in groupby(mine, key=lambda place: place.slot.info.shape):
+            found = list(parts)
+            if sum(place.slot.nbytes for place in found) == info.nbytes:
+                checks.append((name, info, pool.map(_hash_all, [found])))
+                break
     for name, info, futures in checks:
         check_digest(name, info, _results(futures), digests, checkpoint.label)
 

@@ -1,0 +1,292 @@
+"""Loading by rules: what fails, what the messages say, and what is read. The law is in laws/test_rules."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from oracle import assert_same
+from pytree2safetensors import (
+    FileFormatError,
+    Rule,
+    WeightsMismatchError,
+    load_into_pytree,
+    save_pytree,
+    set_weights,
+)
+from pytree2safetensors._storage.byte_source import ByteSource
+
+P: Any = PartitionSpec  # whose constructor JAX leaves untyped
+STRUCT: Any = jax.ShapeDtypeStruct
+
+
+def zeros(*shape: int) -> Any:
+    return np.zeros(shape, np.float32)
+
+
+def numbers(*shape: int) -> Any:
+    return np.arange(np.prod(shape, dtype=int), dtype=np.float32).reshape(shape)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "model.safetensors"
+
+
+def refusal(
+    template: Any, file: dict[str, Any], rules: list[Rule], **options: Any
+) -> WeightsMismatchError:
+    with pytest.raises(WeightsMismatchError) as caught:
+        set_weights(template, file, rename=rules, **options)
+    return caught.value
+
+
+# --- what does not fit ------------------------------------------------------------------------
+
+
+def test_all_that_does_not_fit_is_listed() -> None:
+    rules = [
+        Rule("h.{l}.q.weight", "layers.{l}.q", "(h d) e -> e h d"),
+        Rule("h.{l}.o.weight", "layers.{l}.o"),
+        Rule("gone.{l}", "layers.{l}.gone"),
+        Rule("idle", "idle"),
+        Rule("vision.{*}", None),
+    ]
+    template = {
+        "layers": [
+            {"q": zeros(6, 2, 8), "o": zeros(6, 16), "gone": zeros(1)},
+            {"q": zeros(6, 2, 8), "new": zeros(1)},
+        ]
+    }
+    file = {
+        "h.0.q.weight": zeros(16, 5),
+        "h.0.o.weight": zeros(16, 6),
+        "h.1.qq.weight": zeros(16, 6),
+        "vision.0": zeros(1),
+        "rest": zeros(1),
+    }
+    error = refusal(template, file, rules)
+    assert str(error).splitlines() == [
+        "the dictionary does not fit the template: 3 missing, 2 unexpected, 2 mismatched",
+        "  missing (the template has them):",
+        "    '@layers#0@gone': there is no 'gone.0'",
+        "    '@layers#1@new', dotted 'layers.1.new': no rule has this path",
+        "    '@layers#1@q': there is no 'h.1.q.weight' (nearest: 'h.1.qq.weight')",
+        "  unexpected (the template has no place for them):",
+        "    'h.1.qq.weight'",
+        "    'rest'",
+        "  mismatched:",
+        "    '@layers#0@o': the template has float32[6,16], and stored is float32[16,6]; that is its "
+        f"transpose, which {rules[1]!r} makes with the pattern 'o i -> i o'",
+        f"    '@layers#0@q': the template has float32[6,2,8]; by {rules[0]!r} the tensor 'h.0.q.weight' "
+        "would be [16,6], and it is float32[16,5]",
+        "  rules that match no path of the template:",
+        "    Rule('idle', 'idle')",
+        "Nothing fits, which strict=False does not allow either: rename= maps names; prefix= takes a subtree.",
+    ]
+    assert error.missing == ("@layers#0@gone", "@layers#1@new", "@layers#1@q")
+    assert error.unexpected == ("h.1.qq.weight", "rest")
+    assert [line.split(":")[0] for line in error.mismatched] == ["'@layers#0@o'", "'@layers#0@q'"]
+
+
+def test_a_leaf_that_no_file_has_keeps_its_value_and_needs_one() -> None:
+    rules = [Rule(None, "freqs"), Rule("{=}", "{=}")]
+    template = {"freqs": numbers(3), "w": zeros(2)}
+    assert_same(
+        set_weights(template, {"@w": numbers(2)}, rename=rules),
+        {"freqs": numbers(3), "w": numbers(2)},
+    )
+    template["freqs"] = STRUCT((3,), np.float32)
+    for strict in (True, False):
+        error = refusal(template, {"@w": numbers(2)}, rules, strict=strict)
+        assert error.mismatched == (
+            "'@freqs': by Rule(None, 'freqs') no file has it, and the template's leaf has no value to keep; "
+            "give it one, or leave it out of the template, as nnx.split(model, nnx.Param, ...) and "
+            "eqx.filter(model, eqx.is_array) do",
+        )
+
+
+STACK = Rule("w.{l}", "w", "o i -> l i o")
+
+
+@pytest.mark.parametrize(
+    ("file", "line"),
+    [
+        ({"w.0": zeros(4, 3)}, "'@w': there is no 'w.1'"),
+        (
+            {"w.0": zeros(4, 3), "w.1": zeros(4, 3).astype(np.float16)},
+            f"'@w': the template has float32[2,3,4]; by {STACK!r} the tensor 'w.1' would be "
+            "float32[4,3], and it is float16[4,3]",
+        ),
+        (
+            {"w.0": zeros(4, 3), "w.1": 1.0},
+            f"'@w': the template has float32[2,3,4]; by {STACK!r} the tensor 'w.1' would be "
+            "float32[4,3], and it is a Python float",
+        ),
+        (
+            {"w.0": zeros(4, 3), "w.1": object()},
+            f"'@w': the template has float32[2,3,4]; by {STACK!r} the tensor 'w.1' would be "
+            "float32[4,3], and it is no array, or one without values",
+        ),
+        (
+            {"w.0": zeros(4, 3).astype(np.float64), "w.1": zeros(4, 3).astype(np.float64)},
+            "'@w': the template has float32[2,3,4], and stored is float64[2,3,4]",
+        ),
+    ],
+)
+def test_every_tensor_of_a_leaf_must_fit(file: dict[str, Any], line: str) -> None:
+    error = refusal({"w": zeros(2, 3, 4)}, file, [STACK])
+    assert f"    {line}" in str(error).splitlines()
+
+
+def test_a_leaf_of_another_rank_says_what_the_rule_gives_it() -> None:
+    error = refusal({"w": zeros(3)}, {"w.0": zeros(3)}, [STACK])
+    assert error.mismatched == (
+        f"'@w': the template has float32[3]; it has 1 axes, and {STACK!r} gives it 3",
+    )
+
+
+def test_strict_false_keeps_what_does_not_fit(path: Path) -> None:
+    safetensors.numpy.save_file({"a.weight": numbers(2, 3), "more": zeros(1)}, path)
+    template = {"a": zeros(3, 2), "b": numbers(1)}
+    rules = [Rule("{*}.weight", "{*}", "o i -> i o")]
+    found = load_into_pytree(template, path, rename=rules, strict=False)
+    assert_same(found, {"a": np.ascontiguousarray(numbers(2, 3).T), "b": numbers(1)})
+
+
+def test_a_prefix_limits_what_is_unexpected(path: Path) -> None:
+    safetensors.numpy.save_file(
+        {"model.a": numbers(1), "head": numbers(2), "other": numbers(3)}, path
+    )
+    rules = [Rule("model.a", "a"), Rule("head", "head")]
+    template = {"a": zeros(1), "head": zeros(2)}
+    found = load_into_pytree(template, path, rename=rules, prefix="model")
+    assert_same(found, {"a": numbers(1), "head": numbers(2)})
+    with pytest.raises(WeightsMismatchError, match="1 unexpected"):
+        load_into_pytree(template, path, rename=rules)
+
+
+def test_cast_converts_what_is_rearranged(path: Path) -> None:
+    safetensors.numpy.save_file({"a.weight": numbers(2, 3).astype(np.float16)}, path)
+    rules = [Rule("{*}.weight", "{*}", "o i -> i o")]
+    for template in ({"a": zeros(3, 2)}, {"a": STRUCT((3, 2), np.float32)}):
+        found = load_into_pytree(template, path, rename=rules, cast=True)
+        np.testing.assert_array_equal(found["a"], numbers(2, 3).T, strict=True)
+
+
+def test_damage_to_a_part_of_a_tensor_is_noticed(path: Path) -> None:
+    tree = {"q": numbers(3, 4), "k": numbers(3, 2), "v": numbers(3, 2)}
+    rules = [Rule("qkv", "{p:q,k,v}", "(p o) i -> i o")]
+    save_pytree(tree, path, rename=rules, checksum=True)
+    assert_same(load_into_pytree(tree, path, rename=rules), tree)
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(FileFormatError, match="qkv"):
+        load_into_pytree(tree, path, rename=rules)
+
+
+def test_one_part_of_a_fused_tensor_loads_alone(path: Path) -> None:
+    safetensors.numpy.save_file({"qkv": numbers(12, 5)}, path)
+    rules = [Rule("qkv", "{p:q,k,v}", "(p o) i -> i o")]
+    found = load_into_pytree({"k": zeros(5, 4)}, path, rename=rules)
+    np.testing.assert_array_equal(found["k"], numbers(12, 5)[4:8].T)
+
+
+def test_leaves_may_share_a_tensor(path: Path) -> None:
+    safetensors.numpy.save_file({"embed": numbers(4, 3)}, path)
+    rules = [Rule("embed", "embed"), Rule("embed", "head", "v e -> e v")]
+    template = {"embed": zeros(4, 3), "head": zeros(3, 4)}
+    found = load_into_pytree(template, path, rename=rules)
+    assert_same(found, {"embed": numbers(4, 3), "head": np.ascontiguousarray(numbers(4, 3).T)})
+
+
+def test_progress_counts_what_is_read(path: Path) -> None:
+    safetensors.numpy.save_file({f"w.{n}": numbers(4, 3) for n in range(3)}, path)
+    seen: list[tuple[int, int]] = []
+    load_into_pytree(
+        {"w": zeros(2, 3, 4)},
+        path,
+        rename=[STACK],
+        strict=False,
+        progress=lambda *c: seen.append(c),
+    )
+    assert seen[-1] == (96, 96)
+
+
+def test_a_trace_sees_through_rules() -> None:
+    @jax.jit
+    def traced(file: dict[str, Any]) -> Any:
+        return set_weights({"w": STRUCT((2, 3, 4), np.float32)}, file, rename=[STACK])
+
+    found = traced({"w.0": numbers(4, 3), "w.1": numbers(4, 3)})
+    np.testing.assert_array_equal(found["w"], np.stack([numbers(4, 3).T] * 2))
+
+
+# --- what is read -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sizes of all reads of data."""
+    sizes: list[int] = []
+    fill = ByteSource.fill
+
+    def counting(self: ByteSource, buffers: Any, offset: int) -> None:
+        sizes.extend(len(buffer) for buffer in buffers)
+        fill(self, buffers, offset)
+
+    monkeypatch.setattr(ByteSource, "fill", counting)
+    return sizes
+
+
+LARGE = 1024  # rows of 4 kB: 4 MB
+
+
+def test_only_one_layer_is_read(path: Path, counted: list[int]) -> None:
+    file = {f"h.{n}.w": numbers(256, 512) for n in range(8)}
+    safetensors.numpy.save_file(file, path)
+    rules = [Rule("h.{l+3}.w", "layer", "o i -> l i o", l=1)]
+    found = load_into_pytree({"layer": zeros(1, 512, 256)}, path, rename=rules, strict=False)
+    np.testing.assert_array_equal(found["layer"][0], file["h.3.w"].T)
+    assert sum(counted[1:]) <= 1.01 * found["layer"].nbytes  # the first read is the header's
+
+
+@pytest.mark.parametrize("part", [0, 1, 2])
+def test_only_one_part_of_a_fused_tensor_is_read(path: Path, counted: list[int], part: int) -> None:
+    stored = numbers(3 * LARGE, LARGE)
+    safetensors.numpy.save_file({"qkv": stored}, path)
+    rules = [Rule("qkv", "{p:q,k,v}", "(p o) i -> i o")]
+    name = "qkv"[part]
+    template = {name: STRUCT((LARGE, LARGE), np.float32)}
+    found = load_into_pytree(template, path, rename=rules)
+    np.testing.assert_array_equal(found[name], stored[part * LARGE : (part + 1) * LARGE].T)
+    assert sum(counted[1:]) <= 1.01 * found[name].nbytes  # the first read is the header's
+
+
+@pytest.mark.parametrize("axes", [("x", None), (None, "x"), ("x", "y")])
+def test_devices_read_their_share_alone(path: Path, counted: list[int], axes: Any) -> None:
+    stored = numbers(LARGE, LARGE)
+    safetensors.numpy.save_file({"w": stored}, path)
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("x", "y"))
+    template = {"w": STRUCT((LARGE, LARGE), np.float32, sharding=NamedSharding(mesh, P(*axes)))}
+    found = load_into_pytree(template, path, rename=[Rule("w", "w", "o i -> i o")])
+    np.testing.assert_array_equal(found["w"], stored.T)
+    assert sum(counted[1:]) <= 1.01 * stored.nbytes  # the first read is the header's
+
+
+@pytest.mark.parametrize("axes", [("x",), (None, "x"), (None, None, "x")])
+def test_a_stacked_leaf_is_read_in_shards(path: Path, counted: list[int], axes: Any) -> None:
+    file = {f"w.{n}": numbers(LARGE, LARGE) + n for n in range(4)}
+    safetensors.numpy.save_file(file, path)
+    mesh = Mesh(np.array(jax.devices()[:4]), ("x",))
+    sharding = NamedSharding(mesh, P(*axes))
+    template = {"w": STRUCT((4, LARGE, LARGE), np.float32, sharding=sharding)}
+    found = load_into_pytree(template, path, rename=[STACK])
+    np.testing.assert_array_equal(found["w"], np.stack([values.T for values in file.values()]))
+    assert found["w"].sharding == sharding
+    assert sum(counted[1:]) <= 1.01 * 4 * file["w.0"].nbytes  # the first read is the header's
