@@ -1,0 +1,216 @@
+"""Several processes that save in the background, and how often the processes of a save meet."""
+
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+import pytree2safetensors as p2s
+from pytree2safetensors._leaves.jax_versions import CoordinationKeys
+from pytree2safetensors._save import joint
+from pytree2safetensors._storage import descriptor
+from together import Group, checkpoint, first, group_of, number_in, spread
+
+pytestmark = pytest.mark.multiprocess
+
+P: Any = PartitionSpec  # whose constructor JAX leaves untyped
+
+
+@pytest.fixture
+def pair() -> Group:
+    """Two processes of two devices each."""
+    return group_of(2, 2)
+
+
+def slow_writes(patch: pytest.MonkeyPatch, seconds: float) -> None:
+    """Have the first writes take long."""
+    calls: list[None] = []
+
+    def write_at(*arguments: Any) -> None:
+        calls.append(None)
+        if len(calls) < 4:
+            time.sleep(seconds)
+        descriptor.write_at(*arguments)
+
+    patch.setattr(joint, "write_at", write_at)
+
+
+def train_meanwhile(folder: str) -> tuple[bool, float]:
+    """Save in the background, and go on with steps that donate the arrays and use collectives."""
+
+    def step(tree: dict[str, Any]) -> dict[str, Any]:
+        total = sum(array.sum() for array in tree.values())
+        return {name: array + total - total + 1 for name, array in tree.items()}
+
+    tree = checkpoint(1)
+    update = jax.jit(step, donate_argnums=0)
+    tree = update(tree)
+    tree["rows"].block_until_ready()
+    with pytest.MonkeyPatch.context() as patch:
+        slow_writes(patch, 0.2)
+        future = p2s.save_pytree_async(tree, f"{folder}/file")
+        tree = update(tree)
+        tree["rows"].block_until_ready()
+        meanwhile = not future.done()
+        for _ in range(20):
+            tree = update(tree)
+        tree["rows"].block_until_ready()
+        future.result()
+    return meanwhile, float(tree["rows"].addressable_data(0)[0, 0])
+
+
+def test_training_goes_on_while_processes_save(pair: Group, tmp_path: Path) -> None:
+    for meanwhile, number in pair.run(train_meanwhile, tmp_path):
+        assert meanwhile
+        assert number == 23
+    assert number_in(tmp_path / "file") == 2
+
+
+def save_in_order(folder: str) -> list[bool]:
+    with pytest.MonkeyPatch.context() as patch:
+        slow_writes(patch, 0.05)
+        futures = [
+            p2s.save_pytree_async(checkpoint(number), f"{folder}/{name}")
+            for number, name in enumerate("aab")
+        ]
+        p2s.save_pytree(checkpoint(3), f"{folder}/a")
+        done = [future.done() for future in futures]
+        futures.append(p2s.save_pytree_async(checkpoint(4), f"{folder}/c"))
+        p2s.save_pytree({"local": 1}, f"{folder}/local{jax.process_index()}")
+        return [*done, futures[-1].done()]
+
+
+def test_saves_of_several_processes_end_in_the_order_of_their_calls(
+    pair: Group, tmp_path: Path
+) -> None:
+    assert pair.run(save_in_order, tmp_path) == [[True] * 4] * 2
+    assert [number_in(tmp_path / name) for name in "abc"] == [3, 2, 4]
+
+
+def fail_in_the_background(folder: str, where: int) -> list[str]:
+    """One save fails on one process, the next succeeds."""
+    here = jax.process_index() == where
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        written = threading.Event()
+
+        def write_at(*arguments: Any) -> None:
+            if here and not written.is_set():
+                written.set()
+                raise OSError(28, "No space left on device", "a")
+            descriptor.write_at(*arguments)
+
+        patch.setattr(joint, "write_at", write_at)
+        futures = [p2s.save_pytree_async(checkpoint(n), f"{folder}/file") for n in range(2)]
+        for future in futures:
+            try:
+                found.append(str(future.result()))
+            except OSError as error:
+                found.append(str(error))
+    return found
+
+
+@pytest.mark.parametrize("where", [0, 1])
+def test_what_fails_in_the_background_on_one_is_the_result_on_all(
+    pair: Group, tmp_path: Path, where: int
+) -> None:
+    found = pair.run(fail_in_the_background, tmp_path, where)
+    assert [said[1] for said in found] == ["None", "None"]
+    assert "No space left on device" in found[where][0]
+    assert f"process {where} could not save: No space left on device" in found[1 - where][0]
+    assert number_in(tmp_path / "file") == 1
+
+
+def save_here_and_there(folder: str) -> None:
+    if first():
+        p2s.save_pytree(checkpoint(1), f"{folder}/file")
+    else:
+        p2s.save_pytree_async(checkpoint(1), f"{folder}/file")
+
+
+def test_all_processes_call_the_same_function(pair: Group, tmp_path: Path) -> None:
+    for error, text in pair.fail(save_here_and_there, tmp_path):
+        assert error == "pytree2safetensors.FileFormatError"
+        assert "the function is save_pytree on process 0 and save_pytree_async on process 1" in text
+
+
+def raise_in_the_call(folder: str) -> list[str]:
+    found = []
+    for options in {"max_shard_size": "5 apples"}, {"checksum": 3}, {"metadata": {"a": first()}}:
+        try:
+            p2s.save_pytree_async(checkpoint(1), f"{folder}/file", **options)
+        except Exception as error:  # noqa: BLE001 - the test looks at its text
+            found.append(str(error))
+    p2s.save_pytree_async(checkpoint(2), f"{folder}/file").result()
+    return found
+
+
+def test_what_the_call_can_check_it_raises_on_all(pair: Group, tmp_path: Path) -> None:
+    for size, checksum, metadata in pair.run(raise_in_the_call, tmp_path):
+        assert "is no size" in size
+        assert "checksum" in checksum
+        assert "metadata" in metadata
+    assert number_in(tmp_path / "file") == 2
+
+
+# --- how often they meet ----------------------------------------------------------------------
+
+
+def count_meetings(folder: str, options: dict[str, Any], background: bool) -> dict[str, list[str]]:
+    """The steps in which this process says something, and those in which it hears something."""
+    found: dict[str, list[str]] = {"set": [], "wait": []}
+
+    def noting(name: str) -> Any:
+        original = getattr(CoordinationKeys, name)
+
+        def call(keys: CoordinationKeys, key: str, value: Any) -> Any:
+            found[name].append(key.split("/", 1)[1])
+            return original(keys, key, value)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in found:
+            patch.setattr(CoordinationKeys, name, noting(name))
+        save = p2s.save_pytree_async if background else p2s.save_pytree
+        future = save(checkpoint(1), f"{folder}/file", **options)
+        if background:
+            future.result()  # type: ignore[union-attr] # which the other function does not return
+    return {name: sorted(set(keys)) for name, keys in found.items()}
+
+
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("shards", [None, "100kB"])
+@pytest.mark.parametrize("checksum", [False, True])
+def test_processes_meet_three_times_or_with_digests_four(
+    pair: Group, tmp_path: Path, background: bool, shards: str | None, checksum: bool
+) -> None:
+    options = {"checksum": checksum, "max_shard_size": shards}
+    zero, one = pair.run(count_meetings, tmp_path, options, background)
+    written = ["written/1"] * checksum
+    written_by_all = ["written/all"] * checksum
+    data = ["data/1/0"] * checksum
+    assert one["set"] == sorted(["agree/1", *written, *data, "vote/1"])
+    assert one["wait"] == sorted(["agree/all", *written_by_all, "outcome"])
+    assert zero["set"] == sorted(["agree/0", "agree/all", *written_by_all, "outcome"])
+    assert zero["wait"] == sorted(["agree/1", *written, *data, "vote/1"])
+
+
+def save_blocks(folder: str) -> None:
+    values = np.arange(10 << 20, dtype=np.int32).reshape(1024, -1)  # 40 MiB: three blocks
+    tree = {"rows": spread(values, P("x")), "columns": spread(values, P(None, "x")), "a": 1.5}
+    p2s.save_pytree(tree, f"{folder}/together", checksum=True, durable=False)
+    if first():
+        alone = {"rows": jnp.asarray(values), "columns": jnp.asarray(values), "a": 1.5}
+        p2s.save_pytree(alone, f"{folder}/alone", checksum=True, durable=False)
+
+
+def test_digests_of_tensors_of_several_blocks(pair: Group, tmp_path: Path) -> None:
+    pair.run(save_blocks, tmp_path)
+    assert (tmp_path / "together").read_bytes() == (tmp_path / "alone").read_bytes()
