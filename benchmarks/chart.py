@@ -52,7 +52,7 @@ class Panel(NamedTuple):
 
 
 BYTES = Line("dashed: the bytes, without a library", "baseline")
-ARRAYS = Line("dashed: JAX alone needs 4 µs for each array", 0.4)
+ARRAYS = Line("dashed: JAX alone, 4 µs an array", 0.4)
 CHARTS: dict[str, Sequence[Panel]] = {
     "load-and-save": (
         Panel("Load 1 GiB, seconds", "large", "load"),
