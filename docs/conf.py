@@ -122,6 +122,13 @@ nitpick_ignore_regex = [
 
 
 SECTION = r"\*([^*]+)\*"
+PAGES = {  # of the specification, by section
+    section: page
+    for page in ("format", "interface")
+    for section in re.findall(
+        r"^## (.+)$", Path(__file__).with_name(f"{page}.md").read_text("utf-8"), re.MULTILINE
+    )
+}
 
 
 def mark_up(*event: Any) -> None:
@@ -138,7 +145,7 @@ def mark_up(*event: Any) -> None:
 
 
 def _section(found: re.Match[str]) -> str:
-    page = "guarantees" if found[1] == "Laws" else "specification"
+    page = "guarantees" if found[1] == "Laws" else PAGES[found[1]]
     return f":doc:`{found[1]} <{page}>`"
 
 
