@@ -21,7 +21,7 @@ from pytree2safetensors._load import reading
 
 P: Any = PartitionSpec  # whose constructor JAX leaves untyped
 Struct: Any = jax.ShapeDtypeStruct
-RING, BATCH = 64 << 10, 16 << 10
+RING, BATCH = (48 << 10, 16 << 10), 16 << 10
 
 
 class Link:
@@ -75,7 +75,7 @@ class Link:
         patch.setattr(reading, "_STAGED_BATCH", BATCH)
 
     def arrive(self, moving: Any) -> None:
-        self.moving.remove(moving)
+        self.moving = [other for other in self.moving if other is not moving]
         for values, expected in zip(*moving[1:], strict=True):
             assert values.tobytes() == expected, "memory was used again before its transfer ended"
 
@@ -109,7 +109,7 @@ def test_leaves_pass_through_memory_of_bounded_size(link: Link, tmp_path: Path) 
     link.finish()
     assert_same(found, tree)
     assert link.puts > 10
-    assert link.most <= RING
+    assert link.most <= sum(RING)
 
 
 def test_templates_of_all_kinds_load_the_same(link: Link, tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_a_tensor_larger_than_the_ring_has_memory_of_its_own(link: Link, tmp_pat
     found = load_pytree(tmp_path / "file")
     link.finish()
     assert_same(found, tree)
-    assert link.most <= 2 * 120_000 + RING  # one on its way, and one that is being read
+    assert link.most <= 2 * 120_000 + sum(RING)  # one on its way, and one that is being read
 
 
 @pytest.mark.parametrize("fails_at", [1, 2, 5])
@@ -190,23 +190,68 @@ def test_arrays_on_the_host_keep_no_memory_of_the_ring(
 
 @given(st.lists(st.integers(1, 5000), max_size=60), st.randoms(use_true_random=False))
 def test_batches_in_a_ring_never_overlap(sizes: list[int], random: Any) -> None:
-    ring = Ring(jax.devices()[0], 8192)
-    base = ring.memory.ctypes.data
+    pieces = (8192, 4096)
+    ring = Ring(jax.devices()[0], pieces)
+    bases = [piece.memory.ctypes.data for piece in ring.pieces]
     live: list[tuple[int, int]] = []  # taken, the oldest first
     waiting = 0  # of these, how many are not being transferred yet
     for size in sizes:
         while waiting and random.random() < 0.4:
             ring.transferred([])
             waiting -= 1
-        before = len(ring.taken)
-        memory = ring.take(size)
+        while (memory := ring.take(size)) is None and ring.moving:
+            ring.release()
+            live.pop(0)
+        assert waiting + len(ring.moving) == len(live)
+        assert len(ring.taken) == len(live) + (memory is not None)
         if memory is None:
-            assert waiting == len(ring.taken) <= before  # nothing that can be waited for is left
-            live = live[len(live) - waiting :]
+            assert waiting  # or there would be room, as no batch is larger than a piece
             continue
         waiting += 1
-        live = [*live, (memory.ctypes.data - base, len(memory))][-len(ring.taken) :]
+        live.append((memory.ctypes.data, len(memory)))
         assert len(memory) >= size
         spans = sorted(live)
         assert all(a + n <= b for (a, n), (b, _) in pairwise(spans))
-        assert spans[-1][0] + spans[-1][1] <= len(ring.memory)
+        for start, length in spans:
+            assert any(
+                base <= start and start + length <= base + whole
+                for base, whole in zip(bases, pieces, strict=True)
+            )
+
+
+def test_a_load_that_a_smaller_ring_holds_has_no_larger_one(link: Link, tmp_path: Path) -> None:
+    sizes: list[tuple[int, ...]] = []
+
+    class Recorded(Ring):
+        def __init__(self, device: Any, pieces: Any) -> None:
+            sizes.append(tuple(pieces))
+            super().__init__(device, pieces)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reading, "Ring", Recorded)
+        for count in (6, 50):
+            save_pytree(tree_of(count, 1500), tmp_path / "file")
+            load_pytree(tmp_path / "file")
+    link.finish()
+    assert sum(sizes[0]) < 6 * 6000 + BATCH
+    assert sizes[1] == RING
+
+
+def test_what_is_read_is_transferred_while_the_ring_is_full(
+    link: Link, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The link would idle if the oldest transfer were waited for before the next one is begun."""
+    waits: list[int] = []
+    real = Ring.release
+
+    def release(ring: Ring) -> None:
+        waits.append(len(ring.moving))
+        real(ring)
+
+    monkeypatch.setattr(Ring, "release", release)
+    save_pytree(tree_of(50, 1500), tmp_path / "file")
+    found = load_pytree(tmp_path / "file")  # batches that are read before anything else goes on
+    link.finish()
+    assert len(found) == 50
+    assert waits
+    assert min(waits) >= 3  # all of the ring is on its way

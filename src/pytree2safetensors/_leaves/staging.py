@@ -4,6 +4,7 @@ Specification: *Loading*.
 """
 
 from collections import deque
+from collections.abc import Sequence
 from typing import Any, Final
 
 import jax
@@ -13,9 +14,10 @@ from numpy.typing import NDArray
 from pytree2safetensors._leaves.jax_versions import block_until_ready, pinned_memory
 from pytree2safetensors._leaves.to_jax import own_programs
 
-# Measured on an H100: 256 MiB in pinned memory, in batches of 32 MiB that 12 or more threads read,
-# reach 80 % of what the page cache gives. JAX's pool of pinned memory grows by powers of two.
-RING: Final = 256 << 20  # bytes
+# Measured on an H100: in pinned memory, batches of 32 MiB that 12 or more threads read come near to
+# what the page cache gives. Three of the tensors of usual models fit in. JAX keeps pinned memory
+# for good, in powers of two.
+RING: Final = (256 << 20, 128 << 20)  # bytes
 ALIGNMENT: Final = 256  # bytes: JAX takes over memory that is aligned to 64
 
 
@@ -34,27 +36,49 @@ def default_device() -> jax.Device:
 
 
 class Ring:
-    """Memory that batches take in turns, each after the transfers of the batch before it ended."""
+    """Memory that batches take in turns, each after the transfers of the batch before it ended.
 
-    def __init__(self, device: jax.Device, size: int = RING) -> None:
-        pinned = pinned_memory(device, size)
-        self.memory = aligned(size) if pinned is None else pinned
-        self.taken: deque[tuple[int, int]] = deque()  # where each batch starts, and its bytes
+    Args:
+        device: The device that the memory is for.
+        sizes: The bytes of its pieces; a batch lies in one of them.
+    """
+
+    def __init__(self, device: jax.Device, sizes: Sequence[int] = RING) -> None:
+        self.pieces = [_Piece(memory_for(device, size)) for size in sizes]
+        self.largest = max(sizes, default=0)
+        self.taken: deque[_Piece] = deque()  # the piece of each batch, the oldest first
         self.moving: deque[list[Any]] = deque()  # the arrays that are made of the oldest batches
 
     def take(self, size: int) -> NDArray[np.uint8] | None:
-        """Return memory for a batch; None if batches that were not transferred yet fill the ring."""
+        """Return memory for a batch; None if the others leave no room for it."""
         size = -(-size // ALIGNMENT) * ALIGNMENT
-        while (start := self._place(size)) is None:
-            if not self.moving:
-                return None
-            block_until_ready(self.moving.popleft())
-            self.taken.popleft()
-        self.taken.append((start, size))
-        return self.memory[start : start + size]
+        for piece in self.pieces:
+            start = piece.place(size)
+            if start is not None:
+                piece.taken.append((start, size))
+                self.taken.append(piece)
+                return piece.memory[start : start + size]
+        return None
 
-    def _place(self, size: int) -> int | None:
-        """Return where so many bytes are free in one piece; None if nowhere."""
+    def transferred(self, arrays: list[Any]) -> None:
+        """Say which arrays are made of the oldest batch that is not being transferred yet."""
+        self.moving.append(arrays)
+
+    def release(self) -> None:
+        """Wait until the oldest batch has been transferred, and let others have its memory."""
+        block_until_ready(self.moving.popleft())
+        self.taken.popleft().taken.popleft()
+
+
+class _Piece:
+    """Memory in one piece, and what of it is taken."""
+
+    def __init__(self, memory: NDArray[np.uint8]) -> None:
+        self.memory = memory
+        self.taken: deque[tuple[int, int]] = deque()  # where each batch starts, and its bytes
+
+    def place(self, size: int) -> int | None:
+        """Return where so many bytes are free; None if nowhere."""
         if not self.taken:
             return 0 if size <= len(self.memory) else None
         first, (last, length) = self.taken[0][0], self.taken[-1]
@@ -65,6 +89,8 @@ class Ring:
             return 0 if size <= first else None
         return end if end + size <= first else None
 
-    def transferred(self, arrays: list[Any]) -> None:
-        """Say which arrays are made of the oldest batch that is not being transferred yet."""
-        self.moving.append(arrays)
+
+def memory_for(device: jax.Device, size: int) -> NDArray[np.uint8]:
+    """Return memory to transfer to a device from: pinned, if it can be had."""
+    pinned = pinned_memory(device, size)
+    return aligned(size) if pinned is None else pinned

@@ -19,7 +19,14 @@ from numpy.typing import NDArray
 from pytree2safetensors._collector import collector_paused
 from pytree2safetensors._leaves.jax_versions import block_until_ready
 from pytree2safetensors._leaves.placement import is_on_host
-from pytree2safetensors._leaves.staging import RING, Ring, aligned, default_device
+from pytree2safetensors._leaves.staging import (
+    ALIGNMENT,
+    RING,
+    Ring,
+    aligned,
+    default_device,
+    memory_for,
+)
 from pytree2safetensors._load.checkpoint import OpenCheckpoint
 from pytree2safetensors._load.finishing import Finisher
 from pytree2safetensors._load.plan import Batch, Wanted, plan_batches
@@ -42,6 +49,10 @@ class _Reading(NamedTuple):
     places: list[Place]
     futures: list[Future[None]]
     is_staged: bool
+
+    def is_read(self) -> bool:
+        """Return whether nothing is left to wait for."""
+        return all(future.done() for future in self.futures)
 
 
 def read_leaves(
@@ -131,41 +142,101 @@ def _read(
     device: jax.Device | None,
 ) -> None:
     """Read batches ahead of those that become leaves."""
-    largest = max((batch.size for batch in batches), default=0)
-    ring = None if device is None else Ring(device, RING if len(batches) > 1 else largest)
-    most = _READERS if ring is None else _STAGED_READERS
-    window: deque[_Reading] = deque()
-    large: list[Any] = []  # made of a batch that is larger than the ring
+    most = _READERS if device is None else _STAGED_READERS
     with ReadPool(min(most, os.cpu_count() or 1)) as pool:
-
-        def finish() -> None:
-            places, futures, is_staged = window.popleft()
-            for future in futures:
-                future.result()
-            if checkpoint.digests is not None:
-                check_digests(checkpoint, checkpoint.digests, places, pool)
-            arrays = finisher.finish(places, is_staged=is_staged)
-            if ring is not None and is_staged:
-                ring.transferred(arrays)
-            else:
-                large[:] = arrays if ring is not None else []
-
+        if device is None:
+            ahead = _Ahead(checkpoint, finisher, pool)
+        else:
+            ahead = _Staged(checkpoint, finisher, pool, device, batches)
         for batch in batches:
-            memory = None
-            if ring is not None and batch.size <= len(ring.memory):
-                while (memory := ring.take(batch.size)) is None:
-                    finish()
-            while len(window) > (0 if ring is not None and memory is None else _AHEAD):
-                finish()
-            is_staged = memory is not None
-            if memory is None:
-                block_until_ready(large)  # one of these in memory, and one on its way
-                memory = aligned(batch.size)
+            memory = ahead.memory(batch.size)
             places = list(_places(batch, memory, finisher))
             reads, tasks = plan_reads(checkpoint, places, report.add)
-            window.append(_Reading(places, pool.start(reads, tasks, report.add), is_staged))
-        while window:
-            finish()
+            ahead.started(places, pool.start(reads, tasks, report.add))
+        while ahead.window:
+            ahead.finish()
+
+
+class _Ahead:
+    """Batches that are read while others become leaves; their memory becomes that of the leaves."""
+
+    def __init__(self, checkpoint: OpenCheckpoint, finisher: Finisher, pool: ReadPool) -> None:
+        self.checkpoint, self.finisher, self.pool = checkpoint, finisher, pool
+        self.window: deque[_Reading] = deque()
+
+    def memory(self, size: int) -> NDArray[np.uint8]:
+        """Return memory to read a batch into."""
+        while len(self.window) > _AHEAD:
+            self.finish()
+        return aligned(size)
+
+    def started(self, places: list[Place], futures: list[Future[None]]) -> None:
+        """Remember a batch that is being read."""
+        self.window.append(_Reading(places, futures, is_staged=False))
+
+    def finish(self) -> list[Any]:
+        """Make leaves of the oldest batch; return the arrays that are made of its memory."""
+        places, futures, is_staged = self.window.popleft()
+        for future in futures:
+            future.result()
+        if self.checkpoint.digests is not None:
+            check_digests(self.checkpoint, self.checkpoint.digests, places, self.pool)
+        return self.finisher.finish(places, is_staged=is_staged)
+
+
+class _Staged(_Ahead):
+    """The same for other devices: the memory is that of a ring, which is used again.
+
+    A batch that is larger than the ring has memory of its own, and is read when nothing else is.
+    """
+
+    def __init__(
+        self,
+        checkpoint: OpenCheckpoint,
+        finisher: Finisher,
+        pool: ReadPool,
+        device: jax.Device,
+        batches: Sequence[Batch],
+    ) -> None:
+        super().__init__(checkpoint, finisher, pool)
+        self.device, self.ring = device, Ring(device, _ring_sizes(batches))
+        self.large: list[Any] = []  # made of the last batch that is larger than the ring
+        self.is_large = False
+
+    def memory(self, size: int) -> NDArray[np.uint8]:
+        self.is_large = size > self.ring.largest
+        if self.is_large:
+            while self.window:
+                self.finish()
+            block_until_ready(self.large)  # one of these in memory, and one on its way
+            return memory_for(self.device, size)
+        while (memory := self.ring.take(size)) is None:
+            # What is read is handed over first, so that the link has always something to do.
+            if self.window and (self.window[0].is_read() or not self.ring.moving):
+                self.finish()
+            else:
+                self.ring.release()
+        return memory
+
+    def started(self, places: list[Place], futures: list[Future[None]]) -> None:
+        self.window.append(_Reading(places, futures, not self.is_large))
+        while self.window and self.window[0].is_read():
+            self.finish()
+
+    def finish(self) -> list[Any]:
+        is_staged = self.window[0].is_staged
+        arrays = super().finish()
+        if is_staged:
+            self.ring.transferred(arrays)
+        else:
+            self.large = arrays
+        return arrays
+
+
+def _ring_sizes(batches: Sequence[Batch]) -> Sequence[int]:
+    """Return how large a ring the batches need: that of RING, or a smaller one that holds them all."""
+    total = sum(batch.size + ALIGNMENT for batch in batches)
+    return RING if total > max(RING) else (total,)
 
 
 def _places(batch: Batch, memory: NDArray[np.uint8], finisher: Finisher) -> Iterator[Place]:
