@@ -9,42 +9,42 @@ from contextlib import contextmanager
 
 
 class Pytree2SafetensorsError(Exception):
-    """Base class of every error that this package raises on its own account."""
+    """The base class of the exceptions of this package."""
 
     __module__ = "pytree2safetensors"
 
 
 class KeyPathError(Pytree2SafetensorsError, ValueError):
-    """A string that names no key path, or a key path that no string names."""
+    """A string spells no key path, or a key path cannot be spelled."""
 
     __module__ = "pytree2safetensors"
 
 
 class TreeStructureError(Pytree2SafetensorsError, ValueError):
-    """Names that make no tree, or a tree that JAX cannot flatten."""
+    """Names do not form a tree, or JAX cannot flatten a tree."""
 
     __module__ = "pytree2safetensors"
 
 
 class UnsupportedLeafError(Pytree2SafetensorsError, TypeError):
-    """Leaves that a safetensors file cannot hold, such as functions."""
+    """A safetensors file cannot hold some of the leaves, such as functions."""
 
     __module__ = "pytree2safetensors"
 
 
 class FileFormatError(Pytree2SafetensorsError, ValueError):
-    """A file that breaks the format, or contents that the format cannot express."""
+    """A file breaks the format, or the format cannot express the contents."""
 
     __module__ = "pytree2safetensors"
 
 
 class WeightsMismatchError(Pytree2SafetensorsError, ValueError):
-    """Leaves and template do not fit each other.
+    """The stored leaves do not fit the template.
 
     Attributes:
-        missing: Spelled key paths of the template for which nothing is stored.
-        unexpected: Names of what is stored that the template has no place for.
-        mismatched: One line for each leaf that does not fit its place: the spelled key path, and why.
+        missing: Spelled key paths that only the template has.
+        unexpected: Names that only the file or dictionary has.
+        mismatched: One line for each leaf that does not fit: its spelled key path, and why.
     """
 
     __module__ = "pytree2safetensors"

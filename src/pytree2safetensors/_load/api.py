@@ -31,21 +31,21 @@ def load_pytree(
 
     Args:
         path: A file, a binary file object, a folder of shards or its index.
-        prefix: A spelled key path: load the subtree there, and read no more.
-        mmap: Map the file instead of reading it; nothing may change the file afterwards.
-        progress: True for a bar, or a function of (done_bytes, total_bytes).
+        prefix: A spelled key path. Load only the subtree there.
+        mmap: Map the file instead of reading it. The file must not change afterwards.
+        progress: True for a progress bar, or a function of (done_bytes, total_bytes).
 
     Returns:
-        The tree that was saved. Attributes of other node types come back in `PyTreeContainer`s.
-        Arrays are uncommitted JAX arrays; NumPy arrays, with one warning, where JAX cannot hold
-        their dtype here.
+        The tree that was saved. Nodes of other types become `PyTreeContainer`s. Arrays are
+        uncommitted JAX arrays. If JAX cannot hold a dtype in this process, they are NumPy arrays,
+        and there is one warning.
 
     Raises:
-        FileFormatError: The file is damaged, or no safetensors file.
-        KeyPathError: A name in the file spells no key path; load such files into a template.
-        TreeStructureError: The names make no tree.
-        WeightsMismatchError: There is nothing at `prefix`.
-        ValueError: `mmap` of a file object.
+        FileFormatError: The file is damaged, or is not a safetensors file.
+        KeyPathError: A name in the file spells no key path. Load such a file into a template.
+        TreeStructureError: The names do not form a tree.
+        WeightsMismatchError: The file has nothing at `prefix`.
+        ValueError: `mmap` is True, and `path` is a file object.
         OSError: The file cannot be read.
 
     Specification: *Loading*.
@@ -66,21 +66,21 @@ def load_pytree(
 
 @checked
 def load_abstract(path: PathLike | Readable, *, flat: bool = False) -> PyTree:
-    """Load the tree in a file with a `jax.ShapeDtypeStruct` for each array; none of these is read.
+    """Load the tree in a file with a `jax.ShapeDtypeStruct` in place of each array; read no arrays.
 
     Args:
         path: A file, a binary file object, a folder of shards or its index.
-        flat: Return a dict from the names in the file to their leaves, even if the names make no
-            tree.
+        flat: Return a flat dict from the names in the file to their leaves. The names do not have
+            to form a tree.
 
     Returns:
-        The tree of `load_pytree`; Python scalars and strs are there as themselves (the values of
-        the former are read, too).
+        The tree that `load_pytree` would return, with shapes and dtypes in place of arrays. Python
+        scalars and strs have their values.
 
     Raises:
-        FileFormatError: The file is damaged, or no safetensors file.
+        FileFormatError: The file is damaged, or is not a safetensors file.
         KeyPathError: A name in the file spells no key path, and `flat` is False.
-        TreeStructureError: The names make no tree, and `flat` is False.
+        TreeStructureError: The names do not form a tree, and `flat` is False.
         OSError: The file cannot be read.
 
     Specification: *Loading*.
@@ -100,17 +100,17 @@ def load_abstract(path: PathLike | Readable, *, flat: bool = False) -> PyTree:
 
 @checked
 def load_metadata(path: PathLike | Readable) -> dict[str, str]:
-    """Load the metadata that the caller of `save_pytree` passed.
+    """Load the metadata that was passed to `save_pytree`.
 
     Args:
         path: A file, a binary file object, a folder of shards or its index.
 
     Returns:
-        The metadata, without the entries that this package writes itself; one of these is a
-        `format` that is "flax".
+        The metadata, without the entries that this package writes itself, such as a `format` of
+        "flax".
 
     Raises:
-        FileFormatError: The file is damaged, or no safetensors file.
+        FileFormatError: The file is damaged, or is not a safetensors file.
         OSError: The file cannot be read.
 
     Specification: *Loading*.

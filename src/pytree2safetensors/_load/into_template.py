@@ -36,25 +36,26 @@ def set_weights(
     prefix: str = "",
     rename: Rename | None = None,
 ) -> PyTree:
-    """Make a new pytree: `module` with its leaves taken from `dictionary`.
+    """Return `module` with its leaves replaced by those of `dictionary`.
 
     Args:
-        module: The template: arrays, `jax.ShapeDtypeStruct`s, NumPy arrays, Python scalars.
-        dictionary: Names to leaves, such as `pytree2dict` gives.
-        verbose: Whether to tell on stderr what `strict=False` left as it was, or did not use.
-        strict: Whether every leaf must be there and fit, and none be left over. Where False, the
-            template keeps what does not fit; nothing fitting at all is still an error.
-        cast: Convert dtypes to those of the template, as far as NumPy's "same_kind" goes.
-        prefix: A spelled key path: take the entries below it.
+        module: The template. Its leaves are arrays, `jax.ShapeDtypeStruct`s, NumPy arrays or Python
+            scalars.
+        dictionary: A mapping from names to leaves, such as `pytree2dict` returns.
+        verbose: Print on stderr what `strict=False` kept from the template or did not use.
+        strict: Raise if any leaf is missing, unexpected or mismatched. If False, keep the leaves of
+            the template that do not fit; raise only if no leaf fits.
+        cast: Convert dtypes to those of the template, if NumPy calls that a "same_kind" cast.
+        prefix: A spelled key path. Use the entries below it.
         rename: Rules; or a function or mapping from a spelled key path of the template to the name
             in the dictionary.
 
     Returns:
-        A tree with exactly the treedef of `module`.
+        A tree with the treedef of `module`.
 
     Raises:
-        WeightsMismatchError: What is missing, unexpected or differs, all at once.
-        KeyPathError: A key path of `module`, or `prefix`, has no spelling.
+        WeightsMismatchError: Leaves are missing, unexpected or mismatched. The message lists all.
+        KeyPathError: A key path of `module` cannot be spelled, or `prefix` spells no key path.
         TreeStructureError: JAX cannot flatten `module`.
 
     Specification: *Loading into a template*.
@@ -95,31 +96,31 @@ def load_into_pytree(
     mmap: bool = False,
     progress: ProgressOption = False,
 ) -> PyTree:
-    """Load a file into the places of a template, reading only what the template needs.
+    """Load a file into a template, and read only what the template needs.
 
     Args:
-        module: The template: arrays, `jax.ShapeDtypeStruct`s, NumPy arrays, Python scalars. A leaf
-            with a sharding gets its values in that sharding.
+        module: The template. Its leaves are arrays, `jax.ShapeDtypeStruct`s, NumPy arrays or Python
+            scalars. If a leaf has a sharding, the loaded array has it, too.
         path: A file, a binary file object, a folder of shards or its index.
-        verbose: Whether to tell on stderr what `strict=False` left as it was, or did not use.
-        strict: Whether every leaf must be there and fit, and none be left over. Where False, the
-            template keeps what does not fit; nothing fitting at all is still an error.
-        cast: Convert dtypes to those of the template, as far as NumPy's "same_kind" goes.
-        prefix: A spelled key path: take the subtree there.
+        verbose: Print on stderr what `strict=False` kept from the template or did not use.
+        strict: Raise if any leaf is missing, unexpected or mismatched. If False, keep the leaves of
+            the template that do not fit; raise only if no leaf fits.
+        cast: Convert dtypes to those of the template, if NumPy calls that a "same_kind" cast.
+        prefix: A spelled key path. Load the subtree there.
         rename: Rules; or a function or mapping from a spelled key path of the template to the name
             in the file.
-        mmap: Map the file instead of reading it; nothing may change the file afterwards.
-        progress: True for a bar, or a function of (done_bytes, total_bytes).
+        mmap: Map the file instead of reading it. The file must not change afterwards.
+        progress: True for a progress bar, or a function of (done_bytes, total_bytes).
 
     Returns:
-        A tree with exactly the treedef of `module`.
+        A tree with the treedef of `module`.
 
     Raises:
-        WeightsMismatchError: What is missing, unexpected or differs, all at once.
-        FileFormatError: The file is damaged, or no safetensors file.
-        KeyPathError: A key path of `module`, or `prefix`, has no spelling.
+        WeightsMismatchError: Leaves are missing, unexpected or mismatched. The message lists all.
+        FileFormatError: The file is damaged, or is not a safetensors file.
+        KeyPathError: A key path of `module` cannot be spelled, or `prefix` spells no key path.
         TreeStructureError: JAX cannot flatten `module`.
-        ValueError: `mmap` of a file object.
+        ValueError: `mmap` is True, and `path` is a file object.
         OSError: The file cannot be read.
 
     Specification: *Loading into a template*.

@@ -36,34 +36,35 @@ def save_pytree(
     progress: ProgressOption = False,
     rename: Rename | None = None,
 ) -> None:
-    """Save a pytree as one safetensors file, from which `load_pytree` gives the same tree back.
+    """Save a pytree as a safetensors file, which `load_pytree` loads as the same tree.
 
-    What `save_pytree_async` was asked for before ends first.
+    Background saves that were requested earlier finish first.
 
     Args:
         tree: Any pytree of arrays, Python scalars, strs and PRNG keys.
-        path: The file to write, replaced whole or not at all; or a binary file object; with
-            `max_shard_size` a folder, or a file in it whose stem the names begin with.
-        metadata: Strings to keep beside the tensors.
-        unsupported: "skip" leaves out the leaves that a file cannot hold, but for traced and
-            abstract arrays and references to arrays, which are always an error.
-        durable: Whether the file has reached the disk when this returns.
-        checksum: Keep a digest of each tensor, which loading checks. Costs a second pass.
-        max_shard_size: Split what is larger, in bytes or such as "5GB", as model hubs do.
-        progress: True for a bar, or a function of (done_bytes, total_bytes).
+        path: The file to write, or a binary file object. An existing file is replaced atomically.
+            With `max_shard_size`, a folder, or a file in it that gives the shards their name.
+        metadata: Strings to store beside the tensors, for `load_metadata`.
+        unsupported: "raise", or "skip" to leave out leaves that a file cannot hold. Traced and
+            abstract arrays and references always raise.
+        durable: Flush the file to disk before returning.
+        checksum: Store a digest of each tensor, which loading verifies.
+        max_shard_size: Split the tree into files of at most this size, as model hubs do: a number
+            of bytes, or a str such as "5GB".
+        progress: True for a progress bar, or a function of (done_bytes, total_bytes).
         rename: Rules, or what else `load_into_pytree` takes: the file has the names and axes that
             it would be loaded from, and no note.
 
     Raises:
-        UnsupportedLeafError: Leaves that a file cannot hold, or an array that was deleted or
+        UnsupportedLeafError: A file cannot hold some leaves, or an array was deleted or
             donated, or with `rename` one that a tensor alone does not tell; nothing was written.
         WeightsMismatchError: `rename` does not fit the tree.
-        KeyPathError: A key has no spelling, or two leaves have one.
+        KeyPathError: A key cannot be spelled, or two leaves have the same spelling.
         TreeStructureError: JAX cannot flatten the tree.
         FileFormatError: The metadata or the header are beyond what the format allows, or leaves
             that differ have one name.
-        ValueError: `max_shard_size` is no size, or `path` then is no path.
-        OSError: The file cannot be written; what was there before still is.
+        ValueError: `max_shard_size` is not a size, or is given with a file object.
+        OSError: The file cannot be written. The old file is unchanged.
 
     Specification: *Saving*.
 

@@ -47,32 +47,32 @@ def save_pytree_async(
 ) -> Future[None]:
     """Save a pytree in the background, as `save_pytree` does.
 
-    What the tree holds is copied before this returns, so that arrays may be donated or changed
-    afterwards. Saves end in the order of the calls, those of `save_pytree` included, and the
-    interpreter does not exit before they have ended.
+    The values are copied before this function returns, so arrays may be donated or changed
+    afterwards. Saves finish in the order of the calls, including those of `save_pytree`. The
+    interpreter does not exit before all saves are finished.
 
     Args:
         tree: Any pytree of arrays, Python scalars, strs and PRNG keys.
-        path: The file to write, or what else `save_pytree` takes.
-        metadata: Strings to keep beside the tensors.
-        unsupported: "skip" leaves out the leaves that a file cannot hold.
-        durable: Whether the file has reached the disk when the future is done.
-        checksum: Keep a digest of each tensor.
-        max_shard_size: Split what is larger, in bytes or such as "5GB".
-        progress: True for a bar, or a function, called from another thread.
+        path: As for `save_pytree`.
+        metadata: Strings to store beside the tensors, for `load_metadata`.
+        unsupported: "raise", or "skip" to leave out leaves that a file cannot hold.
+        durable: Flush the file to disk before the future is done.
+        checksum: Store a digest of each tensor, which loading verifies.
+        max_shard_size: Split the tree into files of at most this size, such as "5GB".
+        progress: As for `save_pytree`. A function is called in another thread.
         rename: What gives the tensors other names and axes, as for `save_pytree`.
 
     Returns:
-        A future whose `result()` is None, or raises what writing raised. Ask for it: an error that
-        nobody asks for is lost.
+        A future. Its `result()` waits for the save and raises the error if writing failed. Call it,
+        because an error is lost otherwise.
 
     Raises:
-        UnsupportedLeafError: Leaves that a file cannot hold.
+        UnsupportedLeafError: A file cannot hold some leaves.
         WeightsMismatchError: `rename` does not fit the tree.
-        KeyPathError: A key has no spelling, or two leaves have one.
+        KeyPathError: A key cannot be spelled, or two leaves have the same spelling.
         TreeStructureError: JAX cannot flatten the tree.
-        FileFormatError: The metadata are beyond what the format allows.
-        ValueError: `max_shard_size` is no size, or `path` then is no path.
+        FileFormatError: The format does not allow these metadata.
+        ValueError: `max_shard_size` is not a size, or is given with a file object.
 
     Specification: *Saving*.
 

@@ -28,7 +28,7 @@ _BYTES: Final = TensorInfo("U8", (), 1)  # for arrays whose dtype does not matte
 
 @checked
 def pytree2dict(tree: PyTree, *, rename: Rename | None = None) -> dict[str, Any]:
-    """Map the spelled key path of each leaf to the leaf, in JAX's order of leaves.
+    """Return a flat dict from the spelled key path of each leaf to the leaf, in JAX's order.
 
     Args:
         tree: Any pytree.
@@ -39,7 +39,7 @@ def pytree2dict(tree: PyTree, *, rename: Rename | None = None) -> dict[str, Any]
         leaf has the name "".
 
     Raises:
-        KeyPathError: A key has no spelling, or two leaves have one.
+        KeyPathError: A key cannot be spelled, or two leaves have the same spelling.
         TreeStructureError: JAX cannot flatten the tree.
         WeightsMismatchError: `rename` does not fit the tree.
         FileFormatError: Leaves that differ have one name.

@@ -15,14 +15,14 @@ from pytree2safetensors._tree.printing import Node, render
 
 
 class PyTreeContainer:
-    """A pytree node that carries attributes under any names.
+    """A pytree node with attributes of any names; it stands for nodes of unknown type.
 
-    `container.name` reads and sets an attribute whose name is no dunder; `container[name]` serves
-    every name. No attribute changes how the object itself behaves. Two containers with the same
-    names have equal treedefs, whatever the order in which the attributes arrived.
+    `container.name` reads and sets attributes, except those with names such as `__name__`;
+    `container[name]` works for every name. No attribute changes the behavior of the object itself.
+    Containers with the same names have equal treedefs; the order of the attributes does not matter.
 
     Args:
-        attrs: The attributes, copied.
+        attrs: The attributes. They are copied.
 
     Specification: *Trees and flat dicts*.
 
@@ -115,7 +115,7 @@ _set_attrs = cast(Callable[[PyTreeContainer, dict[str, Any]], None], _slot.__set
 
 
 class UnkeyedContainer:
-    """A pytree node whose children have no keys, only an order.
+    """A pytree node whose children have an order but no keys.
 
     Args:
         children: The children, in order.

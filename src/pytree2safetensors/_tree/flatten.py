@@ -219,20 +219,20 @@ def _spelled(speller: Callable[[Any], str], key: Any, name: str) -> str:
 
 @checked
 def dict2pytree(dictionary: Mapping[str, Any]) -> PyTree:
-    """Build the tree whose leaves have these spelled key paths: the inverse of `pytree2dict`.
+    """Build a tree from a flat dict: the inverse of `pytree2dict`.
 
-    Attributes come back in `PyTreeContainer`s, dict keys in dicts, indices in lists and children
-    without keys in `UnkeyedContainer`s. An index without a leaf leaves a `None`.
+    Attributes become `PyTreeContainer`s, dict keys become dicts, indices become lists, and children
+    without keys become `UnkeyedContainer`s. A list has `None` at indices that have no leaf.
 
     Args:
-        dictionary: Spelled key paths to leaves.
+        dictionary: A mapping from spelled key paths to leaves.
 
     Returns:
-        A new tree that holds the leaves themselves.
+        A new tree with the same leaves, which are not copied.
 
     Raises:
         KeyPathError: A name spells no key path.
-        TreeStructureError: The names make no tree, or a value is no leaf.
+        TreeStructureError: The names do not form a tree, or a value is not a leaf.
 
     Specification: *Trees and flat dicts*.
 

@@ -65,14 +65,14 @@ def keypath2string(path: KeyPath) -> str:
     """Spell a JAX key path.
 
     Args:
-        path: The keys from the root of a tree to a leaf, as JAX gives them.
+        path: The keys from the root of a tree to a leaf, as JAX returns them.
 
     Returns:
-        The spelling, which `string2keypath` turns back into an equal path. The empty path is "".
+        The spelling, which `string2keypath` reads back as an equal path. That of the empty path is "".
 
     Raises:
-        KeyPathError: A key of another type, a negative or boolean index, a name that is not a
-            str, or a dict key that has no spelling.
+        KeyPathError: A key cannot be spelled: it is of another type, an index is negative or a
+            bool, a name is not a str, or a dict key is not a literal.
 
     Specification: *Key paths*.
 
@@ -178,8 +178,8 @@ def string2keypath(string: str) -> KeyPath:
         The keys.
 
     Raises:
-        KeyPathError: `string` spells no key path, or is not the canonical spelling of one. The
-            message shows the position, the reason and, where there is one, that spelling.
+        KeyPathError: `string` is not the canonical spelling of a key path. The message gives the
+            position, the reason and, if there is one, the canonical spelling.
 
     Specification: *Key paths*.
 
