@@ -11,6 +11,7 @@ from pytree2safetensors._errors import (
     WeightsMismatchError,
 )
 from pytree2safetensors._load.api import load_abstract, load_metadata, load_pytree
+from pytree2safetensors._load.explaining import explain
 from pytree2safetensors._load.into_template import load_into_pytree, set_weights
 from pytree2safetensors._save.api import save_pytree
 from pytree2safetensors._save.background import save_pytree_async
@@ -35,6 +36,7 @@ __all__ = [
     "UnsupportedLeafError",
     "WeightsMismatchError",
     "dict2pytree",
+    "explain",
     "keypath2string",
     "load_abstract",
     "load_file",

@@ -30,7 +30,7 @@ from pytree2safetensors import (
     set_weights,
 )
 from pytree2safetensors._leaves import spec
-from pytree2safetensors._load import matching
+from pytree2safetensors._load import complaints
 from pytree2safetensors._save import contents as save_contents
 
 COUNT = 1 << 18
@@ -386,7 +386,7 @@ def test_a_prefix_that_is_not_there_gets_the_nearest(tmp_path: Path) -> None:
 
 def test_the_nearest_names_are_looked_for_among_so_many_characters() -> None:
     names = ["a" * 30_000, "b" * 10_000, "c"]
-    assert matching._up_to(40_000, names) == names[:2]
+    assert complaints._up_to(40_000, names) == names[:2]
 
 
 def enable_x64(enabled: bool) -> Any:

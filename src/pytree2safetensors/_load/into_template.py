@@ -1,18 +1,18 @@
 """Loading into a template: stored leaves go to the places that a tree of your own has for them."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
 import jax
 
 from pytree2safetensors._arguments import checked
 from pytree2safetensors._collector import collector_paused
 from pytree2safetensors._leaves.renaming import Rename, rules_in
-from pytree2safetensors._leaves.spec import LeafSpec
 from pytree2safetensors._leaves.views import View
-from pytree2safetensors._load.checkpoint import OpenCheckpoint, open_checkpoint
+from pytree2safetensors._load.checkpoint import open_checkpoint
+from pytree2safetensors._load.flat_template import Stored, flat_template
 from pytree2safetensors._load.given import fitted, given_spec, seen_through
-from pytree2safetensors._load.matching import Options, match
+from pytree2safetensors._load.matching import Options
 from pytree2safetensors._load.plan import Wanted
 from pytree2safetensors._load.reading import read_leaves
 from pytree2safetensors._load.sharded import concrete
@@ -20,7 +20,7 @@ from pytree2safetensors._load.stored import load_stored, names_below, warn_forei
 from pytree2safetensors._load.template import TemplateLeaf, template_leaves
 from pytree2safetensors._storage.byte_source import PathLike, Readable
 from pytree2safetensors._storage.progress import ProgressOption, reporter
-from pytree2safetensors._tree.flatten import PyTree, flatten
+from pytree2safetensors._tree.flatten import PyTree
 from pytree2safetensors._tree.keypath import string2keypath
 from pytree2safetensors._tree.paths import strip_prefix
 
@@ -63,7 +63,7 @@ def set_weights(
     >>> set_weights({"w": 0.0}, {"@w": 1.5})
     {'w': 1.5}
     """
-    template = _template(module)
+    template = flat_template(module)
     if prefix:
         string2keypath(prefix)
     whole = rules_in(rename) is not None  # the names in rules are
@@ -73,7 +73,7 @@ def set_weights(
         name: given_spec(slot, dictionary[name]) for name, slot in zip(names, slots, strict=True)
     }
     options = Options("the dictionary", strict, verbose, cast, prefix, rename)
-    matches = match(template.names, template.slots, available, lambda _: dictionary, options)
+    matches = template.match(available, lambda _: dictionary, options)
     leaves = list(template.leaves)
     for position, name in matches:
         slot = template.slots[position]
@@ -130,12 +130,12 @@ def load_into_pytree(
     {'w': array([1., 1.], dtype=float32)}
     """
     with collector_paused(), open_checkpoint(path, mmap) as checkpoint:
-        template = _template(module)
+        template = flat_template(module)
         names: Iterable[str] = names_below(checkpoint, prefix, template.wanted()).values()
         if rules_in(rename) is not None:  # the names in rules are whole
             names = sorted(checkpoint.infos)
         options = Options(checkpoint.label, strict, verbose, cast, prefix, rename)
-        available = _Stored(checkpoint, names)
+        available = Stored(checkpoint, names)
 
         scalars: dict[str, Any] = {}  # read once, to be judged and to be loaded
 
@@ -144,7 +144,7 @@ def load_into_pytree(
             scalars.update(load_stored(checkpoint, new, mmap=False, progress=None))
             return scalars
 
-        matches = match(template.names, template.slots, available, read_scalars, options)
+        matches = template.match(available, read_scalars, options)
         report = reporter(progress, "loading", jax.process_index)
         leaves = list(template.leaves)
         wanted: list[tuple[int, Wanted]] = []
@@ -167,47 +167,6 @@ def load_into_pytree(
         if foreign:
             warn_foreign(checkpoint, foreign)
         return jax.tree_util.tree_unflatten(template.treedef, leaves)
-
-
-class _Template(NamedTuple):
-    """A flattened template: what each of its leaves asks for."""
-
-    treedef: Any
-    names: list[str]
-    leaves: list[Any]
-    slots: list[TemplateLeaf | None]
-
-    def wanted(self) -> Iterator[str]:
-        """The names of what is data."""
-        return (name for name, slot in zip(self.names, self.slots, strict=True) if slot)
-
-
-def _template(module: Any) -> _Template:
-    flat = flatten(module)
-    treedef = jax.tree_util.tree_structure(module)
-    return _Template(treedef, flat.names, flat.leaves, template_leaves(flat.leaves))
-
-
-class _Stored(Mapping[str, LeafSpec | None]):
-    """What a checkpoint has under some of its names, judged when it is asked for.
-
-    So a tensor of a dtype that nothing here reads stands in nobody's way.
-    """
-
-    def __init__(self, checkpoint: OpenCheckpoint, names: Iterable[str]) -> None:
-        self.checkpoint, self.names = checkpoint, dict.fromkeys(names)
-
-    def __getitem__(self, name: str) -> LeafSpec:
-        return self.checkpoint.spec_of(name)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.names
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)
 
 
 def placed(leaf: TemplateLeaf) -> TemplateLeaf:

@@ -3,24 +3,21 @@
 Specification: *Loading into a template*.
 """
 
-import itertools
-import sys
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from pytree2safetensors._errors import WeightsMismatchError, nearest, shorten
+from pytree2safetensors._errors import shorten
 from pytree2safetensors._leaves.families import Lost
-from pytree2safetensors._leaves.renaming import Rename, renamed, rules_in
+from pytree2safetensors._leaves.renaming import Rename, renamed
 from pytree2safetensors._leaves.routes import Route, Routes
 from pytree2safetensors._leaves.spec import LeafSpec, TracedSpec
 from pytree2safetensors._leaves.views import View
 from pytree2safetensors._load.sharded import misplaced
 from pytree2safetensors._load.template import TemplateLeaf, misfit, show
-from pytree2safetensors._tree.paths import add_prefix, dotted, strip_prefix
+from pytree2safetensors._tree.paths import add_prefix
 from pytree2safetensors._tree.rule import Rule
-from pytree2safetensors._tree.rule_index import RuleIndex
 
 _LISTED = 20  # of each kind of mismatch in a message
 _COMPARED = 40_000  # characters of the names among which the nearest is looked for
@@ -37,15 +34,15 @@ class Options(NamedTuple):
     rename: Rename | None
 
 
-class _Outcome:
-    """What was found, and what was not."""
+class Comparison:
+    """What of a template was found, and what was not."""
 
-    def __init__(self, paths: Sequence[str], cast: bool) -> None:
-        self.paths, self.cast = paths, cast
+    def __init__(self, paths: Sequence[str], cast: bool, routes: Routes) -> None:
+        self.paths, self.cast, self.routes = paths, cast, routes
         self.found: list[tuple[int, str | View]] = []
         self.used: set[str] = set()
         self.missing: list[tuple[str, str | None]] = []  # a path of the template, and its name
-        self.mismatched: list[str] = []
+        self.mismatched: list[tuple[str, str]] = []  # a path, and why its leaf does not fit
         self.lost = False  # an abstract leaf has no value to fall back on
         self.castable = False
 
@@ -70,7 +67,7 @@ class _Outcome:
 
     def refuse(self, path: str, reason: str, slot: TemplateLeaf) -> None:
         """Note why a leaf does not get its values."""
-        self.mismatched.append(f"{shorten(path)}: {reason}")
+        self.mismatched.append((path, reason))
         self.lost = self.lost or slot.abstract
 
     def miss(self, path: str, name: str | None, slot: TemplateLeaf) -> None:
@@ -79,14 +76,14 @@ class _Outcome:
         self.lost = self.lost or slot.abstract
 
 
-def match(
+def compare(
     paths: Sequence[str],
     slots: Sequence[TemplateLeaf | None],
     available: Mapping[str, LeafSpec | None],
     values: Callable[[Collection[str]], Mapping[str, Any]],
     options: Options,
-) -> list[tuple[int, str | View]]:
-    """Which name or view goes to which leaf of the template, by position.
+) -> Comparison:
+    """Find out which name or view goes to which leaf of the template.
 
     Args:
         paths: The spelled key paths of the template's leaves.
@@ -96,12 +93,12 @@ def match(
             on it.
         options: How to match.
     """
-    outcome = _Outcome(paths, options.cast)
+    outcome = Comparison(paths, options.cast, _routed(paths, slots, options))
+    routes, rules, _ = outcome.routes
     waiting: list[
         tuple[int, str, str, TemplateLeaf, LeafSpec]
     ] = []  # for the value of a Python scalar
     fitting: set[tuple[int, int]] = set()  # slots and stored leaves, by identity
-    routes, rules, idle = _routed(paths, slots, options)
     for position, (path, slot) in enumerate(zip(paths, slots, strict=True)):
         if slot is None:
             name = add_prefix(options.prefix, path)  # `rename` knows the names of data alone
@@ -127,8 +124,7 @@ def match(
     scalars = values({name for _, _, name, _, _ in waiting})
     for position, path, name, slot, stored in waiting:
         outcome.judge(position, path, name, slot, stored, scalars[name])
-    _check(outcome, any(slot is not None for slot in slots), available, options, idle)
-    return outcome.found
+    return outcome
 
 
 def _routed(paths: Sequence[str], slots: Sequence[TemplateLeaf | None], options: Options) -> Routes:
@@ -152,7 +148,7 @@ def _routed(paths: Sequence[str], slots: Sequence[TemplateLeaf | None], options:
 
 
 def _judge_by_rule(
-    outcome: _Outcome,
+    outcome: Comparison,
     position: int,
     path: str,
     slot: TemplateLeaf,
@@ -185,7 +181,7 @@ _NO_VALUE: Final = (
 
 
 def _judge_view(
-    outcome: _Outcome,
+    outcome: Comparison,
     position: int,
     path: str,
     slot: TemplateLeaf,
@@ -245,101 +241,3 @@ def _unfit(slot: TemplateLeaf, stored: LeafSpec | None, value: Any, cast: bool) 
     if reason is None and slot.sharding is not None and slot.target == "jax":
         reason = misplaced(slot.sharding, slot.leaf.shape)
     return reason
-
-
-# --- messages ---------------------------------------------------------------------------------
-
-
-def _check(
-    outcome: _Outcome,
-    wanted: bool,
-    available: Mapping[str, Any],
-    options: Options,
-    idle: Sequence[Rule],
-) -> None:
-    """Raise one error for everything that does not match, if that is too much; or tell it."""
-    missing, mismatched = outcome.missing, outcome.mismatched
-    unexpected = _unexpected(outcome.used, available, options)
-    nothing = not outcome.found and (wanted or bool(unexpected))
-    left = bool(missing or unexpected or mismatched)
-    fails = (options.strict and left) or outcome.lost or nothing
-    if not fails and not (options.verbose and left):
-        return
-    counts = f"{len(missing)} missing, {len(unexpected)} unexpected, {len(mismatched)} mismatched"
-    candidates = _up_to(_COMPARED, unexpected)
-    missing_lines = [_missing_line(*pair, options, candidates) for pair in missing[:_LISTED]]
-    parts = [
-        f"{options.label} does not fit the template: {counts}",
-        *_section("missing (the template has them)", missing_lines, len(missing)),
-        *_section(
-            "unexpected (the template has no place for them)",
-            [shorten(name) for name in unexpected[:_LISTED]],
-            len(unexpected),
-        ),
-        *_section("mismatched", mismatched[:_LISTED], len(mismatched)),
-        *_useless(options.rename, outcome.paths),
-        *_section("rules that match no path of the template", map(repr, idle[:_LISTED]), len(idle)),
-    ]
-    if not fails:
-        print(*parts, sep="\n", file=sys.stderr)  # noqa: T201 - what `verbose` asks for
-        return
-    parts.append(_remedy(options, bool(missing), outcome.castable, nothing))
-    paths = list(dict.fromkeys(path for path, _ in missing))
-    raise WeightsMismatchError("\n".join(parts), paths, unexpected, mismatched)
-
-
-def _unexpected(used: set[str], available: Mapping[str, Any], options: Options) -> list[str]:
-    """The names that nothing uses, and that ought to be used."""
-    found = [name for name in available if name not in used]
-    rules = rules_in(options.rename)
-    if rules is None:
-        return found
-    found = [name for name in found if strip_prefix(options.prefix, name) is not None]
-    known = RuleIndex(rules).match_names(found)
-    return [name for name in found if name not in known]
-
-
-def _up_to(characters: int, names: list[str]) -> list[str]:
-    """As many of the first names as have so many characters together."""
-    lengths = itertools.accumulate(map(len, names))
-    return [name for name, length in zip(names, lengths, strict=True) if length <= characters]
-
-
-def _missing_line(path: str, name: str | None, options: Options, candidates: list[str]) -> str:
-    if name is None:
-        dots = dotted(path)
-        return f"{shorten(path)}{f', dotted {shorten(dots)}' if dots != path else ''}: no rule has this path"
-    if rules_in(options.rename) is not None:
-        return f"{shorten(path)}: there is no {shorten(name)}{nearest(name, candidates)}"
-    renamed = "" if name == add_prefix(options.prefix, path) else f" (renamed from {shorten(path)})"
-    return shorten(name) + renamed + nearest(name, candidates)
-
-
-def _useless(rename: Rename | None, paths: Sequence[str]) -> list[str]:
-    """What to say of a mapping that is written the wrong way round, or misspelled."""
-    others = sorted(set(rename) - set(paths)) if isinstance(rename, Mapping) else []
-    if not others:
-        return []
-    shown = ", ".join(map(shorten, others[:3])) + (", ..." if len(others) > 3 else "")
-    return [f"  rename= maps from key paths that the template lacks: {shown}"]
-
-
-def _section(title: str, lines: Iterable[str], count: int) -> list[str]:
-    if not count:
-        return []
-    more = [f"    ... and {count - _LISTED:,} more"] if count > _LISTED else []
-    return [f"  {title}:", *(f"    {line}" for line in lines), *more]
-
-
-def _remedy(options: Options, missing: bool, castable: bool, nothing: bool) -> str:
-    if not options.strict and not nothing:
-        return "strict=False keeps the template's leaves, and what is abstract or deleted has no value to keep."
-    remedies = ["rename= maps names", "prefix= takes a subtree"] if missing else []
-    remedies += ["cast=True converts dtypes"] if castable else []
-    if nothing:
-        return "Nothing fits, which strict=False does not allow either" + _listed(remedies)
-    return "; ".join([*remedies, "strict=False loads what fits"]) + "."
-
-
-def _listed(remedies: list[str]) -> str:
-    return f": {'; '.join(remedies)}." if remedies else "."

@@ -1,0 +1,111 @@
+"""What to say where a template and what is stored do not fit.
+
+Specification: *Loading into a template*.
+"""
+
+import itertools
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final
+
+from pytree2safetensors._errors import WeightsMismatchError, nearest, shorten
+from pytree2safetensors._leaves.renaming import Rename, rules_in
+from pytree2safetensors._load.matching import Comparison, Options
+from pytree2safetensors._tree.paths import add_prefix, dotted, strip_prefix
+from pytree2safetensors._tree.rule_index import RuleIndex
+
+_LISTED: Final = 20  # of each kind of mismatch in a message
+_COMPARED: Final = 40_000  # characters of the names among which the nearest is looked for
+
+
+def check(
+    outcome: Comparison, wanted: bool, available: Mapping[str, Any], options: Options
+) -> None:
+    """Raise one error for everything that does not match, if that is too much; or tell it."""
+    missing = outcome.missing
+    mismatched = [f"{shorten(path)}: {reason}" for path, reason in outcome.mismatched]
+    unexpected = unexpected_names(outcome.used, available, options)
+    idle = outcome.routes.idle
+    nothing = not outcome.found and (wanted or bool(unexpected))
+    left = bool(missing or unexpected or mismatched)
+    fails = (options.strict and left) or outcome.lost or nothing
+    if not fails and not (options.verbose and left):
+        return
+    counts = f"{len(missing)} missing, {len(unexpected)} unexpected, {len(mismatched)} mismatched"
+    candidates = _up_to(_COMPARED, unexpected)
+    missing_lines = [_missing_line(*pair, options, candidates) for pair in missing[:_LISTED]]
+    parts = [
+        f"{options.label} does not fit the template: {counts}",
+        *_section("missing (the template has them)", missing_lines, len(missing)),
+        *_section(
+            "unexpected (the template has no place for them)",
+            [shorten(name) for name in unexpected[:_LISTED]],
+            len(unexpected),
+        ),
+        *_section("mismatched", mismatched[:_LISTED], len(mismatched)),
+        *_useless(options.rename, outcome.paths),
+        *_section("rules that match no path of the template", map(repr, idle[:_LISTED]), len(idle)),
+    ]
+    if not fails:
+        print(*parts, sep="\n", file=sys.stderr)  # noqa: T201 - what `verbose` asks for
+        return
+    parts.append(_remedy(options, bool(missing), outcome.castable, nothing))
+    paths = list(dict.fromkeys(path for path, _ in missing))
+    raise WeightsMismatchError("\n".join(parts), paths, unexpected, mismatched)
+
+
+def unexpected_names(used: set[str], available: Mapping[str, Any], options: Options) -> list[str]:
+    """The names that nothing uses, and that ought to be used."""
+    found = [name for name in available if name not in used]
+    rules = rules_in(options.rename)
+    if rules is None:
+        return found
+    found = [name for name in found if strip_prefix(options.prefix, name) is not None]
+    known = RuleIndex(rules).match_names(found)
+    return [name for name in found if name not in known]
+
+
+def _up_to(characters: int, names: list[str]) -> list[str]:
+    """As many of the first names as have so many characters together."""
+    lengths = itertools.accumulate(map(len, names))
+    return [name for name, length in zip(names, lengths, strict=True) if length <= characters]
+
+
+def _missing_line(path: str, name: str | None, options: Options, candidates: list[str]) -> str:
+    if name is None:
+        dots = dotted(path)
+        return f"{shorten(path)}{f', dotted {shorten(dots)}' if dots != path else ''}: no rule has this path"
+    if rules_in(options.rename) is not None:
+        return f"{shorten(path)}: there is no {shorten(name)}{nearest(name, candidates)}"
+    renamed = "" if name == add_prefix(options.prefix, path) else f" (renamed from {shorten(path)})"
+    return shorten(name) + renamed + nearest(name, candidates)
+
+
+def _useless(rename: Rename | None, paths: Sequence[str]) -> list[str]:
+    """What to say of a mapping that is written the wrong way round, or misspelled."""
+    others = sorted(set(rename) - set(paths)) if isinstance(rename, Mapping) else []
+    if not others:
+        return []
+    shown = ", ".join(map(shorten, others[:3])) + (", ..." if len(others) > 3 else "")
+    return [f"  rename= maps from key paths that the template lacks: {shown}"]
+
+
+def _section(title: str, lines: Iterable[str], count: int) -> list[str]:
+    if not count:
+        return []
+    more = [f"    ... and {count - _LISTED:,} more"] if count > _LISTED else []
+    return [f"  {title}:", *(f"    {line}" for line in lines), *more]
+
+
+def _remedy(options: Options, missing: bool, castable: bool, nothing: bool) -> str:
+    if not options.strict and not nothing:
+        return "strict=False keeps the template's leaves, and what is abstract or deleted has no value to keep."
+    remedies = ["rename= maps names", "prefix= takes a subtree"] if missing else []
+    remedies += ["cast=True converts dtypes"] if castable else []
+    if nothing:
+        return "Nothing fits, which strict=False does not allow either" + _listed(remedies)
+    return "; ".join([*remedies, "strict=False loads what fits"]) + "."
+
+
+def _listed(remedies: list[str]) -> str:
+    return f": {'; '.join(remedies)}." if remedies else "."

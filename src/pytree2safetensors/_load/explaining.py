@@ -1,0 +1,139 @@
+"""Explaining what a load would do, from headers alone.
+
+Specification: *Rules*.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Final
+
+from beartype import beartype
+from jaxtyping import jaxtyped
+
+from pytree2safetensors._errors import shorten
+from pytree2safetensors._leaves.families import Lost
+from pytree2safetensors._leaves.renaming import Rename, rules_in
+from pytree2safetensors._leaves.routes import Route
+from pytree2safetensors._leaves.spec import LeafSpec
+from pytree2safetensors._leaves.views import View
+from pytree2safetensors._load.checkpoint import open_checkpoint
+from pytree2safetensors._load.complaints import unexpected_names
+from pytree2safetensors._load.flat_template import FlatTemplate, Stored, flat_template
+from pytree2safetensors._load.matching import Comparison, Options, compare
+from pytree2safetensors._load.stored import names_below
+from pytree2safetensors._load.template import show
+from pytree2safetensors._storage.byte_source import PathLike, Readable
+from pytree2safetensors._tree.flatten import PyTree
+from pytree2safetensors._tree.paths import dotted
+
+_WIDEST: Final = 60  # characters of a column: what is longer is out of line
+
+
+@jaxtyped(typechecker=beartype)
+def explain(
+    module: PyTree,
+    path: PathLike | Readable,
+    *,
+    cast: bool = False,
+    prefix: str = "",
+    rename: Rename | None = None,
+) -> str:
+    """Explain what `load_into_pytree` would do, reading no more than headers.
+
+    Args:
+        module: The template.
+        path: The file, or what else `load_into_pytree` takes.
+        cast: As for `load_into_pytree`.
+        prefix: As for `load_into_pytree`.
+        rename: As for `load_into_pytree`. Without rules (`[]`), all paths are listed.
+
+    Returns:
+        A text: for each leaf of the template whether it fits, its path, with dots too, its shape,
+        its tensors, their shape and the pattern; then the tensors that nothing uses, and the rules
+        that match nothing.
+
+    Raises:
+        WeightsMismatchError: The file has nothing at `prefix`.
+        FileFormatError: The file is damaged, or no safetensors file.
+        KeyPathError: A key path of `module`, or `prefix`, has no spelling.
+        OSError: The file cannot be read.
+
+    Specification: *Rules*.
+
+    >>> save_pytree({"w": np.ones((2, 3), np.float32)}, "model.safetensors")
+    >>> rules = [Rule("@w", "w", "o i -> i o")]
+    >>> print(explain({"w": np.zeros((3, 2), np.float32)}, "model.safetensors", rename=rules))
+    'model.safetensors': 1 of 1 leaves fit
+      fits  '@w' = 'w'  float32[3,2]  '@w' float32[2,3]  'o i -> i o'
+    """
+    with open_checkpoint(path, False) as checkpoint:
+        template = flat_template(module)
+        names: Iterable[str] = names_below(checkpoint, prefix, template.wanted()).values()
+        if rules_in(rename) is not None:
+            names = sorted(checkpoint.infos)
+        available = Stored(checkpoint, names)
+        options = Options(checkpoint.label, True, False, cast, prefix, rename)
+        found = compare(template.names, template.slots, available, dict.fromkeys, options)
+        rows = [*_rows(template, found, available)]
+        unexpected = unexpected_names(found.used, available, options)
+        return "\n".join(
+            [
+                f"{checkpoint.label}: {len(found.found)} of {len(rows)} leaves fit",
+                *_aligned(rows),
+                *_listed("tensors that nothing uses", map(shorten, unexpected)),
+                *_listed("rules that match no path of the template", map(repr, found.routes.idle)),
+            ]
+        )
+
+
+def _rows(
+    template: FlatTemplate, found: Comparison, available: Mapping[str, LeafSpec | None]
+) -> Iterable[tuple[str, ...]]:
+    fitting = {position for position, _ in found.found}
+    missing: dict[str, list[str]] = {}
+    for path, name in found.missing:
+        missing.setdefault(path, []).append("" if name is None else shorten(name))
+    mismatched = dict(found.mismatched)
+    routes, rules, _ = found.routes
+    for position, (path, slot) in enumerate(zip(template.names, template.slots, strict=True)):
+        if slot is None:
+            continue
+        rule, route = rules[position], routes[position]
+        dots = dotted(path)
+        row = [shorten(path) + (f" = {shorten(dots)}" if dots != path else ""), show(slot.leaf)]
+        if position in fitting:
+            pattern = [repr(rule.pattern)] if rule is not None and rule.pattern else []
+            yield "fits", *row, _tensors(route, available), *pattern
+        elif path in mismatched:
+            yield "differs", *row, mismatched[path]
+        elif path in missing:
+            lacks = ", ".join(missing[path])
+            yield "missing", *row, f"there is no {lacks}" if lacks else "no rule has this path"
+        else:
+            yield "kept", *row, "no file has it"
+
+
+def _tensors(route: Route, available: Mapping[str, LeafSpec | None]) -> str:
+    """The tensors of a leaf, and the shape of each."""
+    if route is None or isinstance(route, Lost):
+        return ""
+    names = route.names if isinstance(route, View) else (route,)
+    stored = available[names[0]]
+    shown = "" if stored is None else show(stored)
+    if len(names) == 1:
+        return f"{shorten(names[0])} {shown}"
+    return f"{shorten(names[0])} ... {shorten(names[-1])}, {len(names)} of {shown}"
+
+
+def _aligned(rows: list[tuple[str, ...]]) -> Iterable[str]:
+    widths = [0] * max(map(len, rows), default=0)
+    for row in rows:
+        for column, text in enumerate(row[:-1]):
+            widths[column] = max(widths[column], min(len(text), _WIDEST))
+    for row in rows:
+        texts = zip(row[:-1], widths, strict=False)
+        yield "  ".join(["", *(text.ljust(width) for text, width in texts), row[-1]])
+
+
+def _listed(title: str, lines: Iterable[str]) -> list[str]:
+    found = [f"  {line}" for line in lines]
+    return [f"{title}:", *found] if found else []

@@ -1,0 +1,74 @@
+"""Templates and files side by side: what is asked for, and what is there.
+
+Specification: *Loading into a template*.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+from pytree2safetensors._leaves.spec import LeafSpec
+from pytree2safetensors._leaves.views import View
+from pytree2safetensors._load.checkpoint import OpenCheckpoint
+from pytree2safetensors._load.complaints import check
+from pytree2safetensors._load.matching import Options, compare
+from pytree2safetensors._load.template import TemplateLeaf, template_leaves
+from pytree2safetensors._tree.flatten import flatten
+
+
+class FlatTemplate(NamedTuple):
+    """A flattened template: what each of its leaves asks for."""
+
+    treedef: Any
+    names: list[str]
+    leaves: list[Any]
+    slots: list[TemplateLeaf | None]
+
+    def wanted(self) -> Iterator[str]:
+        """The names of what is data."""
+        return (name for name, slot in zip(self.names, self.slots, strict=True) if slot)
+
+    def match(
+        self,
+        available: Mapping[str, LeafSpec | None],
+        values: Callable[[Collection[str]], Mapping[str, Any]],
+        options: Options,
+    ) -> list[tuple[int, str | View]]:
+        """Which name or view goes to which leaf, by position.
+
+        Raises:
+            WeightsMismatchError: They do not fit.
+        """
+        outcome = compare(self.names, self.slots, available, values, options)
+        check(outcome, any(slot is not None for slot in self.slots), available, options)
+        return outcome.found
+
+
+def flat_template(module: Any) -> FlatTemplate:
+    """Flatten a template."""
+    flat = flatten(module)
+    treedef = jax.tree_util.tree_structure(module)
+    return FlatTemplate(treedef, flat.names, flat.leaves, template_leaves(flat.leaves))
+
+
+class Stored(Mapping[str, LeafSpec | None]):
+    """What a checkpoint has under some of its names, judged when it is asked for.
+
+    So a tensor of a dtype that nothing here reads stands in nobody's way.
+    """
+
+    def __init__(self, checkpoint: OpenCheckpoint, names: Iterable[str]) -> None:
+        self.checkpoint, self.names = checkpoint, dict.fromkeys(names)
+
+    def __getitem__(self, name: str) -> LeafSpec:
+        return self.checkpoint.spec_of(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
