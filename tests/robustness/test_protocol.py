@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 from hypothesis import settings
-from protocol import FAULTS, Background, Model, Save, explore
 
+from protocol import FAULTS, Background, Model, Save, explore
 from pytree2safetensors._save.words import Failure, Words
 
 # The larger ones take a minute altogether.
