@@ -29,6 +29,7 @@ from pytree2safetensors import (
     PyTreeContainer,
     UnkeyedContainer,
     load_abstract,
+    load_into_pytree,
     load_metadata,
     load_pytree,
     save_pytree,
@@ -132,6 +133,21 @@ def bounded_memory(size: int, factor: int = 64) -> Iterator[None]:
         if started:
             tracemalloc.stop()
     assert peak - before < factor * size + _SLACK
+
+
+def refused(
+    content: bytes, error: type[Pytree2SafetensorsError], text: str, *, by_all: bool = True
+) -> None:
+    """Assert that loading a file in any way is this error; or that its tree is, if not by all."""
+    loaders: list[Callable[[Any], Any]] = [load_pytree, load_abstract]
+    if by_all:
+        loaders += [load_metadata, lambda source: load_into_pytree({"a": 0}, source)]
+    for load in loaders:
+        with no_hang(), pytest.raises(error) as caught:
+            load(io.BytesIO(content))
+        assert text in str(caught.value)
+        check_message(caught.value)
+        assert type(caught.value) is error
 
 
 def attempt(load: Callable[[Any], Any], content: bytes | Path) -> Any:

@@ -28,7 +28,7 @@ import folders
 import golden_trees
 import hostile
 from conformance.describe import describe_path, describe_tree
-from format import test_hostile
+from format import test_hostile_damage, test_hostile_header, test_hostile_names, test_hostile_note
 from load import test_hostile_index
 from pytree2safetensors import (
     FileFormatError,
@@ -178,7 +178,7 @@ def add_by_others() -> None:
     for name in names:
         content = (golden_trees.FOLDER / f"{name}.safetensors").read_bytes()
         add_bytes(f"{name}.safetensors", content, load_pytree(io.BytesIO(content)), "others")
-    for number, (content, _) in enumerate(test_hostile.PEER_SOUND, 1):
+    for number, (content, _) in enumerate(test_hostile_damage.PEER_SOUND, 1):
         add_bytes(
             f"header-{number:02}.safetensors", content, load_pytree(io.BytesIO(content)), "others"
         )
@@ -358,16 +358,16 @@ def reason_of(text: str) -> str:
 
 
 def add_refused() -> None:
-    for content, text in [*test_hostile.HEADERS, *test_hostile.PEER_BROKEN]:
+    for content, text in [*test_hostile_header.HEADERS, *test_hostile_damage.PEER_BROKEN]:
         refuse_bytes("header", reason_of(text), content, text)
-    whole = test_hostile.WHOLE
+    whole = test_hostile_header.WHOLE
     for size in (0, 1, 7, 8, 9, 40, len(whole) - 9, len(whole) - 1):
         refuse_bytes(
             "cut", "header" if size < len(whole) - 8 else "layout", whole[:size], "cut short"
         )
     for length in (1, 10, len(whole) - 20, 100_000_001, 2**63 - 1, 2**64 - 1):
         refuse_bytes("length", "header", length.to_bytes(8, "little") + whole[8:], "a wrong length")
-    for content, text in [*test_hostile.NOTES, *test_hostile.CLAIMS]:
+    for content, text in [*test_hostile_note.NOTES, *test_hostile_note.CLAIMS]:
         refuse_bytes("note", "note", content, text)
     for path in (".a", "#01", "@b\\q", "@\ud800"):
         refuse_bytes("note", "note", hostile.leaves({path: ["str", "x"]}), "no key path")
@@ -377,9 +377,9 @@ def add_refused() -> None:
     for kind, name in (("tuple", r"@\(1)#0"), ("None", r"@\(1)")):
         content = hostile.nodes({r"@\(True)": kind}, name)
         refuse_bytes("note", "tree", content, "dict keys that are equal in Python")
-    for content, text in test_hostile.TREE_NOTES:
+    for content, text in test_hostile_note.TREE_NOTES:
         refuse_bytes("value", "value", content, text)
-    for found, error, text in test_hostile.NAMES:
+    for found, error, text in test_hostile_names.NAMES:
         refuse_bytes(
             "name", "name" if error is KeyPathError else "tree", hostile.names(*found), text
         )

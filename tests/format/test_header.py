@@ -100,7 +100,7 @@ def test_a_shard_ends_before_its_header_exceeds_the_limit(
     limit = 4096
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(index, "MAX_SHARD_HEADER", limit)
-        shards = index.split(infos, 10**9, metadata)
+        shards = index.into_shards(infos, 10**9, metadata)
     assert [name for shard in shards for name in shard] == header.in_order(infos)
     lengths = [
         len(header.plan({n: infos[n] for n in shard}, metadata).head) - 8 for shard in shards

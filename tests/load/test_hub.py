@@ -34,7 +34,7 @@ def test_shards_are_those_of_huggingface_hub(sizes: list[int], limit: int) -> No
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=limit,
     )
-    assert index_format.split(infos, limit, {}) == list(expected.filename_to_tensors.values())
+    assert index_format.into_shards(infos, limit, {}) == list(expected.filename_to_tensors.values())
 
 
 @pytest.mark.parametrize("size", ["5GB", "1.5MB", "2 TB", "0.5KB"])

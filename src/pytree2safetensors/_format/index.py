@@ -52,7 +52,7 @@ def parse_size(size: int | str) -> int:
     return size
 
 
-def split(
+def into_shards(
     infos: Mapping[str, TensorInfo], limit: int, metadata: Mapping[str, str]
 ) -> list[list[str]]:
     """Divide tensors into shards, as huggingface_hub does, and into more for the sake of headers.

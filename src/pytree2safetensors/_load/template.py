@@ -14,7 +14,7 @@ from pytree2safetensors._leaves.describe import PYTHON_SCALARS, info_of
 from pytree2safetensors._leaves.jax_versions import REFERENCE
 from pytree2safetensors._leaves.keys import implementation_of, is_key_dtype, key_shape
 from pytree2safetensors._leaves.spec import LeafSpec, holds, rank_of
-from pytree2safetensors._tree.literal import show as show_value
+from pytree2safetensors._tree.literal import short_form
 
 PYTHON_NUMBERS: Final = {"int": int, "float": float, "bool": bool, "complex": complex}
 _NO_NUMBERS: Final = frozenset({"key", "str"})
@@ -150,7 +150,7 @@ def misfit(slot: TemplateLeaf, stored: LeafSpec, value: Any, *, cast: bool) -> s
         fits = _dtype_fits(wanted, stored, value, cast)
     if fits:
         return None
-    of = f" ({show_value(value)})" if value is not None else ""
+    of = f" ({short_form(value)})" if value is not None else ""
     refused = (
         cast and wanted.shape == stored.shape and {wanted.kind, stored.kind}.isdisjoint(_NO_NUMBERS)
     )

@@ -14,7 +14,13 @@ from pytree2safetensors._errors import FileFormatError
 from pytree2safetensors._format.digests import add_digests, blank_digests
 from pytree2safetensors._format.header import MAX_SHARD_HEADER
 from pytree2safetensors._format.header import plan as lay_out
-from pytree2safetensors._format.index import SUFFIX, TOTAL_SIZE, index_name, split, write_index
+from pytree2safetensors._format.index import (
+    SUFFIX,
+    TOTAL_SIZE,
+    index_name,
+    into_shards,
+    write_index,
+)
 from pytree2safetensors._format.tensor import TensorInfo
 from pytree2safetensors._save.contents import Contents
 
@@ -98,7 +104,7 @@ def plan_folder(contents: Contents, stem: str, limit: int, *, checksum: bool) ->
             "choose another name"
         )
     own = {key: metadata[key] for key in metadata if key == "format"}  # of each shard
-    shards = split(infos, limit, own)
+    shards = into_shards(infos, limit, own)
     if len(shards) <= 1:
         return plan_file(contents, checksum=checksum, name=stem + SUFFIX)
     files = []

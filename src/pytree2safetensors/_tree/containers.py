@@ -11,7 +11,7 @@ import jax
 
 from pytree2safetensors._arguments import checked
 from pytree2safetensors._tree.keys import GetAttrKey
-from pytree2safetensors._tree.printing import Node, render
+from pytree2safetensors._tree.printing import Printed, render
 
 
 class PyTreeContainer:
@@ -91,10 +91,10 @@ class PyTreeContainer:
     def __repr__(self) -> str:
         return render(self)
 
-    def __printed__(self) -> Node:
+    def __printed__(self) -> Printed:
         attrs = sorted(attrs_of(self).items())
         labels = [f"{name}=" if name.isidentifier() else f"{name!r}: " for name, _ in attrs]
-        return Node("PyTreeContainer(", labels, [value for _, value in attrs], ")")
+        return Printed("PyTreeContainer(", labels, [value for _, value in attrs], ")")
 
     def __treescope_repr__(self, path: str | None, subtree_renderer: Callable[..., Any]) -> Any:
         parts: Any = import_module("treescope.repr_lib")
@@ -109,9 +109,9 @@ def _is_dunder(name: str) -> bool:
 
 
 # The slot's own accessors: they reach it whatever the attributes are called.
-_slot = PyTreeContainer.__dict__["__attrs__"]
-attrs_of = cast(Callable[[PyTreeContainer], dict[str, Any]], _slot.__get__)
-_set_attrs = cast(Callable[[PyTreeContainer, dict[str, Any]], None], _slot.__set__)
+_attrs_slot = PyTreeContainer.__dict__["__attrs__"]
+attrs_of = cast(Callable[[PyTreeContainer], dict[str, Any]], _attrs_slot.__get__)
+_set_attrs = cast(Callable[[PyTreeContainer, dict[str, Any]], None], _attrs_slot.__set__)
 
 
 class UnkeyedContainer:
@@ -153,8 +153,8 @@ class UnkeyedContainer:
     def __repr__(self) -> str:
         return render(self)
 
-    def __printed__(self) -> Node:
-        return Node("UnkeyedContainer([", [""] * len(self), list(self), "])")
+    def __printed__(self) -> Printed:
+        return Printed("UnkeyedContainer([", [""] * len(self), list(self), "])")
 
     def __treescope_repr__(self, path: str | None, subtree_renderer: Callable[..., Any]) -> Any:
         parts: Any = import_module("treescope.repr_lib")

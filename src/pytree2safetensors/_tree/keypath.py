@@ -33,9 +33,9 @@ from pytree2safetensors._tree.keys import (
 from pytree2safetensors._tree.literal import (
     MAX_DIGITS,
     SURROGATE,
-    describe,
     read_literal,
-    show,
+    short_form,
+    with_type,
     write_literal,
 )
 from pytree2safetensors._tree.rejection import Rejected, refuse
@@ -113,7 +113,7 @@ def spell_key(key: object) -> str:
     """Spell one key as a segment, its marker included."""
     speller = _SPELLERS.get(type(key))
     if speller is None:
-        raise KeyPathError(f"cannot spell {describe(key)}: not one of JAX's own key classes")
+        raise KeyPathError(f"cannot spell {with_type(key)}: not one of JAX's own key classes")
     return speller(key)
 
 
@@ -149,7 +149,7 @@ _SPELLERS: dict[type, Callable[..., str]] = {
 
 def _escape(text: str, what: str) -> str:
     if type(text) is not str:
-        raise KeyPathError(f"{what} is a str, not {describe(text)}")
+        raise KeyPathError(f"{what} is a str, not {with_type(text)}")
     if text.isidentifier():  # as most are: nothing to escape
         return text
     if not text.isascii() and SURROGATE.search(text):
@@ -159,9 +159,11 @@ def _escape(text: str, what: str) -> str:
 
 def _checked_index(index: int) -> int:
     if type(index) is not int:
-        raise KeyPathError(f"an index is an int, not {describe(index)}")
+        raise KeyPathError(f"an index is an int, not {with_type(index)}")
     if not 0 <= index <= MAX_INDEX:
-        raise KeyPathError(f"an index is at least 0 and at most {MAX_INDEX}, not {show(index)}")
+        raise KeyPathError(
+            f"an index is at least 0 and at most {MAX_INDEX}, not {short_form(index)}"
+        )
     return index
 
 
@@ -188,7 +190,7 @@ def string2keypath(string: str) -> KeyPath:
     """
     if type(string) is not str:
         if not isinstance(string, str):
-            raise KeyPathError(f"a spelled key path is a str, not {describe(string)}")
+            raise KeyPathError(f"a spelled key path is a str, not {with_type(string)}")
         string = str.__str__(string)
     try:
         return tuple(read(string))

@@ -36,7 +36,7 @@ def write_literal(value: object) -> str:
         elif item is not None and type(item) is not bool and type(item) is not bytes:
             raise KeyPathError(
                 f"a dict key is a str, None, bool, int, float, bytes or a tuple of these, "
-                f"not {describe(item)}"
+                f"not {with_type(item)}"
             )
     try:
         return ascii(value)
@@ -44,13 +44,13 @@ def write_literal(value: object) -> str:
         raise KeyPathError(f"a dict key cannot be written: {error}") from None
 
 
-def describe(value: object) -> str:
-    """A value and its type, for messages."""
-    return f"{show(value)} of type {type(value).__module__}.{type(value).__qualname__}"
+def with_type(value: object) -> str:
+    """Write a value and its type for a message."""
+    return f"{short_form(value)} of type {type(value).__module__}.{type(value).__qualname__}"
 
 
-def show(value: object) -> str:
-    """A value, cut where it is long."""
+def short_form(value: object) -> str:
+    """Write a value, cut where it is long."""
     try:
         shown = ascii(value)
     except Exception:  # noqa: BLE001 - whatever a foreign __repr__ raises, the type is still told

@@ -13,7 +13,7 @@ _MOST_NODES = 10_000  # of a tree that is printed; a cyclic one ends here too
 
 
 @dataclass
-class Node:
+class Printed:
     """A node to print: brackets, and the label of each child."""
 
     opening: str
@@ -23,7 +23,7 @@ class Node:
     flat: str | None = None  # the whole on one line, where that is short enough
 
 
-def summarise(leaf: Any) -> str:
+def printed_leaf(leaf: Any) -> str:
     """One leaf on one line: `float32[3,4]` for whatever has a shape and a dtype."""
     shape, dtype = getattr(leaf, "shape", None), getattr(leaf, "dtype", None)
     if isinstance(leaf, np.generic) or shape is None or dtype is None:
@@ -42,13 +42,13 @@ def _value(leaf: Any) -> str:
 
 def render(tree: Any) -> str:
     """Print a tree, each node on one line where it fits, indented where it does not."""
-    root = Node("", [""], [tree], "")
+    root = Printed("", [""], [tree], "")
     nodes = [root]
     for node in nodes:  # grows while it is walked: parents first
         for position, child in enumerate(node.children):
             opened = _open(child) if len(nodes) < _MOST_NODES else None
             node.children[position] = opened or (
-                summarise(child) if len(nodes) < _MOST_NODES else "..."
+                printed_leaf(child) if len(nodes) < _MOST_NODES else "..."
             )
             if opened is not None:
                 nodes.append(opened)
@@ -57,28 +57,28 @@ def render(tree: Any) -> str:
     return root.flat if root.flat is not None else "\n".join(_lines(root))
 
 
-def _open(tree: Any) -> Node | None:
+def _open(tree: Any) -> Printed | None:
     kind = type(tree)
     if hasattr(kind, "__printed__"):  # a container, which knows its parts
-        printed: Node = kind.__printed__(tree)
+        printed: Printed = kind.__printed__(tree)
         return printed
     if isinstance(tree, dict):
         name = "" if kind is dict else kind.__name__
         around = ("{", "}") if kind is dict else (f"{name}({{", "})")
-        return Node(around[0], [f"{key!r}: " for key in tree], list(tree.values()), around[1])
+        return Printed(around[0], [f"{key!r}: " for key in tree], list(tree.values()), around[1])
     if kind is list:
-        return Node("[", [""] * len(tree), list(tree), "]")
+        return Printed("[", [""] * len(tree), list(tree), "]")
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return Node(f"{kind.__name__}(", [f"{name}=" for name in tree._fields], list(tree), ")")
+        return Printed(f"{kind.__name__}(", [f"{name}=" for name in tree._fields], list(tree), ")")
     if kind is tuple:
-        return Node("(", [""] * len(tree), list(tree), ",)" if len(tree) == 1 else ")")
+        return Printed("(", [""] * len(tree), list(tree), ",)" if len(tree) == 1 else ")")
     return None
 
 
-def _on_one_line(node: Node) -> str | None:
+def _on_one_line(node: Printed) -> str | None:
     parts: list[str] = []
     for label, child in zip(node.labels, node.children, strict=True):
-        shown = child.flat if isinstance(child, Node) else child
+        shown = child.flat if isinstance(child, Printed) else child
         if shown is None or "\n" in shown:
             return None
         parts.append(label + shown)
@@ -86,13 +86,13 @@ def _on_one_line(node: Node) -> str | None:
     return line if len(line) <= _WIDTH or not parts else None
 
 
-def _lines(root: Node) -> list[str]:
+def _lines(root: Printed) -> list[str]:
     lines: list[str] = []
     pending: list[tuple[int, str, Any, str]] = [(0, "", root.children[0], "")]
     while pending:
         indent, label, child, after = pending.pop()
-        if not isinstance(child, Node) or child.flat is not None:
-            shown = child.flat if isinstance(child, Node) else child
+        if not isinstance(child, Printed) or child.flat is not None:
+            shown = child.flat if isinstance(child, Printed) else child
             lines.append(f"{'  ' * indent}{label}{shown}{after}")
             continue
         lines.append(f"{'  ' * indent}{label}{child.opening}")
