@@ -4,7 +4,7 @@ Specification: *Loading*.
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 import jax
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pytree2safetensors._leaves.jax_versions import block_until_ready, pinned_memory
 from pytree2safetensors._leaves.to_jax import own_programs
 
-# Measured on an H100: in pinned memory, batches of 32 MiB that 12 or more threads read come near to
+# Measured on an H100: in pinned memory, batches of 32 MiB that 12 threads read come near to
 # what the page cache gives. Three of the tensors of usual models fit in. JAX keeps pinned memory
 # for good, in powers of two.
 RING: Final = (256 << 20, 128 << 20)  # bytes
@@ -44,21 +44,28 @@ class Ring:
     """
 
     def __init__(self, device: jax.Device, sizes: Sequence[int] = RING) -> None:
-        self.pieces = [_Piece(memory_for(device, size)) for size in sizes]
-        self.largest = max(sizes, default=0)
+        self.device, self.largest = device, max(sizes, default=0)
+        self.pieces: list[_Piece] = []
+        self.sizes = deque(sizes)  # of the pieces that have not been needed yet
         self.taken: deque[_Piece] = deque()  # the piece of each batch, the oldest first
         self.moving: deque[list[Any]] = deque()  # the arrays that are made of the oldest batches
 
     def take(self, size: int) -> NDArray[np.uint8] | None:
         """Return memory for a batch; None if the others leave no room for it."""
         size = -(-size // ALIGNMENT) * ALIGNMENT
-        for piece in self.pieces:
+        for piece in self._pieces():
             start = piece.place(size)
             if start is not None:
                 piece.taken.append((start, size))
                 self.taken.append(piece)
                 return piece.memory[start : start + size]
         return None
+
+    def _pieces(self) -> Iterator["_Piece"]:
+        yield from self.pieces
+        while self.sizes:
+            self.pieces.append(_Piece(memory_for(self.device, self.sizes.popleft())))
+            yield self.pieces[-1]
 
     def transferred(self, arrays: list[Any]) -> None:
         """Say which arrays are made of the oldest batch that is not being transferred yet."""

@@ -33,6 +33,7 @@ from pytree2safetensors._load.plan import Batch, Wanted, plan_batches
 from pytree2safetensors._load.ranges import Place, mapped, plan_reads
 from pytree2safetensors._load.template import TemplateLeaf
 from pytree2safetensors._load.verifying import check_digests
+from pytree2safetensors._storage.byte_source import PIECE
 from pytree2safetensors._storage.progress import Progress, Report, closing_bar
 from pytree2safetensors._storage.read_pool import ReadPool
 
@@ -40,7 +41,8 @@ _BATCH: Final = 64 << 20  # bytes that one leaf that lives on can keep in memory
 _STAGED_BATCH: Final = 32 << 20  # bytes that are handed to other devices at once
 _AHEAD: Final = 2  # batches that are read while another becomes leaves
 _READERS: Final = 4  # threads; more do not help where pages have to be made
-_STAGED_READERS: Final = 16  # into memory that is used again
+_STAGED_READERS: Final = 12  # into memory that is used again; more get into each other's way
+_STAGED_PIECE: Final = 16 << 20  # bytes of one read there, long enough for the threads to overlap
 
 
 class _Reading(NamedTuple):
@@ -142,8 +144,8 @@ def _read(
     device: jax.Device | None,
 ) -> None:
     """Read batches ahead of those that become leaves."""
-    most = _READERS if device is None else _STAGED_READERS
-    with ReadPool(min(most, os.cpu_count() or 1)) as pool:
+    most, piece = (_READERS, PIECE) if device is None else (_STAGED_READERS, _STAGED_PIECE)
+    with ReadPool(min(most, os.cpu_count() or 1), piece) as pool:
         if device is None:
             ahead = _Ahead(checkpoint, finisher, pool)
         else:

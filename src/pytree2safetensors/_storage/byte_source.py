@@ -11,7 +11,7 @@ from pytree2safetensors._errors import FileFormatError
 
 PathLike: TypeAlias = str | os.PathLike[str]
 
-_PIECE: Final = 8 << 20  # bytes of one read
+PIECE: Final = 8 << 20  # bytes of one read
 _VECTORS: Final = 512  # buffers of one system call; the least that systems allow is 1024
 
 
@@ -95,8 +95,8 @@ class Read(NamedTuple):
 JoinedRead: TypeAlias = tuple[ByteSource, int, list[memoryview], int]  # with its size in bytes
 
 
-def joined_reads(reads: Iterable[Read]) -> Iterator[JoinedRead]:
-    """Join reads that follow each other in the file, and cut those that are long."""
+def joined_reads(reads: Iterable[Read], piece: int = PIECE) -> Iterator[JoinedRead]:
+    """Join reads that follow each other in the file, and cut those that are longer than `piece`."""
     source: ByteSource | None = None
     buffers: list[memoryview] = []
     start = size = 0
@@ -107,11 +107,11 @@ def joined_reads(reads: Iterable[Read]) -> Iterator[JoinedRead]:
                 yield source, start, buffers, size
             source, start, buffers, size = read.source, offset, [], 0
         while len(buffer):
-            taken = buffer[: _PIECE - size]
+            taken = buffer[: piece - size]
             buffers.append(taken)
             size += len(taken)
             buffer = buffer[len(taken) :]
-            if size == _PIECE or len(buffers) == _VECTORS:
+            if size == piece or len(buffers) == _VECTORS:
                 yield read.source, start, buffers, size
                 start, buffers, size = start + size, [], 0
     if source is not None and size:

@@ -9,7 +9,7 @@ from functools import partial
 from types import TracebackType
 from typing import Final, TypeVar
 
-from pytree2safetensors._storage.byte_source import JoinedRead, Read, joined_reads
+from pytree2safetensors._storage.byte_source import PIECE, JoinedRead, Read, joined_reads
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -18,10 +18,15 @@ _INLINE: Final = 8 << 20  # bytes: less is read sooner than handed to threads
 
 
 class ReadPool:
-    """Threads that read. Where no thread can start, the calling one reads."""
+    """Threads that read. Where no thread can start, the calling one reads.
 
-    def __init__(self, workers: int) -> None:
-        self._workers = workers
+    Args:
+        workers: How many threads there are, at most.
+        piece: The bytes of one read, at most.
+    """
+
+    def __init__(self, workers: int, piece: int = PIECE) -> None:
+        self._workers, self._piece = workers, piece
         self._pool: ThreadPoolExecutor | None = None
         self._stopped = False
 
@@ -54,7 +59,7 @@ class ReadPool:
         Returns:
             Futures to wait for; less than some megabytes are read before this returns.
         """
-        batches = list(joined_reads(reads))
+        batches = list(joined_reads(reads, self._piece))
         work: list[Callable[[], None]] = [partial(self._read, batch, report) for batch in batches]
         waiting = [*work, *tasks]
         if len(waiting) == len(work) and sum(size for *_, size in batches) < _INLINE:
