@@ -399,6 +399,52 @@ def test_every_option_gives_the_bytes_of_one_process(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "together"]
 
 
+RULES = [
+    p2s.Rule("h.{l}.weight", "layers.kernel", "o i -> l i o"),
+    p2s.Rule("h.{l}.bias", "layers.bias", "o -> l o"),
+    p2s.Rule("{=}", "{=}"),
+]
+
+
+def save_with_rules(folder: str, options: dict[str, Any], background: bool) -> None:
+    """Save by rules with both processes, and with one alone."""
+    described = {
+        "layers": {
+            "kernel": (values_of((4, 64, 48)), P("x", "y")),
+            "bias": (values_of((4, 48)), P(None, "y")),
+        },
+        "embed": (values_of((128, 16)), P(("x", "y"))),
+        "host": (np.arange(6, dtype=np.int32), None),
+    }
+
+    def made(together: bool) -> Any:
+        def make(leaf: Any) -> Any:
+            values, spec = leaf
+            return spread(values, spec) if together and spec is not None else values
+
+        return jax.tree.map(make, described, is_leaf=lambda node: isinstance(node, tuple))
+
+    save = p2s.save_pytree_async if background else p2s.save_pytree
+    options = {"rename": RULES, **options}
+    future = save(made(together=True), f"{folder}/together", **options)
+    if background:
+        future.result()  # type: ignore[union-attr] # which the other function does not return
+    if first():
+        p2s.save_pytree(made(together=False), f"{folder}/alone", **options)
+
+
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("shards", [None, "20kB"])
+def test_rules_give_the_bytes_of_one_process(
+    pair: Group, tmp_path: Path, shards: str | None, background: bool
+) -> None:
+    if shards is not None:
+        (tmp_path / "alone").mkdir()
+    options = {"max_shard_size": shards, "checksum": True}
+    pair.run(save_with_rules, tmp_path, options, background)
+    assert contents_of(tmp_path / "together") == contents_of(tmp_path / "alone")
+
+
 # --- pieces, in one process -------------------------------------------------------------------
 
 

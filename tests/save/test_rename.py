@@ -232,15 +232,15 @@ def test_a_flat_dict_may_be_made_under_a_trace() -> None:
     assert_same(jax.device_get(found), {"embed": KERNEL})
 
 
-def test_processes_do_not_rearrange_what_they_share(path: Path) -> None:
-    rule = Rule("w", "w", "o i -> i o")
+def test_processes_do_not_compare_what_they_hold_parts_of(path: Path) -> None:
+    tree = {"embed": KERNEL, "head": KERNEL.T}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pytree2safetensors._save.renamed.is_global", lambda _: True)
         with pytest.raises(FileFormatError) as caught:
-            save_pytree({"w": KERNEL}, path, rename=[rule])
+            save_pytree(tree, path, rename=TIED)
     assert str(caught.value) == (
-        "'@w' is spread over several processes, which do not rearrange its axes; save without "
-        "rename=, then load and save with rename= in one process"
+        "'@embed' and '@head' are both stored as 'embed', and several processes do not compare what "
+        "they hold parts of; leave one of them out with Rule(None, path)"
     )
 
 

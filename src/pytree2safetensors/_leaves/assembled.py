@@ -4,7 +4,7 @@ Specification: *Rules*.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from pytree2safetensors._format.tensor import BITS, TensorInfo
@@ -32,6 +32,15 @@ class Assembled(NamedTuple):
         """Whether the members have every element of the tensor."""
         sizes = (math.prod(shape_of(member.view.region)) for member in self.members)
         return sum(sizes) >= math.prod(self.info.shape)
+
+
+def whole_leaves(leaves: Iterable[Any]) -> Iterator[Any]:
+    """Give leaves as they are in a tree, those that tensors are made of included."""
+    for leaf in leaves:
+        if isinstance(leaf, Assembled):
+            yield from (member.leaf for member in leaf.members)
+        else:
+            yield leaf
 
 
 class Copy(NamedTuple):

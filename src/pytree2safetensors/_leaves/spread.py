@@ -116,6 +116,8 @@ def assembled_chunks(tensor: Assembled) -> Iterator[Chunk]:
 
 def _held(leaf: Any) -> list[tuple[Region, Any]]:
     """The regions of a leaf that this process writes."""
+    if isinstance(leaf, Owned):
+        return [*leaf.shards]
     if isinstance(leaf, jax.Array) and not (leaf.is_fully_replicated and leaf.is_fully_addressable):
         return [*owned(leaf, TensorInfo("", leaf.shape, 0)).shards]
     values = host_array(leaf)

@@ -4,7 +4,7 @@ Specification: *Saving*.
 """
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future
 from functools import partial
 from typing import Any, Literal
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from pytree2safetensors._arguments import checked
 from pytree2safetensors._collector import collector_paused
-from pytree2safetensors._leaves.assembled import Assembled
+from pytree2safetensors._leaves.assembled import Assembled, whole_leaves
 from pytree2safetensors._leaves.encode import host_array
 from pytree2safetensors._leaves.host_copies import to_host
 from pytree2safetensors._leaves.renaming import Rename
@@ -96,7 +96,7 @@ def save_pytree_async(
 
 def _snapshot(leaves: Mapping[str, Any]) -> dict[str, Any]:
     """Copy leaves, each once: rules may make several tensors of one."""
-    unique = {id(leaf): leaf for leaf in _whole_leaves(leaves.values())}
+    unique = {id(leaf): leaf for leaf in whole_leaves(leaves.values())}
     on_host = dict(zip(unique, to_host([*unique.values()]), strict=True))  # started all at once
     copies: dict[int, Any] = {}
 
@@ -110,14 +110,6 @@ def _snapshot(leaves: Mapping[str, Any]) -> dict[str, Any]:
         return copies[id(leaf)]
 
     return {name: copied(leaf) for name, leaf in leaves.items()}
-
-
-def _whole_leaves(leaves: Iterable[Any]) -> Iterator[Any]:
-    for leaf in leaves:
-        if isinstance(leaf, Assembled):
-            yield from (member.leaf for member in leaf.members)
-        else:
-            yield leaf
 
 
 def _copied(leaf: Any) -> NDArray[Any]:

@@ -12,6 +12,7 @@ from typing import Any, ParamSpec, TypeVar
 import jax
 
 from pytree2safetensors._errors import FileFormatError
+from pytree2safetensors._leaves.assembled import whole_leaves
 from pytree2safetensors._leaves.jax_versions import CoordinationKeys, coordination_client
 from pytree2safetensors._leaves.ownership import is_global
 from pytree2safetensors._save.interrupt import Interrupt
@@ -71,7 +72,7 @@ def present() -> Processes:
 
 def is_needed(leaves: Iterable[Any]) -> bool:
     """Return whether some leaf is not wholly addressable by this process."""
-    leaves = list(leaves)
+    leaves = list(whole_leaves(leaves))
     # To ask for the number of processes starts JAX's devices, which a tree of NumPy needs not.
     if not any(issubclass(kind, jax.Array) for kind in set(map(type, leaves))):
         return False

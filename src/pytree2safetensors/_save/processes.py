@@ -7,11 +7,11 @@ import os
 from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from pytree2safetensors._errors import FileFormatError, UnsupportedLeafError, shorten
 from pytree2safetensors._format.note import NOTE, read_note
-from pytree2safetensors._format.tensor import SCALARS
+from pytree2safetensors._leaves.assembled import Assembled, Member
 from pytree2safetensors._leaves.ownership import is_global, is_unreduced, ownership
 from pytree2safetensors._save import saver
 from pytree2safetensors._save.calls import present
@@ -110,14 +110,27 @@ def _terms(contents: Contents, plan: SavePlan, target: Target, options: Options)
     for name, leaf in contents.leaves.items():
         info = contents.infos[name]
         what = f"{info.dtype}{list(info.shape)}" + (f" {info.kind}" if info.kind else "")
-        if is_global(leaf):
-            if is_unreduced(leaf):
-                raise UnsupportedLeafError(
-                    f"the array at {shorten(name)} is unreduced: its shards are summands of its "
-                    "values; reduce it first"
-                )
-            what += f" with shards {ownership(leaf.sharding, leaf.shape).digest[:32]}"
-        elif isinstance(info.kind, str) and info.kind in SCALARS:
-            what = repr(leaf)
-        terms[repr(name)] = what
+        members = leaf.members if isinstance(leaf, Assembled) else []
+        made_of = [_made_of(name, member) for member in members]
+        terms[repr(name)] = what + ("".join(made_of) if members else _origin(name, leaf))
     return terms
+
+
+def _made_of(name: str, member: Member) -> str:
+    """Return which part of a tensor a leaf becomes, and which part of the leaf it is."""
+    names, *rest = member.view
+    return f" {names.index(name)} {rest}{_origin(name, member.leaf)}"
+
+
+def _origin(name: str, leaf: Any) -> str:
+    """Return what the processes must agree on about the values of a leaf."""
+    if type(leaf) in {bool, int, float, complex}:
+        return f" {leaf!r}"
+    if not is_global(leaf):
+        return ""
+    if is_unreduced(leaf):
+        raise UnsupportedLeafError(
+            f"the array at {shorten(name)} is unreduced: its shards are summands of its values; "
+            "reduce it first"
+        )
+    return f" with shards {ownership(leaf.sharding, leaf.shape).digest[:32]}"

@@ -99,7 +99,6 @@ def tensors_of(placed: Sequence[Placed]) -> tuple[dict[str, TensorInfo], dict[st
     found = assemble(placed)
     made: dict[str, Any] = {}
     for name, copies in found.items():
-        _check_local(copies)
         for other in copies[1:]:
             _check_equal(copies[0], other)
         view, leaf = copies[0].tensor.members[0]
@@ -123,27 +122,27 @@ def _check_kinds(placed: Iterable[Placed]) -> None:
         raise UnsupportedLeafError("\n".join([first, *_first(noted), last]))
 
 
-def _check_local(copies: Sequence[Copy]) -> None:
-    """Refuse what several processes would have to make together."""
-    members = [member for copy in copies for member in copy.tensor.members]
-    if any(is_global(leaf) for _, leaf in members) and not (
-        len(members) == 1 and members[0].view.is_plain
-    ):
-        raise FileFormatError(
-            f"{shorten(copies[0].path)} is spread over several processes, which do not rearrange its "
-            "axes; save without rename=, then load and save with rename= in one process"
-        )
-
-
 def _check_equal(one: Copy, other: Copy) -> None:
     """Check that leaves that are stored as one tensor have the same bytes."""
     if one.tensor.info == other.tensor.info:
         if _is_same(one.tensor, other.tensor):
             return
+        _check_local(one, other)
         chunks = zip(assembled_chunks(one.tensor), assembled_chunks(other.tensor), strict=True)
         if all(first == second for first, second in chunks):
             return
     raise differ(one.path, other.path, one.tensor.name)
+
+
+def _check_local(one: Copy, other: Copy) -> None:
+    """Refuse to compare what no process has all of."""
+    members = [*one.tensor.members, *other.tensor.members]
+    if any(is_global(leaf) for _, leaf in members):
+        raise FileFormatError(
+            f"{shorten(one.path)} and {shorten(other.path)} are both stored as "
+            f"{shorten(one.tensor.name)}, and several processes do not compare what they hold parts "
+            "of; leave one of them out with Rule(None, path)"
+        )
 
 
 def differ(one: str, other: str, name: str) -> FileFormatError:

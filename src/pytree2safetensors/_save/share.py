@@ -9,6 +9,7 @@ from typing import Any, Final, NamedTuple
 
 from pytree2safetensors._format.digests import block_bounds, digest_tensor
 from pytree2safetensors._format.tensor import TensorInfo
+from pytree2safetensors._leaves.assembled import Assembled
 from pytree2safetensors._leaves.encode import host_array
 from pytree2safetensors._leaves.ownership import is_global
 from pytree2safetensors._leaves.spread import Owned, owned, owned_chunks, tensor_chunks
@@ -29,21 +30,46 @@ Share = Mapping[str, Any]
 def share_of(contents: Contents, process: int, *, copied: bool) -> Share:
     """Return what a process saves; copied, it is safe from donation and changes."""
     share: dict[str, Any] = {}
+    copies: dict[int, Any] = {}  # rules may make several tensors of one leaf
+
+    def part_of(leaf: Any, info: TensorInfo) -> Any:
+        part = owned(leaf, info) if is_global(leaf) else leaf
+        if not copied:
+            return part
+        if id(leaf) not in copies:
+            copies[id(leaf)] = part.copied() if isinstance(part, Owned) else host_array(leaf).copy()
+        return copies[id(leaf)]
+
     for name, leaf in contents.leaves.items():
-        if is_global(leaf):
-            shards = owned(leaf, contents.infos[name])
-            share[name] = shards.copied() if copied else shards
-        elif process == 0:
-            share[name] = host_array(leaf).copy() if copied else leaf
+        if isinstance(leaf, Assembled):
+            members = [
+                member._replace(leaf=part_of(member.leaf, _info_of(member.leaf)))
+                for member in leaf.members
+                if process == 0 or is_global(member.leaf)
+            ]
+            if members:
+                share[name] = leaf._replace(members=members)
+        elif process == 0 or is_global(leaf):
+            share[name] = part_of(leaf, contents.infos[name])
     return share
 
 
+def _info_of(leaf: Any) -> TensorInfo:
+    """Return what regions of a leaf need that is not stored as it is."""
+    return TensorInfo("", getattr(leaf, "shape", ()), 0)
+
+
 def size_of(share: Share, infos: Mapping[str, TensorInfo]) -> int:
-    """Return how many bytes of tensors a share has."""
-    return sum(
-        part.nbytes(infos[name]) if isinstance(part, Owned) else infos[name].nbytes
-        for name, part in share.items()
-    )
+    """Return how many bytes of tensors a share has, for progress."""
+    return sum(_size_of(part, infos[name]) for name, part in share.items())
+
+
+def _size_of(part: Any, info: TensorInfo) -> int:
+    if isinstance(part, Owned):
+        return part.nbytes(info)
+    if isinstance(part, Assembled) and any(isinstance(m.leaf, Owned) for m in part.members):
+        return sum(m.leaf.nbytes(info) // len(m.view.names) for m in part.members)
+    return info.nbytes
 
 
 def own_chunks(
