@@ -133,6 +133,7 @@ def draw(panels: Sequence[Panel], runs: list[dict[str, Any]]) -> str:
     label = "; ".join(panel.title for panel in panels)
     head = (
         f'<svg class="chart" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {y - 10:g}" '
+        f'width="{1.2 * WIDTH:g}" height="{1.2 * (y - 10):g}" '
         f'role="img" aria-label="Bar chart. {escape(label)}" font-family="system-ui, sans-serif" '
         f'font-size="14" fill="{GRAY}">'
     )
