@@ -1,6 +1,7 @@
 /** What the reader in JavaScript does beyond the conformance kit: addresses, parts of tensors, errors. */
 
 import assert from "node:assert/strict";
+import { createHash } from "node:crypto";
 import { createServer } from "node:http";
 import { after, before, test } from "node:test";
 
@@ -95,6 +96,25 @@ test("parts of a tensor are read, and nothing beyond its end", async () => {
   assert.deepEqual([...(await file.values("@small", 1, 100))], [3, 4]);
   assert.equal((await file.values("@large")).length, 500_000);
   assert.equal(await file.check("@small"), false); // no digests
+});
+
+test("a tensor of several blocks is checked by its blocks", async () => {
+  const bytes = new Uint8Array(40 * 2 ** 20).map((_, i) => i % 251);
+  const sha = (...parts) => {
+    const state = createHash("sha256");
+    for (const part of parts) state.update(part);
+    return state.digest();
+  };
+  const block = 16 * 2 ** 20;
+  const blocks = [0, 1, 2].map((i) => sha(bytes.subarray(i * block, (i + 1) * block)));
+  const digest = (...parts) => sha(...parts).toString("hex").slice(0, 32);
+  const digests = JSON.stringify({ "@w": digest(`["@w","U8",[${bytes.length}]]`, ...blocks) });
+  const own = { "pytree2safetensors.sha256": digests };
+  own["pytree2safetensors.sha256.metadata"] = digest(JSON.stringify(own));
+  const make = () => openFile(blobSource(makeFile({ "@w": { dtype: "U8", shape: [bytes.length], bytes } }, own)));
+  assert.equal(await (await make()).check("@w"), true);
+  bytes[35 * 2 ** 20] ^= 1;
+  await assert.rejects((await make()).check("@w"), FileFormatError);
 });
 
 test("a tree is made of nodes and leaves", async () => {

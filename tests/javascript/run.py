@@ -8,15 +8,22 @@ from pathlib import Path
 OLDEST = (20, 19)  # the first Node that takes a module for one without being told
 
 
-def main() -> int:
-    """Return the exit status."""
+def find_node() -> tuple[str | None, str]:
+    """Return the path of a Node that is new enough, or None and the reason."""
     node = shutil.which("node")
     if node is None:
-        print("skipped: there is no node")
-        return 0
+        return None, "there is no node"
     version = subprocess.run([node, "--version"], capture_output=True, text=True, check=True).stdout
     if tuple(map(int, version.removeprefix("v").split(".")[:2])) < OLDEST:
-        print(f"skipped: node is {version.strip()}, and the tests need 20.19")
+        return None, f"node is {version.strip()}, and the tests need 20.19"
+    return node, ""
+
+
+def main() -> int:
+    """Return the exit status."""
+    node, reason = find_node()
+    if node is None:
+        print(f"skipped: {reason}")
         return 0
     tests = sorted(map(str, Path(__file__).parent.glob("*.test.js")))
     return subprocess.run([node, "--test", *tests], check=False).returncode

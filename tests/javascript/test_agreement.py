@@ -1,0 +1,86 @@
+"""The library and the reader in JavaScript accept and refuse the same mutated files, and read the same trees."""
+
+import json
+import random
+import subprocess
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from conformance.describe import describe_tree
+from hostile import DOCUMENTED, MUTATORS, Mutation
+from javascript.run import find_node
+from pytree2safetensors import load_metadata, load_pytree, save_pytree
+from robustness.test_fuzz import MUTATIONS, SEED, mutated_folder_file
+
+pytestmark = pytest.mark.fuzz
+
+NODE, REASON = find_node()
+needs_node = pytest.mark.skipif(NODE is None, reason=REASON)
+# Older ones refuse dtypes and numbers of axes that the reader in JavaScript takes.
+needs_new = pytest.mark.skipif(
+    not hasattr(ml_dtypes, "float8_e8m0fnu") or int(np.__version__.split(".")[0]) < 2,
+    reason="this ml_dtypes lacks dtypes, or this NumPy takes 32 axes",
+)
+
+
+def accepted(load: Callable[[Path], Any], path: Path) -> Any:
+    """What loads, or None where it is refused."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "JAX cannot hold the dtypes")
+        try:
+            return load(path)
+        except DOCUMENTED:
+            return None
+
+
+def disagreements(folder: Path) -> str:
+    """Read all files and folders in a folder in both languages."""
+    cases = {
+        path.name: {
+            "metadata": accepted(load_metadata, path),
+            "tree": accepted(lambda path: describe_tree(load_pytree(path)), path),
+        }
+        for path in folder.iterdir()
+    }
+    loaded = sum(case["tree"] is not None for case in cases.values())
+    assert 0 < loaded < len(cases)  # it tests little otherwise
+    (folder / "cases.json").write_text(json.dumps(cases))
+    command = [str(NODE), str(Path(__file__).parent / "agree.js"), str(folder)]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
+
+
+@needs_node
+@needs_new
+@pytest.mark.parametrize("kind", MUTATORS)
+def test_both_agree_on_mutated_files(kind: str, tmp_path: Path) -> None:
+    for number in range(MUTATIONS // len(MUTATORS) // 4):
+        content = Mutation(kind, SEED, number).make()
+        (tmp_path / f"{number}").write_bytes(content)
+    assert disagreements(tmp_path) == ""
+
+
+@needs_node
+@needs_new
+@pytest.mark.parametrize("checksum", [False, True], ids=["plain", "digests"])
+def test_both_agree_on_mutated_folders(checksum: bool, tmp_path: Path) -> None:
+    tree = {"a": [jnp.ones((4, 4)), 1, (2.5, None)], "b": {"x": jnp.zeros(7), "y": "text"}}
+    save_pytree(tree, tmp_path / "0", max_shard_size=40, metadata={"run": "1"}, checksum=checksum)
+    sound = {path.name: path.read_bytes() for path in (tmp_path / "0").iterdir()}
+    index = "model.safetensors.index.json"
+    for number in range(1, MUTATIONS // 20):
+        chance = random.Random(f"agreement {SEED} {number}")
+        mutated = chance.choice([index, index, *sorted(sound)])
+        folder = tmp_path / f"{number}"
+        folder.mkdir()
+        for name, content in sound.items():
+            (folder / name).write_bytes(content)
+        changed = mutated_folder_file(chance, folder / mutated, sound[mutated])
+        (folder / mutated).write_bytes(changed)
+    assert disagreements(tmp_path) == ""
