@@ -28,6 +28,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -154,8 +155,10 @@ def listen(process: "subprocess.Popen[str]") -> dict[str, Any] | None:
     return None if answer is None else answer | {"host memory": peak}
 
 
-def measure(options: argparse.Namespace, folder: Path, result: dict[str, Any]) -> None:
-    """Do all tasks, in order, as long as there is time."""
+def measure(
+    options: argparse.Namespace, folder: Path, result: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """Do all tasks, in order, as long as there is time; give what is known after each."""
     start = time.monotonic()
     chosen = [task for task in TASKS if task.system in {"", *(options.systems or [task.system])}]
     details = {"bytes": result["bytes"], "leaves": result["leaves"]}
@@ -177,6 +180,7 @@ def measure(options: argparse.Namespace, folder: Path, result: dict[str, Any]) -
             print(f"  {what}: {said(answer)}", flush=True)
         if all(later.file != task.file for later in chosen[position + 1 :]):
             remove(folder / task.file)
+        yield result
 
 
 def said(answer: dict[str, Any]) -> str:
@@ -213,13 +217,13 @@ def main() -> None:
             "runs": [],
         }
         print(report.about(result), flush=True)
-        measure(options, folder, result)
+        output = options.output
+        if platform != "cpu" and not options.systems and not output:
+            output = OUTPUT
+        for so_far in measure(options, folder, result):
+            if output:  # what is there stays, whatever happens to the rest
+                report.write(so_far, output)
     print(report.as_text(result))
-    output = options.output
-    if platform != "cpu" and not options.systems and not output:
-        output = OUTPUT
-    if output:
-        report.write(result, output)
 
 
 def fitting(folder: Path, limit: int) -> int:
