@@ -77,9 +77,8 @@ TASKS = (
     Task(OURS, MODEL, "background"),
     Task(OURS, FOLDER, "save"),
     Task(OURS, FOLDER, "load"),
-    Task(ORBAX, FOLDER, "save"),
-    Task(ORBAX, FOLDER, "load"),
-    *(Task(name, SMALL, op) for name in (OURS, FLAX, ORBAX) for op in ("save", "load")),
+    *(Task(name, SMALL, op) for name in (OURS, FLAX) for op in ("save", "load")),
+    *(Task(ORBAX, workload, op) for workload in (FOLDER, SMALL) for op in ("save", "load")),
 )
 
 
