@@ -24,7 +24,7 @@ from pytree2safetensors._load.plan import Slot, Use, Wanted
 from pytree2safetensors._load.ranges import Place
 from pytree2safetensors._load.template import to_python
 
-_AT_ONCE: Final = 64 << 20  # bytes of assembled leaves that become arrays of JAX together
+_AT_ONCE: Final = 8 << 20  # bytes of assembled leaves that become arrays of JAX together
 
 
 class _Pending(NamedTuple):

@@ -27,6 +27,7 @@ from pytree2safetensors._leaves.staging import (
     default_device,
     memory_for,
 )
+from pytree2safetensors._leaves.views import View
 from pytree2safetensors._load.checkpoint import OpenCheckpoint
 from pytree2safetensors._load.finishing import Finisher
 from pytree2safetensors._load.plan import Batch, Wanted, plan_batches
@@ -38,6 +39,7 @@ from pytree2safetensors._storage.progress import Progress, Report, closing_bar
 from pytree2safetensors._storage.read_pool import ReadPool
 
 _BATCH: Final = 64 << 20  # bytes that one leaf that lives on can keep in memory
+_COPIED_BATCH: Final = 8 << 20  # bytes, if JAX makes a copy of what rules rearrange
 _STAGED_BATCH: Final = 32 << 20  # bytes that are handed to other devices at once
 _AHEAD: Final = 2  # batches that are read while another becomes leaves
 _READERS: Final = 4  # threads; more do not help where pages have to be made
@@ -67,7 +69,8 @@ def read_leaves(
         OSError: The file cannot be read.
     """
     device = None if mmap else _staged_device(wanted)
-    limit = _BATCH if device is None else _STAGED_BATCH
+    copied = any(isinstance(want.source, View) for want in wanted)
+    limit = _STAGED_BATCH if device is not None else _COPIED_BATCH if copied else _BATCH
     with collector_paused():
         batches = list(plan_batches(checkpoint, wanted, limit, keeps_memory(device is not None)))
     report = Report(progress, sum(slot.nbytes for batch in batches for slot in batch.slots))
