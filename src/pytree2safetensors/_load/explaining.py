@@ -47,9 +47,9 @@ def explain(
         rename: As for `load_into_pytree`. Without rules (`[]`), all paths are listed.
 
     Returns:
-        A text: for each leaf of the template whether it fits, its path, with dots too, its shape,
-        its tensors, their shape and the pattern; then the tensors that nothing uses, and the rules
-        that match nothing.
+        Text to print. For each leaf of the template, a line says whether it fits, and has its path,
+        with dots too, its shape, its tensors, their shape and the pattern. Then follow the tensors
+        that nothing uses, and the rules that match nothing.
 
     Raises:
         WeightsMismatchError: The file has nothing at `prefix`.
