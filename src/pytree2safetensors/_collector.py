@@ -1,4 +1,4 @@
-"""Pausing the cyclic garbage collector, which costs two to four times in many-leaf work."""
+"""Pauses of the cyclic garbage collector, which makes work on many leaves two to four times slower."""
 
 import gc
 import os
@@ -11,13 +11,13 @@ class _Pauses:
     """How many pauses there are in this process, and in each thread."""
 
     def __init__(self) -> None:
-        self.lock = threading.RLock()  # a signal handler may save in the thread that holds it
+        self.lock = threading.RLock()  # a signal handler may save while its thread holds the lock
         self.count = 0
         self.own = threading.local()
         self.was_enabled = False
 
     def begin(self) -> None:
-        # The count changes first here and last in `end`, for signal handlers that come in between.
+        # The count changes first here and last in `end`, because a signal handler may run in between.
         with self.lock:
             self.count += 1
             self.own.count = getattr(self.own, "count", 0) + 1

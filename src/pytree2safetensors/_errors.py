@@ -67,7 +67,7 @@ class WeightsMismatchError(Pytree2SafetensorsError, ValueError):
 
 @contextmanager
 def errors_of(file: str) -> Iterator[None]:
-    """Say which file the errors are about that know no more than a name in it."""
+    """Add the name of the file to errors that only name a leaf."""
     try:
         yield
     except FileFormatError as error:
@@ -75,7 +75,7 @@ def errors_of(file: str) -> Iterator[None]:
 
 
 def shorten(text: str, limit: int = 200) -> str:
-    """Show `text` as a literal, with the middle left out where it is long."""
+    """Write `text` as a literal, without its middle if it is long."""
     if len(text) <= limit:
         return repr(text)
     half = limit // 2
@@ -83,6 +83,6 @@ def shorten(text: str, limit: int = 200) -> str:
 
 
 def nearest(name: str, candidates: Sequence[str]) -> str:
-    """Which name is most like one that is not there, to be said behind that."""
+    """Return a hint at the name that is most like a missing one."""
     near = difflib.get_close_matches(name, candidates, 1) if len(name) <= 300 else []
     return f" (nearest: {shorten(near[0])})" if near else ""

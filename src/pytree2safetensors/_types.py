@@ -2,8 +2,8 @@
 
 from typing import Any, TypeAlias
 
-# What a note says of a node or leaf whose key path or tensor does not tell it: a kind, or a kind and an argument.
+# The kind of a node or leaf in a note: a word, or a word and an argument.
 Kind: TypeAlias = str | list[Any]
 
-# Bytes, and where they go: their offset in bytes from the start of a file or of a tensor.
+# Bytes, and their offset in bytes from the start of a file or a tensor.
 Chunk: TypeAlias = tuple[int, memoryview]

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from pytree2safetensors._leaves.spec import holds
 from pytree2safetensors.testing._compare import VALUE_BITS
 
-Draw = Callable[..., Any]  # Hypothesis's own type of it cannot be checked at run time
+Draw = Callable[..., Any]  # Hypothesis's own type cannot be checked at run time
 
-# Left out, as no file holds them: longdoubles, half-precision complex numbers, and whatever is
-# no number.
+# Left out, as no file can hold them: longdoubles, half-precision complex numbers, and dtypes that
+# are not numbers.
 _NAMES: Final = (
     "float32", "bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64",
     "float16", "float64", "complex64", "complex128", "bfloat16", "float8_e3m4", "float8_e4m3",
@@ -35,15 +35,15 @@ def _known(name: str) -> bool:
     return True
 
 
-# Every dtype that a file can hold, and that is known here.
+# Every dtype that a file can hold and the installed ml_dtypes has.
 DTYPES: Final = tuple(np.dtype(getattr(ml_dtypes, name, name)) for name in _NAMES if _known(name))
-# Bytes from which signs, exponents and mantissas take their extremes: NaNs with and without
-# payloads, infinities, subnormals, zeros of both signs, the largest and smallest integers.
+# Bytes that give extreme signs, exponents and mantissas: NaNs with and without payloads,
+# infinities, subnormals, zeros of both signs, the largest and smallest integers.
 _EDGES: Final = bytes([0x00, 0x01, 0x7F, 0x80, 0xFF, 0x7C, 0xF0, 0xC0] * 32)
 
 
 def values_of(dtype: np.dtype[Any], count: int, raw: bytes, edges: bool) -> NDArray[Any]:
-    """Repeat the bytes over so many elements, which own their memory."""
+    """Repeat bytes to fill a number of elements, which own their memory."""
     if edges:
         raw = raw.translate(_EDGES)
     filled = np.resize(np.frombuffer(raw, np.uint8), count * dtype.itemsize)
@@ -57,7 +57,7 @@ def _unaligned(values: NDArray[Any]) -> NDArray[Any]:
 
 
 def _big_endian(values: NDArray[Any]) -> NDArray[Any]:
-    if values.dtype.isbuiltin != 1:  # ml_dtypes has native types alone
+    if values.dtype.isbuiltin != 1:  # ml_dtypes has only native byte orders
         return values
     return values.view(values.dtype.newbyteorder(">"))
 
@@ -90,7 +90,7 @@ def _jax_array(values: NDArray[Any]) -> Any:
 _LAYOUTS: Final[tuple[Callable[[NDArray[Any]], Any], ...]] = (
     _jax_array,
     np.asarray,
-    _jax_array,  # twice, as they are most of what is saved
+    _jax_array,  # twice, because most saved arrays have these
     np.asfortranarray,
     np.transpose,
     _reversed,
@@ -104,12 +104,12 @@ _LAYOUTS: Final[tuple[Callable[[NDArray[Any]], Any], ...]] = (
 
 
 def _shape(number: int) -> tuple[int, ...]:
-    """The shape of up to four axes of up to four elements that has this number."""
+    """Return the shape with this number, of up to four axes of up to four elements."""
     number, axes = divmod(number, 5)
     return tuple(number // 5**axis % 5 for axis in range(axes))
 
 
-# From one number, as names are. Left out: sizes and numbers of axes that would only take longer.
+# From one number, like names. Left out: larger shapes, which would only take longer.
 _SHAPES: Final = st.integers(0, 5**5 - 1).map(_shape)
 
 
@@ -133,7 +133,7 @@ def arrays(
     """
     dtype = np.dtype(draw(st.sampled_from(DTYPES) if dtypes is None else dtypes))
     shape = draw(shapes)
-    # More bytes than these say no more about the array; they repeat.
+    # Longer arrays repeat these bytes.
     count = math.prod(shape)
     size = max(1, min(32, count * dtype.itemsize))
     raw = draw(st.binary(min_size=size, max_size=size))

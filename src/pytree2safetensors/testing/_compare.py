@@ -11,14 +11,14 @@ from pytree2safetensors._errors import shorten
 from pytree2safetensors._format.tensor import WIDTHS
 from pytree2safetensors._tree.keypath import join, spell_key
 
-# The bits that a value fills of its byte. NumPy ignores the rest, and they hold nothing.
+# The bits of a value's byte that are used. NumPy ignores the others.
 VALUE_BITS: Final = {"bool": 1, **{name: (1 << width) - 1 for name, width in WIDTHS.items()}}
 
 _LEAF: Final = jax.tree_util.tree_structure(0)
 
 
 def assert_same(tree: Any, found: Any, how: str, *, same_kinds: bool = False) -> None:
-    """Assert that two trees are equal in structure and leaves, walking both at once."""
+    """Assert that two trees are equal in structure and leaves."""
     pending = [("", tree, found)]
     while pending:
         name, old, new = pending.pop()
@@ -49,7 +49,7 @@ def _check(name: str, difference: str | None, how: str) -> None:
 
 
 def _open(node: Any) -> tuple[list[tuple[Any, Any]], Any]:
-    """The children of a node with their keys, and the structure of the node alone."""
+    """Return the children of a node with their keys, and the structure of the node itself."""
     found: tuple[list[tuple[Any, Any]], Any] = jax.tree_util.tree_flatten_with_path(
         node, is_leaf=lambda part: part is not node
     )
@@ -58,7 +58,7 @@ def _open(node: Any) -> tuple[list[tuple[Any, Any]], Any]:
 
 
 def _difference(old: Any, new: Any, same_kinds: bool) -> str | None:
-    """What differs between two leaves."""
+    """Describe the difference between two leaves."""
     if same_kinds and _kind(old) is not _kind(new):
         return f"it was a {_kind(old).__name__}, and is a {_kind(new).__name__}"
     if not _is_array(old):
@@ -115,6 +115,6 @@ def _array_bits(leaf: Any) -> bytes:
     if not values.dtype.isnative:
         values = values.byteswap()
     raw = np.frombuffer(values.tobytes(), np.uint8)
-    if values.dtype.kind == "b":  # any byte but 0 is true
+    if values.dtype.kind == "b":  # any byte other than 0 is true
         return bytes(raw != 0)
     return bytes(raw & np.uint8(VALUE_BITS.get(values.dtype.name, 0xFF)))

@@ -21,7 +21,7 @@ from pytree2safetensors._tree.literal import MAX_DIGITS
 
 @cache
 def texts() -> SearchStrategy[str]:
-    """Names of attributes and keys of dicts: any text at all.
+    """Generate names of attributes and keys of dicts: any text.
 
     Left out: lone surrogates, which no file can hold.
     """
@@ -30,7 +30,7 @@ def texts() -> SearchStrategy[str]:
 
 
 def _words(alphabet: str, least: int, most: int) -> SearchStrategy[str]:
-    """Short texts, each from one number: a tree has many, and Hypothesis takes its time by draws."""
+    """Generate short texts from one number each, because draws take Hypothesis time."""
     lengths, base = most - least + 1, len(alphabet)
 
     def spell(number: int) -> str:
@@ -40,7 +40,7 @@ def _words(alphabet: str, least: int, most: int) -> SearchStrategy[str]:
     return st.integers(0, lengths * base**most - 1).map(spell)
 
 
-# Names that mean something elsewhere, and long ones.
+# Names with a meaning elsewhere, and long ones.
 _SPECIAL: Final = (
     "", "__metadata__", "__class__", "__reduce_ex__", "tree_flatten", "items", "\0", "(3)", "\\(3)",
     "é" * 300, "." * 300, "x" * 5000,
@@ -49,9 +49,9 @@ _SPECIAL: Final = (
 
 @cache
 def literals() -> SearchStrategy[Any]:
-    """Dict keys that are no str.
+    """Generate dict keys that are not strs.
 
-    Left out: tuples in tuples in tuples, which are as those in tuples.
+    Left out: tuples in tuples in tuples, which behave like tuples in tuples.
     """
     atoms = st.none() | numbers() | st.binary(max_size=12)
     flat = st.lists(atoms | texts(), max_size=3).map(tuple)
@@ -72,7 +72,7 @@ _LIMITS: Final = (
 
 
 def limits() -> SearchStrategy[int]:
-    # By index: a strategy prints what it samples from, and these are long.
+    # By index, because a strategy prints its samples, and these are long.
     return st.integers(0, len(_LIMITS) - 1).map(lambda index: _LIMITS[index])
 
 
@@ -102,7 +102,7 @@ def keypaths(
     """Generate key paths.
 
     Args:
-        keys: What generates the keys.
+        keys: The strategy for keys.
         min_size: The length of the shortest path.
         max_size: The length of the longest. That is short by default, as each key is spelled
             by itself, but for the first.

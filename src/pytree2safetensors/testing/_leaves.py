@@ -18,9 +18,9 @@ from pytree2safetensors.testing._keys import limits
 
 @st.composite
 def _weak_arrays(draw: Draw) -> Any:
-    """Generate weakly typed 0-d JAX arrays, as counters and hyperparameters are."""
+    """Generate weakly typed 0-d JAX arrays, such as counters and hyperparameters."""
     scalar = draw(st.sampled_from([0, 0.0, 0j, False]))
-    if scalar is False:  # only comparisons are weak bools
+    if scalar is False:  # only comparisons give weak bools
         return jax.lax.eq(jnp.asarray(draw(st.integers(0, 1))), jnp.asarray(1))
     weak = jnp.asarray(scalar)
     size = weak.dtype.itemsize
@@ -75,5 +75,5 @@ def leaves(
         st.text(),
         _weak_arrays(),
         _prng_keys(),
-        arrays,  # again, as most leaves are
+        arrays,  # twice, because most leaves are arrays
     )

@@ -1,4 +1,4 @@
-"""Every kind of node that JAX users meet."""
+"""Every kind of node in the trees of JAX users."""
 
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Mapping
@@ -32,7 +32,7 @@ class Record:
 
 
 class Keyed:
-    """A node registered with keys, of any kinds at once, here by their spellings."""
+    """A node registered with keys of several kinds, given by their spellings."""
 
     def __init__(self, children: Mapping[str, Any]) -> None:
         self.children: dict[str, Any] = dict(children)
@@ -64,11 +64,11 @@ jax.tree_util.register_pytree_node(
     Unkeyed, lambda node: (node.children, None), lambda _, children: Unkeyed(children)
 )
 
-# The nodes that come back from a file as they were, without a template.
+# The nodes that load without a template as they were.
 SELF_DESCRIBING: Final[tuple[type, ...]] = (
     dict, list, tuple, type(None), OrderedDict, PyTreeContainer, UnkeyedContainer,
 )  # fmt: skip
-# Every kind of node. Left out: nodes that give two children one key, which cannot be saved.
+# Every kind of node. Left out: nodes that give two children the same key, which cannot be saved.
 NODES: Final[tuple[type, ...]] = (
     *SELF_DESCRIBING, defaultdict, Pair, Nothing, Record, Keyed, Unkeyed,
 )  # fmt: skip

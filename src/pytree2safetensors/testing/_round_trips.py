@@ -38,7 +38,7 @@ def assert_round_trips(tree: Any) -> None:
     >>> assert_round_trips({"layers": [1.5, None, (True, "text")]})
     """
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        # Without 64 bits JAX holds no such arrays, and NumPy arrays come back: as good, here.
+        # If JAX has no 64-bit types, NumPy arrays come back, which is right here.
         warnings.filterwarnings("ignore", message="JAX cannot hold the dtypes")
         path = Path(folder) / "tree.safetensors"
         save_pytree(tree, path, durable=False)
@@ -59,7 +59,7 @@ def assert_round_trips(tree: Any) -> None:
 
 
 def _not_rebuilt(error: WeightsMismatchError) -> str:
-    """Say what differs between a tree and one that JAX rebuilt from leaves like its own."""
+    """Describe the difference between a tree and one that JAX rebuilt from similar leaves."""
     lines = [
         *(f"{shorten(name)} is gone" for name in error.unexpected),
         *(f"{shorten(name)} is new" for name in error.missing),
@@ -70,7 +70,7 @@ def _not_rebuilt(error: WeightsMismatchError) -> str:
 
 
 def _blank(leaf: Any) -> Any:
-    """A leaf of the same kind, whose values say nothing."""
+    """Return a leaf of the same kind with other values."""
     if isinstance(leaf, np.ndarray | np.generic):
         blank = np.zeros(leaf.shape, leaf.dtype)
         return blank if isinstance(leaf, np.ndarray) else blank[()]

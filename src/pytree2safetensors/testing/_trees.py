@@ -58,8 +58,8 @@ def _trees(draw: Draw, leaves: SearchStrategy[Any], kinds: Any, min_size: int, d
 def _choices(
     leaves: SearchStrategy[Any], kinds: Any, min_size: int, depth: int
 ) -> list[SearchStrategy[Any]]:
-    """What a tree can be: in one of four cases a leaf, to which it shrinks."""
-    # Kept, as what a strategy finds out about its parts takes longer than drawing from it.
+    """Return the strategy for a tree: in one of four cases a leaf, to which it shrinks."""
+    # Cached, because a strategy takes longer to analyse its parts than to draw.
     children = _trees(leaves, kinds, min_size, depth - 1)
     nodes = [_BUILDERS[kind](children, min_size) for kind in kinds]
     return [leaves] * (len(nodes) // 3 + 1) + nodes
@@ -67,14 +67,14 @@ def _choices(
 
 _CHILDLESS: Final = (type(None), Nothing)
 _Children = SearchStrategy[Any]
-_MOST = 4  # children of one node: a tree of few leaves has no more at its every level
+_MOST = 4  # children of one node, enough for a tree of few leaves
 
 
 def _dicts(children: _Children, least: int) -> SearchStrategy[dict[Any, Any]]:
-    # JAX sorts the keys of one dict, so they are of kinds that compare.
+    # JAX sorts the keys of a dict, so they must be comparable.
     sortable: Sequence[SearchStrategy[Any]] = (
         texts(),
-        st.integers(),  # which alone are far more frequent than with the floats and bools below
+        st.integers(),  # they are far more frequent than the floats and bools below
         numbers(),
         st.binary(max_size=8),
         st.tuples(st.integers(), texts()),
@@ -87,7 +87,7 @@ def _dicts(children: _Children, least: int) -> SearchStrategy[dict[Any, Any]]:
 
 
 def _ordered_dicts(children: _Children, least: int) -> SearchStrategy[Any]:
-    # JAX leaves the order of these as it is, so keys of any kinds stand together.
+    # JAX does not sort these, so they may have keys of any kinds.
     pairs = st.dictionaries(texts() | literals(), children, min_size=least, max_size=_MOST)
     return pairs.map(OrderedDict).filter(_flattens)
 
@@ -98,7 +98,7 @@ def _default_dicts(children: _Children, least: int) -> SearchStrategy[Any]:
 
 
 def _flattens(tree: dict[Any, Any]) -> bool:
-    """Whether JAX flattens such a dict: from 0.4.36 to 0.6 it does not where a key is None."""
+    """Return whether JAX can flatten a dict; from 0.4.36 to 0.6 it cannot if a key is None."""
     return None not in tree or _makes_none_keys()
 
 
