@@ -24,16 +24,17 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
     The type checkers would print a whole tree where a path should be. Their turn is after this.
     """
     inner = jaxtyped(function, typechecker=beartype)
-    names = [name for name in signature(function).parameters if name not in {"cls", "self"}]
-    skipped = len(signature(function).parameters) - len(names)  # a class, which needs no check
-    where = function.__qualname__.removesuffix(".__new__")
+    parameters = signature(function).parameters.values()
+    positional = [parameter.name for parameter in parameters]  # those that follow are never reached
+    keywords = {p.name for p in parameters if p.kind in {p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY}}
+    where = function.__qualname__.removesuffix(".__new__").removesuffix(".__init__")
 
     @wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-        for name, value in zip(names, args[skipped:], strict=False):
+        for name, value in zip(positional, args, strict=False):
             _check(where, name, value)
         for name, value in kwargs.items():
-            _check(where, name, value)
+            _check(where, name if name in keywords else "**", value)
         return inner(*args, **kwargs)
 
     return wrapper
@@ -42,6 +43,7 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
 def _check(where: str, name: str, value: object) -> None:
     rule = _RULES.get(f"{where} {name}") or _RULES.get(name)
     if rule is not None and not rule[0](value):
+        name = "a size" if name == "**" else name
         remedy = _REMEDIES.get(f"{where} {name}", "")
         if name == "path" and isinstance(value, bytes):
             remedy = "; os.fsdecode makes a str of bytes"
@@ -70,6 +72,10 @@ def _is_path_or(method: str) -> Callable[[object], bool]:
         return isinstance(value, str | os.PathLike) or callable(getattr(value, method, None))
 
     return fits
+
+
+def _is_side(value: object) -> bool:
+    return value is None or isinstance(value, str)
 
 
 def _has_names(value: object) -> bool:
@@ -102,6 +108,10 @@ _RULES: Final[Mapping[str, tuple[Callable[[object], bool], str]]] = {
     "path": (_is_path_or("read"), _A_PATH),
     "save_pytree path": (_is_path_or("write"), _A_PATH),
     "save_pytree_async path": (_is_path_or("write"), _A_PATH),
+    "Rule name": (_is_side, "a str with placeholders, or None"),
+    "Rule path": (_is_side, "a str with placeholders, or None"),
+    "Rule pattern": (lambda value: isinstance(value, str), "a str such as 'a b -> b a'"),
+    "Rule **": (lambda value: isinstance(value, int), "an int"),
     "metadata": (_is_metadata, "a mapping of strs to strs"),
     "unsupported": (
         lambda value: isinstance(value, str) and value in {"raise", "skip"},

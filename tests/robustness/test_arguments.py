@@ -98,6 +98,11 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
         lambda: p.PyTreeContainer([BIG]),
         "PyTreeContainer: attrs must be a mapping of names, which are strs, to values, not list",
     ),
+    (
+        lambda: p.Rule(BYTES, "@a"),
+        "Rule: name must be a str with placeholders, or None, not bytes",
+    ),
+    (lambda: p.Rule("a", "@a", "p -> p", path="3"), "Rule: a size must be an int, not '3'"),
     (lambda: p.UnkeyedContainer(3), "UnkeyedContainer: children must be an iterable, not int"),
     *(
         (
@@ -116,15 +121,39 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
 ]
 
 
+# The type checks of the test run come before these, which have no decorator for the sake of speed.
+UNDECORATED: list[tuple[Callable[[], Any], str]] = [
+    (
+        lambda: p.string2keypath(BYTES),
+        "string2keypath: string must be a spelled key path, which is a str, not bytes",
+    ),
+    (lambda: p.keypath2string(3), "keypath2string: path must be a tuple of keys, not int"),
+    *(
+        (
+            lambda key=key: p.keypath2string((key,)),
+            f"cannot spell {shown}: not one of JAX's own key classes, in a key path that begins ''",
+        )
+        for key, shown in (
+            (
+                BIG,
+                "{'layer0': {'w': 0.0}, 'layer1': {'w': 1.0}, 'layer10': {'w': 10.0}, 'layer100': "
+                "{'w': 100.0}, ...} of type builtins.dict",
+            ),
+            (BYTES, f"b'{'x' * 95}... of type builtins.bytes"),
+        )
+    ),
+]
+
+
 def message_of(work: Callable[[], Any]) -> str:
     """What a wrong call says; it says so at once, and nothing stands behind it."""
     start = time.process_time()
     try:
         work()
-    except TypeError as error:
-        assert type(error) is TypeError
+    except (TypeError, p2s.KeyPathError) as error:
+        assert type(error) in {TypeError, p2s.KeyPathError}
         assert error.__cause__ is None
-        assert error.__context__ is None
+        assert error.__context__ is None or error.__suppress_context__
         return f"{error}{' (slow)' if time.process_time() - start > 0.05 else ''}"
     return "nothing"
 
@@ -148,7 +177,7 @@ def test_wrong_arguments_are_found_without_type_checks(
         check=True,
         text=True,
     )
-    assert json.loads(found.stdout) == [text for _, text in WRONG]
+    assert json.loads(found.stdout) == [text for _, text in [*WRONG, *UNDECORATED]]
 
 
 def test_arguments_that_are_missing_or_unknown_are_pythons_errors() -> None:
@@ -163,4 +192,4 @@ def test_arguments_that_are_missing_or_unknown_are_pythons_errors() -> None:
 
 
 if __name__ == "__main__":
-    print(json.dumps([message_of(work) for work, _ in WRONG]))
+    print(json.dumps([message_of(work) for work, _ in [*WRONG, *UNDECORATED]]))

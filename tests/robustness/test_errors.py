@@ -547,11 +547,11 @@ MISTYPED: list[tuple[Callable[[], Any], str]] = [
     ),
     (
         lambda: keypath2string(3),  # type: ignore[arg-type] # the mistake
-        "a key path is a tuple of keys, not int",
+        "keypath2string: path must be a tuple of keys, not int",
     ),
     (
         lambda: string2keypath(3),  # type: ignore[arg-type] # the mistake
-        "a spelled key path is a str, not 3 of type builtins.int",
+        "string2keypath: string must be a spelled key path, which is a str, not int",
     ),
 ]
 

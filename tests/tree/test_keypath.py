@@ -306,7 +306,7 @@ for function, argument in [
 ]:
     try:
         function(argument)
-    except KeyPathError as error:
+    except (TypeError, KeyPathError) as error:
         messages.append(str(error))
 print(json.dumps(messages))
 """
@@ -318,9 +318,9 @@ def test_arguments_of_other_types() -> None:
     )
     no_key = "not one of JAX's own key classes, in a key path that begins ''"
     assert json.loads(run.stdout) == [
-        "a spelled key path is a str, not None of type builtins.NoneType",
-        "a spelled key path is a str, not b'a' of type builtins.bytes",
-        "a key path is a tuple of keys, not int",
+        "string2keypath: string must be a spelled key path, which is a str, not NoneType",
+        "string2keypath: string must be a spelled key path, which is a str, not bytes",
+        "keypath2string: path must be a tuple of keys, not int",
         f"cannot spell 'a' of type builtins.str: {no_key}",
         f"cannot spell None of type builtins.NoneType: {no_key}",
     ]

@@ -72,7 +72,9 @@ def test_a_rule_that_means_nothing_is_refused(
 
 
 def test_a_rule_is_made_of_strs() -> None:
-    with pytest.raises(TypeError, match="typechecking parameter 'name'"):
+    with pytest.raises(
+        TypeError, match="Rule: name must be a str with placeholders, or None, not int"
+    ):
         Rule(3, "w")  # type: ignore[arg-type] # what is tested
 
 

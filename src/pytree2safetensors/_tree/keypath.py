@@ -81,7 +81,7 @@ def keypath2string(path: KeyPath) -> str:
     'layers#10@query'
     """
     if not isinstance(path, Iterable):
-        raise KeyPathError(f"a key path is a tuple of keys, not {type(path).__name__}")
+        raise TypeError(f"keypath2string: path must be a tuple of keys, not {type(path).__name__}")
     pieces: list[str] = []
     for key in path:
         try:
@@ -190,7 +190,10 @@ def string2keypath(string: str) -> KeyPath:
     """
     if type(string) is not str:
         if not isinstance(string, str):
-            raise KeyPathError(f"a spelled key path is a str, not {with_type(string)}")
+            raise TypeError(
+                f"string2keypath: string must be a spelled key path, which is a str, not "
+                f"{type(string).__name__}"
+            )
         string = str.__str__(string)
     try:
         return tuple(read(string))

@@ -5,6 +5,7 @@ Specification: *Key paths*.
 
 import math
 import re
+import reprlib
 from collections.abc import Callable
 
 from pytree2safetensors._errors import KeyPathError, shorten
@@ -49,10 +50,19 @@ def with_type(value: object) -> str:
     return f"{short_form(value)} of type {type(value).__module__}.{type(value).__qualname__}"
 
 
+_FIRST_ELEMENTS = reprlib.Repr()  # the whole of a large collection would take long
+_FIRST_ELEMENTS.maxstring = _FIRST_ELEMENTS.maxother = _FIRST_ELEMENTS.maxlong = 400
+_COLLECTIONS = (dict, list, tuple, set, frozenset)
+
+
 def short_form(value: object) -> str:
     """Write a value, cut where it is long."""
     try:
-        shown = ascii(value)
+        if type(value) in _COLLECTIONS:
+            first = _FIRST_ELEMENTS.repr(value)
+            shown = first.encode("ascii", "backslashreplace").decode("ascii")
+        else:
+            shown = ascii(value[:100] if type(value) in (str, bytes) else value)
     except Exception:  # noqa: BLE001 - whatever a foreign __repr__ raises, the type is still told
         return "a value"
     return shown if len(shown) <= 100 else shown[:97] + "..."

@@ -11,9 +11,7 @@ from collections.abc import Iterator, Mapping
 from itertools import product
 from typing import Final, NamedTuple
 
-from beartype import beartype
-from jaxtyping import jaxtyped
-
+from pytree2safetensors._arguments import checked
 from pytree2safetensors._tree.patterns import Dims, merged, read_pattern, spread
 from pytree2safetensors._tree.placeholders import (
     REST,
@@ -44,7 +42,7 @@ class Rule:
 
     """
 
-    @jaxtyped(typechecker=beartype)
+    @checked
     def __init__(
         self, name: str | None, path: str | None, pattern: str = "", /, **sizes: int
     ) -> None:
