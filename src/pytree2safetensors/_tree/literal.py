@@ -7,6 +7,7 @@ import math
 import re
 import reprlib
 from collections.abc import Callable
+from typing import cast
 
 from pytree2safetensors._errors import KeyPathError, shorten
 
@@ -62,7 +63,8 @@ def short_form(value: object) -> str:
             first = _FIRST_ELEMENTS.repr(value)
             shown = first.encode("ascii", "backslashreplace").decode("ascii")
         else:
-            shown = ascii(value[:100] if type(value) in (str, bytes) else value)
+            cut = type(value) is str or type(value) is bytes
+            shown = ascii(cast("str | bytes", value)[:100] if cut else value)
     except Exception:  # noqa: BLE001 - whatever a foreign __repr__ raises, the type is still told
         return "a value"
     return shown if len(shown) <= 100 else shown[:97] + "..."
