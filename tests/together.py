@@ -143,7 +143,10 @@ _groups: dict[tuple[int, int], Group] = {}
 def group_of(count: int, devices: int) -> Group:
     """Processes that are there already, unless a test has lost them."""
     group = _groups.get((count, devices))
-    if group is None or any(process.poll() is not None for process in group.processes):
+    if group is not None and any(process.poll() is not None for process in group.processes):
+        group.end()
+        group = None
+    if group is None:
         group = _groups[count, devices] = Group(count, devices)
     return group
 

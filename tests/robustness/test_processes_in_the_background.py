@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 import pytree2safetensors as p2s
 from pytree2safetensors._leaves.jax_versions import CoordinationKeys
 from pytree2safetensors._save import joint
 from pytree2safetensors._storage import descriptor
-from together import Group, checkpoint, first, group_of, number_in, spread
+from together import Group, checkpoint, devices_of, first, group_of, number_in, spread
 
 pytestmark = pytest.mark.multiprocess
 
@@ -43,23 +43,23 @@ def slow_writes(patch: pytest.MonkeyPatch, seconds: float) -> None:
 
 def train_meanwhile(folder: str) -> tuple[bool, float]:
     """Save in the background, and go on with steps that donate the arrays and use collectives."""
-
-    def step(tree: dict[str, Any]) -> dict[str, Any]:
-        total = sum(array.sum() for array in tree.values())
-        return {name: array + total - total + 1 for name, array in tree.items()}
-
-    tree = checkpoint(1)
-    update = jax.jit(step, donate_argnums=0)
-    tree = update(tree)
-    tree["rows"].block_until_ready()
+    update = jax.jit(
+        lambda tree: {name: array + 1 for name, array in tree.items()}, donate_argnums=0
+    )
+    add = jax.jit(lambda array: array + array.sum())
+    # One device of each process: old versions of JAX connect larger groups only with luck.
+    two = Mesh(np.array([devices_of(process)[0] for process in range(2)]), ("x",))
+    total = spread(np.zeros(2, np.float32), P("x"), two)
+    tree = update(checkpoint(1))
+    total = add(total).block_until_ready()
     with pytest.MonkeyPatch.context() as patch:
         slow_writes(patch, 0.2)
         future = p2s.save_pytree_async(tree, f"{folder}/file")
-        tree = update(tree)
-        tree["rows"].block_until_ready()
-        meanwhile = not future.done()
-        for _ in range(20):
-            tree = update(tree)
+        for step in range(21):
+            tree, total = update(tree), add(total)
+            if step == 0:
+                total.block_until_ready()
+                meanwhile = not future.done()
         tree["rows"].block_until_ready()
         future.result()
     return meanwhile, float(tree["rows"].addressable_data(0)[0, 0])
@@ -157,6 +157,28 @@ def test_what_the_call_can_check_it_raises_on_all(pair: Group, tmp_path: Path) -
         assert "checksum" in checksum
         assert "metadata" in metadata
     assert number_in(tmp_path / "file") == 2
+
+
+def save_in_a_callback(folder: str) -> list[str]:
+    found: list[str] = []
+
+    def progress(*_: int) -> None:
+        if not found:
+            with pytest.raises(RuntimeError) as caught:
+                p2s.save_pytree(checkpoint(2), f"{folder}/other")
+            found.append(str(caught.value))
+
+    p2s.save_pytree(checkpoint(1), f"{folder}/file", progress=progress)
+    return found
+
+
+def test_a_callback_cannot_save_arrays_of_several_processes(pair: Group, tmp_path: Path) -> None:
+    for said in pair.run(save_in_a_callback, tmp_path):
+        assert said == [
+            "this is a callback of a save, in which an array of several processes cannot be saved: "
+            "its save would wait for the one that is under way"
+        ]
+    assert number_in(tmp_path / "file") == 1
 
 
 # --- how often they meet ----------------------------------------------------------------------

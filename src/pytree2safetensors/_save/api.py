@@ -17,7 +17,7 @@ from pytree2safetensors._save.contents import collect
 from pytree2safetensors._save.saver import wait_for_earlier
 from pytree2safetensors._save.writing import plan_save, target_of, write
 from pytree2safetensors._storage.byte_source import PathLike
-from pytree2safetensors._storage.progress import ProgressOption, closing_bar, reporter
+from pytree2safetensors._storage.progress import ProgressOption, reporter
 from pytree2safetensors._storage.stream import Writable
 from pytree2safetensors._tree.flatten import PyTree
 
@@ -75,8 +75,7 @@ def save_pytree(
         contents = collect(tree, metadata or {}, unsupported, rename)
     if is_needed(contents.leaves.values()):
         options = processes.Options(durable, checksum, max_shard_size)
-        with closing_bar(report):
-            processes.save(contents, path, options, report)
+        processes.save(contents, path, options, report)
         return
     wait_for_earlier()
     target = target_of(path, max_shard_size)

@@ -15,6 +15,7 @@ from pytree2safetensors._errors import FileFormatError
 from pytree2safetensors._leaves.assembled import whole_leaves
 from pytree2safetensors._leaves.jax_versions import CoordinationKeys, coordination_client
 from pytree2safetensors._leaves.ownership import is_global
+from pytree2safetensors._save import saver
 from pytree2safetensors._save.interrupt import Interrupt
 from pytree2safetensors._save.meeting import Processes
 from pytree2safetensors._tree.flatten import open_once
@@ -37,6 +38,11 @@ def announced(save: Callable[Params, T]) -> Callable[Params, T]:
         tree = args[0] if args else kwargs.get("tree")
         if coordination_client() is None or not is_needed(_leaves_of(tree)):
             return save(*args, **kwargs)
+        if saver.is_current():
+            raise RuntimeError(
+                "this is a callback of a save, in which an array of several processes cannot be "
+                "saved: its save would wait for the one that is under way"
+            )
         with _one_at_a_time:
             processes = present()
             processes.calls += 1

@@ -5,8 +5,10 @@ The thread of the caller waits, and keeps what interrupts it until the save can 
 Specification: *Saving*.
 """
 
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
+from contextlib import contextmanager
 from typing import Final, TypeVar
 
 T = TypeVar("T")
@@ -38,5 +40,22 @@ class Interrupt:
 
     def run(self, work: Callable[[], T]) -> T:
         """Run work on a thread of its own, and keep the interrupts that come meanwhile."""
-        with ThreadPoolExecutor(1, "pytree2safetensors-agree") as pool:
-            return self.wait_for(pool.submit(work))
+        future: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(work())
+            except BaseException as error:  # noqa: BLE001 - the caller's thread raises it
+                future.set_exception(error)
+
+        threading.Thread(target=run, name="pytree2safetensors-agree").start()
+        return self.wait_for(future)
+
+    @contextmanager
+    def also_outside(self) -> Iterator[None]:
+        """Keep an interrupt that comes between two waits, so that the save stops for it, too."""
+        try:
+            yield
+        except BaseException as error:
+            self.received.append(error)
+            raise

@@ -9,13 +9,14 @@ Specification: *Saving*, *Sharded folders*, *Digests*.
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from itertools import chain, groupby
 from typing import Final
 
 from pytree2safetensors._format.digests import hash_block
+from pytree2safetensors._save import saver
 from pytree2safetensors._save.interrupt import Interrupt
 from pytree2safetensors._save.meeting import JointSave, Processes
 from pytree2safetensors._save.plan import SavePlan
@@ -34,7 +35,7 @@ from pytree2safetensors._storage.atomic_file import joining, replacing
 from pytree2safetensors._storage.atomic_folder import replacing_together
 from pytree2safetensors._storage.descriptor import flush, read_at, reserve, write_at
 from pytree2safetensors._storage.naming import foreign, naming, temporary_name
-from pytree2safetensors._storage.progress import Progress, Report
+from pytree2safetensors._storage.progress import Progress, Report, closing_bar
 from pytree2safetensors._types import Chunk
 
 _HASH: Final = 32  # bytes of the hash of a block
@@ -64,8 +65,8 @@ class Work:
 
     # --- prepare and agree ---
 
-    def agree(self, processes: Processes, terms: Terms) -> Callable[[], None]:
-        """Agree with the other processes, and return what does the rest."""
+    def begin(self, processes: Processes, terms: Terms) -> Future[None]:
+        """Agree with the other processes, and have the saver do the rest."""
         plan = self.plan
         last = plan.index_name or plan.files[0].name or os.path.basename(self.target.path)
         token = temporary_name(last)
@@ -76,7 +77,7 @@ class Work:
             self.commit = stack.pop_all()
         if self.target.folder is None:  # of the same length everywhere only if the metadata are
             self.starts = [self.joint.start]
-        return self.follow if self.joint.process else self.lead
+        return saver.submit(self._run)  # by whoever agreed: then it happens in any case
 
     def _prepare(self, stack: ExitStack, token: str) -> None:
         """Create the temporary files, as large as they will be."""
@@ -103,7 +104,14 @@ class Work:
 
     # --- the rest, on process 0 and on the others ---
 
-    def lead(self) -> None:
+    def _run(self) -> None:
+        with closing_bar(self.progress):
+            if self.joint.process == 0:
+                self._lead()
+            else:
+                self._follow()
+
+    def _lead(self) -> None:
         """Do the rest as process 0."""
         error: BaseException | None = None
         try:
@@ -118,7 +126,7 @@ class Work:
         finally:
             self.joint.announce(error)
 
-    def follow(self) -> None:
+    def _follow(self) -> None:
         """Do the rest as another process."""
         hashes, error = self._work()
         self.joint.give(hashes)

@@ -4,7 +4,6 @@ Specification: *Saving*.
 """
 
 import os
-from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
 from typing import Any, Final, NamedTuple
@@ -13,7 +12,6 @@ from pytree2safetensors._errors import FileFormatError, UnsupportedLeafError, sh
 from pytree2safetensors._format.note import NOTE, read_note
 from pytree2safetensors._leaves.assembled import Assembled, Member
 from pytree2safetensors._leaves.ownership import is_global, is_unreduced, ownership
-from pytree2safetensors._save import saver
 from pytree2safetensors._save.calls import present
 from pytree2safetensors._save.contents import Contents
 from pytree2safetensors._save.interrupt import Interrupt
@@ -33,6 +31,8 @@ _PLACE: Final = (
     "which each of them opens by its path; a file object or a device does not do"
 )
 
+_SCALARS: Final = frozenset({bool, int, float, complex})  # whose values must agree
+
 
 class Options(NamedTuple):
     """The options that all processes must give."""
@@ -47,12 +47,10 @@ def save(
 ) -> None:
     """Save together with the other processes."""
     interrupt = Interrupt()
-    work = _agreed(contents, path, options, progress, interrupt, background=False)
-    if saver.is_current():  # a callback of another save, for which nobody waits here
-        work()
-    else:
-        interrupt.wait_for(saver.submit(work))
-    interrupt.check()
+    with interrupt.also_outside():
+        future = _begin(contents, path, options, progress, interrupt, background=False)
+        interrupt.wait_for(future)
+        interrupt.check()
 
 
 def save_async(
@@ -60,13 +58,13 @@ def save_async(
 ) -> Future[None]:
     """Agree with the other processes on a save of what the tree holds now, and save it later."""
     interrupt = Interrupt()
-    work = _agreed(contents, path, options, progress, interrupt, background=True)
-    future = saver.submit(work)
-    interrupt.check()
-    return future
+    with interrupt.also_outside():
+        future = _begin(contents, path, options, progress, interrupt, background=True)
+        interrupt.check()
+        return future
 
 
-def _agreed(
+def _begin(
     contents: Contents,
     path: PathLike | Writable,
     options: Options,
@@ -74,8 +72,8 @@ def _agreed(
     interrupt: Interrupt,
     *,
     background: bool,
-) -> Callable[[], None]:
-    """Prepare a save and agree on it with the other processes; the result does the rest."""
+) -> Future[None]:
+    """Prepare a save and agree on it with the other processes; the saver does the rest."""
     processes = present()
     if not isinstance(path, str | os.PathLike):
         raise FileFormatError(_PLACE)
@@ -87,7 +85,7 @@ def _agreed(
     terms |= _terms(contents, plan, target, options)
     share = share_of(contents, processes.process, copied=background)
     work = Work(plan, target, share, options.durable, progress, interrupt)
-    return interrupt.run(partial(work.agree, processes, terms))
+    return interrupt.run(partial(work.begin, processes, terms))
 
 
 def _terms(contents: Contents, plan: SavePlan, target: Target, options: Options) -> Terms:
@@ -111,8 +109,8 @@ def _terms(contents: Contents, plan: SavePlan, target: Target, options: Options)
         info = contents.infos[name]
         what = f"{info.dtype}{list(info.shape)}" + (f" {info.kind}" if info.kind else "")
         members = leaf.members if isinstance(leaf, Assembled) else []
-        made_of = [_made_of(name, member) for member in members]
-        terms[repr(name)] = what + ("".join(made_of) if members else _origin(name, leaf))
+        made_of = [_made_of(name, member) for member in members] or [_origin(name, leaf)]
+        terms[repr(name)] = what + "".join(made_of) if type(leaf) not in _SCALARS else repr(leaf)
     return terms
 
 
@@ -124,7 +122,7 @@ def _made_of(name: str, member: Member) -> str:
 
 def _origin(name: str, leaf: Any) -> str:
     """Return what the processes must agree on about the values of a leaf."""
-    if type(leaf) in {bool, int, float, complex}:
+    if type(leaf) in _SCALARS:
         return f" {leaf!r}"
     if not is_global(leaf):
         return ""
