@@ -1,8 +1,8 @@
 /**
  * Read safetensors files and pytrees in JavaScript, in browsers and in Node 20 or later.
  *
- * An ES module without dependencies. It implements the reading half of the specification; the comments name its
- * sections. Values of Python map to JavaScript: `None` to null, an int to a BigInt, a float to a number, bytes to a
+ * An ES module without dependencies. It implements what the page on the format, docs/format.md, asks of a reader, and
+ * follows its sections. Values of Python map to JavaScript: `None` to null, an int to a BigInt, a float to a number, bytes to a
  * Uint8Array, a tuple to an array.
  */
 
@@ -568,7 +568,7 @@ function isLeafKind(kind) {
   return value >= 2n ** 63n || value < -(2n ** 63n);
 }
 
-function readNote(text, label) {
+function readNote(text, tensors, label) {
   if (text === undefined) return { nodes: new Map(), leaves: new Map() };
   const refuse = (reason) => {
     throw new FileFormatError(`the note of ${label} ${reason}`);
@@ -585,15 +585,20 @@ function readNote(text, label) {
     if (!isMap(found)) refuse(`lists its ${member} in no object`);
     for (const [path, kind] of found) {
       if (!isKind(kind)) refuse(`gives ${show(path)} an unknown or malformed kind`);
-      try {
-        splitKeyPath(path).forEach(readSegment);
-      } catch (error) {
-        refuse(`has a path that spells no key path: ${error.message}`);
-      }
     }
     return found;
   };
-  return { nodes: kinds("nodes", isNodeKind), leaves: kinds("leaves", isLeafKind) };
+  const nodes = kinds("nodes", isNodeKind);
+  const leaves = kinds("leaves", isLeafKind);
+  const untensored = [...leaves.keys()].filter((path) => !tensors.has(path));
+  for (const path of [...nodes.keys(), ...untensored]) {
+    try {
+      parseKeyPath(path);
+    } catch (error) {
+      refuse(`has a path that spells no key path: ${error.message}`);
+    }
+  }
+  return { nodes, leaves };
 }
 
 // --- Trees ---------------------------------------------------------------------------------------
@@ -824,7 +829,7 @@ async function digest(blob) {
 }
 
 async function checkpoint(label, metadata, tensors) {
-  const found = new Checkpoint(label, metadata, tensors, readNote(metadata.get(NOTE), label));
+  const found = new Checkpoint(label, metadata, tensors, readNote(metadata.get(NOTE), tensors, label));
   await found.readDigests();
   return found;
 }

@@ -232,6 +232,10 @@ def add_by_others() -> None:
         ),
         (hostile.nodes({"": "tuple", "#1": "None"}, "#0"), (np.zeros(1, np.uint8), None)),
     ]
+    deep: Any = np.zeros(1, np.uint8)
+    for _ in range(200):  # as deep as any reader must read
+        deep = {"a": deep}
+    headers.append((hostile.names("@a" * 200), deep))
     for number, (content, tree) in enumerate(headers, 50):
         add_bytes(f"header-{number}.safetensors", content, tree, "others")
 
@@ -371,6 +375,10 @@ def add_refused() -> None:
         refuse_bytes("note", "note", content, text)
     for path in (".a", "#01", "@b\\q", "@\ud800"):
         refuse_bytes("note", "note", hostile.leaves({path: ["str", "x"]}), "no key path")
+    entry = {"#01": hostile.tensor("I64", [], 0, 8)}
+    refuse_bytes("note", "name", hostile.leaves({"#01": "int"}, **entry), "a tensor of no key path")
+    content = hostile.nodes({"#01": "list"}, "#01")
+    refuse_bytes("note", "note", content, "a node of no key path, and a tensor")
     # Nodes that only a registered type has: such a file loads into a template.
     two: dict[str, Any] = {"@a": "list", "b": "list"}
     refuse_bytes("note", "tree", hostile.nodes(two), "two kinds of node at once")
