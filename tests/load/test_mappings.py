@@ -8,8 +8,8 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-from mappings import EXAMPLES, Example, nested
 
+from mappings import EXAMPLES, Example, nested
 from pytree2safetensors import Rule, load_into_pytree, save_pytree
 
 PAGE = Path(__file__).parents[2] / "docs" / "guides" / "mappings.md"

@@ -90,11 +90,15 @@ def host_part(data: Any, index: tuple[slice, ...]) -> NDArray[Any]:
     if isinstance(data, np.ndarray):
         part: NDArray[Any] = data[index]
         return part
+    return host_shard(data)[index] if is_in_place(data) else host_shard(part_of(data, index))
+
+
+def part_of(data: jax.Array, index: tuple[slice, ...]) -> jax.Array:
+    """A region of an array on its device, by one program for all regions of a size."""
     sizes = [bounds.stop - bounds.start for bounds in index]
-    if is_in_place(data) or sizes == [*data.shape]:
-        return host_shard(data)[index]
-    starts = [bounds.start for bounds in index]  # one program for all regions of a size
-    return host_shard(jax.lax.dynamic_slice(data, starts, sizes))
+    if sizes == [*data.shape]:
+        return data
+    return jax.lax.dynamic_slice(data, [bounds.start for bounds in index], sizes)
 
 
 def _key_data(keys: jax.Array) -> jax.Array:

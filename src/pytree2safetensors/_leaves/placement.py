@@ -28,3 +28,10 @@ def is_in_place(array: jax.Array) -> bool:
     if sharding.memory_kind in _HOST_MEMORY:
         return True
     return is_on_host(next(iter(sharding.device_set)))
+
+
+def computes(array: jax.Array) -> bool:
+    """Return whether JAX computes with an array where it is, and not only keeps it there."""
+    sharding: Any = array.sharding
+    is_kept = sharding.memory_kind in _HOST_MEMORY
+    return not is_kept or is_on_host(next(iter(sharding.device_set)))

@@ -10,7 +10,14 @@ from numpy.typing import NDArray
 
 from pytree2safetensors._format.tensor import BITS, TensorInfo
 from pytree2safetensors._leaves.assembled import Assembled
-from pytree2safetensors._leaves.encode import blocks, host_array, host_part, host_shard, to_bytes
+from pytree2safetensors._leaves.encode import (
+    blocks,
+    host_array,
+    host_part,
+    host_shard,
+    part_of,
+    to_bytes,
+)
 from pytree2safetensors._leaves.extents import (
     Part,
     Region,
@@ -23,7 +30,9 @@ from pytree2safetensors._leaves.extents import (
     within,
 )
 from pytree2safetensors._leaves.ownership import ownership
-from pytree2safetensors._leaves.views import file_parts, region_of_tensor
+from pytree2safetensors._leaves.placement import computes
+from pytree2safetensors._leaves.to_jax import own_programs
+from pytree2safetensors._leaves.views import Source, View, file_parts, region_of_tensor
 from pytree2safetensors._types import Chunk
 
 _LARGE: Final = 1 << 16  # bytes: smaller arrays are made whole sooner than cut
@@ -106,12 +115,27 @@ def assembled_chunks(tensor: Assembled) -> Iterator[Chunk]:
             shared = common(region, needed)
             if shared is None:
                 continue
-            part = host_part(data, within(shared, region))
-            raw = np.ndarray(shape_of(shared), f"u{itemsize}", to_bytes(part, info))
-            for source, values in file_parts(view, shared, raw):
+            for source, values in _parts_of(data, region, shared, view, info):
                 if source.name == name:
                     parts.append(Part(source.region, values))
     yield from gather(parts, members[0].view.fine, itemsize)
+
+
+def _parts_of(
+    data: Any, region: Region, shared: Region, view: View, info: TensorInfo
+) -> Iterator[tuple[Source, NDArray[Any]]]:
+    """What belongs where in tensors of the values of a region of a leaf, in units of one item."""
+    unit = f"u{BITS[info.dtype] // 8}"
+    is_moved = view.order != tuple(range(len(view.order)))
+    if is_moved and isinstance(data, jax.Array) and computes(data):
+        with own_programs():  # JAX is quicker at moving axes than NumPy
+            for source, moved in file_parts(view, shared, part_of(data, within(shared, region))):
+                values = host_shard(moved)
+                yield source, np.ndarray(values.shape, unit, to_bytes(values, info))
+    else:
+        part = host_part(data, within(shared, region))
+        raw = np.ndarray(shape_of(shared), unit, to_bytes(part, info))
+        yield from file_parts(view, shared, raw)
 
 
 def _held(leaf: Any) -> list[tuple[Region, Any]]:
@@ -120,7 +144,7 @@ def _held(leaf: Any) -> list[tuple[Region, Any]]:
         return [*leaf.shards]
     if isinstance(leaf, jax.Array) and not (leaf.is_fully_replicated and leaf.is_fully_addressable):
         return [*owned(leaf, TensorInfo("", leaf.shape, 0)).shards]
-    values = host_array(leaf)
+    values = leaf.addressable_data(0) if isinstance(leaf, jax.Array) else host_array(leaf)
     return [(tuple((0, size) for size in values.shape), values)]
 
 

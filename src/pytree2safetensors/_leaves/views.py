@@ -161,7 +161,8 @@ def file_parts(view: View, region: Region, values: Any) -> Iterator[tuple[Source
     `values` is an array of NumPy, of which nothing is copied, or of JAX.
     """
     for box in boxes_of(view, region):
-        shown = to_file(view, box, values[within(box.region, region)])
+        is_whole = box.region == region
+        shown = to_file(view, box, values if is_whole else values[within(box.region, region)])
         for source in sources_of(view, box):
             yield source, shown[source.place]
 
