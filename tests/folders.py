@@ -43,6 +43,11 @@ def is_same(tree: Any, found: Any) -> bool:
 
 def outcome(folder: Path) -> str:
     """What a reader finds."""
+    return outcome_of(folder)
+
+
+def outcome_of(folder: Any) -> str:
+    """What a reader finds, here or in a store."""
     try:
         loaded = load_pytree(folder)
     except FileFormatError as error:

@@ -35,7 +35,7 @@ from pytree2safetensors import (
     save_pytree,
 )
 from pytree2safetensors._load.checkpoint import read_header
-from pytree2safetensors._storage.file_source import open_source
+from pytree2safetensors._storage.stream_source import open_stream
 
 NOTE = "pytree2safetensors"
 DIGESTS = "pytree2safetensors.sha256"
@@ -214,7 +214,7 @@ _STRICTER = re.compile(r"twice|dimensions|beyond what|does not begin with|otherw
 
 def check_against_peer(content: bytes) -> None:
     """The headers that safetensors takes are taken, but for known reasons, and no others."""
-    source = open_source(io.BytesIO(content))
+    source = open_stream(io.BytesIO(content))
     try:
         safetensors.deserialize(content)
     except Exception as error:  # noqa: BLE001 - it has one class for everything

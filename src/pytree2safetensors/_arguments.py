@@ -69,7 +69,10 @@ def _is_bool(value: object) -> bool:
 
 def _is_path_or(method: str) -> Callable[[object], bool]:
     def fits(value: object) -> bool:
-        return isinstance(value, str | os.PathLike) or callable(getattr(value, method, None))
+        if isinstance(value, str | os.PathLike):
+            return True
+        # Paths of universal_pathlib are found by a method of theirs.
+        return any(callable(getattr(value, name, None)) for name in (method, "joinuri"))
 
     return fits
 

@@ -269,7 +269,12 @@ def test_a_file_object_cannot_be_mapped() -> None:
 SAVES: list[tuple[str, type[OSError], str]] = [
     ("", FileNotFoundError, "[Errno 2] No such file or directory: ''"),
     ("folder", IsADirectoryError, "[Errno 21] Is a directory: 'folder'"),
-    ("nowhere/model", FileNotFoundError, "[Errno 2] No such file or directory: 'nowhere/model'"),
+    (
+        "nowhere/model",
+        FileNotFoundError,
+        "[Errno 2] No such file or directory (the folder 'nowhere' is missing; make it first): "
+        "'nowhere/model'",
+    ),
     ("empty/model", NotADirectoryError, "[Errno 20] Not a directory: 'empty/model'"),
     ("x" * 300, OSError, f"[Errno 36] File name too long: '{'x' * 300}'"),
 ]

@@ -3,9 +3,10 @@
 Specification: *Loading*.
 """
 
+import errno
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from functools import partial
 from itertools import repeat
 from types import TracebackType
@@ -27,7 +28,13 @@ from pytree2safetensors._format.header import (
 from pytree2safetensors._format.note import NOTE, Note, is_reserved, read_note
 from pytree2safetensors._format.tensor import TensorInfo, check_kind
 from pytree2safetensors._leaves.spec import LeafSpec, spec_of
-from pytree2safetensors._load.locate import Index, is_index, locate, read_index
+from pytree2safetensors._load.locate import (
+    Index,
+    is_index,
+    locate,
+    locate_remotely,
+    read_index,
+)
 from pytree2safetensors._storage.byte_source import ByteSource, PathLike, Readable
 from pytree2safetensors._storage.file_source import (
     descriptors_to_keep,
@@ -35,6 +42,10 @@ from pytree2safetensors._storage.file_source import (
     open_source,
     shut,
 )
+from pytree2safetensors._storage.read_pool import ReadPool
+from pytree2safetensors._storage.remote_file import RemoteSource
+from pytree2safetensors._storage.remote_path import RemotePath, hide_credentials, resolve
+from pytree2safetensors._storage.stream_source import open_stream
 from pytree2safetensors._tree.claims import check_nodes
 from pytree2safetensors._tree.keypath import string2keypath
 
@@ -79,6 +90,14 @@ class OpenCheckpoint:
         with ExitStack() as stack:  # all of them, whatever one of them raises
             for source in self.sources:
                 stack.callback(source.close)
+            if kind is None:
+                for source in self.sources:
+                    source.verify()
+
+    @property
+    def in_flight(self) -> int:
+        """How many reads are worth being under way at once; 0 if the machine tells."""
+        return max((source.in_flight for source in self.sources), default=0)
 
     def add(self, source: ByteSource, start: int, tensors: Tensors) -> None:
         """Take in the tensors of a file whose data begin at `start`."""
@@ -141,11 +160,34 @@ def _check_path(name: str, label: str) -> None:
 
 def open_checkpoint(path: PathLike | Readable, mmap: bool = False) -> OpenCheckpoint:
     """Open a file, a file object (unless it shall be mapped), a folder of shards or its index."""
-    if mmap and not isinstance(path, str | os.PathLike):
+    where = resolve(path)
+    if isinstance(where, str):
+        return _open_path(where)
+    if isinstance(where, RemotePath):
+        if mmap:
+            raise ValueError(f"mmap=True maps a file on disk; load {where.label} without it")
+        return _open_remotely(where)
+    if mmap:
         raise ValueError("mmap=True maps a file on disk; load a file object without it")
-    if isinstance(path, str | os.PathLike):
-        return _open_path(os.fsdecode(path))
-    return _open_file(open_source(path))
+    return _open_file(open_stream(where))
+
+
+def _open_remotely(path: RemotePath) -> OpenCheckpoint:
+    """Open what a path in a store means."""
+    *others, last = locate_remotely(path)
+    for found in others:
+        with suppress(FileNotFoundError):
+            return _open_found(found)
+    try:
+        return _open_found(last)
+    except FileNotFoundError:
+        if not others:
+            raise
+    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), hide_credentials(path.url))
+
+
+def _open_found(path: RemotePath) -> OpenCheckpoint:
+    return _open_shards(path) if is_index(path) else _open_file(open_source(path))
 
 
 def _open_path(path: str) -> OpenCheckpoint:
@@ -168,11 +210,12 @@ def _open_file(source: ByteSource) -> OpenCheckpoint:
     return _opened(store, lambda: _read_file(store, source))
 
 
-def _replaced_again(path: str) -> FileFormatError:
-    return FileFormatError(f"{shorten(path)} is being replaced by another save; load it after that")
+def _replaced_again(path: str | RemotePath) -> FileFormatError:
+    label = path.label if isinstance(path, RemotePath) else shorten(path)
+    return FileFormatError(f"{label} is being replaced by another save; load it after that")
 
 
-def _open_shards(path: str) -> OpenCheckpoint:
+def _open_shards(path: str | RemotePath) -> OpenCheckpoint:
     """Open the shards that an index names; again where a save replaces them meanwhile."""
     for _ in range(_ATTEMPTS):
         index = read_index(path)
@@ -191,15 +234,7 @@ def _open_shards(path: str) -> OpenCheckpoint:
 
 
 def _read_shards(store: OpenCheckpoint, index: Index) -> None:
-    for shard in index.shards:
-        try:
-            source = index.open(shard)
-        except OSError as error:
-            if not is_exhausted(error):
-                raise
-            for kept in store.sources:
-                shut(kept)
-            source = index.open(shard)
+    for shard, source in _sources(store, index):
         store.sources.append(source)
         start, tensors, _ = read_header(source)
         index.check(shard, tensors.names)
@@ -208,6 +243,26 @@ def _read_shards(store: OpenCheckpoint, index: Index) -> None:
             shut(source)
         store.add(source, start, tensors)
     store.read_metadata(index.metadata)
+
+
+def _sources(store: OpenCheckpoint, index: Index) -> Iterator[tuple[str, ByteSource]]:
+    """Open the shards of an index."""
+    if isinstance(index.path, RemotePath):  # many at a time, as each takes a request or two
+        with ReadPool(RemoteSource.in_flight) as pool:
+            futures = pool.map(index.open, index.shards)
+            yield from (
+                (s, future.result()) for s, future in zip(index.shards, futures, strict=True)
+            )
+        return
+    for shard in index.shards:
+        try:
+            yield shard, index.open(shard)
+        except OSError as error:
+            if not is_exhausted(error):
+                raise
+            for kept in store.sources:
+                shut(kept)
+            yield shard, index.open(shard)
 
 
 def _opened(store: OpenCheckpoint, read: Callable[[], Any]) -> OpenCheckpoint:

@@ -6,7 +6,7 @@ Specification: *Sharded folders*.
 import os
 import re
 from collections.abc import Iterable
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import Any, Final, NamedTuple
 
 from pytree2safetensors._errors import FileFormatError, shorten
@@ -26,6 +26,9 @@ from pytree2safetensors._format.strict_json import read_json
 from pytree2safetensors._storage.byte_source import ByteSource
 from pytree2safetensors._storage.file_source import identity, open_source
 from pytree2safetensors._storage.naming import TEMPORARY
+from pytree2safetensors._storage.remote_file import RemoteSource
+from pytree2safetensors._storage.remote_folder import names_in
+from pytree2safetensors._storage.remote_path import RemotePath, hide_credentials
 
 # How other programs number shards, or have done so.
 _OTHER_SHARD: Final = re.compile(r".*\.safetensors-[0-9]+-of-[0-9]+", re.DOTALL)
@@ -34,7 +37,7 @@ _OTHER_SHARD: Final = re.compile(r".*\.safetensors-[0-9]+-of-[0-9]+", re.DOTALL)
 class Index(NamedTuple):
     """An index that was read: where the tensors are, and the metadata of them all."""
 
-    path: str
+    path: str | RemotePath
     label: str  # what messages call it
     metadata: dict[str, str]
     shards: dict[str, set[str]]  # the names of the files to those of their tensors
@@ -44,19 +47,27 @@ class Index(NamedTuple):
     def is_current(self) -> bool:
         """Whether no save has replaced it since."""
         try:
+            if isinstance(self.path, RemotePath):
+                return isinstance(self.source, RemoteSource) and self.source.is_current()
             return self.status == _status(self.path)
         except OSError:
             return False
 
     def open(self, shard: str) -> ByteSource:
         """Open a shard. As a hub's cache is made of symbolic links, these are followed."""
-        path = os.path.join(os.path.dirname(self.path), shard)
-        if not os.path.isfile(path):  # which a pipe is not: opening one would wait
-            raise FileFormatError(
-                f"{self.label} names the shard {shorten(shard)}, which is missing; "
-                "copy the folder again, whole"
-            )
-        return open_source(path, regular=True)
+        if isinstance(self.path, RemotePath):
+            with suppress(FileNotFoundError):
+                source = open_source(self.path.beside(shard))
+                source.read(0, min(1, source.size))  # and with it the header
+                return source
+        else:
+            path = os.path.join(os.path.dirname(self.path), shard)
+            if os.path.isfile(path):  # which a pipe is not: opening one would wait
+                return open_source(path, regular=True)
+        raise FileFormatError(
+            f"{self.label} names the shard {shorten(shard)}, which is missing; "
+            "copy the folder again, whole"
+        )
 
     def check(self, shard: str, names: Iterable[str]) -> None:
         """Refuse a shard that lacks a tensor that the index places there."""
@@ -68,8 +79,10 @@ class Index(NamedTuple):
             )
 
 
-def is_index(path: str) -> bool:
+def is_index(path: str | RemotePath) -> bool:
     """Whether a path names an index, and no safetensors file that is called like one."""
+    if isinstance(path, RemotePath):
+        return path.name.endswith(".json")
     if not path.endswith(".json") or not os.path.isfile(path):
         return path.endswith(".json")
     try:
@@ -138,6 +151,26 @@ def _chosen(folder: str, names: list[str]) -> str:
     return found[0]
 
 
+def locate_remotely(path: RemotePath) -> list[RemotePath]:
+    """Return what a path in a store may mean: the first of these that is there.
+
+    Raises:
+        FileFormatError: It is a folder that has no checkpoint, or several.
+        OSError: The store cannot be asked.
+    """
+    if path.name.endswith(".json"):
+        return [path]
+    if path.name.endswith(SUFFIX):  # or what was saved as this path, and took several shards
+        return [path, path.beside(path.name + ".index.json")]
+    if path.is_web:
+        whole = [path] if path.name else []
+        return [*whole, path.joined(index_name(STEM)), path.joined(STEM + SUFFIX)]
+    names = names_in(path)
+    if not names or names == [path.name]:
+        return [path]
+    return [path.joined(_chosen(hide_credentials(path.url), names))]
+
+
 def _has_parts(index: str) -> bool:
     """Whether there is an index, or shards that lack it."""
     return os.path.isfile(index) or bool(_shards_beside(index))
@@ -159,7 +192,7 @@ def _check_not_cut_short(folder: str, shards: list[str]) -> None:
         )
 
 
-def read_index(path: str) -> Index:
+def read_index(path: str | RemotePath) -> Index:
     """Read an index, trusting nothing in it; its source is the caller's to close.
 
     Raises:
@@ -167,9 +200,11 @@ def read_index(path: str) -> Index:
         OSError: It cannot be read.
     """
     try:
-        status = _status(path)
+        status = () if isinstance(path, RemotePath) else _status(path)
         source = open_source(path, regular=True)
     except FileNotFoundError:
+        if isinstance(path, RemotePath):
+            raise
         _check_not_cut_short(os.path.dirname(path) or os.curdir, _shards_beside(path))
         raise
     label = source.label

@@ -6,7 +6,7 @@ Specification: *Loading into a template*.
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import groupby
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,8 +27,6 @@ from pytree2safetensors._leaves.extents import (
 from pytree2safetensors._load.checkpoint import OpenCheckpoint
 from pytree2safetensors._load.plan import Slot, is_direct
 from pytree2safetensors._storage.byte_source import ByteSource, Read
-
-_GAP: Final = 1 << 14  # bytes between runs: shorter ones are read sooner than skipped
 
 
 class Place(NamedTuple):
@@ -83,6 +81,8 @@ def plan_reads(
                 work.tasks.append(partial(_read_band, source, start, mine, band, report))
     if run is not None:
         work.reads.append(run.read())
+    if checkpoint.in_flight:  # the regions of several devices may be neighbours: one request
+        work.reads.sort(key=lambda read: (id(read.source), read.offset))
     return work
 
 
@@ -149,7 +149,7 @@ def _read_band(
     view = memoryview(memory)  # type: ignore[arg-type] # before 3.12 no type says buffer
     ranges: Iterable[tuple[int, int]] = [(origin, end)]
     if sum(place.slot.nbytes for place in places) < info.nbytes:  # something is left out
-        ranges = ranges_of((cut for _, cut in needed), info.shape, itemsize, _GAP)
+        ranges = ranges_of((cut for _, cut in needed), info.shape, itemsize, source.gap)
     for first, last in ranges:
         source.fill([view[first - origin : last - origin]], start + first)
     values: NDArray[Any] = np.ndarray(shape_of(band), f"u{itemsize}", memory)

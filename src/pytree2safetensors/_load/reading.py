@@ -42,6 +42,7 @@ _BATCH: Final = 64 << 20  # bytes that one leaf that lives on can keep in memory
 _COPIED_BATCH: Final = 8 << 20  # bytes, if JAX makes a copy of what rules rearrange
 _STAGED_BATCH: Final = 32 << 20  # bytes that are handed to other devices at once
 _AHEAD: Final = 2  # batches that are read while another becomes leaves
+_AHEAD_REMOTELY: Final = 5  # so that as many ranges are on their way as help
 _READERS: Final = 4  # threads; more do not help where pages have to be made
 _STAGED_READERS: Final = 12  # into memory that is used again; more get into each other's way
 _STAGED_PIECE: Final = 16 << 20  # bytes of one read there, long enough for the threads to overlap
@@ -148,7 +149,7 @@ def _read(
 ) -> None:
     """Read batches ahead of those that become leaves."""
     most, piece = (_READERS, PIECE) if device is None else (_STAGED_READERS, _STAGED_PIECE)
-    with ReadPool(min(most, os.cpu_count() or 1), piece) as pool:
+    with ReadPool(checkpoint.in_flight or min(most, os.cpu_count() or 1), piece) as pool:
         if device is None:
             ahead = _Ahead(checkpoint, finisher, pool)
         else:
@@ -171,7 +172,7 @@ class _Ahead:
 
     def memory(self, size: int) -> NDArray[np.uint8]:
         """Return memory to read a batch into."""
-        while len(self.window) > _AHEAD:
+        while len(self.window) > (_AHEAD_REMOTELY if self.checkpoint.in_flight else _AHEAD):
             self.finish()
         return aligned(size)
 

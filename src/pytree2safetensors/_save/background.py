@@ -3,7 +3,6 @@
 Specification: *Saving*.
 """
 
-import os
 from collections.abc import Mapping
 from concurrent.futures import Future
 from functools import partial
@@ -27,6 +26,7 @@ from pytree2safetensors._save.writing import plan_save, target_of, write
 from pytree2safetensors._storage.byte_source import PathLike
 from pytree2safetensors._storage.folder import absolute
 from pytree2safetensors._storage.progress import ProgressOption, reporter
+from pytree2safetensors._storage.remote_path import resolve
 from pytree2safetensors._storage.stream import Writable
 from pytree2safetensors._tree.flatten import PyTree
 
@@ -80,14 +80,15 @@ def save_pytree_async(
     >>> future.result()
     """
     report = reporter(progress, "saving", jax.process_index)
-    if isinstance(path, str | os.PathLike):  # the process may change its folder meanwhile
-        path = absolute(os.fsdecode(path))
+    where = resolve(path)
+    if isinstance(where, str):  # the process may change its folder meanwhile
+        where = absolute(where)
     with collector_paused():
         contents = collect(tree, metadata or {}, unsupported, rename)
         if is_needed(contents.leaves.values()):
             options = processes.Options(durable, checksum, max_shard_size)
-            return processes.save_async(contents, path, options, report)
-        target = target_of(path, max_shard_size)
+            return processes.save_async(contents, where, options, report)
+        target = target_of(where, max_shard_size)
         plan = plan_save(contents, target, checksum=checksum)
         # Safe from donation and mutation.
         snapshot = _snapshot(contents.leaves)

@@ -24,6 +24,7 @@ from pytree2safetensors._storage.atomic_file import is_special
 from pytree2safetensors._storage.byte_source import PathLike
 from pytree2safetensors._storage.folder import absolute
 from pytree2safetensors._storage.progress import Progress
+from pytree2safetensors._storage.remote_path import RemotePath, resolve
 from pytree2safetensors._storage.stream import Writable
 
 _PLACE: Final = (
@@ -43,7 +44,10 @@ class Options(NamedTuple):
 
 
 def save(
-    contents: Contents, path: PathLike | Writable, options: Options, progress: Progress | None
+    contents: Contents,
+    path: PathLike | RemotePath | Writable,
+    options: Options,
+    progress: Progress | None,
 ) -> None:
     """Save together with the other processes."""
     interrupt = Interrupt()
@@ -54,7 +58,10 @@ def save(
 
 
 def save_async(
-    contents: Contents, path: PathLike | Writable, options: Options, progress: Progress | None
+    contents: Contents,
+    path: PathLike | RemotePath | Writable,
+    options: Options,
+    progress: Progress | None,
 ) -> Future[None]:
     """Agree with the other processes on a save of what the tree holds now, and save it later."""
     interrupt = Interrupt()
@@ -66,7 +73,7 @@ def save_async(
 
 def _begin(
     contents: Contents,
-    path: PathLike | Writable,
+    path: PathLike | RemotePath | Writable,
     options: Options,
     progress: Progress | None,
     interrupt: Interrupt,
@@ -75,9 +82,15 @@ def _begin(
 ) -> Future[None]:
     """Prepare a save and agree on it with the other processes; the saver does the rest."""
     processes = present()
-    if not isinstance(path, str | os.PathLike):
+    where = resolve(path)
+    if isinstance(where, RemotePath):
+        raise FileFormatError(
+            f"several processes cannot save together to {where.label}: no store lets them write "
+            "parts of one file; save to a folder that all of them have, and copy it from there"
+        )
+    if not isinstance(where, str):
         raise FileFormatError(_PLACE)
-    target = target_of(absolute(os.fsdecode(path)), options.max_shard_size)
+    target = target_of(absolute(where), options.max_shard_size)
     if target.folder is None and is_special(target.path):
         raise FileFormatError(_PLACE)
     plan = plan_save(contents, target, checksum=options.checksum)

@@ -19,6 +19,9 @@ from pytree2safetensors._storage.atomic_folder import Part, replace_together
 from pytree2safetensors._storage.byte_source import PathLike
 from pytree2safetensors._storage.naming import naming
 from pytree2safetensors._storage.progress import Progress, closing_bar
+from pytree2safetensors._storage.remote_file import write_remote
+from pytree2safetensors._storage.remote_folder import replace_remotely
+from pytree2safetensors._storage.remote_path import RemotePath, check_created, resolve
 from pytree2safetensors._storage.stream import Writable, write_stream
 from pytree2safetensors._types import Chunk
 
@@ -27,33 +30,39 @@ class Target(NamedTuple):
     """Where a save goes.
 
     Attributes:
-        path: What the caller gave: a path or a file object.
-        folder: The folder to write shards in; None for one file.
+        path: The path, here or in a store, or the file object.
+        folder: The folder to write shards in, here or in a store; None for one file.
         stem: What the names in the folder begin with.
         limit: The bytes of tensors that a shard has at most.
     """
 
     path: Any
-    folder: str | None = None
+    folder: Any = None
     stem: str = ""
     limit: int = 0
 
 
-def target_of(path: PathLike | Writable, max_shard_size: int | str | None) -> Target:
+def target_of(path: PathLike | RemotePath | Writable, max_shard_size: int | str | None) -> Target:
     """Find where a save goes.
 
     Raises:
-        ValueError: The size is not a size, or it is given for a file object.
+        ValueError: The size is not a size, or it is given for a file object; or the path is a URL
+            that cannot be opened.
     """
+    where = resolve(path)
     if max_shard_size is None:
-        return Target(path)
+        return Target(where)
     limit = parse_size(max_shard_size)
-    if not isinstance(path, str | os.PathLike):
+    if isinstance(where, RemotePath):
+        folder, stem = split_path(where.path, is_folder=False)
+        return Target(where, where if folder == where.path else where.parent(), stem, limit)
+    if not isinstance(where, str):
         raise ValueError(f"max_shard_size= writes a folder, and {type(path).__name__} is none")
-    name = os.fsdecode(path)
-    if not name:
+    if not where:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "")
-    return Target(path, *split_path(name, is_folder=os.path.isdir(name)), limit)
+    folder, stem = split_path(where, is_folder=os.path.isdir(where))
+    check_created(folder)
+    return Target(where, folder, stem, limit)
 
 
 def plan_save(contents: Contents, target: Target, *, checksum: bool) -> SavePlan:
@@ -82,21 +91,29 @@ def write(
             _write_folder(plan, leaves, target, hashing, durable, progress)
             return
         [file] = plan.files
-        # Asked first: some paths have a method `write`.
-        is_path = isinstance(target.path, str | os.PathLike)
-        if is_path and not (hashing and is_special(target.path)):
+        where = target.path
+        if isinstance(where, str) and not (hashing and is_special(where)):
             chunks = _chunks(plan, file, leaves, hashing)
-            write_file(target.path, chunks, file.size, durable=durable, progress=progress)
+            write_file(where, chunks, file.size, durable=durable, progress=progress)
             return
-        if hashing is not None:  # a pass of its own: what is written cannot be changed later
-            for _ in hashing.through(file, data_chunks(file, plan.infos, leaves)):
-                pass
-            file = file._replace(head=plan.sealed(hashing.digests()))
-        chunks = _chunks(plan, file, leaves, None)
-        if is_path:
-            write_file(target.path, chunks, file.size, durable=durable, progress=progress)
+        chunks = _chunks(plan, _sealed(plan, file, leaves, hashing), leaves, None)
+        if isinstance(where, str):
+            write_file(where, chunks, file.size, durable=durable, progress=progress)
+        elif isinstance(where, RemotePath):
+            write_remote(where, chunks, file.size, progress)
         else:
-            write_stream(target.path, chunks, file.size, progress)
+            write_stream(where, chunks, file.size, progress)
+
+
+def _sealed(
+    plan: SavePlan, file: FilePlan, leaves: Mapping[str, Any], hashing: Hashing | None
+) -> FilePlan:
+    """Hash in a pass of its own, where what is written cannot be changed later."""
+    if hashing is None:
+        return file
+    for _ in hashing.through(file, data_chunks(file, plan.infos, leaves)):
+        pass
+    return file._replace(head=plan.sealed(hashing.digests()))
 
 
 def _chunks(
@@ -123,12 +140,16 @@ def _write_folder(
     progress: Progress | None,
 ) -> None:
     """Write the files of a plan into their folder, in place of what an older save left there."""
-    parts = [
-        Part(file.name, file.size, _chunks(plan, file, leaves, hashing)) for file in plan.files
-    ]
+    files = plan.files
+    if isinstance(target.folder, RemotePath) and not plan.index_name:
+        files, hashing = [_sealed(plan, file, leaves, hashing) for file in files], None
+    parts = [Part(file.name, file.size, _chunks(plan, file, leaves, hashing)) for file in files]
     if plan.index_name:
         parts.append(Part(plan.index_name, len(plan.sealed()), _index_chunks(plan, hashing)))
     rival, stale = older_names(plan, target)
+    if isinstance(target.folder, RemotePath):
+        replace_remotely(target.folder, parts, rival, stale, progress)
+        return
     folder = target.folder or ""
     with naming(target.path):
         replace_together(folder, parts, rival, stale, durable=durable, progress=progress)

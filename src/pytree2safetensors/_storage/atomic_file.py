@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Final
 
 from pytree2safetensors._errors import shorten
-from pytree2safetensors._storage.byte_source import PathLike
+from pytree2safetensors._storage.byte_source import LocalPath
 from pytree2safetensors._storage.descriptor import Held, flush, write_chunks
 from pytree2safetensors._storage.folder import Folder
 from pytree2safetensors._storage.naming import naming, temporary_name
@@ -22,7 +22,7 @@ _LINKS: Final = 40  # symbolic links in a row, as many as Linux follows
 
 
 def write_file(
-    path: PathLike,
+    path: LocalPath,
     chunks: Iterable[Chunk],
     size: int,
     *,
@@ -35,7 +35,7 @@ def write_file(
 
 
 @contextmanager
-def replacing(path: PathLike, *, durable: bool, name: str | None = None) -> Iterator[int]:
+def replacing(path: LocalPath, *, durable: bool, name: str | None = None) -> Iterator[int]:
     """Yield a descriptor whose content takes the place of the file if all goes well.
 
     Until then the file has the given name, beside the one it replaces.
@@ -70,7 +70,7 @@ def replacing(path: PathLike, *, durable: bool, name: str | None = None) -> Iter
 
 
 @contextmanager
-def joining(path: PathLike, name: str) -> Iterator[int]:
+def joining(path: LocalPath, name: str) -> Iterator[int]:
     """Yield a descriptor of the file that another process has under way in `replacing`."""
     with naming(path), Held() as held:
         parent, _ = _split(os.fsdecode(path))
@@ -103,7 +103,7 @@ def _explaining(parent: str, durable: bool) -> Iterator[None]:
         raise PermissionError(error.errno, f"{error.strerror} ({text})", parent) from None
 
 
-def is_special(path: PathLike) -> bool:
+def is_special(path: LocalPath) -> bool:
     """Return whether there is something that nothing can take the place of."""
     try:
         mode = os.stat(path).st_mode

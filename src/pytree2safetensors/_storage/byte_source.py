@@ -2,14 +2,12 @@
 
 import os
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Final, NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pytree2safetensors._errors import FileFormatError
-
-PathLike: TypeAlias = str | os.PathLike[str]
 
 PIECE: Final = 8 << 20  # bytes of one read
 _VECTORS: Final = 512  # buffers of one system call; the least that systems allow is 1024
@@ -35,6 +33,20 @@ if TYPE_CHECKING:
         def read(self, size: int = -1, /) -> bytes:
             """Read bytes."""
             ...
+
+    @runtime_checkable
+    class StorePath(Protocol):
+        """A path of universal_pathlib."""
+
+        @property
+        def fs(self) -> Any:
+            """The file system of fsspec."""
+            ...
+
+        @property
+        def path(self) -> str:
+            """The path in it."""
+            ...
 else:
 
     class Readable(metaclass=HasMethod):
@@ -42,9 +54,28 @@ else:
 
         method = "read"
 
+    class StorePath(metaclass=HasMethod):
+        """A path of universal_pathlib."""
+
+        method = "joinuri"
+
+
+LocalPath: TypeAlias = str | os.PathLike[str]
+PathLike: TypeAlias = LocalPath | StorePath
+
 
 class ByteSource:
-    """A file to read at any position, from any thread."""
+    """A file to read at any position, from any thread.
+
+    Attributes:
+        piece: The bytes of one read, if more than elsewhere.
+        gap: The bytes between two ranges of a tensor that are read sooner than left out.
+        in_flight: How many reads are worth being under way at once; 0 if the machine tells.
+    """
+
+    piece: int = 0
+    gap: int = 1 << 14
+    in_flight: int = 0
 
     def __init__(self, label: str, size: int) -> None:
         self.label, self.size = label, size
@@ -56,6 +87,9 @@ class ByteSource:
     def map(self) -> NDArray[np.uint8]:
         """The whole file as read-only memory, of what has a path."""
         raise NotImplementedError
+
+    def verify(self) -> None:
+        """Raise a FileFormatError if another file has taken the place of this one."""
 
     def close(self) -> None:
         """Let go of the file."""
@@ -102,16 +136,17 @@ def joined_reads(reads: Iterable[Read], piece: int = PIECE) -> Iterator[JoinedRe
     start = size = 0
     for read in reads:
         buffer, offset = read.buffer, read.offset
+        longest = max(piece, read.source.piece)
         if source is not read.source or start + size != offset:
             if source is not None and size:
                 yield source, start, buffers, size
             source, start, buffers, size = read.source, offset, [], 0
         while len(buffer):
-            taken = buffer[: piece - size]
+            taken = buffer[: longest - size]
             buffers.append(taken)
             size += len(taken)
             buffer = buffer[len(taken) :]
-            if size == piece or len(buffers) == _VECTORS:
+            if size == longest or len(buffers) == _VECTORS:
                 yield read.source, start, buffers, size
                 start, buffers, size = start + size, [], 0
     if source is not None and size:

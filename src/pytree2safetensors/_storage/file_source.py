@@ -1,4 +1,4 @@
-"""Bytes out of files. Nothing else opens a file for reading."""
+"""Bytes out of files of this system. Nothing else opens one of these for reading."""
 
 import errno
 import mmap
@@ -14,10 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pytree2safetensors._errors import FileFormatError, shorten
-from pytree2safetensors._storage.byte_source import ByteSource, PathLike, Readable
+from pytree2safetensors._storage.byte_source import ByteSource, LocalPath
 from pytree2safetensors._storage.descriptor import Held
 from pytree2safetensors._storage.folder import absolute
-from pytree2safetensors._storage.stream_source import ForwardSource, open_stream
+from pytree2safetensors._storage.remote_file import RemoteSource
+from pytree2safetensors._storage.remote_path import RemotePath
+from pytree2safetensors._storage.stream_source import ForwardSource
 
 if sys.platform != "win32":
     import resource
@@ -93,16 +95,16 @@ class _Pipe(ForwardSource):
         self._held.close()
 
 
-def open_source(path: PathLike | Readable, *, regular: bool = False) -> ByteSource:
-    """Open a file, or a file object, for reading.
+def open_source(path: LocalPath | RemotePath, *, regular: bool = False) -> ByteSource:
+    """Open a file, here or in a store, for reading.
 
     Raises:
         FileFormatError: It is to be a regular file, and is a pipe or a device, which may wait.
         OSError: It cannot be opened.
     """
-    if isinstance(path, str | os.PathLike):
-        return _open_path(os.fsdecode(path), regular)
-    return open_stream(path)
+    if isinstance(path, RemotePath):
+        return RemoteSource(path)
+    return _open_path(os.fsdecode(path), regular)
 
 
 def _open_path(path: str, regular: bool) -> ByteSource:

@@ -62,7 +62,9 @@ class ReadPool:
         batches = list(joined_reads(reads, self._piece))
         work: list[Callable[[], None]] = [partial(self._read, batch, report) for batch in batches]
         waiting = [*work, *tasks]
-        if len(waiting) == len(work) and sum(size for *_, size in batches) < _INLINE:
+        is_local = not any(source.in_flight for source, *_ in batches)
+        is_small = sum(size for *_, size in batches) < _INLINE and (is_local or len(batches) == 1)
+        if len(waiting) == len(work) and is_small:
             for task in work:
                 task()
             return []

@@ -1,0 +1,230 @@
+"""Reading and writing a file in a store, through fsspec."""
+
+import errno
+import os
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, Final
+
+from pytree2safetensors._errors import FileFormatError
+from pytree2safetensors._storage.byte_source import ByteSource
+from pytree2safetensors._storage.descriptor import cut
+from pytree2safetensors._storage.progress import Progress, Report
+from pytree2safetensors._storage.remote_path import RemotePath, hide_credentials
+from pytree2safetensors._types import Chunk
+
+_HEAD: Final = 100_000  # bytes that are read first: nearly always the whole header
+_PINNED: Final = {"s3", "s3a"}  # whose files fsspec reads with If-Match
+# What tells an object from its successor, under the names that the stores give it.
+_VERSION: Final = (
+    "ETag", "etag", "generation", "version_id", "VersionId", "md5Hash", "Content-MD5", "Digest",
+    "blob_id", "Last-Modified", "LastModified", "last_modified", "updated", "mtime", "modified",
+)  # fmt: skip
+
+
+@contextmanager
+def told(path: RemotePath) -> Iterator[None]:
+    """Give the errors of a store the URL, without its credentials."""
+    try:
+        yield
+    except FileFormatError:
+        raise
+    except FileNotFoundError:
+        code = errno.ENOENT
+        raise FileNotFoundError(code, os.strerror(code), hide_credentials(path.url)) from None
+    except NotImplementedError:
+        raise ValueError(f"{path.label} cannot be written to: its store is only read") from None
+    except Exception as error:
+        if _says_changed(error):
+            raise _changed(path) from None
+        text, shown = str(error), hide_credentials(str(error))
+        if text == shown and path.url in text:
+            raise
+        kind = type(error) if type(error).__module__ == "builtins" else OSError
+        if not issubclass(kind, OSError):
+            kind = OSError
+        name = type(error).__name__
+        safe = error if text == shown and hide_credentials(path.url) == path.url else None
+        raise kind(f"{path.label}: {name}: {shown}") from safe
+
+
+def _says_changed(error: Exception) -> bool:
+    """Return whether a request failed because the object is no longer the one that was opened."""
+    return getattr(error, "status", None) == 412 or type(error).__name__ == "FileExpired"
+
+
+def _changed(path: RemotePath) -> FileFormatError:
+    return FileFormatError(f"{path.label} was replaced while it was read; load it again")
+
+
+class RemoteSource(ByteSource):
+    """A file in a store. What was read first is kept; everything else is asked for when needed."""
+
+    piece = 16 << 20
+    gap = 1 << 20
+    in_flight = 24
+
+    def __init__(self, path: RemotePath) -> None:
+        self.path = path
+        with told(path):
+            file, info = _opened(path)
+        super().__init__(path.label, info["size"])
+        self._file = file
+        self._version = _version_of(info)
+        self._is_pinned = bool(path.protocols & _PINNED) or info.get("pinned", False)
+        self._lock = threading.Lock()
+        self._head: bytes | None = None
+        self._fetched = 0
+
+    def read_into(self, buffers: list[memoryview], offset: int) -> int:
+        size = sum(map(len, buffers))
+        content = memoryview(self._read(offset, min(offset + size, self.size)))
+        for buffer in buffers:
+            count = min(len(buffer), len(content))
+            buffer[:count] = content[:count]
+            content = content[count:]
+        return min(size, self.size - offset)
+
+    def _read(self, start: int, stop: int) -> bytes:
+        if start < _HEAD:
+            with self._lock:
+                if self._head is None:
+                    self._head = self._fetch(0, min(_HEAD, self.size))
+            if stop <= len(self._head):
+                return self._head[start:stop]
+        return self._fetch(start, stop)
+
+    def _fetch(self, start: int, stop: int) -> bytes:
+        if start >= stop:
+            return b""
+        self._fetched += 1
+        with told(self.path):
+            cache = getattr(self._file, "cache", None)
+            if cache is None:
+                found = self.path.fs.cat_file(self.path.path, start=start, end=stop)
+            else:
+                found = cache.fetcher(start, stop)  # with what the store has to pin the object
+        content = bytes(found)
+        if len(content) != stop - start:
+            raise FileFormatError(
+                f"{self.label} gave {len(content):,} bytes for a range of {stop - start:,}: it was "
+                "replaced while it was read, or its server has no ranges; load it again, or copy it"
+            )
+        return content
+
+    def is_current(self) -> bool:
+        """Return whether the store still has the file that was opened."""
+        with told(self.path):
+            self.path.fs.invalidate_cache()
+            info = self.path.fs.info(self.path.path)
+        return (info.get("size"), _version_of(info)) == (self.size, self._version)
+
+    def verify(self) -> None:
+        # One request gives no mixture.
+        if self._fetched > 1 and not self._is_pinned and not self.is_current():
+            raise _changed(self.path)
+
+    def close(self) -> None:
+        close = getattr(self._file, "close", None)
+        if close is not None:
+            close()
+
+
+def _opened(path: RemotePath) -> tuple[Any, dict[str, Any]]:
+    """Open a file; what the store says of it, with one request."""
+    if not path.is_web:
+        file = path.fs.open(path.path, "rb", cache_type="none")
+        details = getattr(file, "details", None)
+        return file, details if isinstance(details, dict) else path.fs.info(path.path)
+    info = path.fs.info(path.path)
+    if info.get("size") is None:
+        raise FileFormatError(f"the server of {path.label} does not tell its size; copy it")
+    if info.get("partial") is False:
+        raise FileFormatError(f"the server of {path.label} has no ranges; copy it")
+    etag = info.get("ETag", "W/")
+    options = {} if etag.startswith("W/") else {"headers": {"If-Match": etag}}
+    if not info["size"]:
+        return None, info
+    file = path.fs.open(path.path, "rb", size=info["size"], cache_type="none", **options)
+    return file, info | {"pinned": bool(options)}
+
+
+def _version_of(info: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(str(info[key]) for key in _VERSION if info.get(key) is not None)
+
+
+# --- writing ----------------------------------------------------------------------------------
+
+
+class Pending:
+    """A file in a store that is written, and does not take its name before it is committed.
+
+    So it is in stores that can do so. In others it has its name when it is committed or, where they
+    write in place, from the start.
+    """
+
+    def __init__(self, path: RemotePath) -> None:
+        self.path = path
+        with told(path):
+            self._file = path.fs.open(path.path, "wb", autocommit=False)
+        with suppress(AttributeError, ValueError):  # it is ours alone to commit
+            path.fs.transaction.files.remove(self._file)
+
+    def write(self, piece: memoryview) -> None:
+        """Write bytes."""
+        with told(self.path):
+            self._file.write(piece)
+
+    def finish(self) -> None:
+        """Send what is left, if the file takes its name only with the commit."""
+        if _commits(self._file):
+            with told(self.path):
+                self._file.close()
+
+    def commit(self) -> None:
+        """Give the file its name."""
+        with told(self.path):
+            self._file.close()
+            if _commits(self._file):
+                self._file.commit()
+            self.path.fs.invalidate_cache()
+
+    def discard(self) -> None:
+        """Give up what was written, if that can be done."""
+        file = self._file
+        # Files of fsspec send what they have when they are collected, unless they are closed.
+        with suppress(AttributeError):
+            file.closed = True
+        with suppress(Exception):
+            file.discard()
+
+
+def _commits(file: Any) -> bool:
+    """Return whether closing a file does not give it its name yet."""
+    from fsspec.spec import AbstractBufferedFile
+
+    commit = getattr(type(file), "commit", None)
+    return commit is not None and commit is not AbstractBufferedFile.commit
+
+
+def write_remote(
+    path: RemotePath, chunks: Iterable[Chunk], size: int, progress: Progress | None
+) -> None:
+    """Write a file that appears whole or not at all, where the store can do that."""
+    report = Report(progress, size)
+    pending = Pending(path)
+    try:
+        write_pending(pending, chunks, report)
+        report.finish()
+        pending.commit()
+    except BaseException:
+        pending.discard()
+        raise
+
+
+def write_pending(pending: Pending, chunks: Iterable[Chunk], report: Report) -> None:
+    """Write chunks that follow each other."""
+    for _, piece in cut(chunks):
+        pending.write(piece)
+        report.add(len(piece))

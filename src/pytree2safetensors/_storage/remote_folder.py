@@ -1,0 +1,73 @@
+"""Several files of one folder in a store, the last of which says what the others are."""
+
+from collections.abc import Callable, Iterable
+
+from pytree2safetensors._storage.atomic_folder import Part
+from pytree2safetensors._storage.progress import Progress, Report
+from pytree2safetensors._storage.remote_file import Pending, told, write_pending
+from pytree2safetensors._storage.remote_path import RemotePath
+
+# Stores without folders: a name with slashes is all there is to one.
+_FLAT = frozenset(
+    ["s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oci", "hf", "http", "https", "memory"]
+)
+
+
+def names_in(folder: RemotePath) -> list[str]:
+    """Return the names in a folder; none if it is not there."""
+    try:
+        with told(folder):
+            folder.fs.invalidate_cache()
+            found = folder.fs.ls(folder.path, detail=False)
+    except FileNotFoundError:
+        return []
+    return sorted(path.rstrip("/").rpartition("/")[2] for path in found)
+
+
+def replace_remotely(
+    folder: RemotePath,
+    parts: list[Part],
+    rival: str,
+    stale: Callable[[Iterable[str]], list[str]],
+    progress: Progress | None,
+) -> None:
+    """Write files that mean something once the last of them is there; then remove what is stale.
+
+    A store has no renames, and no lock. So what said what the older files are goes before any of
+    them is replaced: in between, and after a failure then, a reader is told that the save was cut
+    short.
+    """
+    report = Report(progress, sum(part.size for part in parts))
+    *others, last = parts
+    names = names_in(folder)
+    if not names and not folder.protocols & _FLAT:
+        with told(folder):
+            folder.fs.makedirs(folder.path, exist_ok=True)
+    written: list[Pending] = []
+    try:
+        for part in parts:
+            pending = Pending(folder.joined(part.name))
+            written.append(pending)
+            write_pending(pending, part.chunks, report)
+            pending.finish()
+        report.finish()
+        gone = [last.name] if any(part.name in names for part in others) else []
+        for name in gone:
+            _remove(folder, name, names)
+        for pending in written[:-1]:
+            pending.commit()
+        _remove(folder, rival, names)
+        written[-1].commit()
+    except BaseException:
+        for pending in written:
+            pending.discard()
+        raise
+    for name in stale(names):
+        _remove(folder, name, names)
+
+
+def _remove(folder: RemotePath, name: str, names: list[str]) -> None:
+    if name in names:
+        path = folder.joined(name)
+        with told(path):
+            path.fs.rm_file(path.path)

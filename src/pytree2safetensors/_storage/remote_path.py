@@ -1,0 +1,147 @@
+"""Where a path leads: to a file of this system, or through fsspec to a store.
+
+A store is what a URL names: an object store, a model hub, a web server.
+"""
+
+import os
+import re
+from collections.abc import Callable
+from typing import Any, Final, NamedTuple, TypeVar
+from urllib.parse import unquote, urlsplit
+
+from pytree2safetensors._errors import shorten
+from pytree2safetensors._storage.byte_source import PathLike, StorePath
+
+T = TypeVar("T")
+
+_URL: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(?:::|://)")
+_COLLAPSED: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+:)[/\\][^/\\]")
+_USER: Final = re.compile(r"((?:https?|ftps?|sftp|ssh|webdavs?|smb|git|github)://)[^/@\s'\"]*@")
+_QUERY: Final = re.compile(r"(://[^\s?'\"]*)\?[^\s'\"]*")
+
+
+class RemotePath(NamedTuple):
+    """A path in a store.
+
+    Attributes:
+        fs: The file system of fsspec.
+        path: The path in it.
+        url: What the caller gave, which may hold credentials.
+    """
+
+    fs: Any
+    path: str
+    url: str
+
+    @property
+    def label(self) -> str:
+        """What messages call it."""
+        return shorten(hide_credentials(self.url))
+
+    @property
+    def name(self) -> str:
+        """The last part of the path."""
+        path = self.path.partition("?")[0] if self.is_web else self.path
+        return path.rpartition("/")[2]
+
+    @property
+    def is_web(self) -> bool:
+        """Whether it is on a web server, which lists no folders."""
+        return "http" in self.protocols
+
+    @property
+    def protocols(self) -> frozenset[str]:
+        """What the beginning of its URL may be."""
+        found = self.fs.protocol
+        return frozenset([found] if isinstance(found, str) else found)
+
+    def joined(self, name: str) -> "RemotePath":
+        """Return the path of a file in this folder."""
+        return self._changed(lambda path: f"{path.rstrip('/')}/{name}")
+
+    def beside(self, name: str) -> "RemotePath":
+        """Return the path of another file in the folder of this one."""
+        return self._changed(lambda path: f"{path.rpartition('/')[0]}/{name}")
+
+    def parent(self) -> "RemotePath":
+        """Return the folder of this file."""
+        return self._changed(lambda path: path.rpartition("/")[0])
+
+    def _changed(self, change: Callable[[str], str]) -> "RemotePath":
+        """Change the path, without a query that follows it."""
+        path, mark, query = self.path.partition("?") if self.is_web else (self.path, "", "")
+        first, link, rest = self.url.partition("::")
+        url, url_mark, url_query = first.partition("?")
+        if rest:  # a chain: its last part names the file
+            url, url_mark, url_query = rest, "", ""
+        changed = change(url) + url_mark + url_query
+        return RemotePath(
+            self.fs, change(path) + mark + query, first + link + changed if rest else changed
+        )
+
+
+def resolve(path: PathLike | T) -> str | RemotePath | T:
+    """Return the local path, or the path in a store, that a caller means; a file object as it is.
+
+    Raises:
+        ValueError: It is a URL that cannot be opened here, or a path that no file can have been
+            meant to have.
+    """
+    if isinstance(path, str | os.PathLike):  # asked first, as some paths have a method `write`
+        return _resolved(os.fsdecode(path))
+    if isinstance(path, StorePath):
+        return RemotePath(path.fs, path.path, str(path))
+    return path
+
+
+def _resolved(text: str) -> str | RemotePath:
+    scheme = _URL.match(text)
+    if scheme is None:
+        return _local(text)
+    if text.startswith(("file://", "local://")):
+        parts = urlsplit(text)
+        if parts.netloc not in {"", "localhost"}:
+            raise ValueError(f"{shorten(text)} is on another machine; mount its file system")
+        return unquote(parts.path)
+    return _remote(text)
+
+
+def _local(path: str) -> str:
+    collapsed = _COLLAPSED.match(path)
+    if collapsed is not None and not os.path.lexists(collapsed[1]):
+        raise ValueError(
+            f"{shorten(path)} looks like a URL whose slashes pathlib has joined; pass the URL as a "
+            "str, or as a path of universal_pathlib"
+        )
+    return path
+
+
+def check_created(folder: str) -> None:
+    """Refuse a new folder that a shell would have called otherwise."""
+    first = folder.partition("/")[0]
+    if first.startswith("~") and not os.path.lexists(first):
+        raise ValueError(
+            f"{shorten(folder)} begins with '~', which only a shell replaces; call "
+            "os.path.expanduser, or make the folder first"
+        )
+
+
+def _remote(url: str) -> RemotePath:
+    label = shorten(hide_credentials(url))
+    try:
+        from fsspec.core import url_to_fs
+    except ImportError:
+        raise ValueError(
+            f"{label} is a URL, which is opened with fsspec; install pytree2safetensors[remote]"
+        ) from None
+    try:
+        fs, path = url_to_fs(url)
+    except (ImportError, ValueError) as error:  # a package is missing, or the scheme is unknown
+        reason = hide_credentials(str(error))
+        raise ValueError(f"{label} cannot be opened with fsspec: {reason}") from None
+    return RemotePath(fs, path, url)
+
+
+def hide_credentials(text: str) -> str:
+    """Leave out what follows a URL's "?", and who logs in."""
+    return _QUERY.sub(r"\1?...", _USER.sub(r"\1...@", text))

@@ -1,0 +1,318 @@
+"""Loading from URLs: how much is asked, and what happens when a server misbehaves."""
+
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from upath import UPath
+
+from folders import INDEX, is_same, shard_names, tree_of
+from pytree2safetensors import (
+    FileFormatError,
+    load_abstract,
+    load_into_pytree,
+    load_metadata,
+    load_pytree,
+    save_pytree,
+)
+from pytree2safetensors._cli.main import main
+from pytree2safetensors._storage import remote_path
+from web_server import Request, WebServer, web_server
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def server() -> Iterator[WebServer]:
+    with web_server() as found:
+        yield found
+    fsspec.filesystem("http").clear_instance_cache()
+
+
+def large(count: int = 3, size: int = 1 * MIB) -> Any:
+    return {f"w{i}": jnp.full(size // 4, i, jnp.float32) for i in range(count)}
+
+
+def publish(server: WebServer, path: str, folder: Path, tree: Any, **options: Any) -> str:
+    """Save a tree, and serve the file or the folder; its URL."""
+    save_pytree(tree, folder / "tree", **options)
+    saved = folder / "tree"
+    for file in [saved] if saved.is_file() else saved.iterdir():
+        server.files[path if saved.is_file() else f"{path}/{file.name}"] = file.read_bytes()
+    return server.url + path
+
+
+# --- how much is asked ------------------------------------------------------------------------
+
+
+def test_one_leaf_takes_three_requests_and_its_own_bytes(server: WebServer, tmp_path: Path) -> None:
+    url = publish(server, "/m.safetensors", tmp_path, large())
+    assert is_same(large()["w1"], load_pytree(url, prefix="@w1"))
+    assert [request.method for request in server.requests] == ["HEAD", "GET", "GET"]
+    assert [request.sent for request in server.requests] == [0, 100_000, 1 * MIB]
+
+
+def test_shapes_and_metadata_take_two_requests(server: WebServer, tmp_path: Path) -> None:
+    tree = large() | {"step": 7}
+    url = publish(server, "/m.safetensors", tmp_path, large(), metadata={"run": "17"})
+    assert load_abstract(url)["w0"].shape == (MIB // 4,)
+    assert len(server.requests) == 2
+    assert load_metadata(url) == {"run": "17"}
+    assert len(server.requests) == 4
+    url = publish(server, "/scalar.safetensors", tmp_path, tree)
+    server.requests.clear()
+    assert load_abstract(url)["step"] == 7  # whose value is read, too
+    assert len(server.requests) == 3
+
+
+def test_a_small_file_takes_two_requests(server: WebServer, tmp_path: Path) -> None:
+    url = publish(server, "/m.safetensors", tmp_path, tree_of(1))
+    assert is_same(tree_of(1), load_pytree(url))
+    assert [request.method for request in server.requests] == ["HEAD", "GET"]
+    assert server.sent == len(server.files["/m.safetensors"])
+
+
+def test_a_whole_file_is_asked_for_in_long_ranges_many_at_a_time(
+    server: WebServer, tmp_path: Path
+) -> None:
+    tree = large(6, 16 * MIB) | {"small": jnp.ones(9)}
+    url = publish(server, "/m.safetensors", tmp_path, tree)
+    server.delay = 0.1
+    start = time.monotonic()
+    assert is_same(tree, load_pytree(url))
+    assert time.monotonic() - start < 5
+    assert len(server.requests) < 14
+    assert server.most_at_once > 4
+    assert server.sent < len(server.files["/m.safetensors"]) + 100_001
+
+
+def test_many_small_leaves_that_are_neighbours_are_one_range(
+    server: WebServer, tmp_path: Path
+) -> None:
+    tree = {f"{i:05}": np.full(100, i, np.float32) for i in range(3000)}
+    url = publish(server, "/m.safetensors", tmp_path, tree)
+    assert is_same(tree, load_into_pytree(tree, url))
+    assert len(server.requests) < 12
+
+
+def test_a_sharded_template_reads_its_own_ranges(server: WebServer, tmp_path: Path) -> None:
+    values = jnp.arange(8 * MIB // 4, dtype=jnp.float32).reshape(8, -1)
+    url = publish(server, "/m.safetensors", tmp_path, {"a": values, "b": values})
+    mesh = Mesh(np.array(jax.devices()), ("x",))
+    for spec in (PartitionSpec("x"), PartitionSpec(None, "x")):  # type: ignore[no-untyped-call]
+        server.requests.clear()
+        sharding = NamedSharding(mesh, spec)
+        wanted = {"a": jax.ShapeDtypeStruct(values.shape, values.dtype, sharding=sharding)}  # type: ignore[no-untyped-call]
+        found = load_into_pytree(wanted, url, rename={"@a": "@a"}, strict=False)
+        assert is_same({"a": values}, found)
+        assert server.sent < 9 * MIB
+        assert len(server.requests) < 20
+
+
+@pytest.mark.parametrize("limit", [100, "5GB"])
+def test_folders_and_indexes_load(server: WebServer, tmp_path: Path, limit: int | str) -> None:
+    url = publish(server, "/run", tmp_path, tree_of(1), max_shard_size=limit)
+    paths: list[Any] = [url, url + "/", f"{url}/model.safetensors", UPath(url)]
+    for path in [*paths, f"{url}/{INDEX}"] if limit == 100 else paths:
+        assert is_same(tree_of(1), load_pytree(path))
+    server.requests.clear()
+    load_pytree(url + "/")
+    expected = {f"/run/{name}" for name in [*shard_names(3), INDEX]} if limit == 100 else set()
+    assert {request.path for request in server.requests} >= expected
+
+
+def test_many_shards_are_opened_many_at_a_time(server: WebServer, tmp_path: Path) -> None:
+    tree = {f"w{i:02}": jnp.full(10, i, jnp.float32) for i in range(40)}
+    url = publish(server, "/run", tmp_path, tree, max_shard_size=40)
+    server.delay = 0.05
+    start = time.monotonic()
+    assert is_same(tree, load_pytree(url + "/"))
+    assert time.monotonic() - start < 40 * 2 * 0.05
+    assert server.most_at_once > 8
+
+
+def test_the_command_takes_urls(
+    server: WebServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = publish(server, "/m.safetensors", tmp_path, large())
+    assert main(["show", url]) == 0
+    assert "@w0..2  3 x float32[262144]" in capsys.readouterr().out
+    assert len(server.requests) < 4
+
+
+# --- what goes wrong --------------------------------------------------------------------------
+
+
+def test_what_is_missing_is_told(server: WebServer, tmp_path: Path) -> None:
+    for path in ("/m.safetensors", "/run", "/run/", f"/{INDEX}"):
+        with pytest.raises(FileNotFoundError) as caught:
+            load_pytree(server.url + path)
+        assert caught.value.filename == server.url + path
+    url = publish(server, "/run", tmp_path, tree_of(1), max_shard_size=100)
+    del server.files[f"/run/{shard_names(3)[1]}"]
+    with pytest.raises(FileFormatError, match=r"names the shard .* which is missing; copy the"):
+        load_pytree(url)
+
+
+def test_a_server_without_ranges_is_told(server: WebServer, tmp_path: Path) -> None:
+    url = publish(server, "/m.safetensors", tmp_path, large())
+    server.has_ranges = "no"
+    with pytest.raises(FileFormatError, match="has no ranges; copy it"):
+        load_pytree(url)
+    server.has_ranges = "ignored"
+    with pytest.raises(OSError, match=r"support range requests|ore bytes") as caught:
+        load_pytree(url, prefix="@w2")
+    assert url in str(caught.value)
+
+
+@pytest.mark.parametrize("etags", [True, False])
+@pytest.mark.parametrize("size", [1 * MIB, 1 * MIB + 4])
+@pytest.mark.parametrize("at", range(1, 5))
+def test_an_object_that_changes_in_the_middle_is_never_a_mixture(
+    server: WebServer, tmp_path: Path, at: int, size: int, etags: bool
+) -> None:
+    old, new = large(), {name: leaf[: size // 4] + 10 for name, leaf in large(3, 2 * MIB).items()}
+    url = publish(server, "/m.safetensors", tmp_path, new)
+    changed = server.files["/m.safetensors"]
+    publish(server, "/m.safetensors", tmp_path, old)
+    server.has_etags = etags
+    if not etags and size == MIB:
+        pytest.skip("nothing tells these two from each other")
+
+    def change(number: int) -> None:
+        if number == at:
+            server.files["/m.safetensors"] = changed
+
+    server.before = change
+    try:
+        found = load_pytree(url)
+    except FileFormatError as error:
+        # Without tags, the size alone tells.
+        assert "was replaced while it was read" in str(error) or "is cut short" in str(error)
+        return
+    assert at > 2
+    assert is_same(old, found) or is_same(new, found)
+
+
+def test_an_index_that_changes_is_read_again(server: WebServer, tmp_path: Path) -> None:
+    url = publish(server, "/run", tmp_path, tree_of(2), max_shard_size=100)
+    newer = dict(server.files)
+    publish(server, "/run", tmp_path, tree_of(1), max_shard_size=100)
+
+    def change(number: int) -> None:
+        if number == 4:
+            server.files.update(newer)
+
+    server.before = change
+    assert is_same(tree_of(2), load_pytree(f"{url}/{INDEX}"))
+
+
+def test_a_connection_that_is_dropped_is_the_stores_own_error(
+    server: WebServer, tmp_path: Path
+) -> None:
+    url = publish(server, "/m.safetensors", tmp_path, large())
+
+    def drop(number: int) -> None:
+        if number >= 2:
+            raise ConnectionError
+
+    server.before = drop
+    with pytest.raises(OSError, match=re.escape(url)):
+        load_pytree(url)
+
+
+def test_no_message_shows_credentials(server: WebServer, tmp_path: Path) -> None:
+    url = publish(server, "/m.safetensors", tmp_path, large())
+    secret = f"{url.replace('//', '//user:hunter2@')}?X-Signature=abcdef"
+
+    def refuse(number: int) -> None:
+        raise ConnectionError
+
+    for before, load in (
+        (refuse, load_pytree),
+        (lambda _: None, lambda path: load_pytree(path, prefix="@none")),
+        (lambda _: None, lambda path: load_pytree(path, mmap=True)),
+        (lambda _: None, lambda path: load_pytree(path.replace("/m.", "/gone."))),
+        (lambda _: None, lambda path: save_pytree({"a": 1.5}, path)),
+    ):
+        server.before = before
+        with pytest.raises((OSError, ValueError)) as caught:
+            load(secret)
+        chain: BaseException | None = caught.value
+        while chain is not None:
+            assert "hunter2" not in str(chain)
+            assert "abcdef" not in str(chain)
+            chain = None if chain.__suppress_context__ else chain.__context__ or chain.__cause__
+
+
+def test_a_url_cannot_be_mapped(server: WebServer, tmp_path: Path) -> None:
+    url = publish(server, "/m.safetensors", tmp_path, large())
+    with pytest.raises(ValueError, match=f"mmap=True maps a file on disk; load '{url}' without"):
+        load_pytree(url, mmap=True)
+    assert server.requests == []
+
+
+# --- paths ------------------------------------------------------------------------------------
+
+
+def test_a_file_url_is_a_local_path(tmp_path: Path) -> None:
+    path = tmp_path / "a b.safetensors"
+    save_pytree(tree_of(1), path.as_uri())
+    assert is_same(tree_of(1), load_pytree(path, mmap=True))
+    assert is_same(tree_of(1), load_pytree(path.as_uri(), mmap=True))
+    save_pytree(tree_of(2), UPath(f"file://{tmp_path}/model"))
+    assert is_same(tree_of(2), load_pytree(UPath(f"file://{tmp_path}/model")))
+    with pytest.raises(ValueError, match="is on another machine"):
+        load_pytree("file://server/model")
+
+
+def test_unknown_schemes_and_missing_packages_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    for url, text in (
+        ("foo://bucket/x", "'foo://bucket/x' cannot be opened with fsspec: Protocol not known"),
+        ("adl://bucket/x", "'adl://bucket/x' cannot be opened with fsspec: "),
+    ):
+        for work in (load_pytree, lambda path: save_pytree({"a": 1}, path)):
+            with pytest.raises(ValueError, match=text):
+                work(url)
+    monkeypatch.setitem(__import__("sys").modules, "fsspec.core", None)
+    with pytest.raises(ValueError, match=r"install pytree2safetensors\[remote\]"):
+        load_pytree("https://example.com/x")
+
+
+@pytest.mark.parametrize("path", ["~/run", "~other", "gs:/bucket/run", "s3:/run"])
+def test_a_path_that_looks_like_another_makes_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"begins with .~.|looks like a URL"):
+        save_pytree(tree_of(1), Path(path), max_shard_size=100)
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("https://h.com/a?b=c", "https://h.com/a?..."),
+        ("https://me:secret@h.com/a", "https://...@h.com/a"),
+        ("simplecache::https://me@h.com/a?b", "simplecache::https://...@h.com/a?..."),
+        ("hf://someone/model@main/x", "hf://someone/model@main/x"),
+        ("abfs://container@account.net/x", "abfs://container@account.net/x"),
+        ("404, url='http://h.com/a?t=s'", "404, url='http://h.com/a?...'"),
+    ],
+)
+def test_credentials_are_left_out_of_urls(url: str, shown: str) -> None:
+    assert remote_path.hide_credentials(url) == shown
+
+
+def test_a_request_is_recorded(server: WebServer) -> None:
+    server.files["/x"] = b"1234"
+    assert fsspec.filesystem("http").cat_file(server.url + "/x", 1, 3) == b"23"
+    assert server.requests == [Request("GET", "/x", 2)]
