@@ -257,7 +257,8 @@ def test_law_9_loading_makes_the_tree(path: Path, data: Any, case: Correspondenc
             "pytree2safetensors._load.plan._LONG", data.draw(st.sampled_from([1, 1 << 16]))
         )
         patch.setattr(
-            "pytree2safetensors._load.reading._COPIED_BATCH", data.draw(st.sampled_from([1, 1 << 20]))
+            "pytree2safetensors._load.reading._COPIED_BATCH",
+            data.draw(st.sampled_from([1, 1 << 20])),
         )
         mmap = data.draw(st.booleans())
         found = load_into_pytree(template, path, rename=[case.rule], mmap=mmap)

@@ -3,11 +3,18 @@
 Specification: *The note*.
 """
 
-from bisect import bisect_left
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from pytree2safetensors._errors import FileFormatError, KeyPathError, TreeStructureError, shorten
-from pytree2safetensors._tree.keypath import INDEX, ITEM, MARKERS, UNKEYED, string2keypath
+from pytree2safetensors._tree.keypath import (
+    ATTR,
+    INDEX,
+    ITEM,
+    MARKERS,
+    UNKEYED,
+    split,
+    string2keypath,
+)
 from pytree2safetensors._types import Kind
 
 _CHILDREN = {"tuple": INDEX, "OrderedDict": ITEM}  # what follows the path of a node of this kind
@@ -21,87 +28,66 @@ def check_nodes(kinds: Mapping[str, Kind], leaves: Mapping[str, object], file: s
     """
     if not kinds:
         return
-    names = _Names([*leaves, *kinds])
     try:
-        for path, kind in kinds.items():
+        for path in kinds:
             string2keypath(path)
-            _check_children(names, path, kind)
-        _check_places(names, kinds, leaves)
+        _check_names(kinds, leaves)
     except (KeyPathError, TreeStructureError) as error:
         raise FileFormatError(f"the note of {file} contradicts its tensors: {error}") from None
 
 
-class _Names:
-    """Names in order: those that start with a text follow each other."""
+def _check_names(kinds: Mapping[str, Kind], leaves: Mapping[str, object]) -> None:
+    """Compare each name with the nearest noted node above it, which stands for those above that."""
+    for name in kinds.keys() & leaves.keys():
+        raise _at_a_leaf(name, name)
+    segments: dict[str, set[str]] = {path: set() for path in kinds if isinstance(kinds[path], list)}
+    # Names that the next ones begin with, though these need not be below them; for each the
+    # nearest noted node above it, and a leaf above it.
+    prefixes: list[tuple[str, str | None, str | None]] = []
+    names = sorted([*leaves, *kinds])
+    for name, following in zip(names, [*names[1:], ""], strict=True):
+        while prefixes and not name.startswith(prefixes[-1][0]):
+            prefixes.pop()
+        node = leaf = None
+        if prefixes:
+            last, node, leaf = prefixes[-1]
+            if not last or name[len(last)] in MARKERS:
+                node = last if last in kinds else node
+                leaf = last if last in leaves else leaf
+        if leaf is not None and name in kinds:
+            raise _at_a_leaf(leaf, name)
+        if node is not None:
+            _check_child(name, node, kinds[node])
+            if node in segments:
+                segments[node].add(split(name[len(node) :])[0])
+        if following.startswith(name):
+            prefixes.append((name, node, leaf))
+    for path, found in segments.items():
+        _check_keys(path, kinds[path], found)
 
-    def __init__(self, names: Iterable[str]) -> None:
-        self.sorted = sorted(names)
 
-    def starting(self, text: str) -> int:
-        """How many names start with a text."""
-        after = text[:-1] + chr(ord(text[-1]) + 1)
-        return bisect_left(self.sorted, after) - bisect_left(self.sorted, text)
-
-    def at(self, path: str) -> int:
-        """How many names are a path."""
-        position = bisect_left(self.sorted, path)
-        return self.sorted[position : position + 2].count(path)
-
-    def below(self, path: str) -> int:
-        """How many names are below a path."""
-        if not path:
-            return len(self.sorted) - self.at("")
-        return sum(self.starting(path + marker) for marker in MARKERS)
+def _at_a_leaf(leaf: str, name: str) -> TreeStructureError:
+    return TreeStructureError(
+        f"{shorten(leaf)} and {shorten(name)} name a leaf and a node at one place"
+    )
 
 
-def _check_children(names: _Names, path: str, kind: Kind) -> None:
-    """Refuse a kind that the children of its node do not fit."""
+def _check_child(name: str, path: str, kind: Kind) -> None:
+    """Refuse a name below a node whose kind has no such children."""
     word = kind[0] if isinstance(kind, list) else kind
-    below = names.below(path)
-    if below:
-        marker = _CHILDREN.get(word)
-        fitting = names.starting(path + marker) if marker else 0
-        if marker == INDEX:
-            fitting -= names.starting(path + UNKEYED)
-        if fitting != below:
-            raise TreeStructureError(f"{shorten(path)} is noted as {word}, and its children differ")
-    if isinstance(kind, list):
-        _check_keys(names, path, kind[1], below)
+    marker = (
+        name[len(path)] if name[len(path)] in MARKERS else ATTR
+    )  # below the root it is left off
+    if marker != _CHILDREN.get(word) or name.startswith(UNKEYED, len(path)):
+        raise TreeStructureError(f"{shorten(path)} is noted as {word}, and its children differ")
 
 
-def _check_keys(names: _Names, path: str, segments: list[str], below: int) -> None:
+def _check_keys(path: str, kind: Kind, found: set[str]) -> None:
     """Refuse an `OrderedDict` whose keys are not those of its children."""
-    if segments and not below:
+    segments = kind[1]
+    if segments and not found:
         raise TreeStructureError(f"the noted keys of {shorten(path)} have no leaves")
-    children = {path + segment for segment in segments if _is_key(segment)}
-    found = [names.at(child) + names.below(child) for child in children]
-    if len(children) != len(segments) or not all(found) or sum(found) != below:
+    if len(segments) != len(found) or {*segments} != found:
         raise TreeStructureError(
             f"the noted keys of the OrderedDict {shorten(path)} are not those of its children"
         )
-
-
-def _is_key(segment: str) -> bool:
-    try:
-        return len(string2keypath(segment)) == 1
-    except KeyPathError:
-        return False
-
-
-def _check_places(names: _Names, kinds: Mapping[str, Kind], leaves: Mapping[str, object]) -> None:
-    """Refuse a node at a leaf or below one."""
-    # Leaves that the name begins with, each with whether it is below another of them.
-    open_leaves: list[tuple[str, bool]] = []
-    for name in names.sorted:
-        while open_leaves and not name.startswith(open_leaves[-1][0]):
-            open_leaves.pop()
-        above, is_below = open_leaves[-1] if open_leaves else ("", False)
-        if open_leaves and len(name) > len(above):
-            is_below = is_below or not above or name[len(above)] in MARKERS
-        if name in kinds and (is_below or name in leaves):
-            leaf = name if name in leaves else above
-            raise TreeStructureError(
-                f"{shorten(leaf)} and {shorten(name)} name a leaf and a node at one place"
-            )
-        if name in leaves:
-            open_leaves.append((name, is_below))
