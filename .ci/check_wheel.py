@@ -70,7 +70,8 @@ def check_installed() -> None:
     pytree2safetensors.save_pytree(tree, "tree.safetensors")
     assert pytree2safetensors.load_pytree("tree.safetensors") == tree
     command = Path(sys.executable).with_name(NAME)
-    shown = subprocess.run([command, "show", "tree.safetensors"], check=True, capture_output=True)
+    arguments = [command, "show", "--paths", "tree.safetensors"]
+    shown = subprocess.run(arguments, check=True, capture_output=True)
     assert b"@a#2#0" in shown.stdout
 
 
