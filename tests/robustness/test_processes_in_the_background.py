@@ -15,7 +15,7 @@ import pytree2safetensors as p2s
 from pytree2safetensors._leaves.jax_versions import CoordinationKeys
 from pytree2safetensors._save import joint
 from pytree2safetensors._storage import descriptor
-from together import Group, checkpoint, devices_of, first, group_of, number_in, spread
+from together import Group, arrays_of, checkpoint, devices_of, first, group_of, number_in, spread
 
 pytestmark = pytest.mark.multiprocess
 
@@ -50,7 +50,8 @@ def train_meanwhile(folder: str) -> tuple[bool, float]:
     # One device of each process: old versions of JAX connect larger groups only with luck.
     two = Mesh(np.array([devices_of(process)[0] for process in range(2)]), ("x",))
     total = spread(np.zeros(2, np.float32), P("x"), two)
-    tree = update(checkpoint(1))
+    specs = {"rows": P("x"), "columns": P(None, "x")}
+    tree = update({name: spread(a, specs[name], two) for name, a in arrays_of(1).items()})
     total = add(total).block_until_ready()
     with pytest.MonkeyPatch.context() as patch:
         slow_writes(patch, 0.2)
