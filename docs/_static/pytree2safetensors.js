@@ -282,7 +282,6 @@ function parseJSON(text, what) {
     if (stop < 0) refuse();
     const inside = text.slice(at + 1, stop);
     try {
-      // biome-ignore lint/suspicious/noControlCharactersInRegex: JSON forbids them
       return /[\\\x00-\x1f]/.test(inside) ? JSON.parse(`"${inside}"`) : inside;
     } catch {
       return refuse();

@@ -37,7 +37,7 @@ OPTIONAL = {
     "treescope",
 }
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
-SHOWN = {"", "json", "sh", "text", "toml"}  # kinds of blocks that are read and not run
+SHOWN = {"", "js", "json", "sh", "text", "toml"}  # kinds of blocks that are read and not run
 
 
 class Block(NamedTuple):
