@@ -7,6 +7,8 @@ import {
 const STATISTICS = { local: 2 ** 24, remote: 2 ** 20 }; // bytes that are read without being asked for
 const STEP = 2 ** 22; // bytes that are read at once
 const SHOWN = 10; // rows and columns of values
+const MOST = 100_000; // characters of one text
+const DEEPEST = 100; // dots that cut a name
 
 // --- Text -------------------------------------------------------------------------------------------
 
@@ -28,6 +30,8 @@ const formatCount = (count) => readable(count, ["", " K", " M", " B", " T"], 999
 /** Show characters that cannot be seen, or that change the order of others, as escapes. */
 const visible = (text) => text.replace(/[\p{Cc}\p{Cf}\p{Zl}\p{Zp}\p{Cs}]/gu, escape);
 const escape = (character) => `\\u${character.codePointAt(0).toString(16).padStart(4, "0")}`;
+
+const shorten = (text, most) => (text.length > most ? `${text.slice(0, most)}…` : text);
 
 /** Make an element. Text goes in as text, never as markup. */
 function make(tag, attributes = {}, ...children) {
@@ -61,11 +65,15 @@ class Row {
 
 const TOTALS = ["bytes", "count"];
 
+const countOf = (shape) => shape.reduce((product, size) => product * Number(size), 1);
 const isText = (key) => typeof key === "string";
 
-function labelOf(key) {
-  if (!isText(key)) return typeof key === "number" ? String(key) : spellKey(new Key("item", key)).slice(3, -1);
-  return key === "" ? '""' : visible(key);
+/** The label of a child: its index or name, or its dict key as Python writes it. */
+function labelOf(key, { kind }) {
+  if (isText(key)) return key === "" ? '""' : visible(shorten(key, 300));
+  if (kind !== "dict" && kind !== "OrderedDict") return String(key);
+  const spelled = spellKey(new Key("item", key)).slice(3, -1); // between @\( and )
+  return shorten(spelled.replace(/\\(.)/gs, "$1"), 300);
 }
 
 /** Make the rows of an open file: from its tree, or from the dots in its names. */
@@ -89,7 +97,7 @@ function rowOf(file, content, label, level = 1) {
     const row = new Row(label, content);
     const tensor = file.tensors.get(content.name);
     row.bytes = tensor ? tensor.stop - tensor.start : 0;
-    row.count = tensor && content.kind !== "key" ? content.shape.reduce((product, size) => product * size, 1) : 0;
+    row.count = tensor && content.kind !== "key" ? countOf(content.shape) : 0;
     row.level = level;
     return row;
   }
@@ -97,7 +105,7 @@ function rowOf(file, content, label, level = 1) {
   const items = fixed ? content.items : inNaturalOrder(content.items);
   const row = new Row(label, content);
   row.level = level;
-  row.children = items.map(([key, child]) => rowOf(file, child, labelOf(key), level + 1));
+  row.children = items.map(([key, child]) => rowOf(file, child, labelOf(key, content), level + 1));
   return row;
 }
 
@@ -114,7 +122,9 @@ function cutAtDots(file) {
   const root = { children: new Map() };
   for (const [name, leaf] of file.leaves) {
     let place = root;
-    for (const part of name.split(".").slice(0, 100)) {
+    const names = name.split(".");
+    if (names.length > DEEPEST) names.push(names.splice(DEEPEST).join("."));
+    for (const part of names) {
       if (!place.children.has(part)) place.children.set(part, { children: new Map() });
       place = place.children.get(part);
     }
@@ -242,15 +252,16 @@ class TreeView {
   drawRow(index) {
     const row = this.rows[index];
     const siblings = row.alone ? undefined : row.parent?.children;
+    const level = row.alone ? 1 : row.level;
     const opens = row.children.length > 0;
     const arrow = make("span", { class: "arrow", "aria-hidden": "true" }, opens ? (row.open ? "▾" : "▸") : "");
     return make(
       "div",
       {
         class: `row${row.folded ? " folded" : ""}${index === this.active ? " active" : ""}`,
-        style: `top: calc(${index} * var(--row)); padding-left: ${0.4 + 1.1 * (Math.min(row.alone ? 1 : row.level, 12) - 1)}em`,
+        style: `top: calc(${index} * var(--row)); padding-left: ${1.1 * Math.min(level, 12) - 0.7}em`,
         role: "treeitem", id: `row-${index}`, "data-index": index,
-        "aria-level": row.alone ? 1 : row.level,
+        "aria-level": level,
         "aria-setsize": siblings ? siblings.length : this.rows.length,
         "aria-posinset": siblings ? row.position : index + 1,
         "aria-expanded": opens ? String(row.open) : undefined,
@@ -330,13 +341,13 @@ class TreeView {
 function openFirst(root) {
   let budget = 40;
   for (let level = [root]; level.length && budget > 0; ) {
-    const next = [];
+    let next = [];
     for (const row of level) {
       const { length } = row.children;
       if (!length || row.folded || (length > budget && row !== root)) continue;
       row.open = true;
       budget -= length;
-      next.push(...row.children);
+      next = next.concat(row.children);
     }
     level = next;
   }
@@ -441,11 +452,14 @@ async function showLeaf(panel, file, row, remote) {
   panel.scrollIntoView({ block: "nearest" });
   try {
     if (!tensor) {
-      more.append(make("pre", { class: "text" }, String(leaf.value)));
+      // Decimal digits of a very large integer take their time.
+      const isHuge = typeof leaf.value === "bigint" && BigInt.asIntN(4096, leaf.value) !== leaf.value;
+      const text = isHuge ? `in hexadecimal: ${leaf.value.toString(16)}` : String(leaf.value);
+      more.append(make("pre", { class: "text" }, make("bdi", {}, shorten(text, MOST))));
       return;
     }
     if (!row.bytes) return;
-    if (leaf.kind === "key") leaf.count = leaf.shape.reduce((product, size) => product * size, 1);
+    if (leaf.kind === "key") leaf.count = countOf(leaf.shape);
     const values = await makeValues(file, leaf);
     if (isCurrent()) more.append(values);
     const limit = STATISTICS[remote ? "remote" : "local"];
@@ -477,9 +491,10 @@ async function showStatistics(place, file, leaf, limit, isCurrent) {
 // --- Opening --------------------------------------------------------------------------------------------
 
 function makeError(error) {
-  const known = error instanceof Pytree2SafetensorsError;
-  const text = known || error.message.includes("answers with") ? error.message : `it cannot be read: ${error.message}`;
-  return make("div", { class: "error", role: "alert" }, visible(text));
+  // What `fetch` throws says no more, so that pages learn nothing of other servers.
+  const hidden = error instanceof TypeError && /fetch|network|load/i.test(error.message);
+  const reason = "the address cannot be read: it is not there, or its server does not allow other pages to read it";
+  return make("div", { class: "error", role: "alert" }, visible(hidden ? reason : error.message));
 }
 
 /** Show what is open: totals, metadata, search and tree. */
@@ -525,9 +540,10 @@ function showFile(place, file, label, remote) {
     }
     const found = names.filter((name) => name.toLowerCase().includes(wanted));
     status.textContent = `${grouped.format(found.length)} of ${plural(names.length, "leaf", "leaves")}`;
-    return view.show(found.map((name) => Object.assign(leaves.get(name), { alone: visible(name) || '""' })));
+    const shown = (name) => Object.assign(leaves.get(name), { alone: visible(shorten(name, 300)) || '""' });
+    return view.show(found.map(shown));
   };
-  const entries = [...file.metadata].map(([key, value]) => [visible(key), value]);
+  const entries = [...file.metadata].map(([key, value]) => [visible(shorten(key, 300)), shorten(value, MOST)]);
   const summary = make("summary", {}, `Metadata: ${plural(entries.length, "entry", "entries")}`);
   const remark = `The names make no tree, and are cut at their dots: ${visible(problem?.message ?? "")}`;
   const title = make("h2", { tabindex: "-1" }, make("bdi", {}, visible(label)));
@@ -599,7 +615,7 @@ function start(page) {
   const submit = (event) => {
     event.preventDefault();
     const url = rawAddress(address.value);
-    open(decodeURIComponent(new URL(url).pathname.split("/").at(-1) || url), true, () => openUrl(url));
+    open(new URL(url).pathname.split("/").at(-1) || url, true, () => openUrl(url));
   };
   const zone = make(
     "div",
@@ -616,14 +632,16 @@ function start(page) {
     make("form", { onsubmit: submit }, address, make("button", {}, "Open the address")),
   );
   const mark = (over) => (event) => {
+    if (!event.dataTransfer.types.includes("Files")) return false; // such as text for the input
     event.preventDefault();
     zone.classList.toggle("over", over);
+    return true;
   };
   // Anywhere on the page: a browser would leave it for a file that is dropped beside the zone.
   document.addEventListener("dragover", mark(true));
   document.addEventListener("dragleave", mark(false));
   document.addEventListener("drop", (event) => {
-    mark(false)(event);
+    if (!mark(false)(event)) return;
     const dropped = filesOf(event.dataTransfer); // now, as the items go with the event
     const name = event.dataTransfer.files[0]?.name ?? "what was dropped";
     open(name, false, async () => openFiles(await dropped));

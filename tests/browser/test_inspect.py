@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -340,6 +341,28 @@ def test_an_address_that_is_not_there_shows_its_status(page: Page, site: tuple[s
     page.one("[type=url]").send_keys(f"{site[0]}/none.safetensors", Keys.ENTER)
     assert page.one("[role=alert]").text.endswith("answers with status 404")
     page.browser.get_log("browser")  # where the browser tells of the 404, too
+
+
+def test_an_address_that_cannot_be_read_says_what_may_be_wrong(page: Page) -> None:
+    page.one("[type=url]").send_keys("http://127.0.0.1:9/model.safetensors", Keys.ENTER)
+    assert "does not allow other pages to read it" in page.one("[role=alert]").text
+    page.browser.get_log("browser")  # where the browser tells of the failure, too
+
+
+def test_unusual_keys_and_texts_are_shown(page: Page, tmp_path: Path) -> None:
+    tree = OrderedDict(
+        [(2.0, 2**20000), ((1, "a.b"), "x" * 200_000), ("y" * 5000, np.zeros((0, 2)))]
+    )
+    path = tmp_path / "unusual.safetensors"
+    save_pytree(tree, path, metadata={"long": "z" * 200_000})
+    page.open(path)
+    text = '"' + "x" * 60 + '"'
+    expected = ["2.0 int", f"(1, 'a.b') str {text}", "y" * 300 + "… float64[0,2]"]
+    assert page.rows()[1:] == expected
+    page.click("2.0 int")
+    assert "in hexadecimal: 1000000" in page.one("section.leaf").text
+    page.click("a.b")
+    page.wait(lambda: "xxx…" in page.one("section.leaf").text, "the text")
 
 
 def test_a_dropped_file_opens(page: Page) -> None:
