@@ -468,19 +468,32 @@ export function urlSource(url) {
       size ??= Number(response.headers.get("Content-Range")?.split("/")[1]) || undefined;
       return new Uint8Array(await response.arrayBuffer());
     }
-    if (!(Number(response.headers.get("Content-Length")) <= 2 ** 26)) {
-      await response.body?.cancel();
-      throw new Error(`${url} is on a server that does not serve parts of files`);
-    }
-    whole = blobSource(await response.blob());
+    whole = blobSource(await readSmall(response, url));
     return whole.read(start, stop);
   };
   const measure = async () => {
     if (whole) return whole.size();
-    // Across origins a browser may hide Content-Range, but not the length that HEAD gives.
-    return (size ??= Number((await fetch(url, { method: "HEAD" })).headers.get("Content-Length")) || undefined);
+    if (size) return size;
+    // Across origins a browser may hide Content-Range, but not the length that HEAD gives. Some servers refuse HEAD.
+    const response = await fetch(url, { method: "HEAD" }).catch(() => undefined);
+    return response?.ok ? Number(response.headers.get("Content-Length")) || undefined : undefined;
   };
   return { label: String(url), size: measure, read };
+}
+
+/** Read all of a response, up to 64 MiB. */
+async function readSmall(response, url) {
+  const reader = response.body.getReader();
+  const parts = [];
+  let left = 2 ** 26;
+  while (left >= 0 && Number(response.headers.get("Content-Length")) <= 2 ** 26) {
+    const { done, value } = await reader.read();
+    if (done) return new Blob(parts);
+    parts.push(value);
+    left -= value.length;
+  }
+  await reader.cancel();
+  throw new Error(`${url} is on a server that does not serve parts of files`);
 }
 
 const HEAD = 2 ** 17; // bytes of a first request, which most headers fit in
@@ -845,11 +858,11 @@ export async function openIndex(source, find) {
   const refuse = (reason) => {
     throw new FileFormatError(`the index ${label} ${reason}`);
   };
-  const size = await source.size();
-  if (size > MAX_HEADER) refuse(`has ${size} bytes`);
+  const bytes = await source.read(0, MAX_HEADER + 1);
+  if (bytes.length > MAX_HEADER) refuse(`has more than ${MAX_HEADER} bytes`);
   let content;
   try {
-    content = new TextDecoder("utf-8", { fatal: true }).decode(await source.read(0, size ?? MAX_HEADER));
+    content = new TextDecoder("utf-8", { fatal: true }).decode(bytes);
   } catch {
     refuse("is not valid UTF-8");
   }

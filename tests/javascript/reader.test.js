@@ -40,17 +40,19 @@ FILES["/model.safetensors.index.json"] = new Blob([JSON.stringify(index)]);
 FILES["/a b%.safetensors"] = makeFile({ "@large": large });
 FILES["/c.safetensors"] = makeFile({ "@small": small });
 
+const ALL = ["whole", "chunked", "huge"]; // modes in which the server ignores ranges
 let requests = [];
 const server = createServer(async ({ url, method, headers }, response) => {
   const [, mode, path] = /^\/(\w+)(\/.*)$/.exec(decodeURIComponent(url));
   requests.push(`${method} ${headers.range ?? ""}`);
   const blob = FILES[path];
   if (!blob) return response.writeHead(404).end();
-  const [, start, stop] = /^bytes=(\d+)-(\d+)$/.exec(headers.range ?? "") ?? [];
-  const part = start && mode !== "whole" ? blob.slice(Number(start), Number(stop) + 1) : blob;
-  const fields = { "Content-Length": mode === "whole" && path.includes("model") ? blob.size : part.size };
-  if (start && mode === "parts") fields["Content-Range"] = `bytes ${start}-${stop}/${blob.size}`;
-  response.writeHead(start && mode !== "whole" ? 206 : 200, fields);
+  if (mode === "refusing" && method === "HEAD") return response.writeHead(403, { "Content-Length": 5 }).end();
+  const [, start, stop] = (!ALL.includes(mode) && /^bytes=(\d+)-(\d+)$/.exec(headers.range)) || [];
+  const part = start ? blob.slice(Number(start), Number(stop) + 1) : blob;
+  if (mode !== "chunked") response.setHeader("Content-Length", mode === "huge" ? 2 ** 27 : part.size);
+  if (start && mode === "parts") response.setHeader("Content-Range", `bytes ${start}-${stop}/${blob.size}`);
+  response.writeHead(start ? 206 : 200);
   return response.end(method === "HEAD" ? undefined : Buffer.from(await part.arrayBuffer()));
 });
 let origin;
@@ -74,11 +76,22 @@ test("the size is asked for where the answer does not tell it", async () => {
   assert.deepEqual(requests, ["GET bytes=0-131071", "HEAD "]);
 });
 
-test("a server without ranges sends a small file once", async () => {
-  requests = [];
-  const file = await openUrl(`${origin}/whole/model.safetensors`);
+test("a server that refuses to tell the size is believed", async () => {
+  const file = await openUrl(`${origin}/refusing/model.safetensors`);
   assert.deepEqual([...(await file.values("@small"))], [1, 2, 3, 4]);
-  assert.deepEqual(requests, ["GET bytes=0-131071"]);
+});
+
+for (const mode of ["whole", "chunked"]) {
+  test(`a server without ranges sends a small file once: ${mode}`, async () => {
+    requests = [];
+    const file = await openUrl(`${origin}/${mode}/model.safetensors`);
+    assert.deepEqual([...(await file.values("@small"))], [1, 2, 3, 4]);
+    assert.deepEqual(requests, ["GET bytes=0-131071"]);
+  });
+}
+
+test("a server without ranges is not asked for a large file", async () => {
+  await assert.rejects(openUrl(`${origin}/huge/model.safetensors`), /does not serve parts of files$/);
 });
 
 test("an index at an address leads to its shards", async () => {
