@@ -12,8 +12,8 @@ from report import OURS
 
 MODEL, FOLDER, SMALL = "model", "folder", "small"
 TITLES = {
-    MODEL: "One file of a transformer in bfloat16",
-    FOLDER: "The same as a folder of shards",
+    MODEL: "A transformer in bfloat16, one file",
+    FOLDER: "The same, a folder of shards",
     SMALL: "Small leaves of float32",
 }
 Table = tuple[str, tuple[str, ...], list[list[str]]]  # title, head, rows
@@ -148,7 +148,7 @@ def as_text(result: dict[str, Any]) -> str:
 
 
 def draw(result: dict[str, Any]) -> str:
-    """Draw the seconds of each system at each task, and the limit of the machine."""
+    """Draw the seconds of the loads, and the limit of the machine."""
     runs = [
         {"workload": run["workload"], "op": run["op"], "system": run["system"], "watched": True}
         | {"wall": typical(run), "cpu": 0, "peak": run["host memory"], "anonymous": 0}
@@ -159,14 +159,13 @@ def draw(result: dict[str, Any]) -> str:
     systems = {run["system"]: run["system"] for run in runs}
     panels = []
     for workload, title in TITLES.items():
-        for op in ("load", "save"):
-            mine = [run for run in runs if (run["workload"], run["op"]) == (workload, op)]
-            limit = limits_of(result).get(op, 0) if workload != SMALL else 0
+        mine = [run for run in runs if (run["workload"], run["op"]) == (workload, "load")]
+        limit = limits_of(result).get("load", 0) if workload != SMALL else 0
+        if mine:
             line = (
                 Line("dashed: the limit of the machine", mine[0]["bytes"] / limit)
-                if mine and limit
+                if limit
                 else None
             )
-            if mine:
-                panels.append(Panel(f"{title}, {op}: seconds", workload, op, line, "wall", systems))
+            panels.append(Panel(f"{title}: seconds", workload, "load", line, "wall", systems))
     return chart.draw(panels, runs)

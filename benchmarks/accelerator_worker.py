@@ -132,8 +132,15 @@ def save(task: dict[str, Any], path: Path, template: Any) -> dict[str, Any]:
     """Save the tree to the same path, again and again; the last file stays."""
     tree = fill(template)
     system = SYSTEMS[task["system"]]
+
+    def renew() -> None:
+        """Make the arrays anew, as JAX may keep copies on the host inside those that were saved."""
+        nonlocal tree
+        remove(path)
+        tree = jax.block_until_ready(jax.tree.map(jnp.copy, tree))
+
     started()
-    seconds, _ = rounds(lambda: system.save(tree, path, task["folder"]), lambda: remove(path))
+    seconds, _ = rounds(lambda: system.save(tree, path, task["folder"]), renew)
     return {"seconds": seconds}
 
 

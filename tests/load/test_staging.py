@@ -21,7 +21,7 @@ from pytree2safetensors._load import reading
 
 P: Any = PartitionSpec  # whose constructor JAX leaves untyped
 Struct: Any = jax.ShapeDtypeStruct
-RING, BATCH = (48 << 10, 16 << 10), 16 << 10
+RING, BATCH = (16 << 10, 48 << 10), 16 << 10
 
 
 class Link:
@@ -190,7 +190,7 @@ def test_arrays_on_the_host_keep_no_memory_of_the_ring(
 
 @given(st.lists(st.integers(1, 5000), max_size=60), st.randoms(use_true_random=False))
 def test_batches_in_a_ring_never_overlap(sizes: list[int], random: Any) -> None:
-    pieces = (8192, 4096)
+    pieces = (4096, 8192)
     ring = Ring(jax.devices()[0], pieces)
     live: list[tuple[int, int]] = []  # taken, the oldest first
     waiting = 0  # of these, how many are not being transferred yet
