@@ -4,8 +4,11 @@ Specification: *Rules*.
 """
 
 import math
+from functools import partial
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
@@ -14,6 +17,7 @@ from pytree2safetensors._format.tensor import BITS
 from pytree2safetensors._leaves.decode import from_bytes
 from pytree2safetensors._leaves.extents import shape_of, within
 from pytree2safetensors._leaves.staging import aligned
+from pytree2safetensors._leaves.to_jax import own_programs
 from pytree2safetensors._leaves.views import to_leaf
 from pytree2safetensors._load.checkpoint import OpenCheckpoint
 from pytree2safetensors._load.plan import Assembly, Piece
@@ -26,6 +30,9 @@ class Assembler:
         self.checkpoint = checkpoint
         self._memory: dict[int, list[NDArray[np.uint8]]] = {}  # of each box of an assembly
         self._missing: dict[int, int] = {}  # how many regions an assembly still lacks
+        self._arrays: dict[
+            tuple[int, int], list[tuple[Piece, jax.Array]]
+        ] = {}  # by assembly and use
 
     def memory_for(self, piece: Piece, nbytes: int) -> tuple[NDArray[np.uint8], int]:
         """Return the memory of a piece's box, and where the piece of so many bytes begins in it."""
@@ -45,7 +52,7 @@ class Assembler:
         Returns:
             The values in the order of the file; in that of the leaf, if the leaf has several boxes.
         """
-        number, view, region, boxes, _, count = piece.assembly
+        number, view, region, boxes, _, count, _ = piece.assembly
         if count == 1:
             return values.reshape(boxes[0].shape)
         self._missing[number] = self._missing.get(number, count) - 1
@@ -62,6 +69,38 @@ class Assembler:
             leaf[within(box.region, region)] = to_leaf(view, box, part)
         return leaf
 
+    def joined(
+        self, piece: Piece, use: int, shape: tuple[int, ...] | None, array: jax.Array
+    ) -> jax.Array | None:
+        """Say what a piece is on a device; return the region of the leaf if it was the last one.
+
+        Args:
+            piece: The piece.
+            use: Which of the uses of its assembly this is.
+            shape: The shape to give the region, if another than its own.
+            array: The piece, on the device of the use.
+        """
+        number, view, region, boxes, *_ = piece.assembly
+        key = number, use
+        found = self._arrays.setdefault(key, [])
+        found.append((piece, array))
+        if len(found) < piece.assembly.pieces:
+            return None
+        del self._arrays[key]
+        found.sort(key=lambda part: (part[0].box, part[0].place[:-1]))
+        with own_programs():
+            parts = []
+            for index, box in enumerate(boxes):
+                mine = [part for other, part in found if other.box == index]
+                parts.append(_join(mine, box.shape, view.order, shape_of(box.region)))
+            if len(parts) == 1:
+                leaf: jax.Array = parts[0]
+            else:
+                leaf = jnp.zeros_like(parts[0], shape=shape_of(region))
+                for part, box in zip(parts, boxes, strict=True):
+                    leaf = leaf.at[within(box.region, region)].set(part)
+            return leaf if shape is None else leaf.reshape(shape)
+
     def _values(
         self, assembly: Assembly, memory: NDArray[np.uint8], shape: tuple[int, ...]
     ) -> NDArray[Any]:
@@ -69,6 +108,14 @@ class Assembler:
         info = self.checkpoint.infos[name]._replace(shape=shape, nbytes=len(memory))
         with errors_of(self.checkpoint.label):
             return from_bytes(memory, info, name)
+
+
+@partial(jax.jit, static_argnums=(1, 2, 3))
+def _join(
+    parts: list[jax.Array], shape: tuple[int, ...], order: tuple[int, ...], final: tuple[int, ...]
+) -> jax.Array:
+    """Stack parts, and show them as a region of a leaf, in one program."""
+    return jnp.stack(parts).reshape(shape).transpose(order).reshape(final)
 
 
 def rearranged(assembly: Assembly, values: Any) -> Any:

@@ -3,7 +3,8 @@
 Specification: *Loading*, *Loading into a template*.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 import jax
@@ -14,13 +15,12 @@ from numpy.typing import NDArray
 from pytree2safetensors._errors import errors_of
 from pytree2safetensors._leaves.decode import cast_array, from_bytes, python_value
 from pytree2safetensors._leaves.extents import shape_of
-from pytree2safetensors._leaves.placement import is_on_host
 from pytree2safetensors._leaves.spec import numpy_dtype
-from pytree2safetensors._leaves.staging import aligned, default_device
+from pytree2safetensors._leaves.staging import aligned
 from pytree2safetensors._leaves.to_jax import to_jax, weaken, wrap_key
 from pytree2safetensors._load.assembling import Assembler, rearranged
 from pytree2safetensors._load.checkpoint import OpenCheckpoint
-from pytree2safetensors._load.plan import Slot, Use, Wanted
+from pytree2safetensors._load.plan import Piece, Slot, Use, Wanted
 from pytree2safetensors._load.ranges import Place
 from pytree2safetensors._load.template import to_python
 
@@ -32,7 +32,7 @@ class _Pending(NamedTuple):
 
     use: Use
     host: NDArray[Any]
-    rearrange: Callable[[Any], Any] | None
+    rearrange: Callable[[Any], Any] | None  # None is left of an array if it is not complete yet
 
 
 class Finisher:
@@ -43,7 +43,6 @@ class Finisher:
         self.leaves: list[Any] = [None] * len(wanted)
         self._parts: dict[int, dict[jax.Device, jax.Array]] = {}  # of leaves in several regions
         self._assembled = Assembler(self.checkpoint)
-        self._near: dict[Any, bool] = {}  # the devices, and whether they are the host
         # Most tensors share their shape and dtype with others.
         self._plain: dict[int, tuple[tuple[int, ...], np.dtype[Any]]] = {}
 
@@ -63,6 +62,9 @@ class Finisher:
             piece = place.slot.piece
             if piece is None:
                 values, uses = self._values(place), place.slot.uses
+            elif piece.assembly.is_far and piece.assembly.pieces > 1:
+                pending += self._for_joining(piece, self._values(place))
+                continue
             else:
                 found = self._assembled.found(piece, self._values(place))
                 if found is None:
@@ -95,7 +97,9 @@ class Finisher:
         hosts = [host for _, host, _ in pending]
         arrays = to_jax(hosts, shardings, keeps_memory=not is_staged)
         for (use, _, rearrange), array in zip(pending, arrays, strict=True):
-            self._place(use, array if rearrange is None else rearrange(array))
+            made = array if rearrange is None else rearrange(array)
+            if made is not None:
+                self._place(use, made)
         return arrays
 
     def _values(self, place: Place) -> NDArray[Any]:
@@ -124,28 +128,32 @@ class Finisher:
         leaf = self.wanted[use.position].leaf
         values = cast_array(values, leaf.leaf.dtype)
         piece = place.slot.piece
-        shape = None
-        if use.device is not None and leaf.sharding is not None:
-            shape = leaf.sharding.shard_shape(leaf.leaf.shape)
-            if leaf.leaf.kind == "key":
-                shape = (*shape, *place.slot.info.shape[len(leaf.leaf.shape) :])
+        shape = self._shard_shape(use)
+        if shape is not None and leaf.leaf.kind == "key":
+            shape = (*shape, *place.slot.info.shape[len(leaf.leaf.shape) :])
 
         def rearrange(array: Any) -> Any:
             if piece is not None:
                 array = rearranged(piece.assembly, array)
             return array if shape is None else array.reshape(shape)
 
-        if piece is None or self._is_near(use):
+        if piece is None or not piece.assembly.is_far:
             return _Pending(use, rearrange(values), None)
         return _Pending(use, values, rearrange)  # the device is quicker at it
 
-    def _is_near(self, use: Use) -> bool:
-        """Whether the host rearranges an array before JAX gets it, as it holds or cuts it."""
-        if use.device is None and use.sharding is not None:
-            return True
-        if use.device not in self._near:
-            self._near[use.device] = is_on_host(use.device or default_device())
-        return self._near[use.device]
+    def _for_joining(self, piece: Piece, values: NDArray[Any]) -> Iterator[_Pending]:
+        for number, use in enumerate(piece.assembly.uses):
+            leaf = self.wanted[use.position].leaf
+            join = partial(self._assembled.joined, piece, number, self._shard_shape(use))
+            yield _Pending(use, cast_array(values, leaf.leaf.dtype), join)
+
+    def _shard_shape(self, use: Use) -> tuple[int, ...] | None:
+        """The shape of a part of a leaf, where it is one: pmap's shards lack an axis."""
+        leaf = self.wanted[use.position].leaf
+        if use.device is None or leaf.sharding is None:
+            return None
+        shape: tuple[int, ...] = leaf.sharding.shard_shape(leaf.leaf.shape)
+        return shape
 
     def _is_key(self, use: Use) -> bool:
         return use.device is None and self.wanted[use.position].leaf.leaf.kind == "key"

@@ -64,6 +64,7 @@ class Assembly(NamedTuple):
         boxes: What the region consists of, each with memory in the order of the file.
         uses: Who gets the region.
         pieces: How many regions of tensors make it.
+        is_far: Whether the regions become arrays on their devices first, and are put together there.
     """
 
     number: int
@@ -72,6 +73,7 @@ class Assembly(NamedTuple):
     boxes: list[Box]
     uses: list[Use]
     pieces: int
+    is_far: bool
 
 
 class Piece(NamedTuple):
@@ -106,13 +108,19 @@ def plan_batches(
     wanted: Sequence[Wanted],
     limit: int,
     keeps_memory: Callable[[TemplateLeaf], bool],
+    is_far: Callable[[Use], bool],
 ) -> Iterator[Batch]:
     """Divide what is wanted into batches of some bytes; a larger region is a batch of its own.
 
-    `keeps_memory` tells of a leaf whether it keeps the memory of its region for good.
+    Args:
+        checkpoint: Where the leaves are.
+        wanted: The leaves.
+        limit: The bytes of a batch.
+        keeps_memory: Tells of a leaf whether it keeps the memory of its region for good.
+        is_far: Tells of a use whether its values go to another device than the host as they are.
     """
     ranks = {name: rank for rank, name in enumerate(checkpoint.places)}
-    requests = list(_requests(checkpoint, wanted, keeps_memory))
+    requests = list(_requests(checkpoint, wanted, keeps_memory, is_far))
     requests.sort(key=lambda request: ranks[request.name])
     digested = checkpoint.digests is not None  # of whole tensors
     slots: list[Slot] = []
@@ -164,6 +172,7 @@ def _requests(
     checkpoint: OpenCheckpoint,
     wanted: Sequence[Wanted],
     keeps_memory: Callable[[TemplateLeaf], bool],
+    is_far: Callable[[Use], bool],
 ) -> Iterator[_Request]:
     assemblies = count()
     for position, (source, leaf) in enumerate(wanted):
@@ -182,9 +191,11 @@ def _requests(
         for region, uses in regions.items():
             boxes = boxes_of(source, region)
             found = [(n, part) for n, box in enumerate(boxes) for part in sources_of(source, box)]
-            assembly = Assembly(next(assemblies), source, region, boxes, uses, len(found))
+            keeps = keeps_memory(leaf)
+            far = not keeps and all(map(is_far, uses))
+            assembly = Assembly(next(assemblies), source, region, boxes, uses, len(found), far)
             # One region may be in the memory of the batch; several have theirs until all are there.
-            keeps = len(found) > 1 or keeps_memory(leaf)
+            keeps = keeps or (len(found) > 1 and not far)
             for number, part in found:
                 fine = tuple((0, size) for size in source.fine)
                 yield _Request(

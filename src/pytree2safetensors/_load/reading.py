@@ -30,7 +30,7 @@ from pytree2safetensors._leaves.staging import (
 from pytree2safetensors._leaves.views import View
 from pytree2safetensors._load.checkpoint import OpenCheckpoint
 from pytree2safetensors._load.finishing import Finisher
-from pytree2safetensors._load.plan import Batch, Wanted, plan_batches
+from pytree2safetensors._load.plan import Batch, Use, Wanted, plan_batches
 from pytree2safetensors._load.ranges import Place, mapped, plan_reads
 from pytree2safetensors._load.template import TemplateLeaf
 from pytree2safetensors._load.verifying import check_digests
@@ -73,7 +73,8 @@ def read_leaves(
     copied = any(isinstance(want.source, View) for want in wanted)
     limit = _STAGED_BATCH if device is not None else _COPIED_BATCH if copied else _BATCH
     with collector_paused():
-        batches = list(plan_batches(checkpoint, wanted, limit, keeps_memory(device is not None)))
+        staged = device is not None
+        batches = list(plan_batches(checkpoint, wanted, limit, keeps_memory(staged), far(staged)))
     report = Report(progress, sum(slot.nbytes for batch in batches for slot in batch.slots))
     finisher = Finisher(checkpoint, wanted)
     finisher.finish_empty()
@@ -100,6 +101,20 @@ def _devices_of(leaf: TemplateLeaf) -> Iterable[jax.Device]:
     if leaf.sharding is None:
         return [default_device()]
     return leaf.sharding.addressable_devices
+
+
+def far(staged: bool) -> Callable[[Use], bool]:
+    """Tell which uses are on devices that are quicker at moving axes than the host."""
+    known: dict[jax.Device | None, bool] = {}
+
+    def is_far(use: Use) -> bool:
+        if not staged or (use.device is None and use.sharding is not None):  # JAX cuts these
+            return False
+        if use.device not in known:
+            known[use.device] = not is_on_host(use.device or default_device())
+        return known[use.device]
+
+    return is_far
 
 
 def keeps_memory(staged: bool) -> Callable[[TemplateLeaf], bool]:
