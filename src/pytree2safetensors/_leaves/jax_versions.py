@@ -59,7 +59,7 @@ class CoordinationKeys:
             self.client.key_value_set(_PREFIX + key, value)
         except RuntimeError as error:
             # A request that was sent twice. Any other value is an error.
-            if "ALREADY_EXISTS" not in str(error) or self.wait(key, 0) != value:
+            if "ALREADY_EXISTS" not in str(error) or self.wait(key, 0.0) != value:
                 raise
 
     def wait(self, key: str, seconds: float) -> str | None:

@@ -72,7 +72,7 @@ def is_global(leaf: Any) -> bool:
     )
 
 
-def is_unreduced(leaf: jax.Array) -> bool:
+def is_unreduced(sharding: Any) -> bool:
     """Whether the shards of an array are summands of its values."""
-    spec = getattr(leaf.sharding, "spec", None)
+    spec = getattr(sharding, "spec", None)
     return bool(getattr(spec, "unreduced", None))  # older JAX has no such axes

@@ -261,7 +261,7 @@ class JointSave:
             if text is not None:
                 return text
             if process in self._left():
-                return self.store.wait(key, 0)  # what it said before it left
+                return self.store.wait(key, 0.0)  # what it said before it left
             try:
                 if not hold or len(self.interrupt.received) > 1:
                     self.interrupt.check()

@@ -139,7 +139,7 @@ def _origin(name: str, leaf: Any) -> str:
         return f" {leaf!r}"
     if not is_global(leaf):
         return ""
-    if is_unreduced(leaf):
+    if is_unreduced(leaf.sharding):
         raise UnsupportedLeafError(
             f"the array at {shorten(name)} is unreduced: its shards are summands of its values; "
             "reduce it first"
