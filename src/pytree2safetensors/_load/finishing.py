@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Sharding
 from numpy.typing import NDArray
 
+from pytree2safetensors._collector import collector_paused
 from pytree2safetensors._errors import errors_of
 from pytree2safetensors._leaves.decode import cast_array, from_bytes, python_value
 from pytree2safetensors._leaves.extents import shape_of
@@ -43,8 +44,6 @@ class Finisher:
         self.leaves: list[Any] = [None] * len(wanted)
         self._parts: dict[int, dict[jax.Device, jax.Array]] = {}  # of leaves in several regions
         self._assembled = Assembler(self.checkpoint)
-        # Most tensors share their shape and dtype with others.
-        self._plain: dict[int, tuple[tuple[int, ...], np.dtype[Any]]] = {}
 
     def memory_for(self, slot: Slot) -> tuple[NDArray[np.uint8], int]:
         """Return memory for a region that has its own, and where in it the region begins."""
@@ -55,6 +54,26 @@ class Finisher:
 
     def finish(self, places: Sequence[Place], *, is_staged: bool) -> list[jax.Array]:
         """Make leaves of what a batch holds; return the arrays that are made of its memory."""
+        with collector_paused():
+            runs = [place for place in places if place.slot.run]
+            others = [place for place in places if not place.slot.run]
+            return self._finish_runs(runs, is_staged) + self._finish(others, is_staged)
+
+    def _finish_runs(self, places: Sequence[Place], is_staged: bool) -> list[jax.Array]:
+        """Make leaves of runs: rows of one array of NumPy are made sooner than arrays."""
+        positions: list[int] = []
+        hosts: list[NDArray[Any]] = []
+        for place in places:
+            leaf = self.wanted[place.slot.run[0]].leaf
+            rows = cast_array(self._values(place), leaf.leaf.dtype)
+            positions += place.slot.run
+            hosts.extend(rows if rows.ndim > 1 else (rows[n, ...] for n in range(len(rows))))
+        arrays = to_jax(hosts, keeps_memory=not is_staged)
+        for position, array in zip(positions, arrays, strict=True):
+            self.leaves[position] = array
+        return arrays
+
+    def _finish(self, places: Sequence[Place], is_staged: bool) -> list[jax.Array]:
         made: list[jax.Array] = []
         pending: list[_Pending] = []
         size = 0
@@ -106,23 +125,10 @@ class Finisher:
         """View the bytes of a region as its values, in their own dtype."""
         slot = place.slot
         info = slot.info
-        if slot.region is None and slot.piece is None:
-            plain = self._plain.get(id(info))
-            if plain is not None:
-                found: NDArray[Any] = np.ndarray(*plain, place.memory, place.offset)
-                return found
-        elif slot.region is not None:
+        if slot.region is not None:
             info = info._replace(shape=shape_of(slot.region), nbytes=slot.nbytes)
         with errors_of(self.checkpoint.label):
-            values = from_bytes(place.memory, info, slot.name, place.offset)
-        if (
-            slot.region is None
-            and slot.piece is None
-            and info.kind is None
-            and info.dtype != "BOOL"
-        ):
-            self._plain[id(info)] = values.shape, values.dtype
-        return values
+            return from_bytes(place.memory, info, slot.name, place.offset)
 
     def _for_jax(self, values: NDArray[Any], use: Use, place: Place) -> _Pending:
         leaf = self.wanted[use.position].leaf

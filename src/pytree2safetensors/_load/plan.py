@@ -8,9 +8,9 @@ Specification: *Loading*, *Loading into a template*.
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from itertools import count, groupby
-from typing import Any, Final, NamedTuple
+from collections.abc import Callable, Container, Iterator, Sequence
+from itertools import count
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import jax
 from jax.sharding import Sharding
@@ -94,6 +94,7 @@ class Slot(NamedTuple):
     nbytes: int
     uses: list[Use]
     piece: Piece | None = None  # what it is a part of, by a rule
+    run: Sequence[int] = ()  # the positions of the leaves, if the slot is a run of equal tensors
 
 
 class Batch(NamedTuple):
@@ -120,67 +121,150 @@ def plan_batches(
         is_far: Tells of a use whether its values go to another device than the host as they are.
     """
     ranks = {name: rank for rank, name in enumerate(checkpoint.places)}
-    requests = list(_requests(checkpoint, wanted, keeps_memory, is_far))
-    requests.sort(key=lambda request: ranks[request.name])
+    is_small = _is_small(checkpoint, keeps_memory)
+    small = [
+        (ranks[source], position, source)
+        for position, (source, leaf) in enumerate(wanted)
+        if isinstance(source, str) and is_small(source, leaf)
+    ]
+    yield from _plan_runs(checkpoint, wanted, sorted(small), limit)
+    planned = {position for _, position, _ in small}
+    requests = list(_requests(checkpoint, wanted, planned, keeps_memory, is_far))
+    requests.sort(key=lambda request: ranks[request[0]])
     digested = checkpoint.digests is not None  # of whole tensors
     slots: list[Slot] = []
     size = own = 0  # bytes of the memory that slots share, and of the memory of assemblies
-    for _, group in groupby(requests, key=lambda request: request.name):
-        mine = list(group)
-        shared: dict[Region | None, Slot] = {}  # what JAX arrays share
-        room = limit
-        if len(mine) > 1 and (digested or not all(is_direct(r.region, r.info) for r in mine)):
-            sizes = {(r.region, r.piece is None): nbytes_of(r.region, r.info) for r in mine}
-            room = limit - sum(sizes.values())
-        for name, info, region, uses, piece, keeps in mine:
-            if region in shared and piece is None:
-                shared[region].uses.extend(uses)
-                continue
-            nbytes = nbytes_of(region, info)
-            # What is copied anyway needs no alignment.
-            aligned = size if nbytes < TAKEN_OVER else -(-size // ALIGNMENT) * ALIGNMENT
-            offset = -1 if keeps else aligned
-            if slots and max(offset, size) + own + nbytes > room:
-                yield Batch(slots, size)
-                slots, size, own, offset = [], 0, 0, min(offset, 0)
-            if room < limit:  # its regions are read in bands, or hashed, together
-                room = sys.maxsize
-            slot = Slot(name, info, region, offset, nbytes, uses, piece)
-            slots.append(slot)
-            if offset >= 0:
-                size = offset + nbytes
-                if piece is None:
-                    shared[region] = slot
-            elif piece is not None:
-                own += nbytes
+    shared: dict[Region | None, Slot] = {}  # of the tensor that is planned: what JAX arrays share
+    room, last = limit, -1  # for its regions, and the last of these
+    for number, (name, info, region, uses, piece, keeps) in enumerate(requests):
+        if number > last:
+            last = number
+            while last + 1 < len(requests) and requests[last + 1][0] == name:
+                last += 1
+            shared, room = {}, limit
+            if last > number:
+                together = _bytes_together(requests[number : last + 1], digested)
+                room = limit - together if together else limit
+        if region in shared and piece is None:
+            shared[region].uses.extend(uses)
+            continue
+        nbytes = info.nbytes if region is None else nbytes_of(region, info)
+        # What is copied anyway needs no alignment.
+        aligned = size if nbytes < TAKEN_OVER else -(-size // ALIGNMENT) * ALIGNMENT
+        offset = -1 if keeps else aligned
+        if slots and aligned + own + nbytes > room:
+            yield Batch(slots, size)
+            slots, size, own, offset = [], 0, 0, min(offset, 0)
+        if room < limit:  # its regions are read in bands, or hashed, together
+            room = sys.maxsize
+        slot = Slot(name, info, region, offset, nbytes, uses, piece)
+        slots.append(slot)
+        if offset >= 0:
+            size = offset + nbytes
+            if piece is None and last > number:
+                shared[region] = slot
+        elif piece is not None:
+            own += nbytes
     if slots:
         yield Batch(slots, size)
 
 
-class _Request(NamedTuple):
-    """A region of a tensor that somebody needs."""
+# A region of a tensor that somebody needs: the tensor's name and what is stored of it, the region,
+# its uses, what it is a part of, and whether it needs memory of its own.
+_Request: TypeAlias = tuple[str, TensorInfo, Region | None, list[Use], Piece | None, bool]
 
-    name: str
-    info: TensorInfo
-    region: Region | None
-    uses: list[Use]
-    piece: Piece | None
-    keeps: bool  # whether it needs memory of its own
+
+def _bytes_together(requests: Sequence[_Request], digested: bool) -> int:
+    """Return the bytes of a tensor's regions that one batch must hold; 0 if several may."""
+    direct = all(is_direct(region, info) for _, info, region, *_ in requests)
+    if direct and not digested:
+        return 0
+    sizes = {
+        (region, piece is None): nbytes_of(region, info)
+        for _, info, region, _, piece, _ in requests
+    }
+    return sum(sizes.values())
+
+
+def _is_small(
+    checkpoint: OpenCheckpoint, keeps_memory: Callable[[TemplateLeaf], bool]
+) -> Callable[[str, TemplateLeaf], bool]:
+    """Tell which leaves are small plain arrays for the default device, which may be read in runs."""
+    known: dict[tuple[int, int], bool] = {}
+    if checkpoint.digests is not None:  # of single tensors
+        return lambda _, __: False
+
+    def is_small(source: str, leaf: TemplateLeaf) -> bool:
+        info = checkpoint.infos[source]
+        key = id(info), id(leaf)
+        found = known.get(key)
+        if found is None:
+            plain = info.kind is None and leaf.leaf.kind == "array" and leaf.sharding is None
+            apart = leaf.target != "jax" or keeps_memory(leaf)
+            found = known[key] = plain and not apart and 0 < info.nbytes < TAKEN_OVER
+        return found
+
+    return is_small
+
+
+def _plan_runs(
+    checkpoint: OpenCheckpoint,
+    wanted: Sequence[Wanted],
+    small: Sequence[tuple[int, int, str]],
+    limit: int,
+) -> Iterator[Batch]:
+    """Plan small tensors: equal ones that follow each other in the file are one slot."""
+    slots: list[Slot] = []
+    size = 0
+    run: list[int] = []
+    first: Any = None  # of the run: its tensor, leaf and file
+    stop = -1  # where the run ends in the file
+
+    def close() -> None:
+        nonlocal size
+        if run:
+            info = first[0]
+            nbytes = info.nbytes * len(run)
+            whole = info._replace(shape=(len(run), *info.shape), nbytes=nbytes)
+            slots.append(Slot(wanted[run[0]].name, whole, None, size, nbytes, [], None, run))
+            size += nbytes
+
+    for _, position, source in small:
+        leaf = wanted[position].leaf
+        info = checkpoint.infos[source]
+        file, offset = checkpoint.places[source]
+        same = first is not None and first[0] is info and first[1] is leaf and first[2] is file
+        if not same or offset != stop or size + info.nbytes * (len(run) + 1) > limit:
+            close()
+            size = -(-size // ALIGNMENT) * ALIGNMENT
+            if size + info.nbytes > limit:
+                yield Batch(slots, size)
+                slots, size = [], 0
+            run, first = [], (info, leaf, file)
+        run.append(position)
+        stop = offset + info.nbytes
+    close()
+    if slots:
+        yield Batch(slots, size)
 
 
 def _requests(
     checkpoint: OpenCheckpoint,
     wanted: Sequence[Wanted],
+    planned: Container[int],
     keeps_memory: Callable[[TemplateLeaf], bool],
     is_far: Callable[[Use], bool],
 ) -> Iterator[_Request]:
+    """Give what the leaves need that are not planned yet."""
     assemblies = count()
     for position, (source, leaf) in enumerate(wanted):
+        if position in planned:
+            continue
         if isinstance(source, str):
             info = checkpoint.infos[source]
             keeps = keeps_memory(leaf)
             for region, use in _uses(leaf, info.shape, info.nbytes, position):
-                yield _Request(source, info, region, [use], None, keeps)
+                yield source, info, region, [use], None, keeps
             continue
         info = checkpoint.infos[source.names[0]]
         nbytes = math.prod(source.shape) * BITS[info.dtype] // 8
@@ -198,7 +282,7 @@ def _requests(
             keeps = keeps or (len(found) > 1 and not far)
             for number, part in found:
                 fine = tuple((0, size) for size in source.fine)
-                yield _Request(
+                yield (
                     part.name,
                     info._replace(shape=source.fine, nbytes=checkpoint.infos[part.name].nbytes),
                     None if part.region == fine else part.region,

@@ -5,7 +5,6 @@ Specification: *Loading into a template*.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -62,69 +61,77 @@ def plan_reads(
     checkpoint: OpenCheckpoint, places: Sequence[Place], report: Callable[[int], None]
 ) -> Work:
     """Plan how the places are filled; `report` hears the bytes of each band."""
-    work = Work([], [])
-    run: _Run | None = None  # neighbours in file and memory, which are one read
-    for (name, _), group in groupby(places, key=_tensor_of):
+    reads = _Reads()
+    tasks: list[Callable[[], None]] = []
+    parts: dict[tuple[str, Shape], list[Place]] = {}  # of tensors that are read by regions
+    for place in places:
+        slot = place.slot
+        if slot.region is None:
+            reads.add(*checkpoint.places[slot.name], place.memory, place.offset, slot.nbytes)
+        else:
+            parts.setdefault((slot.name, slot.info.shape), []).append(place)
+    for (name, shape), mine in parts.items():
         source, start = checkpoint.places[name]
-        mine = list(group)
         if all(is_direct(place.slot.region, place.slot.info) for place in mine):
             for place in mine:
                 for offset, length, position in _runs(place):
-                    if run is None or not run.goes_on(source, start + offset, place, position):
-                        if run is not None:
-                            work.reads.append(run.read())
-                        run = _Run(source, start + offset, place.memory, position)
-                    run.size += length
+                    reads.add(source, start + offset, place.memory, position, length)
         else:
-            shape, itemsize = mine[0].slot.info.shape, BITS[mine[0].slot.info.dtype] // 8
-            for band in bands_of(shape, itemsize):
-                work.tasks.append(partial(_read_band, source, start, mine, band, report))
-    if run is not None:
-        work.reads.append(run.read())
+            bands = bands_of(shape, BITS[mine[0].slot.info.dtype] // 8)
+            tasks += [partial(_read_band, source, start, mine, band, report) for band in bands]
     if checkpoint.in_flight:  # the regions of several devices may be neighbours: one request
-        work.reads.sort(key=lambda read: (id(read.source), read.offset))
-    return work
+        return Work(sorted(reads.all(), key=lambda read: (id(read.source), read.offset)), tasks)
+    return Work(reads.all(), tasks)
 
 
-def _tensor_of(place: Place) -> tuple[str, Shape]:
-    """What places have in common that are cut from one tensor together."""
-    return place.slot.name, place.slot.info.shape
+class _Reads:
+    """Reads, of which those that are neighbours in file and memory become one."""
 
+    def __init__(self) -> None:
+        self._done: list[Read] = []
+        self._source: ByteSource | None = None
+        self._memory = np.empty(0, np.uint8)
+        self._offset = self._position = self._size = 0
 
-class _Run:
-    """Bytes that follow each other, in the file and in memory."""
-
-    __slots__ = ("memory", "offset", "position", "size", "source")
-
-    def __init__(
-        self, source: ByteSource, offset: int, memory: NDArray[np.uint8], position: int
+    def add(
+        self,
+        source: ByteSource,
+        offset: int,
+        memory: NDArray[np.uint8],
+        position: int,
+        size: int,
     ) -> None:
-        self.source, self.offset, self.memory, self.position = source, offset, memory, position
-        self.size = 0
+        """Add the read of some bytes from an offset in a file to a position in memory."""
+        if (
+            self._offset + self._size != offset
+            or self._position + self._size != position
+            or self._source is not source
+            or self._memory is not memory
+        ):
+            self._close()
+            self._source, self._memory = source, memory
+            self._offset, self._position, self._size = offset, position, 0
+        self._size += size
 
-    def goes_on(self, source: ByteSource, offset: int, place: Place, position: int) -> bool:
-        return (
-            self.offset + self.size == offset
-            and self.position + self.size == position
-            and self.source is source
-            and self.memory is place.memory
-        )
+    def _close(self) -> None:
+        if self._source is not None and self._size:
+            view = memoryview(self._memory)  # type: ignore[arg-type] # before 3.12 no type says buffer
+            piece = view[self._position : self._position + self._size]
+            self._done.append(Read(self._source, self._offset, piece))
 
-    def read(self) -> Read:
-        view = memoryview(self.memory)  # type: ignore[arg-type] # before 3.12 no type says buffer
-        return Read(self.source, self.offset, view[self.position : self.position + self.size])
+    def all(self) -> list[Read]:
+        """Return the reads, in the order in which they were added."""
+        self._close()
+        self._size = 0
+        return self._done
 
 
 def _runs(place: Place) -> Iterator[tuple[int, int, int]]:
     """Give the runs of a region: where each starts in its tensor, its length, its place in memory."""
-    slot = place.slot
-    if slot.region is None:
-        if slot.nbytes:
-            yield 0, slot.nbytes, place.offset
-        return
-    itemsize = BITS[slot.info.dtype] // 8
-    length = runs_in(slot.region, slot.info.shape, itemsize).length
-    starts = starts_of(slot.region, slot.info.shape, itemsize).tolist()
+    region, shape = place.slot.region or (), place.slot.info.shape
+    itemsize = BITS[place.slot.info.dtype] // 8
+    length = runs_in(region, shape, itemsize).length
+    starts = starts_of(region, shape, itemsize).tolist()
     for number, start in enumerate(starts):
         yield start, length, place.offset + number * length
 

@@ -171,8 +171,9 @@ def _read(
             ahead = _Staged(checkpoint, finisher, pool, device, batches)
         for batch in batches:
             memory = ahead.memory(batch.size)
-            places = list(_places(batch, memory, finisher))
-            reads, tasks = plan_reads(checkpoint, places, report.add)
+            with collector_paused():
+                places = list(_places(batch, memory, finisher))
+                reads, tasks = plan_reads(checkpoint, places, report.add)
             ahead.started(places, pool.start(reads, tasks, report.add))
         while ahead.window:
             ahead.finish()

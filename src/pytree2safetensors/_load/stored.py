@@ -8,6 +8,7 @@ from itertools import islice
 from types import FrameType
 from typing import Any, Final
 
+from pytree2safetensors._collector import collector_paused
 from pytree2safetensors._errors import (
     KeyPathError,
     WeightsMismatchError,
@@ -77,19 +78,22 @@ def load_stored(
     found: dict[str, Any] = {}
     wanted: list[Wanted] = []
     leaves: dict[int, TemplateLeaf] = {}  # by info: most tensors share theirs with others
-    for name in names:
-        info = checkpoint.infos[name]
-        if not info.dtype:
-            found[name] = noted_value(info)
-            continue
-        leaf = leaves.get(id(info))
-        if leaf is None:
-            leaf = leaves[id(info)] = leaf_as_stored(checkpoint.spec_of(name))
-        wanted.append(Wanted(name, leaf))
+    stored: list[str] = []
+    with collector_paused():
+        for name in names:
+            info = checkpoint.infos[name]
+            if not info.dtype:
+                found[name] = noted_value(info)
+                continue
+            leaf = leaves.get(id(info))
+            if leaf is None:
+                leaf = leaves[id(info)] = leaf_as_stored(checkpoint.spec_of(name))
+            wanted.append(Wanted(name, leaf))
+            stored.append(name)
     read = read_leaves(checkpoint, wanted, mmap=mmap, progress=progress)
-    found.update(zip((want.name for want in wanted), read, strict=True))
-    foreign = [want.name for want in wanted if want.leaf.target == "foreign"]
-    if foreign:
+    found.update(zip(stored, read, strict=True))
+    if any(leaf.target == "foreign" for leaf in leaves.values()):
+        foreign = [want.name for want in wanted if want.leaf.target == "foreign"]
         warn_foreign(checkpoint, foreign)
     return found
 

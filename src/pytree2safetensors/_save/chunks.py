@@ -23,29 +23,26 @@ def data_chunks(
 ) -> Iterator[Chunk]:
     """Give the data of a file in order, each chunk with its offset from the start of the file."""
     start = len(file.head)
-    small: list[tuple[Any, TensorInfo]] = []
+    small: list[Any] = []  # leaves that wait to be joined,
+    of_small: list[TensorInfo] = []  # and what a file holds of each
     size = 0
     copies = copied_ahead([leaves[name] for name in file.tensors])
     for name, leaf in zip(file.tensors, copies, strict=True):
         info = infos[name]
         is_small = info.nbytes < _SMALL and not isinstance(leaf, Assembled)
         if is_small:
-            small.append((leaf, info))
+            small.append(leaf)
+            of_small.append(info)
             size += info.nbytes
             if size < _JOINED:
                 continue
         if small:
-            yield start, _joined(small)
+            yield start, memoryview(joined_bytes(small, of_small))
             start += size
-            small, size = [], 0
+            small, of_small, size = [], [], 0
         if not is_small:
             for offset, piece in tensor_chunks(leaf, info):
                 yield start + offset, piece
             start += info.nbytes
     if small:
-        yield start, _joined(small)
-
-
-def _joined(tensors: list[tuple[Any, TensorInfo]]) -> memoryview:
-    """Return the bytes of small tensors, one after the other."""
-    return memoryview(joined_bytes([leaf for leaf, _ in tensors], [info for _, info in tensors]))
+        yield start, memoryview(joined_bytes(small, of_small))
