@@ -1,5 +1,6 @@
 """Copies of device arrays: CPU devices stand in for others, whose arrays the host does not hold."""
 
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ class Link:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.calls: list[int] = []
-        self.real = jax.device_put
+        self.real: Any = jax.device_put
         patch.setattr(placement, "is_on_host", lambda _: False)
         patch.setattr(jax, "device_put", self.device_put)
 
@@ -86,6 +87,30 @@ def test_copies_are_at_most_two_batches_ahead(link: Link, monkeypatch: pytest.Mo
     for number, copy in enumerate(host_copies.copied_ahead(arrays)):
         assert len(link.calls) <= number + 2
         assert np.asarray(copy)[0, 0] == number
+
+
+@pytest.mark.parametrize(("size", "most"), [(1000, 3), (2000, 2), (20_000, 2)])
+def test_copies_that_live_at_once_are_few(
+    link: Link, monkeypatch: pytest.MonkeyPatch, size: int, most: int
+) -> None:
+    """Of copies that fill the memory, one lives beside that which its user still has."""
+    monkeypatch.setattr(host_copies, "_BATCH", 1)
+    monkeypatch.setattr(host_copies, "_MOST", 3 * 4000)
+    copies: list[weakref.ref[Any]] = []
+    real, living = link.real, []
+
+    def device_put(values: Any, *arguments: Any) -> Any:
+        found = real(values, *arguments)
+        copies.extend(map(weakref.ref, found))
+        living.append(sum(copy() is not None for copy in copies))
+        return found
+
+    link.real = device_put
+    arrays = [jnp.full(size, i, jnp.float32) for i in range(8)]
+    for number, copy in enumerate(host_copies.copied_ahead(arrays)):
+        assert np.asarray(copy)[0] == number
+    assert len(living) == 8
+    assert max(living) == most
 
 
 @pytest.mark.filterwarnings("ignore:Some donated buffers were not usable")
