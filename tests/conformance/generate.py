@@ -152,11 +152,14 @@ def add_drawn() -> None:
         is_large,
     )
     for number, tree in enumerate(drawn, 1):
+        file = io.BytesIO()
+        save_pytree(tree, file)
+        third = len(hostile.split(file.getvalue())[1]) // 3
         add_saved(
             f"folder-{number:02}",
             tree,
             "strategy",
-            max_shard_size=24 + number,
+            max_shard_size=third,
             checksum=number % 2 == 0,
         )
 
