@@ -268,6 +268,20 @@ def test_only_one_part_of_a_fused_tensor_is_read(path: Path, counted: list[int],
     assert sum(counted[1:]) <= 1.01 * found[name].nbytes  # the first read is the header's
 
 
+@pytest.mark.parametrize("count", [4, 8])  # runs of 1 to 8 kB
+@pytest.mark.parametrize("width", [2048, 8192])
+def test_what_lies_between_parts_is_not_read(
+    path: Path, counted: list[int], count: int, width: int
+) -> None:
+    stored = numbers(LARGE, width)
+    safetensors.numpy.save_file({"w": stored}, path)
+    rules = [Rule("w", f"{{p:{','.join('abcdefgh'[:count])}}}", "x (p f) -> f x")]
+    part = width // count
+    found = load_into_pytree({"b": STRUCT((part, LARGE), np.float32)}, path, rename=rules)
+    np.testing.assert_array_equal(found["b"], stored[:, part : 2 * part].T)
+    assert sum(counted[1:]) <= 1.01 * found["b"].nbytes
+
+
 @pytest.mark.parametrize("axes", [("x", None), (None, "x"), ("x", "y")])
 def test_devices_read_their_share_alone(path: Path, counted: list[int], axes: Any) -> None:
     stored = numbers(LARGE, LARGE)

@@ -3,6 +3,7 @@
 Specification: *Loading into a template*.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -156,7 +157,10 @@ def _read_band(
     view = memoryview(memory)  # type: ignore[arg-type] # before 3.12 no type says buffer
     ranges: Iterable[tuple[int, int]] = [(origin, end)]
     if sum(place.slot.nbytes for place in places) < info.nbytes:  # something is left out
-        ranges = ranges_of((cut for _, cut in needed), info.shape, itemsize, source.gap)
+        wanted = sum(math.prod(shape_of(cut)) for _, cut in needed) * itemsize
+        # Where most would be gaps, only shorter ones are read: locally up to a page.
+        gap = source.gap if 2 * wanted >= end - origin else source.gap // 4
+        ranges = ranges_of((cut for _, cut in needed), info.shape, itemsize, gap)
     for first, last in ranges:
         source.fill([view[first - origin : last - origin]], start + first)
     values: NDArray[Any] = np.ndarray(shape_of(band), f"u{itemsize}", memory)
