@@ -15,6 +15,7 @@ from upath import UPath
 from folders import INDEX, is_same, outcome_of, shard_names, tree_of
 from oracle import assert_same
 from pytree2safetensors import (
+    FileFormatError,
     load_abstract,
     load_into_pytree,
     load_metadata,
@@ -268,6 +269,17 @@ def test_a_web_server_is_not_written_to() -> None:
         url = server.url + "/m.safetensors"
         with pytest.raises(ValueError, match="cannot be written to: its store is only read"):
             save_pytree(tree_of(1), url)
+
+
+def test_several_processes_are_told_what_to_do_instead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pytree2safetensors._save.api.is_needed", lambda _: True)
+    monkeypatch.setattr("pytree2safetensors._save.processes.present", lambda: None)
+    with pytest.raises(FileFormatError) as caught:
+        save_pytree(tree_of(1), "memory://run/m")
+    assert str(caught.value) == (
+        "several processes cannot save together to 'memory://run/m': no store lets them write "
+        "parts of one file; save to a folder that all of them have, and copy it from there"
+    )
 
 
 def test_trees_go_through_a_store_unchanged(memory: MemoryFileSystem) -> None:

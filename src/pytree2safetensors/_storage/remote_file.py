@@ -166,10 +166,16 @@ class Pending:
 
     def __init__(self, path: RemotePath) -> None:
         self.path = path
+        try:
+            transaction = path.fs.transaction
+        except NotImplementedError:  # of the Hub, where closing a file commits it
+            transaction = None
+        options = {} if transaction is None else {"autocommit": False}
         with told(path):
-            self._file = path.fs.open(path.path, "wb", autocommit=False)
-        with suppress(AttributeError, ValueError):  # it is ours alone to commit
-            path.fs.transaction.files.remove(self._file)
+            self._file = path.fs.open(path.path, "wb", **options)
+        if transaction is not None:
+            with suppress(ValueError):  # it is ours alone to commit
+                path.fs.transaction.files.remove(self._file)
 
     def write(self, piece: memoryview) -> None:
         """Write bytes."""
@@ -204,8 +210,9 @@ def _commits(file: Any) -> bool:
     """Return whether closing a file does not give it its name yet."""
     from fsspec.spec import AbstractBufferedFile
 
-    commit = getattr(type(file), "commit", None)
-    return commit is not None and commit is not AbstractBufferedFile.commit
+    inherited = AbstractBufferedFile.commit  # which does nothing
+    commit = getattr(file, "commit", None)
+    return commit is not None and getattr(commit, "__func__", None) is not inherited
 
 
 def write_remote(
