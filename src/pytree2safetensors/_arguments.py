@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
 from inspect import signature
-from typing import Final, ParamSpec, TypeVar
+from typing import Any, Final, ParamSpec, TypeVar
 
 from beartype import beartype
 from jaxtyping import jaxtyped
@@ -30,7 +30,7 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
     where = function.__qualname__.removesuffix(".__new__").removesuffix(".__init__")
 
     @wraps(function)
-    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+    def wrapper(*args: Any, **kwargs: Any) -> R:  # beartype 0.17 knows no P.args
         for name, value in zip(positional, args, strict=False):
             _check(where, name, value)
         for name, value in kwargs.items():

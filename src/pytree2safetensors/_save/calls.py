@@ -34,7 +34,7 @@ def announced(save: Callable[Params, T]) -> Callable[Params, T]:
     """
 
     @wraps(save)
-    def call(*args: Params.args, **kwargs: Params.kwargs) -> T:
+    def call(*args: Any, **kwargs: Any) -> T:  # beartype 0.17 knows no Params.args
         tree = args[0] if args else kwargs.get("tree")
         if coordination_client() is None or not is_needed(_leaves_of(tree)):
             return save(*args, **kwargs)
