@@ -107,7 +107,7 @@ def test_verify_finds_a_key_whose_data_are_none(shape: tuple[int, ...], run: Run
     )
     code, _, err = run("verify", "w.safetensors")
     assert code == 1
-    assert "'@a' is noted as a key of threefry2x32, whose data end in the shape [2]" in err
+    assert "'@a' is noted as a key of threefry2x32, whose data must end in the shape [2]" in err
 
 
 def test_verify_finds_a_note_that_contradicts_the_names(run: Run) -> None:

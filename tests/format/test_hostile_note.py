@@ -77,8 +77,8 @@ NOTES: list[tuple[bytes, str]] = [
 
 TREE_NOTES: list[tuple[bytes, str]] = [
     (leaves({"@a": ["key", "os"]}, **{"@a": U32}), "a key of the PRNG implementation 'os', which"),
-    (leaves({"@a": ["key", "rbg"]}, **{"@a": U32}), "noted as a key of rbg, whose data end in"),
-    (leaves({"@a": "int4"}, **{"@a": tensor("I8", [1], 0, 1)})[:-1] + b"\x10", "beyond int4"),
+    (leaves({"@a": ["key", "rbg"]}, **{"@a": U32}), "noted as a key of rbg, whose data must end in"),
+    (leaves({"@a": "int4"}, **{"@a": tensor("I8", [1], 0, 1)})[:-1] + b"\x10", "outside of int4"),
 ]
 
 

@@ -1,1 +1,1 @@
-"""Leaves and tensor bytes. No other folder creates or reads a jax.Array."""
+"""Leaves and their bytes. No other folder creates or reads a jax.Array."""

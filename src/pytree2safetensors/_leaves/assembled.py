@@ -1,4 +1,4 @@
-"""Tensors that are made of leaves: what rules write.
+"""Tensors assembled from leaves, as rules write them.
 
 Specification: *Rules*.
 """
@@ -14,14 +14,14 @@ from pytree2safetensors._tree.rule import Rule
 
 
 class Member(NamedTuple):
-    """A leaf of which a tensor is made, or a part of it."""
+    """A leaf that is a tensor or a part of one."""
 
     view: View
     leaf: Any
 
 
 class Assembled(NamedTuple):
-    """A tensor to write that is made of leaves, or of parts of one."""
+    """A tensor to write, assembled from leaves or from parts of one."""
 
     name: str
     info: TensorInfo
@@ -29,7 +29,7 @@ class Assembled(NamedTuple):
 
     @property
     def is_complete(self) -> bool:
-        """Whether the members have every element of the tensor."""
+        """Return whether the members cover the tensor."""
         sizes = (math.prod(shape_of(member.view.region)) for member in self.members)
         return sum(sizes) >= math.prod(self.info.shape)
 
@@ -52,7 +52,7 @@ class Copy(NamedTuple):
 
 
 class Placed(NamedTuple):
-    """A leaf, and the tensor that it becomes or the view that says which tensors it is made of."""
+    """A leaf, and its tensor or its view of several tensors."""
 
     route: str | View
     rule: Rule | None
@@ -62,7 +62,7 @@ class Placed(NamedTuple):
 
 
 def assemble(placed: Iterable[Placed]) -> dict[str, list[Copy]]:
-    """Make tensors of leaves, by name: more than one if several leaves are stored as one tensor."""
+    """Make tensors from leaves, by name: more than one if several leaves have the same tensor."""
     found: dict[str, list[Copy]] = {}
     for route, rule, path, leaf, info in placed:
         view = plain_view(route, info.shape) if isinstance(route, str) else route

@@ -1,4 +1,4 @@
-"""Decoding: the values that bytes stand for.
+"""Decoding: from bytes to values.
 
 Specification: *Loading*.
 """
@@ -19,7 +19,7 @@ from pytree2safetensors._leaves.spec import numpy_dtype, rank_of
 def from_bytes(
     memory: NDArray[np.uint8], info: TensorInfo, name: str, offset: int = 0
 ) -> NDArray[Any]:
-    """View the bytes of a tensor, at an offset in memory, as its values in their dtype."""
+    """View the bytes of a tensor at an offset in memory as its values."""
     dtype = numpy_dtype(info, name)
     shape = info.shape[:-1] if info.kind in COMPLEX128 else info.shape
     width = width_of(info)
@@ -29,18 +29,18 @@ def from_bytes(
     raw = memory[offset : offset + info.nbytes]
     canonical = to_bytes(raw, info)
     if not np.array_equal(canonical, raw):
-        raise FileFormatError(f"{shorten(name)} holds values beyond {info.kind}")
+        raise FileFormatError(f"{shorten(name)} holds values outside of {info.kind}")
     masked: NDArray[np.uint8] = np.bitwise_and(canonical, np.uint8((1 << width) - 1))
     return masked.view(dtype).reshape(shape)
 
 
 def python_value(values: NDArray[Any], info: TensorInfo) -> Any:
-    """The Python scalar that a tensor stores."""
+    """Return the Python scalar in a tensor."""
     return complex(*values.tolist()) if info.kind == "complex" else values.item()
 
 
 def holds_value(dtype: np.dtype[Any], value: Any) -> bool:
-    """Whether a dtype has the value of a Python scalar: an integer exactly, a float rounded."""
+    """Return whether a dtype can hold a Python scalar: integers exactly, floats rounded."""
     try:
         held = scalar_array(value, dtype)
     except (OverflowError, TypeError, ValueError):
@@ -54,19 +54,19 @@ def holds_value(dtype: np.dtype[Any], value: Any) -> bool:
 
 
 def scalar_array(value: Any, dtype: np.dtype[Any]) -> NDArray[Any]:
-    """A Python scalar as a 0-d array; an integer of any size goes through no other dtype."""
+    """Convert a Python scalar to a 0-d array, an integer without another dtype in between."""
     return cast_array(np.array(value, object if type(value) is int else None), dtype)
 
 
 def to_host(value: Any, dtype: np.dtype[Any] | None) -> NDArray[Any]:
-    """The values of a leaf as a NumPy array, in a dtype where one is given."""
+    """Convert the values of a leaf to a NumPy array, of a dtype if one is given."""
     if dtype is not None and type(value) in PYTHON_SCALARS:
         return scalar_array(value, dtype)
     return cast_array(host_array(value), dtype)
 
 
 def cast_array(values: NDArray[Any], dtype: np.dtype[Any] | None) -> NDArray[Any]:
-    """The values in the dtype that is asked for, if one is: what that loses is no warning."""
+    """Convert values to a dtype if one is given, without warnings about lost precision."""
     if dtype is None or values.dtype == dtype:
         return values
     with np.errstate(all="ignore"):

@@ -1,4 +1,4 @@
-"""Describing leaves: what a file holds of each, without its values.
+"""Describing leaves: how a file stores each, without its values.
 
 Specification: *Leaves*.
 """
@@ -24,9 +24,9 @@ _INT: Final = TensorInfo("I64", (), 8, "int")
 
 
 def describe(leaves: Iterable[Any]) -> list[TensorInfo | None]:
-    """The form of each leaf; None where a file cannot hold it, or its values are gone."""
+    """Describe the tensor of each leaf; None if a file cannot hold it or its values are gone."""
     describers: dict[type, Callable[[Any], TensorInfo | None]] = {**PYTHON_SCALARS}
-    # By the identity of an aval, which many arrays share; kept, so that no other gets its identity.
+    # By the identity of an aval, which many arrays share. The avals are kept alive for that.
     known: dict[int, tuple[Any, TensorInfo | None]] = {}
 
     def describe_array(leaf: jax.Array) -> TensorInfo | None:
@@ -56,18 +56,18 @@ def _describer(
     return describe_array if issubclass(kind, jax.Array) else lambda _: None
 
 
-class DeletedLeaf(UnsupportedLeafError, RuntimeError):  # JAX's own error of it is the latter
+class DeletedLeaf(UnsupportedLeafError, RuntimeError):  # JAX raises this for it, too
     """An array whose values are gone."""
 
 
 def is_deleted(leaf: Any) -> bool:
-    """Whether a leaf is an array whose values are gone."""
+    """Return whether a leaf is an array whose values are gone."""
     traced = isinstance(leaf, jax.core.Tracer)
     return isinstance(leaf, jax.Array) and not traced and leaf.is_deleted()
 
 
 def is_valueless(leaf: Any) -> bool:
-    """Whether a leaf is an array that has no values of its own: traced, abstract, or a reference."""
+    """Return whether a leaf is an array without its own values: traced, abstract, or a reference."""
     return isinstance(leaf, (jax.core.Tracer, jax.ShapeDtypeStruct, REFERENCE))
 
 
@@ -87,7 +87,7 @@ def _describe_int(leaf: int) -> TensorInfo:
     return TensorInfo("", (), 0, ["int", hex(leaf)])
 
 
-# JSON reads two such halves as the one character that they would be in UTF-16.
+# JSON combines two surrogates into one character.
 _HALVES: Final = re.compile("[\ud800-\udbff][\udc00-\udfff]")
 
 
@@ -115,7 +115,7 @@ _LONG: Final = (np.longdouble, np.clongdouble)  # whatever their size
 
 @lru_cache(maxsize=4096)
 def info_of(dtype: np.dtype[Any], shape: tuple[int, ...]) -> TensorInfo | None:
-    """The form of an array; None where a file cannot hold its dtype."""
+    """Describe the tensor of an array; None if a file cannot hold its dtype."""
     if dtype.type in _LONG:
         return None
     name, count = dtype.name, math.prod(shape)

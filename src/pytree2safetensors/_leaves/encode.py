@@ -1,4 +1,4 @@
-"""Encoding: the bytes of a leaf.
+"""Encoding: from leaves to bytes.
 
 Specification: *Leaves*.
 """
@@ -20,7 +20,7 @@ from pytree2safetensors._leaves.to_jax import TAKEN_OVER
 
 
 def host_array(leaf: Any) -> NDArray[Any]:
-    """The values of a leaf that has a tensor, without a copy where the host holds them."""
+    """Return the values of a leaf with a tensor, without a copy if they are on the host."""
     kind = type(leaf)
     if kind is complex:
         return np.array([leaf.real, leaf.imag])
@@ -35,8 +35,8 @@ def host_array(leaf: Any) -> NDArray[Any]:
     if leaf.is_fully_replicated:
         return host_shard(leaf.addressable_data(0))
     if not leaf.is_fully_addressable:
-        return np.asarray(leaf)  # which JAX refuses
-    whole = np.empty(leaf.shape, leaf.dtype)  # unlike np.asarray, leaves no copy inside the leaf
+        return np.asarray(leaf)  # JAX does not take these
+    whole = np.empty(leaf.shape, leaf.dtype)  # np.asarray would keep a copy inside the leaf
     for shard in leaf.addressable_shards:
         if shard.replica_id == 0:
             whole[shard.index] = host_shard(shard.data)
@@ -44,7 +44,7 @@ def host_array(leaf: Any) -> NDArray[Any]:
 
 
 def joined_bytes(leaves: list[Any], infos: list[TensorInfo]) -> bytes:
-    """The bytes of small tensors, one after the other."""
+    """Join the bytes of small tensors."""
     single = jax.sharding.SingleDeviceSharding
     parts = [
         leaf
@@ -56,7 +56,7 @@ def joined_bytes(leaves: list[Any], infos: list[TensorInfo]) -> bytes:
     ]
     try:
         return b"".join(parts)
-    except TypeError:  # on other devices, or in a layout of its own, an array is no buffer
+    except TypeError:  # an array on another device or in another layout has no buffer
         return b"".join(map(_small_bytes, leaves, infos))
 
 
@@ -64,7 +64,7 @@ def _small_bytes(leaf: Any, info: TensorInfo) -> bytes:
     return b"".join(memoryview(block) for block in blocks(host_array(leaf), info))  # type: ignore[arg-type] # before 3.12 no type says buffer
 
 
-# Dtypes in which an array of JAX is a buffer of its values, as the file has them.
+# Dtypes for which the buffer of a JAX array has the bytes of the file.
 _BUFFERS: Final = frozenset(
     {"BOOL", "U8", "I8", "U16", "I16", "F16", "U32", "I32", "F32", "C64", "U64", "I64", "F64"}
     if sys.byteorder == "little"
@@ -73,20 +73,20 @@ _BUFFERS: Final = frozenset(
 
 
 def host_shard(data: jax.Array) -> NDArray[Any]:
-    """The values of an array on one device; a large copy that this takes is not kept inside it."""
+    """Return the values of an array on one device, without keeping a large copy inside it."""
     if is_key_dtype(data.dtype):
         data = _key_data(data)
     if is_in_place(data):
         return np.asarray(data)
     with jax.transfer_guard("allow"):  # it guards a program's transfers, not those of a save
         if data.nbytes >= TAKEN_OVER:
-            # Another array of the same memory, in which the copy stays instead.
+            # Another array with the same memory, which keeps the copy instead.
             data = jax.make_array_from_single_device_arrays(data.shape, data.sharding, [data])
         return np.asarray(data)
 
 
 def host_part(data: Any, index: tuple[slice, ...]) -> NDArray[Any]:
-    """The values of a region of an array on one device, which alone is copied from there."""
+    """Return the values of a region of an array on one device, and copy only that region."""
     if isinstance(data, np.ndarray):
         part: NDArray[Any] = data[index]
         return part
@@ -102,7 +102,7 @@ def part_of(data: jax.Array, index: tuple[slice, ...]) -> jax.Array:
 
 
 def _key_data(keys: jax.Array) -> jax.Array:
-    with jax.ensure_compile_time_eval():  # it has values, whatever is traced around this
+    with jax.ensure_compile_time_eval():  # it has values, even if the caller is being traced
         return jax.random.key_data(keys)
 
 
@@ -110,7 +110,7 @@ _BLOCK = 1 << 22
 
 
 def blocks(values: NDArray[Any], info: TensorInfo) -> Iterator[NDArray[np.uint8]]:
-    """The bytes of a tensor in order, the whole at once where that takes no copy."""
+    """Yield the bytes of a tensor in order, at once if that needs no copy."""
     plain = _plain(values, info)
     if values.flags.c_contiguous and plain:
         yield values.reshape(-1).view(np.uint8)
@@ -134,7 +134,7 @@ def _plain(values: NDArray[Any], info: TensorInfo) -> bool:
 
 
 def to_bytes(values: NDArray[Any], info: TensorInfo) -> NDArray[np.uint8]:
-    """The bytes of values: little-endian, row-major, in one canonical form."""
+    """Convert values to bytes: little-endian, row-major and canonical."""
     if not _plain(values, info) and width_of(info) is None:
         values = values.astype(values.dtype.newbyteorder("<"))
     raw = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
@@ -155,7 +155,7 @@ def width_of(info: TensorInfo) -> int | None:
 
 
 def canonical_bools(values: NDArray[Any]) -> NDArray[Any]:
-    """The same values, booleans as the bytes 0 and 1: to JAX any other is neither true nor false."""
+    """Make the bytes of booleans 0 or 1, since JAX treats other bytes as neither true nor false."""
     if values.dtype.kind != "b" or not values.size or values.view(np.uint8).max() <= 1:
         return values
     return np.asarray(values.view(np.uint8) != 0)

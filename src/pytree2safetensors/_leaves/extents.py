@@ -1,6 +1,6 @@
-"""Regions of a tensor: where the elements of a hyperrectangle stand in a file.
+"""Regions of a tensor: where the elements of a hyperrectangle are in a file.
 
-A tensor's bytes stand in row-major order, so a region of it is one or many equal runs.
+A tensor's bytes are in row-major order, so a region consists of equal runs.
 
 Specification: *Loading into a template*.
 """
@@ -20,7 +20,7 @@ BAND = 4 << 20  # bytes: few enough for the cache, many enough for one call
 
 
 def region_of(index: Sequence[Any], shape: Shape) -> Region:
-    """The region that an index of slices (or integers) selects; axes that it lacks are whole."""
+    """Return the region that an index of slices or integers selects; missing axes are whole."""
     found = []
     for axis, size in enumerate(shape):
         part = index[axis] if axis < len(index) else slice(None)
@@ -30,7 +30,7 @@ def region_of(index: Sequence[Any], shape: Shape) -> Region:
 
 
 def shape_of(region: Region) -> Shape:
-    """The shape of a region."""
+    """Return the shape of a region."""
     return tuple(stop - start for start, stop in region)
 
 
@@ -42,7 +42,7 @@ class Runs(NamedTuple):
 
 
 def runs_in(region: Region, shape: Shape, itemsize: int) -> Runs:
-    """How many runs a region is."""
+    """Return the number of runs of a region."""
     sizes = shape_of(region)
     if 0 in sizes:
         return Runs(0, 0)
@@ -51,13 +51,13 @@ def runs_in(region: Region, shape: Shape, itemsize: int) -> Runs:
 
 
 def _cut_axis(region: Region, shape: Shape) -> int:
-    """The last axis of which a region lacks something: what lies below is in one piece."""
+    """Return the last axis on which a region is not whole; the axes after it are contiguous."""
     partial = [axis for axis, bounds in enumerate(region) if bounds != (0, shape[axis])]
     return partial[-1] if partial else 0
 
 
 def starts_of(region: Region, shape: Shape, itemsize: int) -> NDArray[np.int64]:
-    """Where the runs of a region start, in bytes from the start of its tensor, in order."""
+    """Return where the runs of a region start, in bytes from the start of its tensor, in order."""
     if 0 in shape_of(region):
         return np.empty(0, np.int64)
     starts = np.zeros(1, np.int64)
@@ -72,7 +72,7 @@ def starts_of(region: Region, shape: Shape, itemsize: int) -> NDArray[np.int64]:
 
 
 def span_of(region: Region, shape: Shape, itemsize: int) -> tuple[int, int]:
-    """Where the first byte of a region that is not empty stands, and where its last one ends."""
+    """Return where the bytes of a region that is not empty start and stop."""
     first = last = 0
     for (start, stop), size in zip(region, shape, strict=True):
         first, last = first * size + start, last * size + stop - 1
@@ -80,7 +80,7 @@ def span_of(region: Region, shape: Shape, itemsize: int) -> tuple[int, int]:
 
 
 def bands_of(shape: Shape, itemsize: int) -> Iterator[Region]:
-    """Cut a tensor into regions of one run each, of a size that suits the cache."""
+    """Split a tensor into regions of one run each that fit the cache."""
     if 0 in shape:
         return
     row, axis = math.prod(shape) * itemsize, -1  # bytes of what one index on `axis` selects
@@ -99,13 +99,13 @@ def bands_of(shape: Shape, itemsize: int) -> Iterator[Region]:
 
 
 def common(first: Region, second: Region) -> Region | None:
-    """What two regions have in common; None where that is nothing."""
+    """Return the intersection of two regions; None if it is empty."""
     found = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(first, second, strict=True))
     return None if any(start >= stop for start, stop in found) else found
 
 
 def within(region: Region, outer: Region) -> tuple[slice, ...]:
-    """The index that selects a region from an array of the region around it."""
+    """Return the index of a region in an array of a larger region."""
     return tuple(
         slice(start - origin, stop - origin)
         for (start, stop), (origin, _) in zip(region, outer, strict=True)
@@ -120,7 +120,7 @@ class Part(NamedTuple):
 
 
 def gather(parts: Sequence[Part], shape: Shape, itemsize: int) -> Iterator[tuple[int, memoryview]]:
-    """The bytes of parts, no two of which overlap, and their offsets; neighbouring runs together."""
+    """Yield the bytes and offsets of parts that do not overlap, with adjacent runs joined."""
     for band in bands_of(shape, itemsize):
         size = math.prod(shape_of(band)) * itemsize
         memory = np.empty(size, np.uint8)
@@ -134,7 +134,7 @@ def gather(parts: Sequence[Part], shape: Shape, itemsize: int) -> Iterator[tuple
         origin, _ = span_of(band, shape, itemsize)
         view = memoryview(memory)  # type: ignore[arg-type] # before 3.12 no type says buffer
         if sum(math.prod(shape_of(shared)) for shared in found) * itemsize == size:
-            yield origin, view  # which spares the many runs that it may be made of
+            yield origin, view  # avoids many runs
             continue
         for start, stop in ranges_of(found, shape, itemsize):
             yield start, view[start - origin : stop - origin]
@@ -143,7 +143,7 @@ def gather(parts: Sequence[Part], shape: Shape, itemsize: int) -> Iterator[tuple
 def ranges_of(
     regions: Iterable[Region], shape: Shape, itemsize: int, gap: int = 0
 ) -> Iterator[tuple[int, int]]:
-    """Where bytes of regions start and stop that follow each other, or with such a gap at most."""
+    """Yield where the bytes of regions start and stop, with regions joined across small gaps."""
     pairs = []
     for region in regions:
         starts, length = starts_of(region, shape, itemsize), runs_in(region, shape, itemsize).length

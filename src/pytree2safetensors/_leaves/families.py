@@ -14,7 +14,7 @@ from pytree2safetensors._leaves.views import View
 from pytree2safetensors._tree.placeholders import Binding, fill
 from pytree2safetensors._tree.rule import ParsedRule, Rule
 
-_Piece: TypeAlias = tuple[list[str], str | None]  # axes that are cut, and the axis after them
+_Piece: TypeAlias = tuple[list[str], str | None]  # axes that are cut, and the next axis
 
 
 class Lost(NamedTuple):
@@ -28,7 +28,7 @@ class _Problem(Exception):
 
 
 class _Joined(NamedTuple):
-    """An axis of a tensor on which leaves follow each other."""
+    """An axis of a tensor on which leaves are adjacent."""
 
     starts: Mapping[tuple[int, ...], int]
     size: int
@@ -57,7 +57,7 @@ class Family:
         }
 
     def views(self, complete: bool) -> list[View | Lost]:
-        """The views of the leaves, without names."""
+        """Return the views of the leaves, without names."""
         pieces = [list(self._pieces(dim)) for dim in self.left]
         try:
             self._check_counts()
@@ -107,7 +107,7 @@ class Family:
         return View((), tuple(stored), counts, tuple(fine), tuple(region), axes)
 
     def _pieces(self, dim: tuple[str, ...]) -> Iterator[_Piece]:
-        """The axes of a group that are not cut, each after those that are cut before it."""
+        """Yield the axes of a group that are not cut, each with the cut axes before it."""
         run: list[str] = []
         for axis in dim:
             if axis in self.parsed.cut:
@@ -119,7 +119,7 @@ class Family:
             yield run, None
 
     def _joined(self, run: Sequence[str], axis: str) -> _Joined:
-        """Where the leaves start on an axis that follows axes that are cut."""
+        """Return where the leaves start on an axis after axes that are cut."""
         found: dict[tuple[int, ...], int] = {}
         for indices, sizes in self._fitting():
             key = tuple(indices[name] for name in run)
@@ -131,7 +131,7 @@ class Family:
             keys = sorted(found)
             starts = accumulate((found[key] for key in keys), initial=0)
             return _Joined(dict(zip(keys, starts, strict=False)), sum(found.values()))
-        length, count = lengths.pop(), 1  # leaves that are not there have the same length
+        length, count = lengths.pop(), 1  # missing leaves have the same length
         starts_of = dict.fromkeys(found, 0)
         for position in reversed(range(len(run))):
             for key in found:
@@ -140,13 +140,13 @@ class Family:
         return _Joined(starts_of, count * length)
 
     def _fitting(self) -> Iterator[tuple[Mapping[str, int], Mapping[str, int]]]:
-        """The leaves that have the axes of the rule: their indices and sizes."""
+        """Yield the indices and sizes of leaves that have the axes of the rule."""
         for indices, sizes in zip(self.indices, self.sizes, strict=True):
             if not isinstance(sizes, str):
                 yield indices, sizes
 
     def _check_counts(self) -> None:
-        """Check that no leaf is numbered beyond the size that the rule gives."""
+        """Check that no leaf has a number outside of the size in the rule."""
         for axis, count in self.counts.items():
             most = max(indices[axis] for indices in self.indices)
             if most >= count:
@@ -155,7 +155,7 @@ class Family:
                 )
 
     def _check_same(self, joined: Collection[str | None]) -> None:
-        """Check that leaves have the same sizes, but on axes on which they are joined."""
+        """Check that leaves have the same sizes, except on axes on which they are joined."""
         first: Mapping[str, int] = {}
         for _, sizes in self._fitting():
             first = first or sizes
@@ -167,7 +167,7 @@ class Family:
                     )
 
     def _check_complete(self, axes: Sequence[str]) -> None:
-        """Check that the leaves are there of which a tensor consists."""
+        """Check that all leaves of a tensor exist."""
         there = {
             tuple(found[axis] for axis in axes): isinstance(sizes, str)
             for found, sizes in zip(self.indices, self.sizes, strict=True)
@@ -182,7 +182,7 @@ class Family:
 
 
 def _sizes_of(rule: Rule, parsed: ParsedRule, shape: Shape | None) -> Mapping[str, int] | str:
-    """The sizes of the axes of which a leaf consists, or why it cannot."""
+    """Return the sizes of the axes of a leaf, or why it does not fit."""
     if shape is None:
         return f"{rule!r} rearranges axes, and this leaf is not an array"
     dims = parsed.dims(len(shape))

@@ -1,4 +1,4 @@
-"""Every shim for a version of JAX: what newer versions have under another name, or older ones lack."""
+"""All shims for versions of JAX, which rename and add names."""
 
 import ctypes
 from collections.abc import Iterator
@@ -11,10 +11,10 @@ import jax.experimental
 import numpy as np
 from numpy.typing import NDArray
 
-# What JAX leaves untyped.
+# JAX has no types for these.
 block_until_ready: Any = jax.block_until_ready
-ShapeDtypeStruct: Any = jax.ShapeDtypeStruct  # whose constructor JAX leaves untyped
-# The type of references to arrays, where it has a public name: since JAX 0.8.
+ShapeDtypeStruct: Any = jax.ShapeDtypeStruct  # JAX has no types for its constructor
+# The type of references to arrays, which is public since JAX 0.8.
 REFERENCE: Final[Any] = getattr(jax, "Ref", ())
 
 
@@ -30,7 +30,7 @@ def structs_are_weak() -> bool:
 @contextmanager
 def no_mesh() -> Iterator[None]:
     sharding: Any = jax.sharding
-    current = getattr(sharding, "get_abstract_mesh", None)  # JAX 0.5.0 lacks it, and older ones
+    current = getattr(sharding, "get_abstract_mesh", None)  # JAX 0.5.0 and older lack it
     with ExitStack() as stack:
         if current is not None and not current().empty:
             enter = getattr(jax, "set_mesh", None) or sharding.use_mesh  # its name before JAX 0.8
@@ -40,7 +40,7 @@ def no_mesh() -> Iterator[None]:
 
 
 def enable_x64(enabled: bool) -> Any:
-    experimental: Any = jax.experimental  # where it was before JAX 0.8
+    experimental: Any = jax.experimental  # its place before JAX 0.8
     return (jax if hasattr(jax, "enable_x64") else experimental).enable_x64(enabled)
 
 
@@ -54,7 +54,7 @@ class CoordinationKeys:
         self.client = client
 
     def set(self, key: str, value: str) -> None:
-        """Set a key that nobody else sets; setting it again to the same value changes nothing."""
+        """Set a key that no other process sets; repeating the same value changes nothing."""
         try:
             self.client.key_value_set(_PREFIX + key, value)
         except RuntimeError as error:
@@ -63,7 +63,7 @@ class CoordinationKeys:
                 raise
 
     def wait(self, key: str, seconds: float) -> str | None:
-        """Return the value of a key, or None if nobody sets it in time."""
+        """Return the value of a key; None if no process sets it in time."""
         milliseconds = max(1, round(seconds * 1000))
         try:
             value: str = self.client.blocking_key_value_get(_PREFIX + key, milliseconds)
@@ -74,7 +74,7 @@ class CoordinationKeys:
         return value
 
     def find(self, folder: str) -> dict[str, str]:
-        """Return the keys that are in a folder now, by their last parts."""
+        """Return the last parts of the keys that are in a folder now."""
         found = self.client.key_value_dir_get(_PREFIX + folder)
         return {key.rpartition("/")[2]: value for key, value in found}
 
@@ -87,7 +87,7 @@ _PREFIX: Final = "pytree2safetensors/"
 
 
 def coordination_client() -> Any:
-    """Return the client of `jax.distributed`; None where that was not initialized."""
+    """Return the client of `jax.distributed`; None if that is not initialized."""
     from jax._src import distributed  # no public module has the client
 
     return distributed.global_state.client

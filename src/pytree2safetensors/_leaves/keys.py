@@ -1,4 +1,4 @@
-"""PRNG keys: their implementations, and the shapes of their data.
+"""PRNG keys: implementations, and the shapes of their data.
 
 Specification: *Leaves*.
 """
@@ -13,30 +13,30 @@ from pytree2safetensors._errors import FileFormatError, shorten
 from pytree2safetensors._leaves.jax_versions import ShapeDtypeStruct
 
 is_subdtype: Any = jax.dtypes.issubdtype  # type: ignore[attr-defined] # public, and not exported
-_PRNG: Final = ("threefry2x32", "rbg", "unsafe_rbg")  # what every JAX version registers
+_PRNG: Final = ("threefry2x32", "rbg", "unsafe_rbg")  # implementations in every JAX version
 
 
 def is_key_dtype(dtype: Any) -> bool:
-    """Whether arrays of a dtype are typed PRNG keys."""
+    """Return whether arrays of a dtype are typed PRNG keys."""
     return not isinstance(dtype, np.dtype) and bool(is_subdtype(dtype, jax.dtypes.prng_key))
 
 
 def implementation_name(leaf: Any) -> str | None:
-    """The registered name of a key's implementation."""
+    """Return the registered name of a key's implementation."""
     found = jax.random.key_impl(leaf)
     if isinstance(found, str):
         return found
-    # Older versions answer with an object, which only compares.
+    # Older versions return an object, which can only be compared.
     same = (name for name in _PRNG if jax.random.key_impl(jax.random.key(0, impl=name)) == found)
     return next(same, None)
 
 
 class UnknownHere(FileFormatError):
-    """What may be sound, and is not known to what is installed here."""
+    """A stored leaf that may be sound, but that the installed libraries do not know."""
 
 
 def key_shape(impl: str, name: str) -> tuple[int, ...]:
-    """The shape of the data of one key of an implementation."""
+    """Return the shape of the data of one key of an implementation."""
     try:
         return data_shape(impl)
     except ValueError:
@@ -55,12 +55,12 @@ def data_shape(impl: str) -> tuple[int, ...]:
 
 
 def key_dtype(impl: str) -> Any:
-    """The dtype of keys of an implementation; no key is made."""
+    """Return the dtype of keys of an implementation, without making a key."""
     return jax.eval_shape(lambda: jax.random.key(0, impl=impl)).dtype
 
 
 @lru_cache(maxsize=16)
 def implementation_of(dtype: Any) -> str | None:
-    """The registered name of the implementation of keys with this dtype."""
+    """Return the registered name of the implementation of keys with this dtype."""
     same = (name for name in _PRNG if key_dtype(name) == dtype)
     return next(same, None) or implementation_name(ShapeDtypeStruct((), dtype))

@@ -1,4 +1,4 @@
-"""Which device's copy of each region of an array is saved.
+"""Ownership: which device's copy of each region of an array is saved.
 
 Specification: *Leaves*.
 """
@@ -13,7 +13,7 @@ import jax
 from pytree2safetensors._errors import UnsupportedLeafError
 from pytree2safetensors._leaves.extents import Region, Shape, region_of
 
-_KNOWN: Final = 4096  # shardings and shapes that are remembered: a train state repeats few
+_KNOWN: Final = 4096  # remembered shardings and shapes, of which a train state has few
 
 
 class Ownership(NamedTuple):
@@ -50,7 +50,7 @@ def ownership(sharding: Any, shape: Shape) -> Ownership:
 
 
 def _tile(regions: set[Region], shape: Shape, shard: Shape) -> bool:
-    """Whether regions of one shape cover an array exactly once."""
+    """Return whether regions of one shape cover an array exactly once."""
     if 0 in shape:
         return True
     fit = all(
@@ -64,7 +64,7 @@ def _tile(regions: set[Region], shape: Shape, shard: Shape) -> bool:
 
 
 def is_global(leaf: Any) -> bool:
-    """Whether a leaf is an array of which this process holds a part only."""
+    """Return whether a leaf is an array that this process holds only a part of."""
     return (
         isinstance(leaf, jax.Array)
         and not isinstance(leaf, jax.core.Tracer)

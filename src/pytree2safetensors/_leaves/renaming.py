@@ -1,4 +1,4 @@
-"""Renaming: where the leaves of a tree are in a file that has names of its own.
+"""Renaming: where the leaves of a tree are in a file with other names.
 
 Specification: *Rules*.
 """
@@ -16,12 +16,12 @@ from pytree2safetensors._tree.rule_index import RuleIndex
 if TYPE_CHECKING:
     Rename: TypeAlias = Callable[[str], str] | Mapping[str, str] | Sequence[Rule]
 else:
-    # To check an item of a Sequence, beartype draws from Python's global random generator.
+    # beartype draws from Python's global random generator to check an item of a Sequence.
     Rename = Callable[[str], str] | Mapping[str, str] | Collection[Rule]
 
 
 def rules_in(rename: Rename | None) -> Sequence[Rule] | None:
-    """The rules that names come from, if they do."""
+    """Return the rules, if `rename` has rules."""
     if rename is None or isinstance(rename, Mapping) or callable(rename):
         return None
     if not all(isinstance(rule, Rule) for rule in rename):
@@ -40,7 +40,7 @@ def renamed(
     """Find out where each leaf is in a file.
 
     Args:
-        rename: What says it; names are key paths without.
+        rename: Rules, names or a function; by default, names are key paths.
         paths: The spelled key paths of all leaves.
         shapes: The shapes of the leaves; None for leaves that are not arrays.
         complete: Whether leaves that a rule cuts from one tensor must all be there.

@@ -13,12 +13,12 @@ from pytree2safetensors._tree.placeholders import Binding, fill
 from pytree2safetensors._tree.rule import ParsedRule, Rule
 from pytree2safetensors._tree.rule_index import RuleIndex
 
-# The name of a tensor that is the leaf as it is, a view, or None for a leaf that is in no file.
+# The name of the tensor of a leaf, its view, or None for a leaf that is not in a file.
 Route: TypeAlias = str | View | Lost | None
 
 
 class Routes(NamedTuple):
-    """Where each leaf of a tree is in a file, and by which rule; and rules that match no leaf."""
+    """Where each leaf of a tree is in a file and by which rule, and rules that match no leaf."""
 
     routes: list[Route]
     rules: list[Rule | None]  # None if no rule matches
@@ -81,14 +81,14 @@ def routes_of(
 
 
 class _Maker:
-    """Makes routes by one rule; leaves of the same shapes share what does not depend on names."""
+    """Makes routes by one rule. Leaves of the same shapes share what does not depend on names."""
 
     def __init__(self, rule: Rule, parsed: ParsedRule) -> None:
         self.rule, self.parsed = rule, parsed
         self.made: dict[tuple[Any, ...], list[View | Lost]] = {}
 
     def route(self, binding: Binding, shape: Shape | None) -> Route:
-        """The route of a leaf that is not cut from tensors."""
+        """Return the route of a leaf that is not cut from tensors."""
         if self.parsed.name is None:
             return None
         if not self.rule.pattern:
@@ -96,7 +96,7 @@ class _Maker:
         return next(self.views([_Leaf(0, binding, shape)], True))
 
     def views(self, leaves: Sequence[_Leaf], complete: bool) -> Iterator[View | Lost]:
-        """The views of leaves that are cut from the same tensors."""
+        """Yield the views of leaves that are cut from the same tensors."""
         cut = self.parsed.cut
         indices = [tuple(leaf.binding.indices[axis] for axis in cut) for leaf in leaves]
         shapes = [leaf.shape for leaf in leaves]

@@ -1,4 +1,4 @@
-"""Leaves without their values: what a stored tensor stands for.
+"""Leaves without their values, as stored tensors describe them.
 
 Specification: *Loading*.
 """
@@ -29,7 +29,7 @@ from pytree2safetensors._leaves.keys import (
 
 @lru_cache(maxsize=256)
 def _numpy_dtype(form_dtype: str, kind: str | None) -> np.dtype[Any] | str:
-    """The NumPy dtype of the values of a tensor, or why there is none."""
+    """Return the NumPy dtype of the values of a tensor, or why there is none."""
     word = kind if kind in NOTED_DTYPES else NUMPY.get(form_dtype)
     if kind in COMPLEX128:
         word = "complex128"
@@ -45,7 +45,7 @@ def _numpy_dtype(form_dtype: str, kind: str | None) -> np.dtype[Any] | str:
 
 
 def numpy_dtype(info: TensorInfo, name: str) -> np.dtype[Any]:
-    """The NumPy dtype of the values of a tensor."""
+    """Return the NumPy dtype of the values of a tensor."""
     found = _numpy_dtype(info.dtype, info.kind if isinstance(info.kind, str) else None)
     if isinstance(found, str):
         raise UnknownHere(f"{shorten(name)} {found}")
@@ -53,7 +53,7 @@ def numpy_dtype(info: TensorInfo, name: str) -> np.dtype[Any]:
 
 
 class LeafSpec(NamedTuple):
-    """A leaf without its values: an "array", "key", "str" or a Python scalar's type."""
+    """A leaf without its values: an "array", "key", "str", or the type of a Python scalar."""
 
     kind: Literal["array", "key", "str", "int", "float", "bool", "complex"]
     dtype: np.dtype[Any] | None  # of an array
@@ -63,13 +63,13 @@ class LeafSpec(NamedTuple):
 
 
 class TracedSpec(LeafSpec):
-    """A leaf whose values JAX has yet to compute."""
+    """A leaf whose values JAX will compute later."""
 
     __slots__ = ()
 
 
 def spec_of(info: TensorInfo, name: str) -> LeafSpec:
-    """What leaf a stored tensor stands for."""
+    """Return the leaf that a stored tensor describes."""
     kind, shape = info.kind, info.shape
     if isinstance(kind, list):
         if kind[0] != "key":
@@ -77,7 +77,7 @@ def spec_of(info: TensorInfo, name: str) -> LeafSpec:
         data = key_shape(kind[1], name)
         if shape[len(shape) - len(data) :] != data or len(shape) < len(data):
             raise FileFormatError(
-                f"{shorten(name)} is noted as a key of {kind[1]}, whose data end in the shape "
+                f"{shorten(name)} is noted as a key of {kind[1]}, whose data must end in the shape "
                 f"{list(data)}, and stored with the shape {list(shape)}"
             )
         return LeafSpec("key", None, shape[: len(shape) - len(data)], impl=kind[1])
@@ -88,7 +88,7 @@ def spec_of(info: TensorInfo, name: str) -> LeafSpec:
 
 
 def abstract(leaf: LeafSpec) -> jax.ShapeDtypeStruct:
-    """The shape and dtype of an array or key."""
+    """Return the shape and dtype of an array or key."""
     dtype: Any = leaf.dtype
     if leaf.kind == "key":
         dtype = key_dtype(leaf.impl)
@@ -98,20 +98,20 @@ def abstract(leaf: LeafSpec) -> jax.ShapeDtypeStruct:
 
 
 def noted_value(info: TensorInfo) -> Any:
-    """The leaf that lives in the note alone."""
+    """Return a leaf that is only in the note."""
     word, argument = info.kind if isinstance(info.kind, list) else ("str", "")
     return int(argument, 16) if word == "int" else argument
 
 
 def rank_of(dtype: np.dtype[Any]) -> int:
-    """The place of a dtype's kind in NumPy's order, those of ml_dtypes included."""
+    """Return the rank of a dtype's kind in NumPy's order, including ml_dtypes."""
     if dtype.kind in "buifc":
         return "buifc".index(dtype.kind)
     return 1 if dtype.name.startswith("uint") else 2 if dtype.name.startswith("int") else 3
 
 
 def holds(dtype: np.dtype[Any]) -> bool:
-    """Whether a jax.Array can have this dtype, here and now."""
+    """Return whether a jax.Array can have this dtype now."""
     if dtype.kind in "iufc" and dtype.itemsize == (16 if dtype.kind == "c" else 8):
         return bool(jax.config.jax_enable_x64)  # type: ignore[attr-defined] # JAX declares no options
     return _holds(dtype)
@@ -122,9 +122,9 @@ def _holds(dtype: np.dtype[Any]) -> bool:
     if dtype.kind != "V":  # one of NumPy's own
         return True
     try:
-        # The answer is the same under a trace, and where transfers are watched for.
+        # The answer must not depend on traces and transfer guards.
         with jax.ensure_compile_time_eval(), jax.transfer_guard("allow"):
             jax.device_put(np.zeros((), dtype)).block_until_ready()
-    except Exception:  # noqa: BLE001 - JAX raises whatever its backend raises
+    except Exception:  # noqa: BLE001 - a backend may raise anything
         return False
     return True

@@ -1,4 +1,4 @@
-"""The bytes of tensors, those of arrays that are spread over devices among them, and where they go."""
+"""The bytes of tensors and their offsets, including arrays on several devices."""
 
 import math
 from collections.abc import Iterator
@@ -35,11 +35,11 @@ from pytree2safetensors._leaves.to_jax import own_programs
 from pytree2safetensors._leaves.views import Source, View, file_parts, region_of_tensor
 from pytree2safetensors._types import Chunk
 
-_LARGE: Final = 1 << 16  # bytes: smaller arrays are made whole sooner than cut
+_LARGE: Final = 1 << 16  # bytes: copying smaller arrays whole is faster
 
 
 def tensor_chunks(leaf: Any, info: TensorInfo) -> Iterator[Chunk]:
-    """The bytes of a tensor in order. What a piece shows may change with the next.
+    """Yield the bytes of a tensor in order. A piece is valid until the next one.
 
     Of a large array that is spread over devices, only what the host cannot read in place is copied:
     a shard at a time where these follow each other in the file.
@@ -53,7 +53,7 @@ def tensor_chunks(leaf: Any, info: TensorInfo) -> Iterator[Chunk]:
 
 
 class Owned(NamedTuple):
-    """The shards of an array that one process saves: their regions of the tensor and their values."""
+    """The shards of an array that one process saves: their regions and their values."""
 
     shards: list[tuple[Region, jax.Array | NDArray[Any]]]
 
@@ -89,7 +89,7 @@ def _copy(data: jax.Array | NDArray[Any]) -> NDArray[Any]:
 
 
 def owned_chunks(owned: Owned, info: TensorInfo) -> Iterator[Chunk]:
-    """The bytes of shards, in order."""
+    """Yield the bytes of shards, in order."""
     itemsize = BITS[info.dtype] // 8
     shards = [shard for shard in owned.shards if 0 not in shape_of(shard[0])]
     if all(runs_in(region, info.shape, itemsize).number == 1 for region, _ in shards):
@@ -105,7 +105,7 @@ def owned_chunks(owned: Owned, info: TensorInfo) -> Iterator[Chunk]:
 
 
 def assembled_chunks(tensor: Assembled) -> Iterator[Chunk]:
-    """The bytes of a tensor that is made of leaves, as far as this process owns them, in order."""
+    """Yield the bytes of an assembled tensor that this process owns, in order."""
     name, info, members = tensor
     itemsize = BITS[info.dtype] // 8
     parts = []
@@ -139,7 +139,7 @@ def _parts_of(
 
 
 def _held(leaf: Any) -> list[tuple[Region, Any]]:
-    """The regions of a leaf that this process writes."""
+    """Return the regions of a leaf that this process writes."""
     if isinstance(leaf, Owned):
         return [*leaf.shards]
     if isinstance(leaf, jax.Array) and not (leaf.is_fully_replicated and leaf.is_fully_addressable):

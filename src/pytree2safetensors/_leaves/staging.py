@@ -1,4 +1,4 @@
-"""Memory for what is read: fresh for arrays on the host, a ring that is used again for other devices.
+"""Memory to read into: fresh for arrays on the host, a reused ring for other devices.
 
 Specification: *Loading*.
 """
@@ -36,7 +36,7 @@ def default_device() -> jax.Device:
 
 
 class Ring:
-    """Memory that batches take in turns, each after the transfers of the batch before it ended.
+    """Memory that batches share, each after the transfers of an earlier batch ended.
 
     Args:
         device: The device that the memory is for.

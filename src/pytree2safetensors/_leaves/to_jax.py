@@ -1,4 +1,4 @@
-"""Making JAX arrays of values.
+"""Making JAX arrays from values.
 
 Specification: *Loading*.
 """
@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 
 from pytree2safetensors._leaves.jax_versions import enable_x64, no_mesh
 
-TAKEN_OVER: Final = 1 << 12  # bytes: from here on JAX gets the memory itself, and no copy of it
+TAKEN_OVER: Final = 1 << 12  # bytes: JAX gets the memory of larger arrays, without a copy
 _CHUNK = 128  # arrays in one call of the identity
-_MANY = 1024  # equal arrays that make it worth compiling
-_WITHOUT_PROGRAMS: Final = frozenset({"int1", "uint1"})  # JAX holds these, and compiles nothing
+_MANY = 1024  # equal arrays that are worth compiling for
+_WITHOUT_PROGRAMS: Final = frozenset({"int1", "uint1"})  # JAX supports these without compiling
 
 
 @jax.jit
@@ -38,9 +38,9 @@ def to_jax(
     *,
     keeps_memory: bool = True,
 ) -> list[jax.Array]:
-    """Make JAX arrays, uncommitted ones where no sharding is given.
+    """Make JAX arrays, which are uncommitted if no sharding is given.
 
-    Creating an array costs JAX some 20 us; as one of the results of a compiled call, 4 us.
+    Creating an array takes JAX some 20 us, or 4 us as a result of a compiled call.
 
     Args:
         arrays: The values.
@@ -68,7 +68,7 @@ def to_jax(
             for start in range(0, compiled, _CHUNK):
                 chunk = positions[start : start + _CHUNK]
                 members = [arrays[i] for i in chunk]
-                # One transfer is sooner done than many, where there are transfers.
+                # One transfer is faster than many.
                 made = _identity(members) if keeps_memory else _unstacked(np.stack(members))
                 for position, made_array in zip(chunk, made, strict=True):
                     found[position] = made_array
@@ -91,7 +91,7 @@ def to_jax(
 
 @contextmanager
 def own_programs() -> Iterator[None]:
-    """Let JAX run the programs of a load, whatever it is told to watch for or to do elsewhere.
+    """Let JAX run the programs of a load whatever its settings are.
 
     NaNs and transfers are what a load is about, not what a user looks for when he looks for them.
     Without jit a program may give its arguments back, which are no arrays of JAX, and under a mesh
@@ -108,10 +108,10 @@ def own_programs() -> Iterator[None]:
 
 
 def weaken(array: jax.Array) -> jax.Array:
-    """The same 0-d array, weakly typed, where JAX has a weak type of its dtype."""
+    """Make a 0-d array weakly typed, if JAX has a weak type of its dtype."""
     dtype = np.dtype(array.dtype)
     for wide in (False, True):
-        with enable_x64(wide), own_programs():  # which dtypes are weak depends on the former
+        with enable_x64(wide), own_programs():  # it decides which dtypes are weak
             if dtype == np.bool_:  # which only comparisons make
                 return jax.lax.ne(jax.lax.full_like(0, array), jax.lax.full_like(0, 0))
             for prototype in (0, 0.0, 0j):
@@ -121,7 +121,7 @@ def weaken(array: jax.Array) -> jax.Array:
 
 
 def wrap_key(data: Any, impl: str) -> jax.Array:
-    """The typed key array that has this data."""
+    """Make the typed key array with this data."""
     with own_programs():
         key: jax.Array = jax.random.wrap_key_data(jnp.asarray(data), impl=impl)
     return key

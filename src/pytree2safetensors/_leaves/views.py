@@ -1,4 +1,4 @@
-"""Views: a leaf as regions of tensors, with their axes in another order.
+"""Views: a leaf as regions of tensors, with axes in another order.
 
 A view is the same for both directions. Reading fills memory that lies in the order of the file and
 gives it to the leaf as `to_leaf` shows it; writing takes from the leaf what `to_file` shows.
@@ -15,7 +15,7 @@ from pytree2safetensors._leaves.extents import Region, Shape, shape_of, within
 
 
 class View(NamedTuple):
-    """What a leaf is made of.
+    """How a leaf is made of tensors.
 
     In NumPy's terms: take the tensors, each reshaped to `fine` and cut to `region`, and stack them
     on axes of the sizes `stacked`. Each axis of the leaf merges some of the axes that this has, in
@@ -31,37 +31,37 @@ class View(NamedTuple):
 
     @property
     def sizes(self) -> Shape:
-        """The sizes of the axes that `axes` numbers."""
+        """Return the sizes of the axes that `axes` numbers."""
         return (*self.stacked, *shape_of(self.region))
 
     @property
     def shape(self) -> Shape:
-        """The shape of the leaf."""
+        """Return the shape of the leaf."""
         sizes = self.sizes
         return tuple(math.prod(sizes[axis] for axis in merged) for merged in self.axes)
 
     @property
     def is_plain(self) -> bool:
-        """Whether the leaf is one tensor as it is."""
+        """Return whether the leaf is one whole tensor."""
         return self == plain_view(self.names[0], self.stored)
 
     @property
     def order(self) -> tuple[int, ...]:
-        """The axes in the order of the leaf, after those that it does not have."""
+        """Return the axes in the order of the leaf, after those that it does not have."""
         mine = [axis for merged in self.axes for axis in merged]
         others = [axis for axis in range(len(self.sizes)) if axis not in mine]
         return (*others, *mine)
 
 
 class Box(NamedTuple):
-    """A region of a leaf that is a region on the view's axes, too."""
+    """A region of a leaf that is also a region on the view's axes."""
 
     region: Region  # of the leaf
     bounds: Region  # of the stacked axes, and of `fine`
 
     @property
     def shape(self) -> Shape:
-        """The shape of memory for it that lies in the order of the file."""
+        """Return the shape of its memory in the order of the file."""
         return shape_of(self.bounds)
 
 
@@ -74,13 +74,13 @@ class Source(NamedTuple):
 
 
 def plain_view(name: str, shape: Shape) -> View:
-    """The view of a leaf that is one tensor as it is."""
+    """Return the view of a leaf that is one whole tensor."""
     whole = tuple((0, size) for size in shape)
     return View((name,), shape, (), shape, whole, tuple((axis,) for axis in range(len(shape))))
 
 
 def boxes_of(view: View, region: Region) -> list[Box]:
-    """Cut a region of the leaf into boxes: none if it is empty, many if it cuts merged axes."""
+    """Split a region of the leaf into boxes: none if it is empty, many if it cuts merged axes."""
     sizes = view.sizes
     cuts = [
         list(_cut([sizes[axis] for axis in merged], *bounds))
@@ -101,14 +101,14 @@ _Range = tuple[int, int]
 
 
 def _cut(sizes: Sequence[int], start: int, stop: int) -> Iterator[tuple[_Range, list[_Range]]]:
-    """Cut a range of an axis that merges others: the pieces, and the ranges of those others."""
+    """Split a range of a merged axis into pieces, each with the ranges of the axes in it."""
     if start >= stop:
         return
     if len(sizes) < 2:
         yield (start, stop), [(start, stop)] * len(sizes)
     else:
         inner = math.prod(sizes[1:])
-        first, last = -(-start // inner), stop // inner  # the rows that are whole
+        first, last = -(-start // inner), stop // inner  # whole rows
         if first > last:
             yield from _cut_row(sizes, last, start, stop)
             return
@@ -129,7 +129,7 @@ def _cut_row(
 
 
 def sources_of(view: View, box: Box) -> Iterator[Source]:
-    """What to read for a box, or where to write it."""
+    """Yield what to read for a box, or where to write it."""
     count = len(view.stacked)
     stacked, region = box.bounds[:count], box.bounds[count:]
     for numbers in product(*(range(*bounds) for bounds in stacked)):
@@ -156,9 +156,9 @@ def to_file(view: View, box: Box, values: Any) -> Any:
 
 
 def file_parts(view: View, region: Region, values: Any) -> Iterator[tuple[Source, Any]]:
-    """What belongs where in the tensors, of the values of a region of the leaf.
+    """Yield the parts of tensors that the values of a region of the leaf make.
 
-    `values` is an array of NumPy, of which nothing is copied, or of JAX.
+    `values` is a NumPy array, which is not copied, or a JAX array.
     """
     for box in boxes_of(view, region):
         is_whole = box.region == region
@@ -168,7 +168,7 @@ def file_parts(view: View, region: Region, values: Any) -> Iterator[tuple[Source
 
 
 def region_of_tensor(view: View, name: str) -> Region:
-    """A region of the leaf, as small as it may be, that has all of a tensor's part in it."""
+    """Return the smallest region of the leaf that contains a tensor's whole part of it."""
     place = view.names.index(name)
     region = []
     for merged, size in zip(view.axes, view.shape, strict=True):
@@ -181,7 +181,7 @@ def region_of_tensor(view: View, name: str) -> Region:
 
 
 def leaf_of(view: View, tensors: Mapping[str, Any], stack: Any) -> Any:
-    """The leaf that whole tensors make; `stack` is that of NumPy or JAX."""
+    """Make the leaf from whole tensors; `stack` is that of NumPy or JAX."""
     index = tuple(slice(*bounds) for bounds in view.region)
     parts = [tensors[name].reshape(view.fine)[index] for name in view.names]
     memory = (parts[0] if len(parts) == 1 else stack(parts)).reshape(view.sizes)
