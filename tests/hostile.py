@@ -209,7 +209,7 @@ def tensors_of(content: bytes) -> dict[str, tuple[str, list[int], bytes]]:
 
 # What this library refuses in a header and safetensors does not: a name twice, more dimensions than
 # arrays have, a size that is no size but for a 0, white space first, and lists in place of objects.
-_STRICTER = re.compile(r"twice|dimensions|beyond what|does not begin with|otherwise than by")
+_STRICTER = re.compile(r"twice|dimensions|beyond what|does not begin with|without a proper")
 
 
 def check_against_peer(content: bytes) -> None:

@@ -39,11 +39,11 @@ def zipped() -> bytes:
     ("content", "said"),
     [
         (None, "file: No such file or directory"),
-        (b"", "'file' has 0 bytes and is no safetensors file"),
+        (b"", "'file' has 0 bytes and is not a safetensors file"),
         (pickled(), "(it looks like a pickle)"),
         (zipped(), "(it looks like a zip archive)"),
-        (b"\x10" + b"\0" * 7 + b"{}", "'file' is cut short"),
-        (b"\2" + b"\0" * 7 + b"[]", "'file' is no safetensors file"),
+        (b"\x10" + b"\0" * 7 + b"{}", "'file' is truncated"),
+        (b"\2" + b"\0" * 7 + b"[]", "'file' is not a safetensors file"),
     ],
 )
 def test_what_is_no_safetensors_file_gets_one_line(

@@ -54,15 +54,15 @@ PEER_SOUND: list[tuple[bytes, dict[str, tuple[int, ...]]]] = [
 OVERLAPPING = {f"weight_{i}": tensor("F32", [2, 2], 0, 16) for i in range(10)}
 
 PEER_BROKEN: list[tuple[bytes, str]] = [
-    (file(SMALL, bytes(16), 1000), "is cut short: its header should take 1,000 bytes"),
-    (b"", "has 0 bytes and is no safetensors file"),
-    (b"<\0\0\0\0\0\0\0", "is cut short: its header should take 60 bytes, and the file has 8"),
+    (file(SMALL, bytes(16), 1000), "is truncated: its header should take 1,000 bytes"),
+    (b"", "has 0 bytes and is not a safetensors file"),
+    (b"<\0\0\0\0\0\0\0", "is truncated: its header should take 60 bytes, and the file has 8"),
     (b"<\0\0\0\0\xff\xff\xff" + file(SMALL, bytes(16))[8:], "and the format allows 100,000,000"),
     (b"\1\0\0\0\0\0\0\0\xff", "its header does not begin with {"),
     (peer("{", b""), "is not valid JSON"),
     (peer("\t\n{}\r ", b""), "its header does not begin with {"),
     (file(SMALL, bytes(16)) + b"bytes of another file", "has bytes after its data"),
-    (file(SMALL, bytes(14)), "is cut short: its header describes 16 bytes of data, and 14 follow"),
+    (file(SMALL, bytes(14)), "is truncated: its header describes 16 bytes of data, and 14 follow"),
     (
         file({"test": tensor("I32", [2, 2], 0, 4)}),
         "4 bytes, and its dtype I32 with its shape [2, 2]",
@@ -117,7 +117,7 @@ def test_with_checksums_every_flipped_bit_is_reported_or_changes_nothing() -> No
             assert isinstance(told, FileFormatError) or told == metadata
         else:
             assert isinstance(found, FileFormatError)
-            assert "in the BytesIO does not match its digest: its data are damaged" in str(found)
+            assert "in the BytesIO does not match its digest: its data is damaged" in str(found)
             assert told == metadata
 
 

@@ -41,8 +41,8 @@ NOTES: list[tuple[bytes, str]] = [
     (noted({"version": 2}), "is of version 2, and this is a reader of version 1; install a newer"),
     (noted({"version": 10**4000}), "is of version 1000000000, and this is a reader of version 1"),
     (noted({"version": 1, "code": ""}), "the note of the BytesIO has an unknown entry 'code'"),
-    (noted({"version": 1, "nodes": []}), "lists its node kinds in no object"),
-    (noted({"version": 1, "leaves": None}), "lists its leaf kinds in no object"),
+    (noted({"version": 1, "nodes": []}), "lists its node kinds outside of a JSON object"),
+    (noted({"version": 1, "leaves": None}), "lists its leaf kinds outside of a JSON object"),
     (nodes({"": "set"}), "gives '' the unknown or malformed node kind 'set'"),
     (nodes({"": 1}), "gives '' the unknown or malformed node kind of type int"),
     (nodes({"": []}), "gives '' the unknown or malformed node kind of type list"),
@@ -77,7 +77,10 @@ NOTES: list[tuple[bytes, str]] = [
 
 TREE_NOTES: list[tuple[bytes, str]] = [
     (leaves({"@a": ["key", "os"]}, **{"@a": U32}), "a key of the PRNG implementation 'os', which"),
-    (leaves({"@a": ["key", "rbg"]}, **{"@a": U32}), "noted as a key of rbg, whose data must end in"),
+    (
+        leaves({"@a": ["key", "rbg"]}, **{"@a": U32}),
+        "noted as a key of rbg, whose data must end in",
+    ),
     (leaves({"@a": "int4"}, **{"@a": tensor("I8", [1], 0, 1)})[:-1] + b"\x10", "outside of int4"),
 ]
 

@@ -33,10 +33,10 @@ def said(**metadata: Any) -> Callable[[dict[str, Any]], Any]:
     return lambda index: index | {"metadata": index["metadata"] | metadata}
 
 
-NO_MAP = "has no weight_map of names to names of files"
-NOT_PLAIN = "which is no plain name of a file in its folder"
+NO_MAP = "has no weight_map from names of tensors to names of files"
+NOT_PLAIN = "which is not the plain name of a file in its folder"
 BAD_INDEXES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "a list": (lambda index: [index], "is no JSON object"),
+    "a list": (lambda index: [index], "is not a JSON object"),
     "no map": (lambda index: {"metadata": {}}, NO_MAP),
     "the map a list": (lambda index: index | {"weight_map": [FIRST]}, NO_MAP),
     "a number": (replaced("@a", 1), NO_MAP),
@@ -57,18 +57,18 @@ BAD_INDEXES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     ),
     "a shard of another name": (replaced("@a", "x" * 10_000), "(10,000 characters), which is miss"),
     "a pipe": (replaced("@a", "pipe"), "names the shard 'pipe', which is missing"),
-    "the index": (replaced("@a", INDEX), "is no safetensors file"),
-    "no safetensors file": (replaced("@a", "junk"), "is no safetensors file"),
+    "the index": (replaced("@a", INDEX), "is not a safetensors file"),
+    "no safetensors file": (replaced("@a", "junk"), "is not a safetensors file"),
     "another shard": (replaced("@a", SECOND), f"the shard '{SECOND}' lacks '@a', and "),
     "a name that the shard lacks": (replaced("@x", FIRST), f"the shard '{FIRST}' lacks '@x', and"),
-    "metadata a list": (lambda index: index | {"metadata": []}, "are no JSON object"),
+    "metadata a list": (lambda index: index | {"metadata": []}, "is not a JSON object"),
     "a note that is none": (said(pytree2safetensors=1), "has 'pytree2safetensors', which is no"),
     "digests that are none": (
         said(**{"pytree2safetensors.sha256": {}}),
-        "has 'pytree2safetensors.sha256', which is no string",
+        "has 'pytree2safetensors.sha256', which is not a string",
     ),
     "a note of nothing": (said(pytree2safetensors="{}"), "has no version"),
-    "surrogates": (said(run="\udc00"), "hold a lone surrogate"),
+    "surrogates": (said(run="\udc00"), "holds a lone surrogate"),
 }
 
 
@@ -96,7 +96,7 @@ BAD_TEXTS = {
     b"\xef\xbb\xbf{}": "has no weight_map",
     b'{"weight_map": {"@a": "x", "@a": "y"}}': "has '@a' twice",
     b'{"weight_map": {}, "metadata": {"total_size": NaN}}': "is not valid JSON",
-    b"[" * 100_000: "is nested too deep",
+    b"[" * 100_000: "is nested too deeply",
 }
 
 

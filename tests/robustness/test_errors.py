@@ -117,45 +117,49 @@ PATHS: list[tuple[str, type[Exception], str]] = [
     ("nowhere/model", FileNotFoundError, "[Errno 2] No such file or directory: 'nowhere/model'"),
     ("", FileNotFoundError, "[Errno 2] No such file or directory: ''"),
     ("folder", FileFormatError, "the folder 'folder' has no safetensors file and no index"),
-    ("empty", FileFormatError, "'empty' has 0 bytes and is no safetensors file"),
+    ("empty", FileFormatError, "'empty' has 0 bytes and is not a safetensors file"),
     ("empty/model", NotADirectoryError, "[Errno 20] Not a directory: 'empty/model'"),
-    ("short", FileFormatError, "'short' has 3 bytes and is no safetensors file"),
+    ("short", FileFormatError, "'short' has 3 bytes and is not a safetensors file"),
     (
         "pickle",
         FileFormatError,
-        "'pickle' is no safetensors file (it looks like a pickle): it begins with a header length "
+        "'pickle' is not a safetensors file (it looks like a pickle): it begins with a header length "
         "of 177,538,176 bytes, and the format allows 100,000,000",
     ),
     (
         "archive",
         FileFormatError,
-        "'archive' is no safetensors file (it looks like a zip archive): it begins with a header "
+        "'archive' is not a safetensors file (it looks like a zip archive): it begins with a header "
         "length of # bytes, and the format allows 100,000,000",
     ),
     (
         "array.npy",
         FileFormatError,
-        "'array.npy' is no safetensors file (it looks like NumPy's): it begins with a header "
+        "'array.npy' is not a safetensors file (it looks like NumPy's): it begins with a header "
         "length of # bytes, and the format allows 100,000,000",
     ),
     (
         "arrays.npz",
         FileFormatError,
-        "'arrays.npz' is no safetensors file (it looks like a zip archive): it begins with a "
+        "'arrays.npz' is not a safetensors file (it looks like a zip archive): it begins with a "
         "header length of # bytes, and the format allows 100,000,000",
     ),
     (
         "text",
         FileFormatError,
-        "'text' is no safetensors file: it begins with a header length of # bytes, and the format "
+        "'text' is not a safetensors file: it begins with a header length of # bytes, and the format "
         "allows 100,000,000",
     ),
     (
         "cut",
         FileFormatError,
-        "'cut' is cut short: its header should take 64 bytes, and the file has 10",
+        "'cut' is truncated: its header should take 64 bytes, and the file has 10",
     ),
-    ("other", FileFormatError, "'other' is no safetensors file: its header does not begin with {"),
+    (
+        "other",
+        FileFormatError,
+        "'other' is not a safetensors file: its header does not begin with {",
+    ),
 ]
 
 LOADERS: list[Callable[[Any], Any]] = [
@@ -246,10 +250,10 @@ def test_file_objects_have_names_in_messages(tmp_path: Path) -> None:
     path.write_bytes(b"abc")
     with path.open("rb") as opened, pytest.raises(FileFormatError) as caught:
         load_pytree(opened)
-    assert str(caught.value) == f"{str(path)!r} has 3 bytes and is no safetensors file"
+    assert str(caught.value) == f"{str(path)!r} has 3 bytes and is not a safetensors file"
     with pytest.raises(FileFormatError) as caught:
         load_pytree(io.BytesIO(b"abc"))
-    assert str(caught.value) == "the BytesIO has 3 bytes and is no safetensors file"
+    assert str(caught.value) == "the BytesIO has 3 bytes and is not a safetensors file"
 
 
 def test_text_is_no_file() -> None:

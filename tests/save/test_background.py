@@ -129,7 +129,7 @@ def test_a_callback_of_a_save_in_the_background_can_save(tmp_path: Path) -> None
 def test_what_the_call_can_check_it_raises(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedLeafError, match="'@f'"):
         save_pytree_async({"f": len}, tmp_path / "file")
-    with pytest.raises(ValueError, match="is no size"):
+    with pytest.raises(ValueError, match="is not a size"):
         save_pytree_async({"a": 1}, tmp_path / "file", max_shard_size="5 apples")
     with pytest.raises(ValueError, match="writes a folder"):
         save_pytree_async({"a": 1}, io.BytesIO(), max_shard_size="5GB")

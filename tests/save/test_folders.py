@@ -116,7 +116,7 @@ def test_sizes_are_decimal(size: int | str) -> None:
 @pytest.mark.parametrize("size", ["", "5", "GB", "5GiB", "-5GB", "5e3KB", "1_0KB", "٥GB", "inf GB"])
 def test_other_sizes_are_refused(tmp_path: Path, size: str) -> None:
     message = (
-        f"max_shard_size={size!r} is no size; write a number of bytes, or a decimal number and "
+        f"max_shard_size={size!r} is not a size; write a number of bytes, or a decimal number and "
         "one of the units B, KB, MB, GB, TB, as in '5GB'"
     )
     with pytest.raises(ValueError, match=re.escape(message)):

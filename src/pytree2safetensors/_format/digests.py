@@ -1,4 +1,4 @@
-"""Digests: what `checksum=True` keeps of each tensor and of the metadata.
+"""Digests: what `checksum=True` stores for each tensor and for the metadata.
 
 Specification: *Digests*.
 """
@@ -51,12 +51,12 @@ def digest_tensor(name: str, info: TensorInfo, hashes: Iterable[bytes]) -> str:
 
 
 def blank_digests(names: Iterable[str]) -> dict[str, str]:
-    """Make digests that take the place of those not known yet: a header with them is as long."""
+    """Make placeholders for digests that are not known yet; they have the same length."""
     return dict.fromkeys(names, "0" * _DIGITS)
 
 
 def digest_metadata(metadata: Mapping[str, str]) -> str:
-    """Compute the digest of all metadata but itself."""
+    """Compute the digest of all other metadata."""
     rest = {key: value for key, value in metadata.items() if key != METADATA}
     text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:_DIGITS]
@@ -72,14 +72,14 @@ def add_digests(metadata: Mapping[str, str], tensors: Mapping[str, str]) -> dict
 def read_digests(
     metadata: Mapping[str, str], names: Iterable[str], file: str
 ) -> Mapping[str, str] | None:
-    """Read the digests of a file's tensors, after checking that of its metadata; None without any."""
+    """Check the digest of the metadata, and return those of the tensors; None if there are none."""
     found = [key for key in (DIGESTS, METADATA) if key in metadata]
     if not found:
         return None
-    # Each of the two entries vouches for the other's name.
+    # Each of the two entries is only valid with the other.
     if len(found) == 1 or metadata[METADATA] != digest_metadata(metadata):
         raise FileFormatError(
-            f"the metadata of {file} do not match their digest: the file is damaged; "
+            f"the metadata of {file} does not match its digest: the file is damaged; "
             "restore it from a copy"
         )
     tensors = read_json(metadata[DIGESTS], f"the digests of {file}")
@@ -88,7 +88,7 @@ def read_digests(
     differing = sorted(set(tensors) ^ set(names))
     if differing:
         raise FileFormatError(
-            f"{file} has tensors and digests that differ at {shorten(differing[0])}: "
+            f"{file} lists other tensors than its digests, such as {shorten(differing[0])}: "
             "the file is damaged; restore it from a copy"
         )
     return tensors
@@ -97,9 +97,9 @@ def read_digests(
 def check_digest(
     name: str, info: TensorInfo, hashes: Iterable[bytes], digests: Mapping[str, str], file: str
 ) -> None:
-    """Refuse a tensor whose bytes are not those that were saved."""
+    """Raise an error if the bytes of a tensor are not those that were saved."""
     if digest_tensor(name, info, hashes) != digests[name]:
         raise FileFormatError(
-            f"{shorten(name)} in {file} does not match its digest: its data are damaged; "
+            f"{shorten(name)} in {file} does not match its digest: its data is damaged; "
             "restore the file from a copy"
         )

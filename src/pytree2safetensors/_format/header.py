@@ -29,7 +29,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Tensors(NamedTuple):
-    """The tensors of a file, and where each starts, counted from the first byte of the data."""
+    """The tensors of a file, and where each starts in the data."""
 
     names: list[str]
     infos: list[TensorInfo]
@@ -37,11 +37,11 @@ class Tensors(NamedTuple):
 
     @property
     def size(self) -> int:
-        """The bytes of the data, where the tensors are in their order."""
+        """Return the size of the data in bytes, if the tensors are in the order of their data."""
         return self.starts[-1] + self.infos[-1].nbytes if self.names else 0
 
     def keep(self, names: Collection[str]) -> "Tensors":
-        """Leave out the tensors of other names."""
+        """Keep only the tensors with these names."""
         if len(names) == len(self.names):
             return self
         rows = [row for row in zip(*self, strict=True) if row[0] in names]
@@ -49,7 +49,7 @@ class Tensors(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """A file to be: the bytes before the data, and the names of its tensors in order."""
+    """The layout of a file to write: the bytes before the data, and the tensors in order."""
 
     head: bytes
     order: list[str]
@@ -59,7 +59,7 @@ class Plan(NamedTuple):
 def plan(
     infos: Mapping[str, TensorInfo], metadata: Mapping[str, str], limit: int | None = None
 ) -> Plan:
-    """Lay out a file: the same tensors and metadata always give the same bytes.
+    """Lay out a file. The same tensors and metadata always give the same bytes.
 
     The header has `limit` bytes at most, or what the format allows. The head is as long with other
     metadata of the same lengths, such as digests not known yet.
@@ -84,7 +84,7 @@ def _metadata_pieces(metadata: Mapping[str, str]) -> list[str]:
 
 
 def _tails(infos: Mapping[str, TensorInfo]) -> dict[int, str]:
-    """The text of an entry between name and offsets, by the identity of what many tensors share."""
+    """Write the part of each entry between name and offsets, once for tensors that share it."""
     unique = {id(info): info for info in infos.values()}
     return {key: _tail(info.dtype, info.shape) for key, info in unique.items()}
 
@@ -95,9 +95,9 @@ def _tail(dtype: str, shape: tuple[int, ...]) -> str:
 
 
 def in_order(infos: Mapping[str, TensorInfo]) -> list[str]:
-    """The names of tensors in the order of their data."""
-    # What keeps an alignment comes first, so that all of it is aligned; the rest follows by falling
-    # item size, so that each tensor is aligned for its own dtype.
+    """Sort the names of tensors in the order of their data."""
+    # Tensors that keep the alignment come first; the others follow by falling item size, so that
+    # each is aligned for its own dtype.
     groups: dict[int, list[str]] = {}
     for name, info in infos.items():
         size = info.nbytes
@@ -107,18 +107,18 @@ def in_order(infos: Mapping[str, TensorInfo]) -> list[str]:
 
 
 def entry_length(name: str, info: TensorInfo, start: int) -> int:
-    """The length of a tensor's entry in a header, with the comma or brace that follows it."""
+    """Return the length of a tensor's entry in a header, with the comma or brace after it."""
     offsets = f"{start},{start + info.nbytes}]}},"
     return len(quote(name)) + len(_tail(info.dtype, info.shape)) + len(offsets)
 
 
 def empty_length(metadata: Mapping[str, str]) -> int:
-    """The length of a header to which entries can be added."""
+    """Return the length of a header without any tensor."""
     return len("{") + sum(len(piece) + len(",") for piece in _metadata_pieces(metadata))
 
 
 def padded_length(length: int, size: int) -> int:
-    """The length of a header with its padding, by the size of the data in bytes."""
+    """Return the length of a header with its padding, for data of this size in bytes."""
     multiple = _PAGE if size >= _PAGED else _BEST
     return -(-(LENGTH_BYTES + length) // multiple) * multiple - LENGTH_BYTES
 
@@ -138,32 +138,32 @@ def _padded(header: str, size: int, limit: int) -> bytes:
 
 
 def header_length(head: bytes, file: str) -> int:
-    """The length of the header in bytes, from the first eight bytes of a file."""
+    """Read the length of the header in bytes, from the first eight bytes of a file."""
     if len(head) < LENGTH_BYTES:
-        raise FileFormatError(f"{file} has {len(head)} bytes and is no safetensors file")
+        raise FileFormatError(f"{file} has {len(head)} bytes and is not a safetensors file")
     length = int.from_bytes(head[:LENGTH_BYTES], "little")
     if length > MAX_HEADER:
         raise FileFormatError(
-            f"{file} is no safetensors file{_guess(head)}: it begins with a header length of "
+            f"{file} is not a safetensors file{_guess(head)}: it begins with a header length of "
             f"{length:,} bytes, and the format allows {MAX_HEADER:,}"
         )
     return length
 
 
 def check_header(length: int, file_size: int, file: str) -> None:
-    """Refuse a file that is shorter than its header."""
+    """Raise an error if a file is shorter than its header."""
     if LENGTH_BYTES + length > file_size:
         raise FileFormatError(
-            f"{file} is cut short: its header should take {length:,} bytes, and the file has "
+            f"{file} is truncated: its header should take {length:,} bytes, and the file has "
             f"{file_size:,}"
         )
 
 
 def check_data(size: int, data_size: int, file: str) -> None:
-    """Refuse a file that has less data, or more, than its header describes."""
+    """Raise an error if a file has less or more data than its header describes."""
     if size != data_size:
-        problem = "is cut short" if size > data_size else "has bytes after its data"
-        least = "" if size > data_size else "at least "  # as streams are not read to their end
+        problem = "is truncated" if size > data_size else "has bytes after its data"
+        least = "" if size > data_size else "at least "  # streams are not read to their end
         raise FileFormatError(
             f"{file} {problem}: its header describes {size:,} bytes of data, and "
             f"{least}{data_size:,} follow it"
@@ -187,20 +187,22 @@ def _guess(head: bytes) -> str:
 
 
 def parse(header: bytes, file: str) -> tuple[Tensors, dict[str, str]]:
-    """Read a header, checking everything before any of it is used.
+    """Read and check a header.
 
     Args:
         header: The bytes after the length.
-        file: What messages call the file.
+        file: The name of the file in messages.
 
     Returns:
         The tensors in the order of their data, and the metadata.
 
     Raises:
-        FileFormatError: Whatever the format forbids.
+        FileFormatError: The header breaks the format.
     """
     if header[:1] != b"{":
-        raise FileFormatError(f"{file} is no safetensors file: its header does not begin with {{")
+        raise FileFormatError(
+            f"{file} is not a safetensors file: its header does not begin with {{"
+        )
     try:
         text = header.decode()
     except UnicodeDecodeError:
@@ -210,7 +212,7 @@ def parse(header: bytes, file: str) -> tuple[Tensors, dict[str, str]]:
 
 
 def _without_holes(tensors: Tensors, file: str) -> Tensors:
-    """The tensors in the order of their data."""
+    """Sort tensors in the order of their data, and check that nothing is between them."""
     stops = [start + info.nbytes for _, info, start in zip(*tensors, strict=True)]
     if tensors.starts == [0, *stops][:-1]:
         return tensors
@@ -225,8 +227,8 @@ def _without_holes(tensors: Tensors, file: str) -> Tensors:
     return Tensors(names, infos, starts)
 
 
-# A tensor as this package and safetensors write it: without spaces, in this order, and nothing in
-# its name that JSON escapes.
+# A tensor as this package and safetensors write it: without spaces, in this order, and with a name
+# that JSON does not escape.
 _TENSOR: Final = re.compile(
     r',"([^"\\\x00-\x1f]*)":\{"dtype":"([A-Z0-9_]{1,20})","shape":\[([0-9,]*)\],'
     r'"data_offsets":\[(0|[1-9][0-9]{0,18}),(0|[1-9][0-9]{0,18})\]\}'
@@ -235,8 +237,8 @@ _FIRST: Final = f'{{"{_METADATA}":'
 
 
 def _read_compact(text: str) -> tuple[Tensors, dict[str, str]] | None:
-    """Read a header of the usual form, at half the cost; None for any other, and for what is wrong."""
-    known: dict[tuple[str, str], TensorInfo] = {}  # by dtype and shape, as they are written
+    """Read a header of the usual form quickly; return None for other forms and for errors."""
+    known: dict[tuple[str, str], TensorInfo] = {}  # by dtype and shape as text
     infos: list[TensorInfo] = []
     metadata: dict[str, str] = {}
     try:
@@ -259,17 +261,17 @@ def _read_compact(text: str) -> tuple[Tensors, dict[str, str]] | None:
             elif stop - start != info.nbytes:
                 return None
             infos.append(info)
-    except FileFormatError:  # which the thorough reading words better
+    except FileFormatError:  # `_read` has the better message
         return None
     return Tensors(names, infos, starts), metadata
 
 
 def _read(text: str, file: str) -> tuple[Tensors, dict[str, str]]:
-    """Read any header."""
+    """Read a header of any form."""
     pairs = read_json(text, f"the header of {file}", keep_pairs=True, fractions=True)
     metadata = _metadata(next((value for name, value in pairs if name == _METADATA), None), file)
     tensors = Tensors([], [], [])
-    known: dict[TensorInfo, TensorInfo] = {}  # equal forms are one object
+    known: dict[TensorInfo, TensorInfo] = {}  # one object for equal tensors
     for name, content in pairs:
         if name != _METADATA:
             fields = dict(content) if type(content) is tuple else {}
@@ -284,14 +286,14 @@ def _metadata(content: Any, file: str) -> dict[str, str]:
     if content is None:
         return {}
     if type(content) is not tuple or not all(isinstance(value, str) for _, value in content):
-        raise FileFormatError(f"the metadata of {file} do not map names to strings")
+        raise FileFormatError(f"the metadata of {file} does not map names to strings")
     if any(_SURROGATE.search(text) for item in content for text in item):
-        raise FileFormatError(f"the metadata of {file} hold a lone surrogate")
+        raise FileFormatError(f"the metadata of {file} holds a lone surrogate")
     return dict(content)
 
 
 def _form(name: str, content: dict[str, Any], file: str) -> TensorInfo:
-    """Read the form of one tensor, checking everything."""
+    """Read and check the entry of one tensor."""
     if not name.isascii() and _SURROGATE.search(name):
         raise FileFormatError(f"{file} has the name {shorten(name)}, which holds a lone surrogate")
     match content:
@@ -299,7 +301,7 @@ def _form(name: str, content: dict[str, Any], file: str) -> TensorInfo:
             pass
         case _:
             raise FileFormatError(
-                f"{file} describes {shorten(name)} otherwise than by dtype, shape and data_offsets"
+                f"{file} describes {shorten(name)} without a proper dtype, shape and data_offsets"
             )
     if dtype not in BITS:
         raise FileFormatError(f"{file} gives {shorten(name)} the unknown dtype {shorten(dtype)}")
@@ -309,9 +311,9 @@ def _form(name: str, content: dict[str, Any], file: str) -> TensorInfo:
             f"most {MAX_DIMENSIONS}"
         )
     if not all(type(size) is int and 0 <= size < 2**64 for size in sizes):
-        raise FileFormatError(f"{file} gives {shorten(name)} a shape that is no list of sizes")
+        raise FileFormatError(f"{file} gives {shorten(name)} a shape that is not a list of sizes")
     if type(start) is not int or type(stop) is not int or not 0 <= start <= stop < 2**64:
-        raise FileFormatError(f"{file} gives {shorten(name)} offsets that are no range")
+        raise FileFormatError(f"{file} gives {shorten(name)} offsets that are not a range")
     bits = math.prod(sizes) * BITS[dtype]
     if bits != 8 * (stop - start):
         raise FileFormatError(
@@ -319,7 +321,7 @@ def _form(name: str, content: dict[str, Any], file: str) -> TensorInfo:
             f"shape {sizes if len(sizes) <= 8 else '...'} another size"
         )
     if not bits and math.prod(size for size in sizes if size) * BITS[dtype] >= 2**66:
-        # Nothing has any shape, as far as its size goes; but no array has this one.
+        # The tensor is empty, but no array can have this shape.
         raise FileFormatError(
             f"{file} gives {shorten(name)} a shape that is beyond what memory can address"
         )
@@ -327,7 +329,7 @@ def _form(name: str, content: dict[str, Any], file: str) -> TensorInfo:
 
 
 def check_metadata(metadata: Mapping[str, str]) -> None:
-    """Refuse metadata of a caller that the format cannot hold."""
+    """Raise an error if the format cannot hold a caller's metadata."""
     for key, value in metadata.items():
         if not isinstance(key, str) or not isinstance(value, str):
             raise TypeError(f"metadata map strs to strs, and {key!r} to {value!r} does not")

@@ -22,45 +22,45 @@ from pytree2safetensors._format.header import (
 from pytree2safetensors._format.note import is_reserved
 from pytree2safetensors._format.tensor import TensorInfo
 
-STEM: Final = "model"  # of the names, where a path is a folder
+STEM: Final = "model"  # of file names, if the path is a folder
 SUFFIX: Final = ".safetensors"
-TOTAL_SIZE: Final = "total_size"  # the entry of an index that is no metadata
-# Of what diffusers calls a variant, the index is model.safetensors.index.fp16.json.
+TOTAL_SIZE: Final = "total_size"  # an entry of the index's metadata that is not a caller's
+# The index of what diffusers calls a variant is model.safetensors.index.fp16.json.
 INDEX_NAME: Final = re.compile(r"(.*)\.safetensors\.index(\.[^.]+)?\.json", re.DOTALL)
 SHARD_NAME: Final = re.compile(r"(.*)-[0-9]{5,}-of-[0-9]{5,}\.safetensors", re.DOTALL)
-_LEADS_AWAY: Final = re.compile(r"[/\\\0]")  # from the folder, on some system
+_LEADS_AWAY: Final = re.compile(r"[/\\\0]")  # characters of names in other folders, on some system
 _SIZE: Final = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?B)\s*", re.ASCII | re.IGNORECASE)
 _UNITS: Final = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 def parse_size(size: int | str) -> int:
-    """The number of bytes that "5GB" means.
+    """Parse a number of bytes, such as "5GB".
 
     Raises:
-        ValueError: It means none.
+        ValueError: It is not a number of bytes.
     """
     if isinstance(size, str):
         match = _SIZE.fullmatch(size)
         if match is None:
             raise ValueError(
-                f"max_shard_size={shorten(size)} is no size; write a number of bytes, or a decimal "
+                f"max_shard_size={shorten(size)} is not a size; write a number of bytes, or a decimal "
                 f"number and one of the units {', '.join(_UNITS)}, as in '5GB'"
             )
         size = int(Decimal(match[1]) * _UNITS[match[2].upper()])
     if isinstance(size, bool) or size < 1:
-        raise ValueError(f"max_shard_size is {size!r}, and a shard takes at least one byte")
+        raise ValueError(f"max_shard_size is {size!r}; a shard holds at least one byte")
     return size
 
 
 def into_shards(
     infos: Mapping[str, TensorInfo], limit: int, metadata: Mapping[str, str]
 ) -> list[list[str]]:
-    """Divide tensors into shards, as huggingface_hub does, and into more for the sake of headers.
+    """Divide tensors into shards as huggingface_hub does, and further to limit their headers.
 
     Args:
         infos: The tensors.
-        limit: How many bytes of tensors a shard has at most, if it has more than one.
-        metadata: What each shard's header holds beside its tensors.
+        limit: The largest size in bytes of a shard that has several tensors.
+        metadata: The metadata in the header of each shard.
 
     Returns:
         The names of the tensors of each shard.
@@ -71,7 +71,7 @@ def into_shards(
     length = empty
     for name in in_order(infos):
         info = infos[name]
-        if info.nbytes > limit:  # alone in its shard, and the one being filled goes on
+        if info.nbytes > limit:  # it gets its own shard
             shards.append([name])
             continue
         longer = length + entry_length(name, info, size)
@@ -85,7 +85,7 @@ def into_shards(
 
 
 def write_index(metadata: Mapping[str, str], weights: Mapping[str, str], total: int) -> bytes:
-    """The text of an index, as huggingface_hub spells it."""
+    """Write an index as huggingface_hub does."""
     entries = {key: quote(text) for key, text in metadata.items()} | {TOTAL_SIZE: str(total)}
     places = {name: quote(shard) for name, shard in weights.items()}
     text = f'{{\n  "metadata": {_object(entries)},\n  "weight_map": {_object(places)}\n}}\n'
@@ -107,21 +107,23 @@ def index_name(stem: str) -> str:
 
 
 def stem_of(name: str) -> str | None:
-    """The stem of a shard's name; None where a name is none of a shard."""
+    """Return the stem of a shard's name; None if it is not the name of a shard."""
     match = SHARD_NAME.fullmatch(name)
     return None if match is None else match[1]
 
 
 def read_weight_map(content: Any, label: str) -> dict[str, set[str]]:
     if not isinstance(content, dict) or not all(isinstance(v, str) for v in content.values()):
-        raise FileFormatError(f"the index {label} has no weight_map of names to names of files")
+        raise FileFormatError(
+            f"the index {label} has no weight_map from names of tensors to names of files"
+        )
     shards: dict[str, set[str]] = {}
     for name, shard in content.items():
         if shard not in shards:
             if not _is_plain(shard):
                 raise FileFormatError(
-                    f"the index {label} places {shorten(name)} in {shorten(shard)}, which is no "
-                    "plain name of a file in its folder"
+                    f"the index {label} places {shorten(name)} in {shorten(shard)}, which is not "
+                    "the plain name of a file in its folder"
                 )
             shards[shard] = set()
         shards[shard].add(name)
@@ -129,7 +131,7 @@ def read_weight_map(content: Any, label: str) -> dict[str, set[str]]:
 
 
 def _is_plain(name: str) -> bool:
-    """Whether a name is that of a file in the same folder; on any system, but for drives."""
+    """Return whether a name is that of a file in the same folder, on every system."""
     try:
         os.fsencode(name)
     except UnicodeEncodeError:
@@ -138,29 +140,29 @@ def _is_plain(name: str) -> bool:
 
 
 def read_index_metadata(content: dict[str, Any], label: str) -> dict[str, str]:
-    """The metadata of all shards. Other programs add numbers, which say nothing of the tensors."""
+    """Read the metadata of all shards. Ignore the numbers that other programs add."""
     if "metadata" not in content and len(content) > 1:
-        raise FileFormatError(f"the index {label} has another entry in place of its metadata")
+        raise FileFormatError(f"the index {label} has other entries but no metadata")
     metadata = content.get("metadata")
     if metadata is None:
         return {}
     if not isinstance(metadata, dict):
-        raise FileFormatError(f"the metadata of the index {label} are no JSON object")
+        raise FileFormatError(f"the metadata of the index {label} is not a JSON object")
     found: dict[str, str] = {}
     for key, value in metadata.items():
         if isinstance(value, str) and key != TOTAL_SIZE:
             found[key] = value
         elif is_reserved(key):
-            raise FileFormatError(f"the index {label} has {shorten(key)}, which is no string")
+            raise FileFormatError(f"the index {label} has {shorten(key)}, which is not a string")
     try:
         "".join([*found, *found.values()]).encode()
     except UnicodeEncodeError:
-        raise FileFormatError(f"the metadata of the index {label} hold a lone surrogate") from None
+        raise FileFormatError(f"the metadata of the index {label} holds a lone surrogate") from None
     return found
 
 
 def split_path(path: str, *, is_folder: bool) -> tuple[str, str]:
-    """The folder that a path means, and the stem of the names in it."""
+    """Return the folder that a path means, and the stem of the file names in it."""
     folder, name = os.path.split(path)
     if not name or is_folder:
         return path if name else folder or os.curdir, STEM

@@ -1,4 +1,4 @@
-"""The note: what key paths and tensors leave unsaid, as JSON in the metadata of a file.
+"""The note: what key paths and tensors do not say about a tree, as JSON in the metadata.
 
 Specification: *The note*.
 """
@@ -14,7 +14,7 @@ from pytree2safetensors._format.tensor import LEAF_KINDS
 from pytree2safetensors._types import Kind
 
 VERSION: Final = 1
-NOTE: Final = "pytree2safetensors"  # the entry of the metadata
+NOTE: Final = "pytree2safetensors"  # the metadata entry
 _NODE_KINDS: Final = frozenset(
     {"tuple", "None", "dict", "list", "PyTreeContainer", "UnkeyedContainer"}
 )
@@ -25,19 +25,19 @@ _BIG: Final = re.compile(r"-?0x[1-9a-f][0-9a-f]{15,}")
 
 
 def is_reserved(key: str) -> bool:
-    """Whether an entry of the metadata is this package's own, of this version or another."""
+    """Return whether a metadata entry belongs to this package, in this version or another."""
     return key == NOTE or key.startswith(NOTE + ".")
 
 
 class Note(NamedTuple):
-    """The kinds of the nodes and leaves that differ from what names and tensors say."""
+    """The kinds of nodes and leaves that names and tensors do not say."""
 
     nodes: Mapping[str, Kind]
     leaves: Mapping[str, Kind]
 
 
 def write_note(note: Note) -> str | None:
-    """The note as compact JSON; None where it would say nothing."""
+    """Write the note as compact JSON; return None if it is empty."""
     if not note.nodes and not note.leaves:
         return None
     content = {"version": VERSION, "nodes": note.nodes, "leaves": note.leaves}
@@ -45,7 +45,7 @@ def write_note(note: Note) -> str | None:
 
 
 def read_note(text: str | None, file: str) -> Note:
-    """Read a note, trusting nothing in it."""
+    """Read and check a note."""
     if text is None:
         return Note({}, {})
     content = read_json(text, f"the note of {file}")
@@ -69,7 +69,7 @@ def _checked(
     kinds: Any, is_kind: Callable[[Any], bool], what: str, file: str
 ) -> Mapping[str, Kind]:
     if not isinstance(kinds, dict):
-        raise FileFormatError(f"the note of {file} lists its {what} kinds in no object")
+        raise FileFormatError(f"the note of {file} lists its {what} kinds outside of a JSON object")
     for path, kind in kinds.items():
         if not is_kind(kind):
             raise FileFormatError(
@@ -105,7 +105,7 @@ def _is_leaf_kind(kind: Any) -> bool:
 
 
 def _is_big(digits: str) -> bool:
-    """Whether the hexadecimal is canonical, and beyond what a tensor of 64 bits holds."""
+    """Return whether a hexadecimal is canonical, and too large for a tensor of 64 bits."""
     if not _BIG.fullmatch(digits):
         return False
     sign, _, magnitude = digits.rpartition("0x")

@@ -1,4 +1,4 @@
-"""JSON, read strictly: no duplicate names, no numbers but integers.
+"""Strict JSON: no duplicate names, and integers only.
 
 Specification: *Files*.
 """
@@ -9,14 +9,14 @@ from typing import Any, Final, TypeAlias
 
 from pytree2safetensors._errors import FileFormatError, shorten
 
-Pairs: TypeAlias = tuple[tuple[str, Any], ...]  # an object of JSON, in the order of the text
+Pairs: TypeAlias = tuple[tuple[str, Any], ...]  # a JSON object, in the order of the text
 
 
 def read_json(text: str, what: str, *, keep_pairs: bool = False, fractions: bool = False) -> Any:
-    """Read JSON strictly: no duplicate names, no numbers but integers; else a FileFormatError.
+    """Read JSON; raise a FileFormatError for duplicate names and numbers that are not integers.
 
-    With `keep_pairs` the text is an object, and objects are tuples of pairs: a fraction of the
-    cost of dicts where there are many. With `fractions` any number is allowed, as programs write
+    With `keep_pairs`, the text is an object, and objects become tuples of pairs, which cost much
+    less than dicts. With `fractions` any number is allowed, as programs write
     them where nothing here reads them: whatever is not a plain integer of 64 bits is a float.
     """
     hook: Any = tuple if keep_pairs else _object
@@ -33,14 +33,14 @@ def read_json(text: str, what: str, *, keep_pairs: bool = False, fractions: bool
     except _Duplicate as error:
         raise FileFormatError(f"{what} has {shorten(str(error))} twice") from None
     except RecursionError:
-        raise FileFormatError(f"{what} is nested too deep") from None
+        raise FileFormatError(f"{what} is nested too deeply") from None
     except ValueError as error:
         raise FileFormatError(f"{what} is not valid JSON: {error}") from None
     return found
 
 
 def read_json_at(text: str, start: int) -> tuple[Pairs, int]:
-    """Read the object of strings that begins at `start`, as strictly; its pairs, and its end."""
+    """Read the object of strings that begins at `start`; return its pairs and its end."""
     try:
         pairs, end = _DECODER.raw_decode(text, start)
         if type(pairs) is not tuple:
@@ -52,7 +52,7 @@ def read_json_at(text: str, start: int) -> tuple[Pairs, int]:
 
 
 class _Duplicate(ValueError):
-    """A name that an object has twice."""
+    """An object has a name twice."""
 
 
 def _object(pairs: Collection[tuple[str, Any]]) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def _object(pairs: Collection[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check_unique(pairs: Pairs) -> None:
-    """Refuse duplicate names in an object, and in the objects that are its values."""
+    """Raise an error if an object, or an object in it, has a name twice."""
     _object(pairs)
     for _, inner in pairs:
         if type(inner) is tuple:
@@ -80,7 +80,7 @@ def _first_repeated(names: Iterable[str]) -> str:
 
 
 def _integer(digits: str) -> int:
-    if digits == "-0":  # which is a float to other readers
+    if digits == "-0":  # other readers make it a float
         _refuse(digits)
     return int(digits)
 
@@ -90,7 +90,7 @@ def _number(digits: str) -> int | float:
 
 
 def _refuse(constant: str) -> Any:
-    raise ValueError(f"{constant} is no integer")
+    raise ValueError(f"{shorten(constant)} is not an integer")
 
 
 _DECODER: Final = json.JSONDecoder(

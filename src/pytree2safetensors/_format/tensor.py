@@ -1,4 +1,4 @@
-"""Tensors as the format knows them: dtypes, bits, shapes, and the kinds of leaves that they are noted as.
+"""Tensors in the format: dtypes, sizes in bits, shapes, and the kinds of leaves in the note.
 
 Specification: *Leaves*.
 """
@@ -8,7 +8,7 @@ from typing import Final, NamedTuple
 from pytree2safetensors._errors import FileFormatError, shorten
 from pytree2safetensors._types import Kind
 
-# The bits of one element of every dtype that the format knows.
+# The bits of one element of each dtype of the format.
 BITS: Final = {
     "BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8,
     "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
@@ -16,7 +16,7 @@ BITS: Final = {
 }  # fmt: skip
 
 
-# NumPy's names of the dtypes that the format spells.
+# NumPy's names of the dtypes of the format.
 DTYPE_NAMES: Final = {
     "bool": "BOOL", "uint8": "U8", "int8": "I8", "uint16": "U16", "int16": "I16", "float16": "F16",
     "bfloat16": "BF16", "uint32": "U32", "int32": "I32", "float32": "F32", "complex64": "C64",
@@ -27,7 +27,7 @@ DTYPE_NAMES: Final = {
 
 
 NUMPY: Final = {spelled: name for name, spelled in DTYPE_NAMES.items()}
-# The dtypes that it does not spell: noted by their names, stored one value a byte as this dtype.
+# Dtypes that it lacks: the note has their names, and each value takes a byte of this dtype.
 NOTED_DTYPES: Final = {
     "int1": "I8", "int2": "I8", "int4": "I8", "uint1": "U8", "uint2": "U8", "uint4": "U8",
     "float4_e2m1fn": "U8", "float6_e2m3fn": "U8", "float6_e3m2fn": "U8", "float8_e3m4": "U8",
@@ -35,21 +35,23 @@ NOTED_DTYPES: Final = {
 }  # fmt: skip
 
 
-WIDTHS: Final = {  # in bits, of those that do not fill their byte
+WIDTHS: Final = {  # in bits, of dtypes that do not fill their byte
     "int1": 1, "int2": 2, "int4": 4, "uint1": 1, "uint2": 2, "uint4": 4, "float4_e2m1fn": 4,
     "float6_e2m3fn": 6, "float6_e3m2fn": 6,
 }  # fmt: skip
 
 
 SCALARS: Final = {"int": "I64", "float": "F64", "bool": "BOOL", "complex": "F64"}
-COMPLEX128: Final = ("complex128", "weak complex128")  # an axis of 2 for the parts
+COMPLEX128: Final = ("complex128", "weak complex128")  # stored with an axis of size 2 for the parts
 WEAK: Final = ("weak", "weak complex128")
-_WEAK_DTYPES: Final = frozenset({"BOOL", "I32", "I64", "F32", "F64", "C64"})  # JAX has no others
+_WEAK_DTYPES: Final = frozenset(
+    {"BOOL", "I32", "I64", "F32", "F64", "C64"}
+)  # JAX has no other weak dtypes
 LEAF_KINDS: Final = frozenset({*SCALARS, *NOTED_DTYPES, *COMPLEX128, *WEAK, "key", "str"})
 
 
 class TensorInfo(NamedTuple):
-    """What a file holds of one leaf: a tensor (none where dtype is ""), and a note."""
+    """How a file stores a leaf: its tensor (dtype is "" if it has none), and its kind in the note."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -58,7 +60,7 @@ class TensorInfo(NamedTuple):
 
 
 def check_kind(kind: Kind, dtype: str, shape: tuple[int, ...], name: str) -> None:
-    """Refuse a note that contradicts its tensor."""
+    """Raise an error if a note contradicts its tensor."""
     word = kind[0] if isinstance(kind, list) else kind
     if word in SCALARS:
         fits = dtype == SCALARS[word] and shape == ((2,) if word == "complex" else ())

@@ -234,5 +234,5 @@ def _read_content(source: ByteSource) -> dict[str, Any]:
         raise FileFormatError(f"the index {source.label} is not valid UTF-8") from None
     content = read_json(text, f"the index {source.label}", fractions=True)
     if not isinstance(content, dict):
-        raise FileFormatError(f"the index {source.label} is no JSON object")
+        raise FileFormatError(f"the index {source.label} is not a JSON object")
     return content
