@@ -15,7 +15,7 @@ class Pytree2SafetensorsError(Exception):
 
 
 class KeyPathError(Pytree2SafetensorsError, ValueError):
-    """A string spells no key path, or a key path cannot be spelled."""
+    """A string is not a key path, or a key path cannot be spelled."""
 
     __module__ = "pytree2safetensors"
 

@@ -41,7 +41,7 @@ def single(name: str = "@k", metadata: object = None, tensor: Mapping[str, objec
 FILES = {
     "name": single(EVIL),
     "name in a key path": single(f"a.b@{EVIL}"),
-    "name that spells no key path": single(f"#{EVIL}"),
+    "name that is not a key path": single(f"#{EVIL}"),
     "dtype": single(tensor={"dtype": EVIL}),
     "member": single(tensor={EVIL: 1}),
     "metadata": single(metadata={EVIL: EVIL}),

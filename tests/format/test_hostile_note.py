@@ -86,7 +86,7 @@ TREE_NOTES: list[tuple[bytes, str]] = [
 
 
 CLAIMS: list[tuple[bytes, str]] = [
-    (nodes({"#01": "list"}), "'#01' spells no key path"),
+    (nodes({"#01": "list"}), "'#01' is not a key path"),
     (nodes({"@\ud800": "list"}), "a lone surrogate has no UTF-8 spelling"),
     (nodes({"@a": "list"}, "@a"), "contradicts its tensors: '@a' and '@a' name a leaf and a node"),
     (nodes({"": "list"}, "@a"), "contradicts its tensors: '' is noted as list, and its children"),
@@ -102,8 +102,8 @@ CLAIMS: list[tuple[bytes, str]] = [
     (nodes({"": ["OrderedDict", ["#0"]]}, "#0"), "'' is noted as OrderedDict, and its children"),
     (nodes({"a": ["OrderedDict", ["@b@c"]]}, "a@b@c"), "are not those of its children"),
     (nodes({"a": ["OrderedDict", [".b"]]}), "the noted keys of 'a' have no leaves"),
-    (nodes({"a.b.c": "list"}, "a"), "'a' and 'a.b.c' name a leaf and a node at one place"),
-    (nodes({"a": "list"}, ""), "'' and 'a' name a leaf and a node at one place"),
+    (nodes({"a.b.c": "list"}, "a"), "'a' and 'a.b.c' name a leaf and a node at the same place"),
+    (nodes({"a": "list"}, ""), "'' and 'a' name a leaf and a node at the same place"),
     (nodes({"a": "None", "a#0": "None"}), "'a' is noted as None, and its children differ"),
     (nodes({"a": "tuple"}, r"a#\(0)"), "'a' is noted as tuple, and its children differ"),
     (nodes({"a": "tuple"}, "a#0", "a@b"), "'a' is noted as tuple, and its children differ"),

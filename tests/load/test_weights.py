@@ -328,7 +328,7 @@ def test_an_error_below_a_prefix_says_where(tmp_path: Path) -> None:
         {"fc": np.zeros(1, np.int8), "fc.weight": np.zeros(1, np.int8)}
     )
     with pytest.raises(
-        TreeStructureError, match="the names in the BytesIO below 'fc' make no tree"
+        TreeStructureError, match="the names in the BytesIO below 'fc' do not form a tree"
     ):
         load_pytree(io.BytesIO(content), prefix="fc")
 

@@ -474,7 +474,7 @@ DICTS: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"#01": 1},
         KeyPathError,
-        "'#01' spells no key path: at position 1, an index is a decimal number from 0 to "
+        "'#01' is not a key path: at position 1, an index is a decimal number from 0 to "
         "2147483647, without sign or leading zero; the canonical spelling is '#1'",
     ),
     (
@@ -482,8 +482,16 @@ DICTS: list[tuple[dict[str, Any], type[Exception], str]] = [
         TreeStructureError,
         "'a@c' and 'a.b' make the node at 'a' two kinds of node at once",
     ),
-    ({"a": 1, "a.b": 2}, TreeStructureError, "'a' and 'a.b' name a leaf and a node at one place"),
-    ({"a.b": 1, "a": 2}, TreeStructureError, "'a.b' and 'a' name a leaf and a node at one place"),
+    (
+        {"a": 1, "a.b": 2},
+        TreeStructureError,
+        "'a' and 'a.b' name a leaf and a node at the same place",
+    ),
+    (
+        {"a.b": 1, "a": 2},
+        TreeStructureError,
+        "'a.b' and 'a' name a leaf and a node at the same place",
+    ),
     (
         {r"@\(1)": 1, r"@\(True)": 2},
         TreeStructureError,
@@ -492,13 +500,13 @@ DICTS: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"@a": [1]},
         TreeStructureError,
-        "the value of '@a' is of type list, which JAX does not take for a leaf; give each of its "
+        "the value of '@a' is of type list, which JAX does not treat as a leaf; give each of its "
         "leaves a name",
     ),
     (
         {"@a": None},
         TreeStructureError,
-        "the value of '@a' is of type NoneType, which JAX does not take for a leaf; give each of "
+        "the value of '@a' is of type NoneType, which JAX does not treat as a leaf; give each of "
         "its leaves a name",
     ),
     (
@@ -530,12 +538,12 @@ KEYPATHS: list[tuple[Callable[[], Any], str]] = [
     ),
     (
         lambda: string2keypath(".a"),
-        "'.a' spells no key path: at position 0, a leading name stands without its '.'; the "
+        "'.a' is not a key path: at position 0, a leading name has no '.'; the "
         "canonical spelling is 'a'",
     ),
     (
         lambda: set_weights({"a": 1}, {"@a": 1}, prefix="#01"),
-        "'#01' spells no key path: at position 1, an index is a decimal number from 0 to "
+        "'#01' is not a key path: at position 1, an index is a decimal number from 0 to "
         "2147483647, without sign or leading zero; the canonical spelling is '#1'",
     ),
 ]

@@ -32,10 +32,10 @@ READERS = {
 }
 NUMBER = "an index is a decimal number from 0 to 2147483647, without sign or leading zero"
 LITERAL = "a dict key in parentheses is written as Python's ascii() writes it, and is no str"
-NO_KEY = "what stands in the parentheses is no dict key"
-OPEN = r"a \( is closed by ) at the end of its segment"
-BACKSLASH = r"a backslash stands before one of . @ # \, or after @ or # as \("
-DOT = "a leading name stands without its '.'"
+NO_KEY = "the text in parentheses is not a dict key"
+OPEN = r"a \( needs a ) at the end of its segment"
+BACKSLASH = r"a backslash must be before one of . @ # \, or after @ or # as \("
+DOT = "a leading name has no '.'"
 
 # Every rejected string: the position, the reason, and the canonical spelling where there is one.
 REJECTED = [
@@ -113,7 +113,7 @@ REJECTED = [
     ("#\\(a)", 1, NUMBER, None),
     ("a\ud800", 1, "a lone surrogate has no UTF-8 spelling", None),
     ("@\\(('\\\\ud800',))", 3, "a dict key holds a lone surrogate, in '\\ud800'", None),
-    ("@\\(('\\\\U00110000',))", 3, "what stands in the parentheses has an unknown escape", None),
+    ("@\\(('\\\\U00110000',))", 3, "the text in parentheses has an unknown escape", None),
 ]
 
 
@@ -137,7 +137,7 @@ def test_rejected(string: str, position: int, reason: str, canonical: str | None
     with pytest.raises(KeyPathError) as caught:
         string2keypath(string)
     message = str(caught.value)
-    shown, _, rest = message.partition(" spells no key path: ")
+    shown, _, rest = message.partition(" is not a key path: ")
     assert shown == repr(string) if len(string) <= 200 else repr(string[:50])[1:-1] in shown
     expected = f"at position {position}, {reason}"
     if canonical is not None:
@@ -295,7 +295,7 @@ for function, argument in refused:
     try:
         function(argument)
     except KeyPathError as error:
-        assert str(error).startswith(("an index is an int, not ", "an attribute name is a str, not "))
+        assert str(error).startswith(("an index is an int, not ", "an attribute name must be a str, not "))
     else:
         raise AssertionError(argument)
 

@@ -121,10 +121,10 @@ def test_any_mapping_will_do() -> None:
     assert dict2pytree(OrderedDict([("#1", 1), ("#0", 0)])) == [0, 1]
 
 
-# --- what names make no tree ------------------------------------------------------------------
+# --- what names do not form a tree ------------------------------------------------------------------
 
 BOTH = "make the node at {} two kinds of node at once"
-PLACE = "name a leaf and a node at one place"
+PLACE = "name a leaf and a node at the same place"
 EQUAL = "have dict keys that are equal in Python"
 CONFLICTS: list[tuple[list[str], str]] = [
     (["a.b", "a@c"], f"'a@c' and 'a.b' {BOTH.format(repr('a'))}"),
@@ -189,7 +189,7 @@ def test_a_value_is_a_leaf(value: Any) -> None:
         dict2pytree({"@a": 1, "@b": value})
     kind = type(value).__name__
     assert str(caught.value) == (
-        f"the value of '@b' is of type {kind}, which JAX does not take for a leaf; "
+        f"the value of '@b' is of type {kind}, which JAX does not treat as a leaf; "
         "give each of its leaves a name"
     )
 

@@ -17,7 +17,7 @@ _RUNS: Final = 4  # of numbers that a folded row lists
 
 # The last number of a segment, at most what a 64-bit integer holds.
 _NUMBERED: Final = re.compile(r"(.*?)([0-9]{1,18})([^0-9]*)", re.DOTALL)
-_FOREIGN: Final = "="  # begins the segment of a name that spells no key path
+_FOREIGN: Final = "="  # begins the segment of a name that is not a key path
 _DIGITS: Final = re.compile(r"([0-9]{1,18})")
 
 

@@ -101,7 +101,7 @@ def verify_file(path: PathLike) -> Verdict:
 
 
 def _tree_remarks(store: OpenCheckpoint) -> Iterable[str]:
-    """Remark if names and note make no tree, which is no damage."""
+    """Remark if names and note do not form a tree, which is no damage."""
     leaves = dict.fromkeys(store.infos, 0)
     try:
         build_tree(leaves, store.note.nodes)

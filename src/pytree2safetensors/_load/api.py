@@ -42,7 +42,7 @@ def load_pytree(
 
     Raises:
         FileFormatError: The file is damaged, or is not a safetensors file.
-        KeyPathError: A name in the file spells no key path. Load such a file into a template.
+        KeyPathError: A name in the file is not a key path. Load such a file into a template.
         TreeStructureError: The names do not form a tree.
         WeightsMismatchError: The file has nothing at `prefix`.
         ValueError: `mmap` is True, and `path` is a file object.
@@ -79,7 +79,7 @@ def load_abstract(path: PathLike | Readable, *, flat: bool = False) -> PyTree:
 
     Raises:
         FileFormatError: The file is damaged, or is not a safetensors file.
-        KeyPathError: A name in the file spells no key path, and `flat` is False.
+        KeyPathError: A name in the file is not a key path, and `flat` is False.
         TreeStructureError: The names do not form a tree, and `flat` is False.
         OSError: The file cannot be read.
 

@@ -55,7 +55,7 @@ def set_weights(
 
     Raises:
         WeightsMismatchError: Leaves are missing, unexpected or mismatched. The message lists all.
-        KeyPathError: A key path of `module` cannot be spelled, or `prefix` spells no key path.
+        KeyPathError: A key path of `module` cannot be spelled, or `prefix` is not a key path.
         TreeStructureError: JAX cannot flatten `module`.
 
     Specification: *Loading into a template*.
@@ -118,7 +118,7 @@ def load_into_pytree(
     Raises:
         WeightsMismatchError: Leaves are missing, unexpected or mismatched. The message lists all.
         FileFormatError: The file is damaged, or is not a safetensors file.
-        KeyPathError: A key path of `module` cannot be spelled, or `prefix` spells no key path.
+        KeyPathError: A key path of `module` cannot be spelled, or `prefix` is not a key path.
         TreeStructureError: JAX cannot flatten `module`.
         ValueError: `mmap` is True, and `path` is a file object.
         OSError: The file cannot be read.

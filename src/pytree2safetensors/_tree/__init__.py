@@ -1,1 +1,1 @@
-"""Names and trees: the grammar of key paths, and the trees that they spell."""
+"""Names and trees: the grammar of key paths, and the trees that they describe."""

@@ -1,4 +1,4 @@
-"""Claims: what a note says of nodes, checked against all names of its file.
+"""Claims: what a note says about nodes, checked against all names of its file.
 
 Specification: *The note*.
 """
@@ -17,14 +17,14 @@ from pytree2safetensors._tree.keypath import (
 )
 from pytree2safetensors._types import Kind
 
-_CHILDREN = {"tuple": INDEX, "OrderedDict": ITEM}  # what follows the path of a node of this kind
+_CHILDREN = {"tuple": INDEX, "OrderedDict": ITEM}  # what follows the path of such a node
 
 
 def check_nodes(kinds: Mapping[str, Kind], leaves: Mapping[str, object], file: str) -> None:
-    """Refuse a note that contradicts the names of its file, or that gives a kind to no path.
+    """Raise an error if a note contradicts the names of its file, or has something else than paths.
 
-    The cost is that of sorting the names, however deep or many they are. Names that spell nothing
-    are no concern of the note.
+    The cost is that of sorting the names, however deep or many they are. Names that are not key
+    paths do not matter here.
     """
     if not kinds:
         return

@@ -36,7 +36,7 @@ class PyTreeContainer:
     __slots__ = ("__attrs__", "__weakref__")
     __attrs__: dict[str, Any]
 
-    # Not in __init__, so that no error has to show a container that is not made yet.
+    # Not in __init__, because an error would print a container that does not exist yet.
     @checked
     def __new__(cls, attrs: Mapping[str, Any] = {}) -> "PyTreeContainer":
         return container_of(dict(attrs))
@@ -52,7 +52,7 @@ class PyTreeContainer:
     def __setattr__(self, name: str, value: Any) -> None:
         if _is_dunder(name):
             raise AttributeError(
-                f"{name!r} is set as container[{name!r}] = ..., not as an attribute"
+                f"set {name!r} with container[{name!r}] = ..., not as an attribute"
             )
         attrs_of(self)[name] = value
 
@@ -66,7 +66,7 @@ class PyTreeContainer:
 
     def __setitem__(self, name: str, value: Any) -> None:
         if not isinstance(name, str):
-            raise TypeError(f"an attribute name is a str, not {type(name).__name__}")
+            raise TypeError(f"an attribute name must be a str, not {type(name).__name__}")
         attrs_of(self)[name] = value
 
     def __delitem__(self, name: str) -> None:
@@ -82,10 +82,10 @@ class PyTreeContainer:
         return [*object.__dir__(self), *attrs_of(self)]
 
     def __init_subclass__(cls) -> None:
-        raise TypeError("PyTreeContainer has no subclasses; register a pytree node of your own")
+        raise TypeError("PyTreeContainer cannot be subclassed; register your own pytree node")
 
     def __reduce__(self) -> tuple[object, ...]:
-        # As items, which are set once the container is there: one may hold the container itself.
+        # Items are set after the container exists, because one may hold the container itself.
         return PyTreeContainer, (), None, None, iter(attrs_of(self).items())
 
     def __repr__(self) -> str:
@@ -108,7 +108,7 @@ def _is_dunder(name: str) -> bool:
     return len(name) > 4 and name.startswith("__") and name.endswith("__")
 
 
-# The slot's own accessors: they reach it whatever the attributes are called.
+# The slot's own accessors, which work whatever the names of the attributes are.
 _attrs_slot = PyTreeContainer.__dict__["__attrs__"]
 attrs_of = cast(Callable[[PyTreeContainer], dict[str, Any]], _attrs_slot.__get__)
 _set_attrs = cast(Callable[[PyTreeContainer, dict[str, Any]], None], _attrs_slot.__set__)
@@ -144,10 +144,10 @@ class UnkeyedContainer:
         return iter(self.children)
 
     def __init_subclass__(cls) -> None:
-        raise TypeError("UnkeyedContainer has no subclasses; register a pytree node of your own")
+        raise TypeError("UnkeyedContainer cannot be subclassed; register your own pytree node")
 
     def __reduce__(self) -> tuple[object, ...]:
-        # As a state, which is set once the container is there: a child may hold the container.
+        # The state is set after the container exists, because a child may hold the container.
         return UnkeyedContainer, (), (None, {"children": self.children})
 
     def __repr__(self) -> str:

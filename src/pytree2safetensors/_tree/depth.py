@@ -10,16 +10,16 @@ import jax
 
 from pytree2safetensors._errors import TreeStructureError, shorten
 
-DEEP = 200  # from here on JAX is asked how deep a tree it can flatten
+DEEP = 200  # deeper trees are checked against what JAX can flatten
 TOO_DEEP = 10_000  # no JAX flattens this
-_FRAMES = 50  # levels of the stack that remain for what flattens the deepest node
+_FRAMES = 50  # levels of the stack to flatten the deepest node
 
 
 def check_depth(depth: int, name: str) -> int:
-    """How deep a tree JAX can flatten; refuse a tree that is deeper, or cyclic.
+    """Find how deep a tree JAX can flatten; raise an error if a tree is deeper.
 
-    JAX is asked with lists. Where a node with a Python function lies too deep, it loses count of
-    the stack, and from then on every call in this thread is a RecursionError.
+    The search uses lists: if a node with a Python function is too deep, JAX loses count of the
+    stack, and every later call in this thread is a RecursionError.
     """
     fits, fails = 0, TOO_DEEP + _FRAMES
     while fails - fits > 1:
@@ -38,7 +38,7 @@ def check_depth(depth: int, name: str) -> int:
 
 
 def too_deep(name: str) -> TreeStructureError:
-    """The error of a tree that is cyclic or too deep."""
+    """Make the error for a tree that is cyclic or too deep."""
     return TreeStructureError(
         f"the tree below {shorten(name)} is cyclic, or nested deeper than JAX can flatten; "
         "flatten it into fewer levels"
@@ -46,7 +46,7 @@ def too_deep(name: str) -> TreeStructureError:
 
 
 def unsortable(name: str, keys: Iterable[Any]) -> TreeStructureError:
-    """The error of a dict whose keys JAX cannot sort."""
+    """Make the error for a dict whose keys JAX cannot sort."""
     kinds = ", ".join(sorted({type(key).__name__ for key in keys}))
     return TreeStructureError(
         f"JAX cannot sort the keys of the dict at {shorten(name)}, of these types: {kinds}; "

@@ -1,4 +1,4 @@
-"""Trees and flat dicts: spelling every leaf of a tree, and building a tree from spelled names.
+"""Trees and flat dicts: a spelled name for every leaf of a tree, and the way back.
 
 Specification: *Trees and flat dicts*.
 """
@@ -25,14 +25,14 @@ from pytree2safetensors._tree.unflatten import build_tree
 from pytree2safetensors._types import Kind
 
 if TYPE_CHECKING:
-    # To type checkers jaxtyping's own is unknown, which strict ones report to our users.
+    # Type checkers do not know jaxtyping's own, and strict ones report that to our users.
     PyTree: TypeAlias = Any
 else:
     from jaxtyping import PyTree
 
 
 class Flat(NamedTuple):
-    """A flattened tree: a spelled name for each leaf, and what the names leave unsaid."""
+    """A flattened tree: a spelled name for each leaf, and what the names do not say."""
 
     names: list[str]
     leaves: list[Any]
@@ -40,14 +40,14 @@ class Flat(NamedTuple):
 
 
 def flatten(tree: Any) -> Flat:
-    """Walk a tree as JAX does, spelling names on the way."""
+    """Walk a tree as JAX does, and spell the names."""
     walk = _Walk()
     walk.run(tree)
     return walk.flat
 
 
 def open_once(node: Any) -> list[tuple[Any, Any]]:
-    """The key paths and the children of a node, of one level and no deeper.
+    """Return the children of a node with their key paths, one level deep.
 
     Raises:
         RecursionError: The node is its own child.
@@ -57,7 +57,7 @@ def open_once(node: Any) -> list[tuple[Any, Any]]:
     def is_leaf(part: Any) -> bool:
         nonlocal meetings
         meetings += part is node
-        # JAX may look twice; a node that is its own child it would meet for ever. To raise from
+        # JAX may look twice, and would visit a node that is its own child for ever. An exception
         # here would make it lose count of the stack.
         return part is not node or meetings > 2
 
@@ -71,7 +71,7 @@ Children = Iterator[tuple[str, Any]]  # the spelled segment of each child, and t
 
 
 class _Walk:
-    """One flattening: remembers which types are leaves and how keys are spelled."""
+    """One flattening, which remembers the types of leaves and the spelling of keys."""
 
     def __init__(self) -> None:
         self.flat = Flat([], [], {})
@@ -114,7 +114,7 @@ class _Walk:
                 self.deepest = check_depth(len(pending), prefix)
 
     def open(self, node: Any, name: str) -> Children | None:
-        """The children of a node; None for a leaf."""
+        """Return the children of a node; None for a leaf."""
         opener = self.openers.get(type(node))
         if opener is not None:
             return opener(node, name)
@@ -123,7 +123,7 @@ class _Walk:
             return None
         self.openers[type(node)] = self.open_registered
         children = self.open_registered(node, name)
-        if _is_plain_namedtuple(node):  # JAX need not open the next of its type
+        if _is_plain_namedtuple(node):  # JAX need not look at the next one of its type
             segments = [_spelled(spell_attr, field, name) for field in node._fields]
             self.openers[type(node)] = lambda other, _: zip(segments, other, strict=True)
         return children
@@ -133,9 +133,9 @@ class _Walk:
             self.flat.kinds[name] = "dict"
         try:
             keys = sorted(node)
-        except Exception:  # noqa: BLE001 - whatever the comparison of foreign keys raises
+        except Exception:  # noqa: BLE001 - comparing foreign keys may raise anything
             for key in node:
-                self.item(key, name)  # a key that has no spelling is the better reason
+                self.item(key, name)  # the better reason is a key without a spelling
             raise unsortable(name, node) from None
         return ((self.item(key, name), node[key]) for key in keys)
 
@@ -169,7 +169,7 @@ class _Walk:
         return ((spell_flat_index(index), child) for index, child in enumerate(node))
 
     def open_registered(self, node: Any, name: str) -> Children:
-        """The children of a node of any other type, as its own registration gives them."""
+        """Return the children of any other node, as registered with JAX."""
         try:
             pairs = open_once(node)
         except (SystemError, RecursionError):
@@ -182,7 +182,7 @@ class _Walk:
         return iter(children)
 
     def item(self, key: object, name: str) -> str:
-        if type(key) is not str:  # 1, 1.0 and True are one key to a cache
+        if type(key) is not str:  # a cache cannot tell 1, 1.0 and True apart
             return _spelled(spell_item, key, name)
         segment = self.items.get(key)
         if segment is None:
@@ -191,14 +191,14 @@ class _Walk:
 
 
 def _is_plain_namedtuple(node: Any) -> bool:
-    """Whether JAX opens a node, which has fields, as a namedtuple that nobody registered."""
+    """Return whether JAX treats a node as a namedtuple that nobody registered."""
     if not isinstance(node, tuple) or not node or type(node).__iter__ is not tuple.__iter__:
         return False
     structure: Any = jax.tree_util.tree_structure(node, is_leaf=lambda part: part is not node)
     data = structure.node_data()
-    if data is None or data[1] is not None:  # what a registration keeps apart, and may not print
+    if data is None or data[1] is not None:  # it differs between registrations, and may not print
         return False
-    # Only the print of a structure tells the two kinds of namedtuple.
+    # Only printing tells the two kinds of namedtuple apart.
     return str(structure).startswith(f"PyTreeDef(CustomNode(namedtuple[{type(node).__name__}], ")
 
 
@@ -231,7 +231,7 @@ def dict2pytree(dictionary: Mapping[str, Any]) -> PyTree:
         A new tree with the same leaves, which are not copied.
 
     Raises:
-        KeyPathError: A name spells no key path.
+        KeyPathError: A name is not a key path.
         TreeStructureError: The names do not form a tree, or a value is not a leaf.
 
     Specification: *Trees and flat dicts*.
@@ -245,7 +245,7 @@ def dict2pytree(dictionary: Mapping[str, Any]) -> PyTree:
             if not jax.tree_util.all_leaves([leaf]):
                 raise TreeStructureError(
                     f"the value of {shorten(name)} is of type {type(leaf).__name__}, which JAX "
-                    "does not take for a leaf; give each of its leaves a name"
+                    "does not treat as a leaf; give each of its leaves a name"
                 )
             leaf_types.add(type(leaf))
     return build_tree(dictionary, {})

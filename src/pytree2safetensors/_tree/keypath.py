@@ -45,12 +45,12 @@ MARKERS = ".@#"  # the first characters of segments
 
 _SHORT = 32
 _ENDS = ("", ".", "@", "#")  # what may follow a text
-_RESERVED = "__metadata__"  # as a tensor's name it would collide with the file's metadata
+_RESERVED = "__metadata__"  # the name of a tensor must differ from that of the file's metadata
 
 # text = *( any character but . @ # \  /  "\" ( "." / "@" / "#" / "\" ) )
 _TEXT = r"[^.@#\\]*(?:\\[.@#\\][^.@#\\]*)*"
 _SEGMENTS = re.compile(rf"(?:[.@#](?:\\\()?|^){_TEXT}")
-_BEFORE_MARKER = re.compile(r"(?=[.@#])")  # the same cut, for strings without a backslash
+_BEFORE_MARKER = re.compile(r"(?=[.@#])")  # splits strings without a backslash in the same way
 # number = "0" / ( "1"-"9" *( "0"-"9" ) )
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,9}")
 
@@ -100,8 +100,8 @@ def join(prefix: str, *segments: str) -> str:
 
 
 def strip_leading_dot(segments: str) -> str:
-    # first = segment / text. A name that is empty or reserved keeps its ".": the grammar alone
-    # would spell it like the empty path, or like the metadata of the file.
+    # first = segment / text. A name that is empty or reserved keeps its ".", because it would be
+    # the empty path or the name of the metadata without it.
     if segments[0] != "." or segments[1:2] in _ENDS:
         return segments
     if segments.startswith("." + _RESERVED) and segments[1 + len(_RESERVED) :][:1] in _ENDS:
@@ -150,7 +150,7 @@ _SPELLERS: dict[type, Callable[..., str]] = {
 def _escape(text: str, what: str) -> str:
     if type(text) is not str:
         raise KeyPathError(f"{what} is a str, not {with_type(text)}")
-    if text.isidentifier():  # as most are: nothing to escape
+    if text.isidentifier():  # most need no escape
         return text
     if not text.isascii() and SURROGATE.search(text):
         raise KeyPathError(f"{what} with a lone surrogate, {shorten(text)}, has no UTF-8 spelling")
@@ -202,7 +202,7 @@ def string2keypath(string: str) -> KeyPath:
 
 
 def split(string: str) -> list[str]:
-    """Cut a spelled path into its segments, each with its marker."""
+    """Split a spelled path into segments, each with its marker."""
     pieces = _pieces(string)
     try:
         _check_length(string, pieces)
@@ -251,12 +251,12 @@ def _pieces(string: str) -> list[str]:
 
 def _check_length(string: str, pieces: list[str]) -> None:
     if sum(map(len, pieces)) != len(string):
-        reason = r"a backslash stands before one of . @ # \, or after @ or # as \("
+        reason = r"a backslash must be before one of . @ # \, or after @ or # as \("
         raise Rejected(_gap(string), reason)
 
 
 def _gap(string: str) -> int:
-    """Where the first backslash stands that escapes nothing."""
+    """Find the first backslash that escapes nothing."""
     position = 0
     for found in _SEGMENTS.finditer(string):
         if found.start() != position:
@@ -266,7 +266,7 @@ def _gap(string: str) -> int:
 
 
 def _shift(rejected: Rejected, piece: str, string: str, offset: int) -> Rejected:
-    """Turn positions in a piece into positions in the string."""
+    """Convert positions in a piece to positions in the string."""
     mend = rejected.mend if piece.endswith(")") else rejected.mend or _closed(string[offset:])
     if mend is not None:
         mend = (mend[0] + offset, mend[1] + offset, mend[2])
@@ -282,7 +282,7 @@ def _read_first(piece: str) -> Key:
     if piece[0] != ".":
         return GetAttrKey(_unescape(piece))
     if piece[1:] not in ("", _RESERVED) and not piece.startswith(r".\("):
-        raise Rejected(0, "a leading name stands without its '.'", (0, 1, ""))
+        raise Rejected(0, "a leading name has no '.'", (0, 1, ""))
     return _read_piece(piece)
 
 
@@ -299,7 +299,7 @@ def _read_piece(piece: str) -> Key:
 
 @lru_cache(maxsize=4096)
 def _read_short(piece: str) -> Key:
-    """Read a segment of at most `_SHORT` characters: most are met again and again."""
+    """Read a segment of at most `_SHORT` characters; most occur many times."""
     return _read_piece(piece)
 
 
@@ -325,7 +325,7 @@ def _read_parenthesis(piece: str) -> Key:
     if marker == ".":
         raise Rejected(1, r"an attribute has no \(...) form")
     if not text.endswith(")"):
-        raise Rejected(len(piece), r"a \( is closed by ) at the end of its segment")
+        raise Rejected(len(piece), r"a \( needs a ) at the end of its segment")
     if marker == "#":
         return FlattenedIndexKey(_read_number(text[:-1], piece, r"#\({})"))
     try:
@@ -340,7 +340,7 @@ def _read_parenthesis(piece: str) -> Key:
 
 
 def _closed(string: str) -> tuple[int, int, str] | None:
-    r"""Mend a `@\(1.5)` in which the literal was not escaped."""
+    r"""Fix a `@\(1.5)` in which the literal was not escaped."""
     close = string.find(")", 3, MAX_DIGITS)
     if not string.startswith(r"@\(") or close < 0:
         return None

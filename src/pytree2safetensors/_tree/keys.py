@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from jax.tree_util import tree_flatten_with_path
 
 if TYPE_CHECKING:
-    # JAX declares its key classes as `Any`; this is the one place that gives them types.
+    # JAX declares its key classes as `Any`; only this module gives them types.
     class DictKey:
         """The key of an entry of a dict."""
 
@@ -42,14 +42,14 @@ else:
 Key: TypeAlias = DictKey | GetAttrKey | SequenceKey | FlattenedIndexKey
 KeyPath: TypeAlias = tuple[Key, ...]
 
-MAX_INDEX = 2**31 - 1  # what JAX's keys hold
+MAX_INDEX = 2**31 - 1  # the largest index of JAX's keys
 
 
 def item_key(value: object) -> DictKey:
-    """The key of a dict's entry."""
+    """Make the key of a dict's entry."""
     if value is not None:
         return DictKey(value)
-    # From JAX 0.4.36 to 0.6 flattening a plain dict makes this key, and the class refuses to.
+    # From JAX 0.4.36 to 0.6, flattening a dict makes this key, but its class does not.
     (((key,), _),), _ = tree_flatten_with_path({None: 0})
     found: DictKey = key
     return found

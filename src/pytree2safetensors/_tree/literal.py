@@ -1,4 +1,4 @@
-"""Literals: the dict keys that are no str, as Python's `ascii` writes them.
+"""Literals: dict keys that are not strs, as Python's `ascii` writes them.
 
 Specification: *Key paths*.
 """
@@ -11,7 +11,7 @@ from typing import cast
 
 from pytree2safetensors._errors import KeyPathError, shorten
 
-MAX_DIGITS = 4300  # what Python converts to and from decimal by default
+MAX_DIGITS = 4300  # Python's default limit for conversion to and from decimal
 MAX_DEPTH = 64  # of tuples inside a dict key
 _TOO_LARGE = 10**MAX_DIGITS
 SURROGATE = re.compile("[\ud800-\udfff]")
@@ -42,7 +42,7 @@ def write_literal(value: object) -> str:
             )
     try:
         return ascii(value)
-    except ValueError as error:  # the process allows fewer digits than 4,300
+    except ValueError as error:  # this process has a lower limit
         raise KeyPathError(f"a dict key cannot be written: {error}") from None
 
 
@@ -70,7 +70,7 @@ def short_form(value: object) -> str:
     return shown if len(shown) <= 100 else shown[:97] + "..."
 
 
-# What `ascii` writes, and a little more, so that an error can show the canonical spelling.
+# What `ascii` writes, and a bit more, so that an error can show the canonical spelling.
 _TOKEN = re.compile(
     r"""\s*(?:
       (?P<name>None|True|False)(?!\w)
@@ -88,15 +88,15 @@ _CHARACTERS = {"n": "\n", "r": "\r", "t": "\t"}
 
 
 def read_literal(literal: str) -> object:
-    """Read the value that `literal` writes, without evaluating anything."""
-    frames: list[list[object]] = [[]]  # the open tuples; the outermost holds the value itself
-    commas = [False]  # whether the open tuple has had a comma
+    """Read a value that `write_literal` wrote, without evaluating anything."""
+    frames: list[list[object]] = [[]]  # open tuples; the outermost holds the value
+    commas = [False]  # whether the open tuple has a comma
     after_value = False
     position = 0
     while position < len(literal):
         found = _TOKEN.match(literal, position)
         if found is None:
-            raise KeyPathError("what stands in the parentheses is no dict key")
+            raise KeyPathError("the text in parentheses is not a dict key")
         position = found.end()
         token, mark = found.group(found.lastgroup or 0), found.group("mark")
         if mark == "(" and not after_value and len(frames) <= MAX_DEPTH:
@@ -112,9 +112,9 @@ def read_literal(literal: str) -> object:
             frames[-1].append(_read_atom(token, found.lastgroup or ""))
             after_value = True
         else:
-            raise KeyPathError("what stands in the parentheses is no dict key")
+            raise KeyPathError("the text in parentheses is not a dict key")
     if len(frames) != 1 or not after_value:
-        raise KeyPathError("what stands in the parentheses is no dict key")
+        raise KeyPathError("the text in parentheses is not a dict key")
     return frames[0][0]
 
 
@@ -133,7 +133,7 @@ def _read_atom(token: str, kind: str) -> object:
     if token.lstrip("+-").isdigit():
         try:
             return int(token)
-        except ValueError as error:  # the process allows fewer digits than 4,300
+        except ValueError as error:  # this process has a lower limit
             raise KeyPathError(f"a dict key cannot be read: {error}") from None
     readers: tuple[Callable[[str], object], ...] = (int, lambda text: int(text, 0), float)
     for reader in readers:
@@ -141,7 +141,7 @@ def _read_atom(token: str, kind: str) -> object:
             return reader(token)
         except ValueError:
             continue
-    raise KeyPathError("what stands in the parentheses is no dict key")
+    raise KeyPathError("the text in parentheses is not a dict key")
 
 
 def _character(found: re.Match[str]) -> str:
@@ -150,5 +150,5 @@ def _character(found: re.Match[str]) -> str:
         return _CHARACTERS.get(simple, simple)
     code = int(next((digits for digits in codes if digits), "110000"), 16)
     if code > 0x10FFFF:
-        raise KeyPathError("what stands in the parentheses has an unknown escape")
+        raise KeyPathError("the text in parentheses has an unknown escape")
     return chr(code)

@@ -24,7 +24,7 @@ _NOT_DOTTED = re.compile(r"[@#\\]")
 
 
 def cut(string: str) -> tuple[str, str]:
-    """Cut the last segment, with its marker, off a spelled path that is not empty."""
+    """Split a spelled path that is not empty before its last segment."""
     if "\\" not in string:
         at = max(string.rfind(ATTR), string.rfind(ITEM), string.rfind(INDEX))
         if at > 0:
@@ -34,7 +34,7 @@ def cut(string: str) -> tuple[str, str]:
 
 
 def strip_prefix(prefix: str, string: str) -> str | None:
-    """The path from `prefix` down to `string`; None where it does not lead there."""
+    """Return the path from `prefix` to `string`; None if it is not below."""
     if not prefix:
         return string
     if not string.startswith(prefix):
@@ -46,19 +46,19 @@ def strip_prefix(prefix: str, string: str) -> str | None:
 
 
 def add_prefix(prefix: str, string: str) -> str:
-    """The path `string`, seen from above `prefix`: the inverse of `strip_prefix`."""
+    """Return the path `string`, seen from above `prefix`: the inverse of `strip_prefix`."""
     if not prefix or not string:
         return prefix or string
     return prefix + (string if string[0] in MARKERS else ATTR + string)
 
 
 def is_dotted(string: str) -> bool:
-    """Whether a path is one of keys joined by dots: it has no other marker."""
+    """Return whether a path has no marker but dots."""
     return not _NOT_DOTTED.search(string)
 
 
 def dotted(string: str) -> str:
-    """Join the keys of a spelled path by dots, whatever their kind."""
+    """Join the keys of a spelled path with dots, whatever their kind."""
     plain = _INT_KEY.sub(r"\1\2", string) if "\\" in string else string
     if "\\" not in plain:
         return plain.translate(_TO_DOTS)[plain[:1] in _STARTS :]

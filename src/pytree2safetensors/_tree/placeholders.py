@@ -40,13 +40,13 @@ class Hole(NamedTuple):
 
     @property
     def axis(self) -> str | None:
-        """The axis that it numbers; None for a sum."""
+        """Return the axis that it numbers; None for a sum."""
         first = self.terms[0]
         return first.axis if len(self.terms) == 1 and first.factor == 1 and first.axis else None
 
     @property
     def is_text(self) -> bool:
-        """Whether it stands for text, not for a number."""
+        """Return whether it stands for text, not for a number."""
         return self.text in {REST, SPELLED}
 
 
@@ -98,12 +98,12 @@ def _read_hole(text: str) -> Hole:
 
 
 def holes_of(side: Side) -> Iterator[Hole]:
-    """The placeholders of a side."""
+    """Return the placeholders of a side."""
     return (part for part in side if isinstance(part, Hole))
 
 
 def axes_of(side: Side) -> list[str]:
-    """The axes of a side's placeholders, each once; text counts as one."""
+    """Return the axes of a side's placeholders, each once; text counts as one."""
     return list(dict.fromkeys(t.axis for hole in holes_of(side) for t in hole.terms if t.axis))
 
 
@@ -147,7 +147,7 @@ class Alternatives:
         self._regex = re.compile("|".join(branches), re.DOTALL) if branches else None
 
     def match(self, text: str) -> tuple[int, Binding] | None:
-        """The number of the first side that matches, and what its placeholders stand for."""
+        """Return the number of the first side that matches, and what its placeholders stand for."""
         found = self._regex.fullmatch(text) if self._regex else None
         if found is None or found.lastindex is None:
             return None
@@ -165,7 +165,7 @@ class Alternatives:
 
 
 def _regex(side: Side, group: int) -> tuple[str, list[Hole]]:
-    """A regular expression for a side whose first group has a number, and the hole of each group."""
+    """Return a regular expression for a side whose first group has a number, and the hole of each group."""
     parts: list[str] = []
     holes: list[Hole] = []
     groups: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""How trees print: structure, shapes and dtypes, never the values of arrays."""
+"""Printing of trees: structure, shapes and dtypes, never the values of arrays."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,8 +8,8 @@ import numpy as np
 from pytree2safetensors._errors import shorten
 
 _WIDTH = 88
-_DECIMAL = 256  # bits of an int that is written in decimal
-_MOST_NODES = 10_000  # of a tree that is printed; a cyclic one ends here too
+_DECIMAL = 256  # larger ints, in bits, print in hexadecimal
+_MOST_NODES = 10_000  # of a tree that is printed, which may be cyclic
 
 
 @dataclass
@@ -20,11 +20,11 @@ class Printed:
     labels: list[str]
     children: list[Any]
     closing: str
-    flat: str | None = None  # the whole on one line, where that is short enough
+    flat: str | None = None  # the node on one line, if that is short enough
 
 
 def printed_leaf(leaf: Any) -> str:
-    """One leaf on one line: `float32[3,4]` for whatever has a shape and a dtype."""
+    """Print a leaf on one line: `float32[3,4]` if it has a shape and a dtype."""
     shape, dtype = getattr(leaf, "shape", None), getattr(leaf, "dtype", None)
     if isinstance(leaf, np.generic) or shape is None or dtype is None:
         return _value(leaf)
@@ -35,16 +35,16 @@ def _value(leaf: Any) -> str:
     if type(leaf) is str:
         return shorten(leaf, _WIDTH // 2)
     if type(leaf) is int and leaf.bit_length() > _DECIMAL:
-        digits = hex(leaf)  # Python refuses to write a large one in decimal
+        digits = hex(leaf)  # Python does not write a large int in decimal
         return digits if len(digits) <= _WIDTH else f"{digits[: _WIDTH // 2]}... (an int)"
     return repr(leaf)
 
 
 def render(tree: Any) -> str:
-    """Print a tree, each node on one line where it fits, indented where it does not."""
+    """Print a tree, with each node on one line if it fits, and indented otherwise."""
     root = Printed("", [""], [tree], "")
     nodes = [root]
-    for node in nodes:  # grows while it is walked: parents first
+    for node in nodes:  # grows during the loop: parents first
         for position, child in enumerate(node.children):
             opened = _open(child) if len(nodes) < _MOST_NODES else None
             node.children[position] = opened or (

@@ -1,4 +1,4 @@
-"""Why a string spells no key path, and the spelling that may have been meant.
+"""Why a string is not a key path, and the spelling that may have been meant.
 
 Specification: *Key paths*.
 """
@@ -11,7 +11,7 @@ from pytree2safetensors._tree.literal import MAX_DIGITS
 
 
 class Rejected(Exception):
-    """Why a string is no key path: where, and what would stand there instead."""
+    """Why a string is not a key path: where, why, and what would be right."""
 
     def __init__(self, position: int, reason: str, mend: tuple[int, int, str] | None = None):
         self.position, self.reason, self.mend = position, reason, mend
@@ -19,7 +19,7 @@ class Rejected(Exception):
 
 def refuse(string: str, rejected: Rejected, read: Callable[[str], object]) -> NoReturn:
     position, reason = rejected.position, rejected.reason
-    message = f"{shorten(string)} spells no key path: at position {position}, {reason}"
+    message = f"{shorten(string)} is not a key path: at position {position}, {reason}"
     canonical = _mend(string, rejected, read) if len(string) <= MAX_DIGITS else None
     if canonical is not None:
         message += f"; the canonical spelling is {shorten(canonical)}"
@@ -27,7 +27,7 @@ def refuse(string: str, rejected: Rejected, read: Callable[[str], object]) -> No
 
 
 def _mend(string: str, rejected: Rejected, read: Callable[[str], object]) -> str | None:
-    """The canonical spelling of what was meant, where a few local changes lead to one."""
+    """Return the canonical spelling that a few local changes lead to, if there is one."""
     for _ in range(16):
         if rejected.mend is None:
             return None

@@ -79,14 +79,14 @@ class ParsedRule(NamedTuple):
     cut: tuple[str, ...]  # the axes that number leaves and belong to the tensor
 
     def dims(self, rank: int) -> tuple[Dims, Dims] | None:
-        """The axes of tensor and leaf for a leaf of so many dimensions; None if it cannot have."""
+        """Return the axes of tensor and leaf for a leaf of so many dimensions; None if it cannot have."""
         right = spread(self.right, rank)
         if right is None:
             return None
         return spread(self.left, len(self.left) + rank - len(self.right)) or (), right
 
     def names(self, binding: Binding, sizes: Mapping[str, int]) -> Iterator[str]:
-        """The names of the tensors of a leaf; the last of the stacked axes changes fastest."""
+        """Yield the names of the tensors of a leaf; the last of the stacked axes changes fastest."""
         side = self.name or ()
         if not self.stacked:
             yield fill(side, binding)

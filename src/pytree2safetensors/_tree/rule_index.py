@@ -60,6 +60,6 @@ class RuleIndex:
         return found
 
     def match_names(self, names: Iterable[str]) -> dict[str, int]:
-        """The names that rules without a path match, and the numbers of those rules."""
+        """Return the names that rules without a path match, and the numbers of those rules."""
         matches = ((name, self._unused.match(name)) for name in names)
         return {name: found[0] for name, found in matches if found is not None}

@@ -1,4 +1,4 @@
-"""Building trees: the trie that spelled names make, and the nodes that it stands for.
+"""Building trees: from spelled names to a trie, and from the trie to nodes.
 
 Specification: *Trees and flat dicts*.
 """
@@ -28,7 +28,7 @@ from pytree2safetensors._tree.keys import DictKey, GetAttrKey, SequenceKey
 from pytree2safetensors._tree.paths import cut
 from pytree2safetensors._types import Kind
 
-MAX_GAPS = 2**20  # a tree's list indices without a leaf, together
+MAX_GAPS = 2**20  # list indices without a leaf in a tree
 
 
 class _Node:
@@ -44,29 +44,29 @@ class _Node:
 
 
 def build(leaves: Mapping[str, Any], kinds: Mapping[str, Kind], file: str) -> Any:
-    """Build the tree in a file from its leaves, and from what the note says of its nodes."""
+    """Build the tree in a file from its leaves and the note's kinds of nodes."""
     try:
         return build_tree(leaves, kinds)
     except (KeyPathError, TreeStructureError) as error:
         raise type(error)(
-            f"the names in {file} make no tree: {error}; load_into_pytree loads them into a template, "
+            f"the names in {file} do not form a tree: {error}; load_into_pytree loads them into a template, "
             "and load_abstract(..., flat=True) lists them"
         ) from None
 
 
 def build_tree(leaves: Mapping[str, Any], kinds: Mapping[str, Kind]) -> Any:
-    """Build a tree, wherever its leaves are from; the kinds of nodes are those of a checked note."""
+    """Build a tree from leaves and the kinds of nodes of a checked note."""
     trie = _Trie()
     for name, leaf in leaves.items():
         trie.insert(name, leaf)
-    # Longest first: what lies below a node is known before the node is asked whether it is empty.
+    # Longest first, so that a node's children are known before the node.
     for name in sorted(kinds, key=len, reverse=True):
         trie.note(name, kinds[name])
     return trie.finish()
 
 
 class _Trie:
-    """The tree that spelled names make."""
+    """A trie of spelled names."""
 
     def __init__(self) -> None:
         self.top = _Node(None, None, 0)  # holds the root under the key ""
@@ -74,7 +74,7 @@ class _Trie:
         self.nodes: list[_Node] = []  # parents before children
         self.parents: dict[str, _Node] = {}  # of leaves, by spelled name
         self.segments: dict[str, tuple[str, Any]] = {}
-        self.last = ("", self.top)  # the parent of the leaf before, unless it is the root
+        self.last = ("", self.top)  # the parent of the previous leaf, unless it is the root
         self.deepest = 0
         self.gaps = 0
 
@@ -88,7 +88,7 @@ class _Trie:
         known = None
         if prefix and name.startswith(prefix):
             known = self.segments.get(name[len(prefix) :])
-        if known is None:  # no sibling of the leaf before
+        if known is None:  # not a sibling of the previous leaf
             try:
                 prefix, segment = cut(name)
                 parent = self.parents.get(prefix) or self.descend(prefix, name)
@@ -127,11 +127,11 @@ class _Trie:
         return found
 
     def descend(self, prefix: str, name: str) -> _Node:
-        """The node at `prefix`, made where it is missing."""
+        """Return the node at `prefix`; make it if it is missing."""
         if not prefix:
             return self.child(self.top, "", name)
         above, segment = cut(prefix)
-        node = self.parents.get(above)  # where leaves have cousins, it is known
+        node = self.parents.get(above)  # known if a leaf has cousins
         segments = [segment]
         if node is None:
             segments = split(prefix)
@@ -179,7 +179,7 @@ class _Trie:
         if not _same(there, key):
             reason = "have dict keys that are equal in Python"
         else:
-            reason = "name a leaf and a node at one place"
+            reason = "name a leaf and a node at the same place"
             node = parent.entries[there]
             while isinstance(node, _Node) and node.entries:
                 named = self.at(node, next(iter(node.entries)))
@@ -189,7 +189,7 @@ class _Trie:
     def at(self, node: _Node, key: Any) -> str:
         return "" if node is self.top else join(self.name_of(node), _segment(node.marker, key))
 
-    # What a note adds.
+    # --- what a note adds ---
 
     def note(self, name: str, kind: Kind) -> None:
         node = self.find(name)
@@ -209,7 +209,7 @@ class _Trie:
                 return None
         return node if isinstance(node, _Node) else None
 
-    # From nodes under construction to the tree.
+    # --- from nodes under construction to the tree ---
 
     def finish(self) -> Any:
         if self.deepest > DEEP:
@@ -217,7 +217,7 @@ class _Trie:
         for node in reversed(self.nodes):
             if node.parent is not None:
                 node.parent.entries[node.key] = self.finished(node)
-        return self.top.entries.get("", {})  # no names at all: the empty dict
+        return self.top.entries.get("", {})  # without names, an empty dict
 
     def finished(self, node: _Node) -> Any:
         entries = node.entries
@@ -259,7 +259,7 @@ class _Trie:
 
 
 def _same(key: Any, other: Any) -> bool:
-    """Whether two keys that are equal in Python are spelled alike."""
+    """Return whether two keys that are equal in Python have the same spelling."""
     return type(key) is str or ascii(key) == ascii(other)
 
 
