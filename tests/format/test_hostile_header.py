@@ -220,8 +220,8 @@ HEADERS: list[tuple[bytes, str]] = [
     ),
     (noted('{"version":1,"version":1}'), "the note of the BytesIO has 'version' twice"),
     (noted('{"version":1,"nodes":{"@a":"list","@a":"dict"}}'), "the BytesIO has '@a' twice"),
-    (file({"__metadata__": {DIGESTS: "{}"}}), "the metadata of the BytesIO do not match"),
-    (file({"__metadata__": {DIGESTS + ".metadata": ""}}), "the metadata of the BytesIO do not"),
+    (file({"__metadata__": {DIGESTS: "{}"}}), "the metadata of the BytesIO does not match"),
+    (file({"__metadata__": {DIGESTS + ".metadata": ""}}), "the metadata of the BytesIO does not"),
 ]
 
 

@@ -362,7 +362,7 @@ TREES: list[tuple[Any, type[Exception], str]] = [
     (
         {"a": {frozenset(): 1}},
         KeyPathError,
-        "a dict key is a str, None, bool, int, float, bytes or a tuple of these, not frozenset() "
+        "a dict key must be a str, None, bool, int, float, bytes or a tuple of these, not frozenset() "
         "of type builtins.frozenset, in a key path that begins '@a'",
     ),
     (
@@ -386,7 +386,7 @@ TREES: list[tuple[Any, type[Exception], str]] = [
     (
         {"a": {1j: 1, 2j: 2}},
         KeyPathError,
-        "a dict key is a str, None, bool, int, float, bytes or a tuple of these, not 1j of type "
+        "a dict key must be a str, None, bool, int, float, bytes or a tuple of these, not 1j of type "
         "builtins.complex, in a key path that begins '@a'",
     ),
     (

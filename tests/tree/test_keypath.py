@@ -204,7 +204,7 @@ def nested(depth: int) -> tuple[Any, ...]:
     return value
 
 
-KEY_KINDS = "a dict key is a str, None, bool, int, float, bytes or a tuple of these, not "
+KEY_KINDS = "a dict key must be a str, None, bool, int, float, bytes or a tuple of these, not "
 TOO_MANY_DIGITS = "a dict key is an int of more than 4300 digits"
 UNSPELLABLE: list[tuple[Any, str]] = [
     (SequenceKey(-1), "an index is at least 0 and at most 2147483647, not -1"),
@@ -295,7 +295,7 @@ for function, argument in refused:
     try:
         function(argument)
     except KeyPathError as error:
-        assert str(error).startswith(("an index is an int, not ", "an attribute name must be a str, not "))
+        assert str(error).startswith(("an index must be an int, not ", "an attribute name must be a str, not "))
     else:
         raise AssertionError(argument)
 

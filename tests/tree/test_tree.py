@@ -354,7 +354,7 @@ def test_keys_that_are_equal_and_spelled_apart() -> None:
 def test_keys_without_a_spelling() -> None:
     for key, reason in [
         (item(float("nan")), "which is not finite"),
-        (item(1j), "a dict key is a str, None, bool"),
+        (item(1j), "a dict key must be a str, None, bool"),
         ("text", "not one of JAX's own key classes"),
     ]:
         with pytest.raises(KeyPathError, match=reason) as caught:

@@ -149,7 +149,7 @@ _SPELLERS: dict[type, Callable[..., str]] = {
 
 def _escape(text: str, what: str) -> str:
     if type(text) is not str:
-        raise KeyPathError(f"{what} is a str, not {with_type(text)}")
+        raise KeyPathError(f"{what} must be a str, not {with_type(text)}")
     if text.isidentifier():  # most need no escape
         return text
     if not text.isascii() and SURROGATE.search(text):
@@ -159,7 +159,7 @@ def _escape(text: str, what: str) -> str:
 
 def _checked_index(index: int) -> int:
     if type(index) is not int:
-        raise KeyPathError(f"an index is an int, not {with_type(index)}")
+        raise KeyPathError(f"an index must be an int, not {with_type(index)}")
     if not 0 <= index <= MAX_INDEX:
         raise KeyPathError(
             f"an index is at least 0 and at most {MAX_INDEX}, not {short_form(index)}"

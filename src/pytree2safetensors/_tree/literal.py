@@ -37,7 +37,7 @@ def write_literal(value: object) -> str:
                 raise KeyPathError(f"a dict key holds a lone surrogate, in {shorten(item)}")
         elif item is not None and type(item) is not bool and type(item) is not bytes:
             raise KeyPathError(
-                f"a dict key is a str, None, bool, int, float, bytes or a tuple of these, "
+                f"a dict key must be a str, None, bool, int, float, bytes or a tuple of these, "
                 f"not {with_type(item)}"
             )
     try:
