@@ -94,7 +94,7 @@ def host_part(data: Any, index: tuple[slice, ...]) -> NDArray[Any]:
 
 
 def part_of(data: jax.Array, index: tuple[slice, ...]) -> jax.Array:
-    """A region of an array on its device, by one program for all regions of a size."""
+    """Return a region of an array on its device, by one program for all regions of a size."""
     sizes = [bounds.stop - bounds.start for bounds in index]
     if sizes == [*data.shape]:
         return data

@@ -124,7 +124,7 @@ def assembled_chunks(tensor: Assembled) -> Iterator[Chunk]:
 def _parts_of(
     data: Any, region: Region, shared: Region, view: View, info: TensorInfo
 ) -> Iterator[tuple[Source, NDArray[Any]]]:
-    """What belongs where in tensors of the values of a region of a leaf, in units of one item."""
+    """Yield what belongs where in tensors of the values of a region of a leaf, in units of one item."""
     unit = f"u{BITS[info.dtype] // 8}"
     is_moved = view.order != tuple(range(len(view.order)))
     if is_moved and isinstance(data, jax.Array) and computes(data):

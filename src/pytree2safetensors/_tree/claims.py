@@ -68,7 +68,7 @@ def _check_names(kinds: Mapping[str, Kind], leaves: Mapping[str, object]) -> Non
 
 def _at_a_leaf(leaf: str, name: str) -> TreeStructureError:
     return TreeStructureError(
-        f"{shorten(leaf)} and {shorten(name)} name a leaf and a node at one place"
+        f"{shorten(leaf)} and {shorten(name)} name a leaf and a node at the same place"
     )
 
 
@@ -83,7 +83,7 @@ def _check_child(name: str, path: str, kind: Kind) -> None:
 
 
 def _check_keys(path: str, kind: Kind, found: set[str]) -> None:
-    """Refuse an `OrderedDict` whose keys are not those of its children."""
+    """Raise an error if the keys of an `OrderedDict` are not those of its children."""
     segments = kind[1]
     if segments and not found:
         raise TreeStructureError(f"the noted keys of {shorten(path)} have no leaves")

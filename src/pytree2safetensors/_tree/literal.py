@@ -65,7 +65,7 @@ def short_form(value: object) -> str:
         else:
             cut = type(value) is str or type(value) is bytes
             shown = ascii(cast("str | bytes", value)[:100] if cut else value)
-    except Exception:  # noqa: BLE001 - whatever a foreign __repr__ raises, the type is still told
+    except Exception:  # noqa: BLE001 - a foreign __repr__ may raise anything
         return "a value"
     return shown if len(shown) <= 100 else shown[:97] + "..."
 
