@@ -58,7 +58,7 @@ class CoordinationKeys:
         try:
             self.client.key_value_set(_PREFIX + key, value)
         except RuntimeError as error:
-            # A request that was sent twice. Any other value is an error.
+            # The request was sent twice. Another value is an error.
             if "ALREADY_EXISTS" not in str(error) or self.wait(key, 0.0) != value:
                 raise
 

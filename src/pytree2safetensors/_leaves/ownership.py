@@ -73,6 +73,6 @@ def is_global(leaf: Any) -> bool:
 
 
 def is_unreduced(sharding: Any) -> bool:
-    """Whether the shards of an array are summands of its values."""
+    """Return whether the shards of an array have to be summed to get its values."""
     spec = getattr(sharding, "spec", None)
     return bool(getattr(spec, "unreduced", None))  # older JAX has no such axes
