@@ -355,7 +355,7 @@ REASONS = (  # what a message of a header says, and the word for it
     ("digest", "digest"),
     ("note", "note"),
     ("overlap|hole|bytes after|describes [0-9]+ bytes", "layout"),
-    ("otherwise than by|dtype|shape|offsets|dimensions|another|size|'dtype' tw|memory", "tensor"),
+    ("without a proper|dtype|shape|offsets|dimensions|another|size|'dtype' tw|memory", "tensor"),
     ("", "header"),
 )
 
