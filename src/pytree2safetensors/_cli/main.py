@@ -10,6 +10,7 @@ from typing import Final
 
 from pytree2safetensors._cli.answer import Answer
 from pytree2safetensors._cli.diff import diff
+from pytree2safetensors._cli.fitting import fitting, named_object
 from pytree2safetensors._cli.show import show
 from pytree2safetensors._cli.terminal import complain, plain, write
 from pytree2safetensors._cli.verify import verify
@@ -84,7 +85,19 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--prefix", default="", help="show only what is below this key path")
     command.add_argument("--paths", action="store_true", help="print whole key paths in each row")
     command.add_argument("--all", action="store_true", help="print a row for every leaf")
-    command.set_defaults(questions=_ask_show)
+    command.add_argument(
+        "--template",
+        metavar="MODULE:NAME",
+        type=named_object,
+        help="a template, or a function that gives one: explain how files fit it",
+    )
+    command.add_argument(
+        "--rules",
+        metavar="MODULE:NAME",
+        type=named_object,
+        help="the rules by which files fit the template",
+    )
+    command.set_defaults(questions=partial(_ask_show, command))
     _add_json(command)
 
     command = commands.add_parser("diff", help="list the leaves that differ between two files")
@@ -113,7 +126,15 @@ def _with_command(arguments: Sequence[str]) -> list[str]:
     return [*arguments] if named else ["show", *arguments]
 
 
-def _ask_show(options: argparse.Namespace) -> _Questions:
+def _ask_show(command: argparse.ArgumentParser, options: argparse.Namespace) -> _Questions:
+    if options.template is not None:
+        rules = [] if options.rules is None else options.rules
+        return [
+            partial(fitting, file, options.prefix, options.template, rules)
+            for file in options.files
+        ]
+    if options.rules is not None:
+        command.error("--rules needs --template")
     return [
         partial(show, file, options.prefix, everything=options.all, paths=options.paths)
         for file in options.files

@@ -1,0 +1,73 @@
+"""`show --template`: what it prints, and wrong usage."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from command import Run
+
+pytestmark = pytest.mark.usefixtures("own_folder")
+
+MODULE = """
+import numpy as np
+from pytree2safetensors import Rule
+
+TREE = {"a": np.zeros((3, 2), np.float32)}
+RULES = [Rule("a.weight", "a", "o i -> i o")]
+
+def template():
+    return TREE
+"""
+
+
+@pytest.fixture
+def model(tmp_path: Path, own_folder: None) -> str:
+    """A file, and a module of a name that no other test imports."""
+    safetensors.numpy.save_file({"a.weight": np.zeros((2, 3), np.float32)}, "model.safetensors")
+    name = f"model_{tmp_path.name}"
+    Path(f"{name}.py").write_text(MODULE, "utf-8")
+    return name
+
+
+FITS = [
+    "'model.safetensors': 1 of 1 leaves fit",
+    "  fits  '@a' = 'a'  float32[3,2]  'a.weight' float32[2,3]  'o i -> i o'",
+]
+
+
+@pytest.mark.parametrize("template", ["TREE", "template"])
+def test_a_file_is_compared_with_a_template(run: Run, model: str, template: str) -> None:
+    options = ["--template", f"{model}:{template}", "--rules", f"{model}:RULES"]
+    assert run("show", "model.safetensors", *options) == (0, "\n".join([*FITS, ""]), "")
+    code, printed, _ = run("show", "model.safetensors", *options, "--json")
+    assert code == 0
+    assert json.loads(printed) == {"file": "model.safetensors", "lines": FITS}
+
+
+def test_without_rules_the_paths_are_listed(run: Run, model: str) -> None:
+    _, printed, _ = run("show", "model.safetensors", "--template", f"{model}:TREE")
+    assert "  missing  '@a' = 'a'  float32[3,2]  no rule has this path" in printed.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--rules", "os:path"], "error: --rules needs --template"),
+        (["--template", "os"], "error: argument --template: 'os' is not MODULE:NAME"),
+        (
+            ["--template", "os:gone"],
+            "error: argument --template: cannot import 'os:gone': module 'os' has no attribute 'gone'",
+        ),
+        (
+            ["--template", "gone:x"],
+            "--template: cannot import 'gone:x': No module named 'gone'",
+        ),
+    ],
+)
+def test_wrong_usage_is_refused(run: Run, model: str, options: list[str], said: str) -> None:
+    code, _, complaint = run("show", "model.safetensors", *options)
+    assert code == 2
+    assert said in " ".join(complaint.split())
