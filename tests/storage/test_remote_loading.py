@@ -2,6 +2,7 @@
 
 import re
 import time
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,18 @@ def test_many_shards_are_opened_many_at_a_time(server: WebServer, tmp_path: Path
     assert is_same(tree, load_pytree(url + "/"))
     assert time.monotonic() - start < 40 * 2 * 0.05
     assert server.most_at_once > 8
+
+
+def test_chained_urls_load(
+    server: WebServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # where fsspec keeps what it caches
+    url = publish(server, "/m.safetensors", tmp_path, tree_of(1))
+    assert is_same(tree_of(1), load_pytree(f"simplecache::{url}"))
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.write(tmp_path / "tree", "run/model.safetensors")
+    for inner in ("run/model.safetensors", "run"):
+        assert is_same(tree_of(1), load_pytree(f"zip://{inner}::{tmp_path}/a.zip"))
 
 
 def test_the_command_takes_urls(
