@@ -2,11 +2,14 @@
 
 import hashlib
 from itertools import pairwise
+from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pytree2safetensors import FileFormatError
 from pytree2safetensors._format.digests import digest_tensor, hash_blocks
@@ -48,6 +51,41 @@ def test_digests_of_hashes_in_order() -> None:
         name: digest_tensor(name, plan.infos[name], hash_blocks([content[name]]))
         for name in plan.infos
     }
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_share_is_copied_from_devices_by_one_call(
+    monkeypatch: pytest.MonkeyPatch, copied: bool
+) -> None:
+    mesh = Mesh(np.array(jax.devices()), ("x",))
+    spec: Any = PartitionSpec
+    values = np.arange(64 * 300, dtype=np.float32).reshape(64, 300)
+    rows = jax.device_put(values, NamedSharding(mesh, spec("x")))
+    columns = jax.device_put(values[:, :296], NamedSharding(mesh, spec(None, "x")))
+    tree = {"rows": rows, "columns": columns, "local": np.arange(3)}
+    contents = collect(tree, {}, "raise")
+    plan = plan_file(contents, checksum=False)
+    calls: list[int] = []
+
+    def to_host(arrays: list[Any]) -> list[Any]:  # as from another device
+        calls.append(len(arrays))
+        return [np.array(array) for array in arrays]
+
+    monkeypatch.setattr(share, "to_host", to_host)
+    monkeypatch.setattr(share, "is_global", lambda leaf: isinstance(leaf, jax.Array))
+    part = share.share_of(contents, 1, copied=copied)
+    assert calls == [16] * copied
+    assert set(part) == {"@rows", "@columns"}
+    start = len(plan.files[0].head) + 100
+    content = bytearray(plan.files[0].size + 100)
+    for offset, piece in share.own_chunks(plan.files[0], plan.infos, part, start):
+        content[offset : offset + len(piece)] = piece
+    places = dict(zip(plan.files[0].tensors, plan.files[0].starts(plan.infos), strict=True))
+    for name, array in ("@rows", values), ("@columns", values[:, :296]):
+        begin = places[name] + 100
+        assert content[begin : begin + array.nbytes] == array.tobytes()
+    size = share.size_of(part, plan.infos)
+    assert size == rows.nbytes + columns.nbytes
 
 
 def test_without_jax_distributed_there_is_one_thing_to_do(monkeypatch: pytest.MonkeyPatch) -> None:

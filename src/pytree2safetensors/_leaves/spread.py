@@ -62,10 +62,6 @@ class Owned(NamedTuple):
         items = sum(math.prod(shape_of(region)) for region, _ in self.shards)
         return items * BITS[info.dtype] // 8
 
-    def copied(self) -> "Owned":
-        """Return a copy, safe from donation."""
-        return Owned([(region, _copy(data)) for region, data in self.shards])
-
 
 def owned(leaf: jax.Array, info: TensorInfo) -> Owned:
     """Return the shards that this process saves: those on devices that own their region."""
@@ -81,11 +77,6 @@ def owned(leaf: jax.Array, info: TensorInfo) -> Owned:
 
 def _on_host(data: jax.Array | NDArray[Any]) -> NDArray[Any]:
     return data if isinstance(data, np.ndarray) else host_shard(data)
-
-
-def _copy(data: jax.Array | NDArray[Any]) -> NDArray[Any]:
-    values = _on_host(data)
-    return values if values.flags.owndata else np.array(values)  # what it owns came from a device
 
 
 def owned_chunks(owned: Owned, info: TensorInfo) -> Iterator[Chunk]:

@@ -7,10 +7,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, Final, NamedTuple
 
+import jax
+
 from pytree2safetensors._format.digests import block_bounds, digest_tensor
 from pytree2safetensors._format.tensor import TensorInfo
-from pytree2safetensors._leaves.assembled import Assembled
+from pytree2safetensors._leaves.assembled import Assembled, whole_leaves
 from pytree2safetensors._leaves.encode import host_array
+from pytree2safetensors._leaves.host_copies import copied_ahead, to_host
 from pytree2safetensors._leaves.ownership import is_global
 from pytree2safetensors._leaves.spread import Owned, owned, owned_chunks, tensor_chunks
 from pytree2safetensors._save.contents import Contents
@@ -29,34 +32,63 @@ Share = Mapping[str, Any]
 
 def share_of(contents: Contents, process: int, *, copied: bool) -> Share:
     """Return what a process saves; copied, it is safe from donation and changes."""
+    parts: dict[int, Any] = {}  # by leaf: rules may make several tensors of one
+    for leaf in whole_leaves(contents.leaves.values()):
+        if process == 0 or is_global(leaf):
+            parts[id(leaf)] = leaf
+    infos = {id(leaf): contents.infos[name] for name, leaf in contents.leaves.items()}
+    for key, leaf in parts.items():
+        if is_global(leaf):
+            parts[key] = owned(leaf, infos.get(key) or TensorInfo("", leaf.shape, 0))
+    if copied:
+        parts = dict(zip(parts, _copied([*parts.values()]), strict=True))
     share: dict[str, Any] = {}
-    copies: dict[int, Any] = {}  # rules may make several tensors of one leaf
-
-    def part_of(leaf: Any, info: TensorInfo) -> Any:
-        part = owned(leaf, info) if is_global(leaf) else leaf
-        if not copied:
-            return part
-        if id(leaf) not in copies:
-            copies[id(leaf)] = part.copied() if isinstance(part, Owned) else host_array(leaf).copy()
-        return copies[id(leaf)]
-
     for name, leaf in contents.leaves.items():
         if isinstance(leaf, Assembled):
             members = [
-                member._replace(leaf=part_of(member.leaf, _info_of(member.leaf)))
+                member._replace(leaf=parts[id(member.leaf)])
                 for member in leaf.members
-                if process == 0 or is_global(member.leaf)
+                if id(member.leaf) in parts
             ]
             if members:
                 share[name] = leaf._replace(members=members)
-        elif process == 0 or is_global(leaf):
-            share[name] = part_of(leaf, contents.infos[name])
+        elif id(leaf) in parts:
+            share[name] = parts[id(leaf)]
     return share
 
 
-def _info_of(leaf: Any) -> TensorInfo:
-    """Return what regions of a leaf need that is not stored as it is."""
-    return TensorInfo("", getattr(leaf, "shape", ()), 0)
+def _copied(parts: list[Any]) -> list[Any]:
+    """Copy parts to the host, all at once from devices."""
+    arrays = _arrays_of(parts)
+    copies = (
+        copy if copy is not array else _copy(array)
+        for array, copy in zip(arrays, to_host(arrays), strict=True)
+    )
+    return [*_with_arrays(parts, copies)]
+
+
+def _copy(leaf: Any) -> Any:
+    values = host_array(leaf)
+    # What had to be copied from a device is nobody else's.
+    return values if isinstance(leaf, jax.Array) and values.flags.owndata else values.copy()
+
+
+def _arrays_of(parts: Sequence[Any]) -> list[Any]:
+    """List the arrays that parts consist of."""
+    return [
+        array
+        for part in parts
+        for array in ([data for _, data in part.shards] if isinstance(part, Owned) else [part])
+    ]
+
+
+def _with_arrays(parts: Iterable[Any], arrays: Iterator[Any]) -> Iterator[Any]:
+    """Give the same parts with other arrays."""
+    for part in parts:
+        if isinstance(part, Owned):
+            yield Owned([(region, next(arrays)) for region, _ in part.shards])
+        else:
+            yield next(arrays)
 
 
 def size_of(share: Share, infos: Mapping[str, TensorInfo]) -> int:
@@ -82,13 +114,19 @@ def own_chunks(
 def _own_chunks(
     file: FilePlan, infos: Mapping[str, TensorInfo], share: Share, shift: int
 ) -> Iterator[Chunk]:
-    for name, begin in zip(file.tensors, file.starts(infos), strict=True):
-        if name in share:
-            part, info = share[name], infos[name]
-            is_owned = isinstance(part, Owned)
-            chunks = owned_chunks(part, info) if is_owned else tensor_chunks(part, info)
-            for offset, piece in chunks:
-                yield begin + shift + offset, piece
+    starts = {
+        name: begin
+        for name, begin in zip(file.tensors, file.starts(infos), strict=True)
+        if name in share
+    }
+    parts = [share[name] for name in starts]
+    copies = _with_arrays(parts, copied_ahead(_arrays_of(parts)))
+    for (name, begin), part in zip(starts.items(), copies, strict=True):
+        info = infos[name]
+        is_owned = isinstance(part, Owned)
+        chunks = owned_chunks(part, info) if is_owned else tensor_chunks(part, info)
+        for offset, piece in chunks:
+            yield begin + shift + offset, piece
 
 
 def _arranged(chunks: Iterable[Chunk]) -> Iterator[Chunk]:
