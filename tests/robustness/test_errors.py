@@ -346,7 +346,8 @@ TREES: list[tuple[Any, type[Exception], str]] = [
         "2 of the tree's leaves cannot be stored:\n"
         f"  '@a': {jax.ShapeDtypeStruct.__module__}.ShapeDtypeStruct of dtype float32\n"
         f"  '@f': {FUNCTION}\n"
-        "Save arrays that have values: outside of jit, no abstract ones, and of a reference what it holds.",
+        "Only concrete arrays can be saved. Call this outside jit; of a Ref, or another object that "
+        "holds an array, save the array.",
     ),
     (
         {"a": deleted()},
@@ -423,7 +424,7 @@ def test_a_traced_value_is_told() -> None:
         jax.jit(lambda x: save_pytree({"a": x}, io.BytesIO()))(1.0)
     assert "'@a': jax._src" in str(caught.value)
     assert "Tracer, a traced value\n" in str(caught.value)
-    assert "outside of jit" in str(caught.value)
+    assert "Call this outside jit" in str(caught.value)
 
 
 def test_every_unsupported_leaf_is_listed() -> None:

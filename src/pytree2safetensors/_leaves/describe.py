@@ -66,6 +66,22 @@ def is_deleted(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array) and not traced and leaf.is_deleted()
 
 
+_CONVERSIONS: Final = ("__array__", "__dlpack__", "__jax_array__")
+
+
+def converts_to_arrays(kind: type) -> bool:
+    """Return whether objects of a type convert themselves to arrays, as those of libraries do."""
+    return any(hasattr(kind, name) for name in _CONVERSIONS)
+
+
+def holds_array(leaf: Any) -> bool:
+    """Return whether a leaf that no file holds has the values of an array, in a way of its own."""
+    if isinstance(leaf, np.ndarray | np.generic | jax.Array | type):
+        return False  # what NumPy or JAX holds, and a file cannot
+    held = getattr(leaf, "value", None)
+    return converts_to_arrays(type(leaf)) or isinstance(held, np.ndarray | np.generic | jax.Array)
+
+
 def is_valueless(leaf: Any) -> bool:
     """Return whether a leaf is an array without its own values: traced, abstract, or a reference."""
     return isinstance(leaf, (jax.core.Tracer, jax.ShapeDtypeStruct, REFERENCE))

@@ -93,6 +93,13 @@ def coordination_client() -> Any:
     return distributed.global_state.client
 
 
+def explicit_format(leaf: Any) -> Any:
+    """Return the device layout that an abstract array asks for, with its sharding; None if none."""
+    found = getattr(leaf, "format", None) or getattr(leaf, "layout", None)  # its name before 0.7
+    layout = getattr(found, "layout", None) or getattr(found, "device_local_layout", None)
+    return None if layout is None else found
+
+
 def pinned_sharding(sharding: Any) -> Any:
     """Return the sharding in pinned host memory; None if there is none."""
     try:

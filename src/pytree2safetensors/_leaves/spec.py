@@ -125,6 +125,8 @@ def _holds(dtype: np.dtype[Any]) -> bool:
         # The answer must not depend on traces and transfer guards.
         with jax.ensure_compile_time_eval(), jax.transfer_guard("allow"):
             jax.device_put(np.zeros((), dtype)).block_until_ready()
-    except Exception:  # noqa: BLE001 - a backend may raise anything
+    except Exception as error:  # a backend may raise anything
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            raise  # which says nothing of the dtype, and passes
         return False
     return True

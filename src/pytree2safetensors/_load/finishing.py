@@ -196,7 +196,10 @@ class Finisher:
             ordered = [parts[device] for device in devices]
             del self._parts[use.position]
             array = jax.make_array_from_single_device_arrays(spec.shape, sharding, ordered)
-        self.leaves[use.position] = self._weak(want, array, sharding)
+        array = self._weak(want, array, sharding)
+        if want.leaf.format is not None:
+            array = jax.device_put(array, want.leaf.format)
+        self.leaves[use.position] = array
 
     def _weak(self, want: Wanted, array: jax.Array, sharding: Sharding | None) -> jax.Array:
         """Make an array weakly typed if the stored one was, and was not cast."""

@@ -31,7 +31,7 @@ class FlatTemplate(NamedTuple):
 
     def match(
         self,
-        available: Mapping[str, LeafSpec | None],
+        available: Mapping[str, Any],
         values: Callable[[Collection[str]], Mapping[str, Any]],
         options: Options,
     ) -> list[tuple[int, str | View]]:

@@ -8,7 +8,7 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from pytree2safetensors._errors import shorten
+from pytree2safetensors._errors import FileFormatError, shorten
 from pytree2safetensors._leaves.families import Lost
 from pytree2safetensors._leaves.renaming import Rename, renamed
 from pytree2safetensors._leaves.routes import Route, Routes
@@ -79,7 +79,7 @@ class Comparison:
 def compare(
     paths: Sequence[str],
     slots: Sequence[TemplateLeaf | None],
-    available: Mapping[str, LeafSpec | None],
+    available: Mapping[str, Any],
     values: Callable[[Collection[str]], Mapping[str, Any]],
     options: Options,
 ) -> Comparison:
@@ -102,7 +102,7 @@ def compare(
     for position, (path, slot) in enumerate(zip(paths, slots, strict=True)):
         if slot is None:
             name = add_prefix(options.prefix, path)  # `rename` knows the names of data alone
-            if name in available and available[name] is None:
+            if name in available and _is_empty(available, name):
                 outcome.used.add(name)  # neither is data
             continue
         route, rule = routes[position], rules[position]
@@ -154,7 +154,7 @@ def _judge_by_rule(
     slot: TemplateLeaf,
     route: View | Lost | None,
     rule: Rule | None,
-    available: Mapping[str, LeafSpec | None],
+    available: Mapping[str, Any],
 ) -> None:
     """Whether the tensors fit of which a rule makes a leaf, or why it makes none."""
     if route is None:
@@ -187,7 +187,7 @@ def _judge_view(
     slot: TemplateLeaf,
     view: View,
     rule: Rule | None,
-    available: Mapping[str, LeafSpec | None],
+    available: Mapping[str, Any],
 ) -> None:
     dtype: np.dtype[Any] | None = None
     for name in view.names:
@@ -219,6 +219,14 @@ def _hint(slot: TemplateLeaf, stored: LeafSpec | None, rule: Rule | None) -> str
     axes = "o i" if len(shape) == 2 else " ".join("abcdefghijklmnopqrstuvwxyz"[: len(shape)])
     pattern = f"{axes} -> {' '.join(reversed(axes.split()))}"
     return f"; that is its transpose, which {rule!r} makes with the pattern {pattern!r}"
+
+
+def _is_empty(available: Mapping[str, Any], name: str) -> bool:
+    """Return whether what is given under a name has no values; every tensor of a file has."""
+    try:
+        return available[name] is None
+    except FileFormatError:  # a tensor of a dtype that nothing here reads
+        return False
 
 
 def _needs_value(slot: TemplateLeaf, stored: LeafSpec) -> bool:

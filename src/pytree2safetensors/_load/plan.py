@@ -200,7 +200,7 @@ def _is_small(
         found = known.get(key)
         if found is None:
             plain = info.kind is None and leaf.leaf.kind == "array" and leaf.sharding is None
-            apart = leaf.target != "jax" or keeps_memory(leaf)
+            apart = leaf.target != "jax" or leaf.format is not None or keeps_memory(leaf)
             found = known[key] = plain and not apart and 0 < info.nbytes < TAKEN_OVER
         return found
 

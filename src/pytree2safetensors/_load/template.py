@@ -10,8 +10,8 @@ import jax
 import numpy as np
 
 from pytree2safetensors._leaves.decode import holds_value
-from pytree2safetensors._leaves.describe import PYTHON_SCALARS, info_of
-from pytree2safetensors._leaves.jax_versions import REFERENCE
+from pytree2safetensors._leaves.describe import PYTHON_SCALARS, converts_to_arrays, info_of
+from pytree2safetensors._leaves.jax_versions import REFERENCE, explicit_format
 from pytree2safetensors._leaves.keys import implementation_of, is_key_dtype, key_shape
 from pytree2safetensors._leaves.spec import LeafSpec, holds, rank_of
 from pytree2safetensors._tree.literal import short_form
@@ -32,6 +32,7 @@ class TemplateLeaf(NamedTuple):
     target: Target
     sharding: jax.sharding.Sharding | None = None
     abstract: bool = False
+    format: Any = None  # the layout on its device, with the sharding, if it asks for one
 
 
 class _Look(NamedTuple):
@@ -43,6 +44,7 @@ class _Look(NamedTuple):
     weak: bool = False
     sharding: jax.sharding.Sharding | None = None
     abstract: bool = False
+    format: Any = None
 
 
 def template_leaves(leaves: Iterable[Any]) -> list[TemplateLeaf | None]:
@@ -74,7 +76,10 @@ def _looker(kind: type) -> Callable[[Any], _Look | None]:
         return lambda leaf: _Look("scalar", leaf.shape, leaf.dtype)
     if issubclass(kind, jax.core.Tracer):
         return _look_at_tracer
-    return _look_at_array if issubclass(kind, jax.Array) else _look_at_any
+    if issubclass(kind, jax.Array):
+        return _look_at_array
+    # An array of another library has values, and is no abstract array for having a shape.
+    return (lambda _: None) if converts_to_arrays(kind) else _look_at_any
 
 
 def _look_at_array(leaf: jax.Array) -> _Look:
@@ -101,7 +106,8 @@ def _look_at_any(leaf: Any) -> _Look | None:
         return None
     sharding = getattr(leaf, "sharding", None)
     sharding = sharding if isinstance(sharding, jax.sharding.Sharding) else None
-    return _Look("jax", *seen, bool(getattr(leaf, "weak_type", False)), sharding, True)
+    weak = bool(getattr(leaf, "weak_type", False))
+    return _Look("jax", *seen, weak, sharding, True, explicit_format(leaf))
 
 
 def _shape_and_dtype(leaf: Any) -> tuple[tuple[int, ...], Any] | None:
@@ -116,7 +122,7 @@ def _shape_and_dtype(leaf: Any) -> tuple[tuple[int, ...], Any] | None:
 
 
 def _slot(look: _Look) -> TemplateLeaf | None:
-    target, shape, dtype, weak, sharding, abstract = look
+    target, shape, dtype, weak, sharding, abstract, layout = look
     if target == "python":
         return TemplateLeaf(LeafSpec(dtype, None, ()), target)
     if target != "jax":
@@ -129,9 +135,8 @@ def _slot(look: _Look) -> TemplateLeaf | None:
             return None
         return TemplateLeaf(LeafSpec("key", None, shape, impl=impl), target, sharding, abstract)
     target = "jax" if holds(dtype) else "foreign"
-    return TemplateLeaf(
-        LeafSpec("array", dtype.newbyteorder("="), shape, weak), target, sharding, abstract
-    )
+    spec = LeafSpec("array", dtype.newbyteorder("="), shape, weak)
+    return TemplateLeaf(spec, target, sharding, abstract, layout)
 
 
 def misfit(slot: TemplateLeaf, stored: LeafSpec, value: Any, *, cast: bool) -> str | None:

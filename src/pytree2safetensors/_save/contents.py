@@ -12,7 +12,13 @@ from pytree2safetensors._errors import UnsupportedLeafError, shorten
 from pytree2safetensors._format.header import check_metadata
 from pytree2safetensors._format.note import NOTE, Note, write_note
 from pytree2safetensors._format.tensor import TensorInfo
-from pytree2safetensors._leaves.describe import DeletedLeaf, describe, is_deleted, is_valueless
+from pytree2safetensors._leaves.describe import (
+    DeletedLeaf,
+    describe,
+    holds_array,
+    is_deleted,
+    is_valueless,
+)
 from pytree2safetensors._leaves.renaming import Rename
 from pytree2safetensors._save.renamed import place, tensors_of
 from pytree2safetensors._tree.flatten import Flat, flatten
@@ -85,7 +91,7 @@ def _check_unfit(unfit: list[tuple[str, Any]], *, skip: bool) -> None:
             "or save the array that took its place"
         )
     # Arrays without values nobody means to leave out.
-    valueless = any(is_valueless(leaf) for _, leaf in unfit)
+    valueless = any(is_valueless(leaf) or holds_array(leaf) for _, leaf in unfit)
     if valueless or not skip:
         raise UnsupportedLeafError(_unfit_message(unfit, valueless))
 
@@ -93,7 +99,8 @@ def _check_unfit(unfit: list[tuple[str, Any]], *, skip: bool) -> None:
 def _unfit_message(unfit: list[tuple[str, Any]], valueless: bool) -> str:
     lines = [f"  {shorten(name)}: {_type_name(leaf)}" for name, leaf in unfit]
     remedy = (
-        "Save arrays that have values: outside of jit, no abstract ones, and of a reference what it holds."
+        "Only concrete arrays can be saved. Call this outside jit; of a Ref, or another object that "
+        "holds an array, save the array."
         if valueless
         else 'Save with unsupported="skip" to leave them out; load_into_pytree then keeps those of '
         "its template. (A class of your own is no leaf once it is registered as a pytree node.)"
