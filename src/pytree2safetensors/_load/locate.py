@@ -1,4 +1,4 @@
-"""Locating: the file, the index or the shards that a path means.
+"""Finding the file, the index or the shards that a path means.
 
 Specification: *Sharded folders*.
 """
@@ -45,7 +45,7 @@ class Index(NamedTuple):
     status: tuple[int, ...]
 
     def is_current(self) -> bool:
-        """Whether no save has replaced it since."""
+        """Return whether no save has replaced it since."""
         try:
             if isinstance(self.path, RemotePath):
                 return isinstance(self.source, RemoteSource) and self.source.is_current()
@@ -80,7 +80,7 @@ class Index(NamedTuple):
 
 
 def is_index(path: str | RemotePath) -> bool:
-    """Whether a path names an index, and no safetensors file that is called like one."""
+    """Return whether a path names an index, and not a safetensors file that is called like one."""
     if isinstance(path, RemotePath):
         return path.name.endswith(".json")
     if not path.endswith(".json") or not os.path.isfile(path):
@@ -97,7 +97,7 @@ def is_index(path: str | RemotePath) -> bool:
 
 
 def locate(path: str) -> str:
-    """The file that a path means: itself, its index, or in a folder the index or the one file.
+    """Return the file that a path means: itself, its index, or in a folder the index or the one file.
 
     Raises:
         FileFormatError: The folder has none, or several.
@@ -172,19 +172,19 @@ def locate_remotely(path: RemotePath) -> list[RemotePath]:
 
 
 def _has_parts(index: str) -> bool:
-    """Whether there is an index, or shards that lack it."""
+    """Return whether there is an index, or shards that lack it."""
     return os.path.isfile(index) or bool(_shards_beside(index))
 
 
 def _shards_beside(index: str) -> list[str]:
-    """The shards that belong to an index by their names, whether it is there or not."""
+    """Return the shards that belong to an index by their names, whether it is there or not."""
     folder, stem = split_path(index, is_folder=os.path.isdir(index))
     names = os.listdir(folder) if os.path.isdir(folder) else []
     return sorted(name for name in names if stem_of(name) == stem)
 
 
 def _check_not_cut_short(folder: str, shards: list[str]) -> None:
-    """Say so where there are shards, finished or not, and no index."""
+    """Raise an error if there are shards, finished or not, and no index."""
     if shards:
         raise FileFormatError(
             f"the folder {shorten(folder)} has {shorten(shards[0])} and no index: a save was cut "
@@ -218,7 +218,7 @@ def read_index(path: str | RemotePath) -> Index:
 
 
 def _status(path: str) -> tuple[int, ...]:
-    """What differs between a file and another that takes its place, or between before and after."""
+    """Return what tells a file from another that takes its place, or from its earlier content."""
     status = os.stat(path)
     return *identity(status), status.st_ctime_ns
 

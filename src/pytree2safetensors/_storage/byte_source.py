@@ -1,4 +1,4 @@
-"""What can be read at any position, and reads of many ranges."""
+"""Sources of bytes, and reads of many ranges."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -68,9 +68,9 @@ class ByteSource:
     """A file to read at any position, from any thread.
 
     Attributes:
-        piece: The bytes of one read, if more than elsewhere.
-        gap: The bytes between two ranges of a tensor that are read sooner than left out.
-        in_flight: How many reads are worth being under way at once; 0 if the machine tells.
+        piece: The bytes of one read; 0 if the caller decides.
+        gap: Two ranges of a tensor with fewer bytes between them are read as one.
+        in_flight: How many reads to have under way at once; 0 if the number of cores decides.
     """
 
     piece: int = 0
@@ -81,21 +81,21 @@ class ByteSource:
         self.label, self.size = label, size
 
     def read_into(self, buffers: list[memoryview], offset: int) -> int:
-        """Read into buffers, in order; how many bytes arrived."""
+        """Read into buffers in order, and return how many bytes arrived."""
         raise NotImplementedError
 
     def map(self) -> NDArray[np.uint8]:
-        """The whole file as read-only memory, of what has a path."""
+        """Return the whole file as read-only memory; only files on disk can do that."""
         raise NotImplementedError
 
     def verify(self) -> None:
         """Raise a FileFormatError if another file has taken the place of this one."""
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file, if it is not the caller's."""
 
     def measure(self, end: int) -> int:  # noqa: ARG002 - for streams
-        """The size; of a stream that has more than `end` bytes, something larger than this."""
+        """Return the size; for a stream of more than `end` bytes, any number larger than `end`."""
         return self.size
 
     def fill(self, buffers: list[memoryview], offset: int) -> None:
@@ -111,7 +111,7 @@ class ByteSource:
                 buffers[0] = buffers[0][count:]
 
     def read(self, offset: int, size: int) -> bytearray:
-        """Read a piece, whole."""
+        """Read `size` bytes."""
         piece = bytearray(size)
         if size:
             self.fill([memoryview(piece)], offset)

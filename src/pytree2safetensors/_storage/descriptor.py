@@ -86,7 +86,7 @@ def _write_all(descriptor: int, piece: memoryview) -> None:
 
 
 def write_at(descriptor: int, piece: memoryview, offset: int) -> None:
-    """Write bytes to a place of their own; what lies before it may be written later."""
+    """Write bytes at an offset; the bytes before it may be written later."""
     while len(piece):
         if hasattr(os, "pwrite"):
             count = os.pwrite(descriptor, piece[:_STEP], offset)

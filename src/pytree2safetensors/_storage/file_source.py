@@ -1,4 +1,4 @@
-"""Bytes out of files of this system. Nothing else opens one of these for reading."""
+"""Reading local files. No other module opens a file for reading."""
 
 import errno
 import mmap
@@ -30,7 +30,7 @@ _EXHAUSTED: Final = {errno.EMFILE, errno.ENFILE}  # there are no descriptors lef
 
 
 class FileSource(ByteSource):
-    """A regular file. It may be shut, and is then open only while something is read of it."""
+    """A regular file. After `shut` it is open only during a read."""
 
     def __init__(self, label: str, path: str, held: Held, descriptor: int) -> None:
         status = os.fstat(descriptor)
@@ -41,7 +41,7 @@ class FileSource(ByteSource):
         self._lock = threading.Lock()
 
     def shut(self) -> None:
-        """Close the file until something is read of it."""
+        """Close the file until the next read."""
         self._is_shut = True
         self._held.close()
 
@@ -126,13 +126,13 @@ def _open_path(path: str, regular: bool) -> ByteSource:
 
 
 def shut(source: ByteSource) -> None:
-    """Close a file until something is read of it."""
+    """Close a file until the next read; other sources stay open."""
     if isinstance(source, FileSource):
         source.shut()
 
 
 def identity(status: os.stat_result) -> tuple[int, ...]:
-    """Return what differs between a file and another that takes its place."""
+    """Return what tells a file from another that takes its place."""
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 

@@ -1,4 +1,4 @@
-"""An open folder: names in it, its lock, and what savers left there that were killed."""
+"""An open folder: its names, its lock, and the files that killed savers left there."""
 
 import errno
 import os
@@ -28,7 +28,7 @@ class Folder:
     """
 
     def __init__(self, path: str, *, listed: bool) -> None:
-        """Open a folder; what is not to be listed or flushed need not be readable."""
+        """Remember the path; a folder that is not `listed` or flushed need not be readable."""
         self.path, self._listed = path or os.curdir, listed
         self._held = Held()
         self._descriptor: int | None = None
@@ -53,7 +53,7 @@ class Folder:
         self._held.__exit__()
 
     def close(self) -> None:
-        """Close the folder; unlike at the end of a `with` block, an error is raised."""
+        """Close the folder, and raise the error if that fails."""
         self._held.close()
 
     def _at(self, name: str) -> str:

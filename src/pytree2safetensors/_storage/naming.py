@@ -1,4 +1,4 @@
-"""Which file an error of the system is about, and the names of unfinished files."""
+"""Naming files: in errors of the system, and while they are unfinished."""
 
 import hashlib
 import os
@@ -13,7 +13,7 @@ _FOREIGN: Final = "_pytree2safetensors_foreign"
 
 @contextmanager
 def naming(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Give the system's errors the path that the caller asked for."""
+    """Put the path that the caller passed into errors of the system."""
     try:
         yield
     except OSError as error:
@@ -25,7 +25,7 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
 
 @contextmanager
 def foreign() -> Iterator[None]:
-    """Mark errors of code that the caller passed, which are not about the file."""
+    """Mark errors of the caller's own code, which are not about the file."""
     try:
         yield
     except OSError as error:
@@ -39,6 +39,6 @@ def temporary_name(target: str = "") -> str:
 
 
 def temporary_prefix(target: str) -> str:
-    """Return what the temporary names of a target begin with, and those of no other."""
+    """Return how the temporary names of a target begin."""
     digest = hashlib.sha256(os.fsencode(target)).hexdigest()
     return f"{TEMPORARY}{digest[:8]}-"

@@ -1,4 +1,4 @@
-"""Showing how far long work is."""
+"""Progress of long work: bars, and functions that callers pass."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -57,7 +57,7 @@ class _Bar:
 
 @contextmanager
 def closing_bar(progress: Progress | None) -> Iterator[None]:
-    """Close the bar of a reporter when the work ends, whole or not."""
+    """Close the bar when the work ends or fails."""
     try:
         yield
     finally:
@@ -66,7 +66,7 @@ def closing_bar(progress: Progress | None) -> Iterator[None]:
 
 
 def part_of(progress: Progress | None, before: int, total: int) -> Progress | None:
-    """What a part of the work calls, which begins when `before` of all bytes are done."""
+    """Return what a part of the work calls, which begins when `before` of all bytes are done."""
     if progress is None:
         return None
 

@@ -25,7 +25,7 @@ _VERSION: Final = (
 
 @contextmanager
 def told(path: RemotePath) -> Iterator[None]:
-    """Give the errors of a store the URL, without its credentials."""
+    """Put the URL into the errors of a store, without its credentials."""
     try:
         yield
     except FileFormatError:
@@ -59,7 +59,7 @@ def _changed(path: RemotePath) -> FileFormatError:
 
 
 class RemoteSource(ByteSource):
-    """A file in a store. What was read first is kept; everything else is asked for when needed."""
+    """A file in a store. Its first bytes are kept; other ranges are requested when they are read."""
 
     piece = 16 << 20
     gap = 1 << 20
@@ -132,7 +132,7 @@ class RemoteSource(ByteSource):
 
 
 def _opened(path: RemotePath) -> tuple[Any, dict[str, Any]]:
-    """Open a file; what the store says of it, with one request."""
+    """Open a file with one request; return it, and what the store says about it."""
     if not path.is_web:
         file = path.fs.open(path.path, "rb", cache_type="none")
         details = getattr(file, "details", None)
@@ -158,10 +158,9 @@ def _version_of(info: dict[str, Any]) -> tuple[str, ...]:
 
 
 class Pending:
-    """A file in a store that is written, and does not take its name before it is committed.
+    """A file in a store that is being written.
 
-    So it is in stores that can do so. In others it has its name when it is committed or, where they
-    write in place, from the start.
+    It takes its name with `commit`. Stores that write in place give it its name from the start.
     """
 
     def __init__(self, path: RemotePath) -> None:
@@ -183,7 +182,7 @@ class Pending:
             self._file.write(piece)
 
     def finish(self) -> None:
-        """Send what is left, if the file takes its name only with the commit."""
+        """Send the rest now, unless that would already give the file its name."""
         if _commits(self._file):
             with told(self.path):
                 self._file.close()
@@ -197,7 +196,7 @@ class Pending:
             self.path.fs.invalidate_cache()
 
     def discard(self) -> None:
-        """Give up what was written, if that can be done."""
+        """Remove what was written, as far as the store can."""
         file = self._file
         # Files of fsspec send what they have when they are collected, unless they are closed.
         with suppress(AttributeError):

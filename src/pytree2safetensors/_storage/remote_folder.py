@@ -33,9 +33,8 @@ def replace_remotely(
 ) -> None:
     """Write files that mean something once the last of them is there; then remove what is stale.
 
-    A store has no renames, and no lock. So what said what the older files are goes before any of
-    them is replaced: in between, and after a failure then, a reader is told that the save was cut
-    short.
+    A store has no renames and no lock. So the old index goes before any shard is replaced. In
+    between, and after a failure there, a reader gets the error that the save was cut short.
     """
     report = Report(progress, sum(part.size for part in parts))
     *others, last = parts

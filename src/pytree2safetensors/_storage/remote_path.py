@@ -1,4 +1,4 @@
-"""Where a path leads: to a file of this system, or through fsspec to a store.
+"""Where a path leads: to a local file, or through fsspec to a store.
 
 A store is what a URL names: an object store, a model hub, a web server.
 """
@@ -35,7 +35,7 @@ class RemotePath(NamedTuple):
 
     @property
     def label(self) -> str:
-        """What messages call it."""
+        """The URL for messages, shortened and without credentials."""
         return shorten(hide_credentials(self.url))
 
     @property
@@ -51,7 +51,7 @@ class RemotePath(NamedTuple):
 
     @property
     def protocols(self) -> frozenset[str]:
-        """What the beginning of its URL may be."""
+        """The schemes of its file system."""
         found = self.fs.protocol
         return frozenset([found] if isinstance(found, str) else found)
 
@@ -117,7 +117,7 @@ def _local(path: str) -> str:
 
 
 def check_created(folder: str) -> None:
-    """Refuse a new folder that a shell would have called otherwise."""
+    """Refuse to make a folder called `~`, which only a shell replaces."""
     first = folder.partition("/")[0]
     if first.startswith("~") and not os.path.lexists(first):
         raise ValueError(
@@ -143,5 +143,5 @@ def _remote(url: str) -> RemotePath:
 
 
 def hide_credentials(text: str) -> str:
-    """Leave out what follows a URL's "?", and who logs in."""
+    """Remove user names, passwords and queries from the URLs in a text."""
     return _QUERY.sub(r"\1?...", _USER.sub(r"\1...@", text))
