@@ -25,6 +25,7 @@ class WebServer:
         delay: Seconds that each request takes.
         has_ranges: "yes", "no" (which it says), or "ignored".
         has_etags: Whether files have entity tags.
+        key: What the header X-Key has to be, if anything.
         before: Called with the number of each request, before it is answered; may change files, or
             raise a ConnectionError to drop the connection.
     """
@@ -35,6 +36,7 @@ class WebServer:
         self.delay = 0.0
         self.has_ranges = "yes"
         self.has_etags = True
+        self.key = ""
         self.before: Callable[[int], None] = lambda number: None
         self.at_once = self.most_at_once = 0
         self.lock = threading.Lock()
@@ -83,7 +85,7 @@ class _Handler(BaseHTTPRequestHandler):
     def respond(self, number: int, with_content: bool) -> None:
         state = self.state
         content = state.files.get(self.path.partition("?")[0])
-        if content is None:
+        if content is None or state.key not in {"", self.headers.get("X-Key")}:
             self.send_response(404)
             self.send_header("Content-Length", "0")
             self.end_headers()

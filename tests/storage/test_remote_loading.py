@@ -152,6 +152,34 @@ def test_chained_urls_load(
         assert is_same(tree_of(1), load_pytree(f"zip://{inner}::{tmp_path}/a.zip"))
 
 
+def test_the_headers_of_a_file_system_are_sent(server: WebServer, tmp_path: Path) -> None:
+    url = publish(server, "/m.safetensors", tmp_path, large())
+    server.key = "secret"
+    assert is_same(
+        large()["w1"], load_pytree(UPath(url, headers={"X-Key": "secret"}), prefix="@w1")
+    )
+    with pytest.raises(FileNotFoundError):
+        load_pytree(url)
+
+
+@pytest.mark.parametrize("gone", [True, False])
+def test_an_object_that_goes_at_the_end_is_told(
+    server: WebServer, tmp_path: Path, gone: bool
+) -> None:
+    url = publish(server, "/m.safetensors", tmp_path, large())
+    server.has_etags = False
+
+    def change(number: int) -> None:
+        if number == 3:  # which asks whether it is still the same
+            server.files["/m.safetensors"] += b"more"
+            if gone:
+                server.files.clear()
+
+    server.before = change
+    with pytest.raises(FileFormatError, match="was replaced while it was read; load it again"):
+        load_pytree(url)
+
+
 def test_the_command_takes_urls(
     server: WebServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

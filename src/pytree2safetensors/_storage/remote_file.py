@@ -115,9 +115,12 @@ class RemoteSource(ByteSource):
 
     def is_current(self) -> bool:
         """Return whether the store still has the file that was opened."""
-        with told(self.path):
-            self.path.fs.invalidate_cache()
-            info = self.path.fs.info(self.path.path)
+        try:
+            with told(self.path):
+                self.path.fs.invalidate_cache()
+                info = self.path.fs.info(self.path.path)
+        except FileNotFoundError:
+            return False
         return (info.get("size"), _version_of(info)) == (self.size, self._version)
 
     def verify(self) -> None:
@@ -143,7 +146,8 @@ def _opened(path: RemotePath) -> tuple[Any, dict[str, Any]]:
     if info.get("partial") is False:
         raise FileFormatError(f"the server of {path.label} has no ranges; copy it")
     etag = info.get("ETag", "W/")
-    options = {} if etag.startswith("W/") else {"headers": {"If-Match": etag}}
+    own = getattr(path.fs, "kwargs", {}).get("headers", {})  # such as who logs in
+    options = {} if etag.startswith("W/") else {"headers": {**own, "If-Match": etag}}
     if not info["size"]:
         return None, info
     file = path.fs.open(path.path, "rb", size=info["size"], cache_type="none", **options)
