@@ -931,7 +931,7 @@ def test_a_file_that_is_cut_short_while_it_is_read(
     for spec in SPECS.values():
         (tmp_path / "file").unlink()
         p2s.save_pytree([values], tmp_path / "file")
-        with pytest.raises(p2s.FileFormatError, match="became shorter while it was read"):
+        with pytest.raises(p2s.FileFormatError, match="was truncated while it was read"):
             into(tmp_path / "file", (64, 64), np.float32, NamedSharding(mesh, spec))
 
 

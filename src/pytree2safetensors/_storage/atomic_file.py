@@ -18,7 +18,7 @@ from pytree2safetensors._storage.naming import naming, temporary_name
 from pytree2safetensors._storage.progress import Progress
 from pytree2safetensors._types import Chunk
 
-_LINKS: Final = 40  # symbolic links in a row, as many as Linux follows
+_LINKS: Final = 40  # symbolic links to follow, as many as Linux does
 
 
 def write_file(
@@ -71,7 +71,7 @@ def replacing(path: LocalPath, *, durable: bool, name: str | None = None) -> Ite
 
 @contextmanager
 def joining(path: LocalPath, name: str) -> Iterator[int]:
-    """Yield a descriptor of the file that another process has under way in `replacing`."""
+    """Yield a descriptor of the unfinished file of another process's `replacing`."""
     with naming(path), Held() as held:
         parent, _ = _split(os.fsdecode(path))
         with Folder(parent, listed=False) as folder:
@@ -81,7 +81,7 @@ def joining(path: LocalPath, name: str) -> Iterator[int]:
 
 
 def _split(path: str) -> tuple[str, str]:
-    """Return the folder and the name of what a path leads to."""
+    """Return the folder and the name of the file that a path leads to."""
     parent, target = os.path.split(_followed(path))
     if not target:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
@@ -99,12 +99,12 @@ def _explaining(parent: str, durable: bool) -> Iterator[None]:
     except PermissionError as error:
         if not durable or not os.access(parent or os.curdir, os.W_OK | os.X_OK):
             raise
-        text = "its folder cannot be read, which flushing it takes; durable=False saves"
+        text = "its folder cannot be read, which is needed to flush it; durable=False saves without"
         raise PermissionError(error.errno, f"{error.strerror} ({text})", parent) from None
 
 
 def is_special(path: LocalPath) -> bool:
-    """Return whether there is something that nothing can take the place of."""
+    """Return whether a path leads to something that cannot be replaced."""
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
@@ -112,17 +112,17 @@ def is_special(path: LocalPath) -> bool:
     if not stat.S_ISREG(mode):  # a device, a pipe, a folder
         return True
     target = _followed(os.fsdecode(path))
-    # What Linux says of a file without a name, which a link of the kind of /dev/fd/3 leads to.
+    # Linux shows a file without a name like this, for links such as /dev/fd/3.
     return target.endswith(" (deleted)") and not os.path.lexists(target)
 
 
 def _followed(path: str) -> str:
-    """Return where a path leads, there or not: a symbolic link stays, and its target is replaced."""
+    """Follow symbolic links, even to a file that does not exist: links stay, their target is replaced."""
     for _ in range(_LINKS):
         try:
             link = os.readlink(path)
         except OSError as error:
-            if error.errno in {errno.EINVAL, errno.ENOENT}:  # no link, or nothing at all
+            if error.errno in {errno.EINVAL, errno.ENOENT}:  # not a link, or nothing
                 return path
             raise
         path = os.path.join(os.path.dirname(path), link)

@@ -36,15 +36,15 @@ def replace_together(
     durable: bool,
     progress: Progress | None,
 ) -> None:
-    """Write files that mean something once the last of them is there; then remove what is stale.
+    """Write files that become valid with the last of them, then remove stale files.
 
     Args:
         path: The folder of the files; made if it is missing.
         parts: The files.
-        rival: The name that means something else beside the last file, and goes before it comes.
-        stale: Returns which of the names in the folder go afterwards, in order.
-        durable: Whether the files have reached the disk when this returns.
-        progress: What to call with bytes written, and bytes altogether.
+        rival: The name of a file that the last one replaces, removed before that appears.
+        stale: Returns the names in the folder to remove afterwards, in order.
+        durable: Whether to flush the files to disk before this returns.
+        progress: Called with the bytes written and the bytes in total.
 
     Raises:
         OSError: Nothing changed; or everything did, and a flush or a removal failed after that; or
@@ -68,7 +68,7 @@ def replacing_together(
     *,
     durable: bool,
 ) -> Iterator[Callable[[str, bool], AbstractContextManager[int]]]:
-    """Yield a function that creates one of the files, and flushes it or not.
+    """Yield a function that creates one of the files, and flushes it if asked.
 
     All files take their places if all goes well. Until then they have the given temporary names,
     by which other processes can open them.
@@ -77,7 +77,7 @@ def replacing_together(
         missing = _missing(path)
         undo.callback(_remove_empty, missing)
         for above in reversed(missing):
-            with suppress(FileExistsError):  # another saver was faster
+            with suppress(FileExistsError):  # made by another saver
                 os.mkdir(above)
         folder = undo.enter_context(Folder(path, listed=True))
         for temporary in temporaries.values():
@@ -96,7 +96,7 @@ def replacing_together(
             *_, last = temporaries
             with folder.locked():
                 for name in (rival, *stale(folder.names())):
-                    _replaced(folder, name)  # what cannot be removed is an error by now
+                    _replaced(folder, name)  # raise an error now if it cannot be removed
                 _commit(folder, temporaries, rival, durable)
                 if durable:
                     for made in missing:
@@ -108,7 +108,7 @@ def replacing_together(
                     folder.remove_abandoned(name)
 
         yield creating
-        # A save from a signal handler would wait for the lock of the save that it came into.
+        # A save in a signal handler would wait for the lock of the save that it interrupts.
         undisturbed(commit)
 
 
@@ -131,7 +131,7 @@ def _is_there(path: str) -> bool:
 
 def _remove_empty(folders: Iterable[str]) -> None:
     for folder in folders:
-        with suppress(OSError):  # something is in it
+        with suppress(OSError):  # it is not empty
             os.rmdir(folder)
 
 
@@ -166,7 +166,7 @@ def _commit(folder: Folder, temporaries: Mapping[str, str], rival: str, durable:
             folder.flush()
 
     with ExitStack() as undo:
-        undo.callback(settle)  # once more, should an interrupt come into the first time
+        undo.callback(settle)  # again, in case an interrupt stops the first call
         undo.callback(settle)
         if taken:
             set_aside(last)
@@ -185,16 +185,16 @@ def _commit(folder: Folder, temporaries: Mapping[str, str], rival: str, durable:
 
 
 def _settle(folder: Folder, temporaries: Mapping[str, str], aside: dict[str, str]) -> None:
-    """Remove the older files if the newer ones have their names, else put them back.
+    """Remove the older files if the newer ones have their names, or else restore them.
 
-    The disk says which, as an interrupt may come between a change and the next line.
+    Look at the disk, because an interrupt may come between a change and the next line.
     """
     *_, last = temporaries
     if not folder.has(temporaries[last]):
         for older in aside.values():
             folder.discard(older)
         return
-    # The last one last, and only when all others are there.
+    # The last file last, and only if all others exist.
     for name in [*aside.keys() - temporaries.keys(), *temporaries]:
         if name in aside:
             if folder.has(aside[name]):

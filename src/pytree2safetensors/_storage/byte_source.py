@@ -10,13 +10,13 @@ from numpy.typing import NDArray
 from pytree2safetensors._errors import FileFormatError
 
 PIECE: Final = 8 << 20  # bytes of one read
-_VECTORS: Final = 512  # buffers of one system call; the least that systems allow is 1024
+_VECTORS: Final = 512  # buffers of one system call; every system allows 1024
 
 
 class HasMethod(type):
-    """The type of a class whose instances are all objects that have a method, delegated or not.
+    """The type of a class whose instances are all objects with a method, even a delegated one.
 
-    A protocol will not do: since Python 3.12 it looks at classes alone, and files of `tempfile` delegate.
+    A protocol only looks at classes since Python 3.12, but the files of `tempfile` delegate.
     """
 
     method: str
@@ -40,12 +40,12 @@ if TYPE_CHECKING:
 
         @property
         def fs(self) -> Any:
-            """The file system of fsspec."""
+            """Return the file system of fsspec."""
             ...
 
         @property
         def path(self) -> str:
-            """The path in it."""
+            """Return the path in it."""
             ...
 else:
 
@@ -99,11 +99,11 @@ class ByteSource:
         return self.size
 
     def fill(self, buffers: list[memoryview], offset: int) -> None:
-        """Fill buffers with what stands at `offset`."""
+        """Fill buffers with the bytes at `offset`."""
         while buffers:
             count = self.read_into(buffers, offset)
             if count <= 0:
-                raise FileFormatError(f"{self.label} became shorter while it was read")
+                raise FileFormatError(f"{self.label} was truncated while it was read")
             offset += count
             while buffers and count >= len(buffers[0]):
                 count -= len(buffers.pop(0))
@@ -119,7 +119,7 @@ class ByteSource:
 
 
 class Read(NamedTuple):
-    """A range of a source, and the memory that it goes to."""
+    """A range of a source, and the memory to read it into."""
 
     source: ByteSource
     offset: int

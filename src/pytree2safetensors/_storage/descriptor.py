@@ -1,4 +1,4 @@
-"""Open files: descriptors that no signal can lose, and writing to them."""
+"""File descriptors that a signal cannot leak, and writing to them."""
 
 import errno
 import os
@@ -16,12 +16,12 @@ from pytree2safetensors._types import Chunk
 if sys.platform != "win32":
     import fcntl
 
-_STEP: Final = 32 << 20  # bytes of one write, so that progress is told often
-_PREALLOCATED: Final = 8 << 20  # bytes: from here on reserving the space first is faster
+_STEP: Final = 32 << 20  # bytes of one write, so that progress is reported often
+_PREALLOCATED: Final = 8 << 20  # bytes: reserving the space of larger files first is faster
 
 
 class Held:
-    """At most one open descriptor, which is closed once."""
+    """Holds at most one open descriptor, and closes it once."""
 
     def __init__(self) -> None:
         self._open: list[int] = []
@@ -38,14 +38,14 @@ class Held:
     def open(self, path: str, flags: int, mode: int = 0o777, dir_fd: int | None = None) -> int:
         """Open a file as `os.open` does."""
         flags |= getattr(os, "O_BINARY", 0)
-        # No handler of a signal runs between the calls of `map` and `extend`, so that what was opened is never lost.
+        # No signal handler runs between `map` and `extend`, so an open descriptor is never lost.
         self._open.extend(map(partial(os.open, mode=mode, dir_fd=dir_fd), (path,), (flags,)))
         return self._open[-1]
 
     def close(self) -> None:
         """Close the descriptor if there is one."""
         closing = map(os.close, map(self._open.pop, repeat(-1, len(self._open))))
-        any(closing)  # without a handler in between, as in `open`
+        any(closing)  # no signal handler runs in between, as in `open`
 
 
 def write_chunks(
@@ -65,10 +65,10 @@ def write_chunks(
 
 
 def cut(chunks: Iterable[Chunk]) -> Iterator[Chunk]:
-    """Cut chunks that are long."""
+    """Split long chunks."""
     iterator = iter(chunks)
     while True:
-        with foreign():  # making them runs code of the caller's
+        with foreign():  # making them runs the caller's code
             chunk = next(iterator, None)
         if chunk is None:
             return
@@ -90,7 +90,7 @@ def write_at(descriptor: int, piece: memoryview, offset: int) -> None:
     while len(piece):
         if hasattr(os, "pwrite"):
             count = os.pwrite(descriptor, piece[:_STEP], offset)
-        else:  # a system without positioned writes
+        else:  # the system has no positioned writes
             os.lseek(descriptor, offset, os.SEEK_SET)
             count = os.write(descriptor, piece[:_STEP])
         if not count:
@@ -99,13 +99,13 @@ def write_at(descriptor: int, piece: memoryview, offset: int) -> None:
 
 
 def read_at(descriptor: int, size: int, offset: int) -> bytearray:
-    """Read bytes from a place; other threads may read meanwhile where the system can."""
+    """Read bytes at an offset; other threads may read at the same time if the system can."""
     found = bytearray(size)
     rest = memoryview(found)
     while rest:
         if hasattr(os, "preadv"):
             count = os.preadv(descriptor, [rest], offset)
-        else:  # a system without positioned reads
+        else:  # the system has no positioned reads
             os.lseek(descriptor, offset, os.SEEK_SET)
             piece = os.read(descriptor, len(rest))
             count = len(piece)
@@ -117,13 +117,13 @@ def read_at(descriptor: int, size: int, offset: int) -> bytearray:
 
 
 def reserve(descriptor: int, size: int) -> None:
-    """Give a new file its size, and its space where the file system can."""
+    """Set the size of a new file, and reserve its space if the file system can."""
     preallocate(descriptor, size)
     os.ftruncate(descriptor, size)
 
 
 def preallocate(descriptor: int, size: int) -> None:
-    """Reserve the space of a large file, where the file system can."""
+    """Reserve the space of a large file if the file system can."""
     if size < _PREALLOCATED or not hasattr(os, "posix_fallocate"):
         return
     try:
@@ -134,9 +134,9 @@ def preallocate(descriptor: int, size: int) -> None:
 
 
 def flush(descriptor: int) -> None:
-    """Bring what was written to the disk, and not just to the disk's cache."""
+    """Flush a file to the disk, not just to the disk's cache."""
     if sys.platform == "darwin":
-        with suppress(OSError):  # a file system that cannot
+        with suppress(OSError):  # the file system cannot
             fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
             return
     os.fsync(descriptor)

@@ -26,7 +26,7 @@ if sys.platform != "win32":
 
 # Before Python 3.13 a map keeps a descriptor of its own.
 _UNTRACKED: Final[dict[str, Any]] = {} if sys.version_info < (3, 13) else {"trackfd": False}
-_EXHAUSTED: Final = {errno.EMFILE, errno.ENFILE}  # there are no descriptors left
+_EXHAUSTED: Final = {errno.EMFILE, errno.ENFILE}  # no file descriptors are left
 
 
 class FileSource(ByteSource):
@@ -50,7 +50,7 @@ class FileSource(ByteSource):
             if hasattr(os, "preadv"):
                 count: int = os.preadv(descriptor, buffers, offset)
                 return count
-            with self._lock:  # a system without positioned reads
+            with self._lock:  # the system has no positioned reads
                 os.lseek(descriptor, offset, os.SEEK_SET)
                 piece = os.read(descriptor, len(buffers[0]))
             buffers[0][: len(piece)] = piece
@@ -84,7 +84,7 @@ class FileSource(ByteSource):
 
 
 class _Pipe(ForwardSource):
-    """A pipe or a device that has a path."""
+    """A pipe or a device with a path."""
 
     def __init__(self, label: str, held: Held, descriptor: int) -> None:
         super().__init__(label, os.fdopen(descriptor, "rb", closefd=False))
@@ -99,7 +99,7 @@ def open_source(path: LocalPath | RemotePath, *, regular: bool = False) -> ByteS
     """Open a file, here or in a store, for reading.
 
     Raises:
-        FileFormatError: It is to be a regular file, and is a pipe or a device, which may wait.
+        FileFormatError: It must be a regular file, and is a pipe or a device, which may block.
         OSError: It cannot be opened.
     """
     if isinstance(path, RemotePath):
@@ -118,7 +118,7 @@ def _open_path(path: str, regular: bool) -> ByteSource:
         if stat.S_ISREG(mode):
             return FileSource(label, path, held, descriptor)
         if regular:
-            raise FileFormatError(f"{label} is a pipe or a device, and no regular file")
+            raise FileFormatError(f"{label} is a pipe or a device, not a regular file")
         return _Pipe(label, held, descriptor)
     except BaseException:
         held.__exit__()
@@ -137,12 +137,12 @@ def identity(status: os.stat_result) -> tuple[int, ...]:
 
 
 def is_exhausted(error: OSError) -> bool:
-    """Return whether an error says that there are no descriptors left."""
+    """Return whether an error means that no file descriptors are left."""
     return error.errno in _EXHAUSTED
 
 
 def descriptors_to_keep() -> int:
-    """Return how many files may stay open at once: half of what a process may have."""
+    """Return how many files may stay open: half of the process's limit."""
     if sys.platform != "win32":
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         return 4096 if soft == resource.RLIM_INFINITY else min(4096, soft // 2)

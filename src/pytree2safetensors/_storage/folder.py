@@ -16,12 +16,12 @@ from pytree2safetensors._storage.naming import temporary_prefix
 if sys.platform != "win32":
     import fcntl
 
-_PATIENCE: Final = 30.0  # seconds to wait for a lock that is held for the time of a few renames
+_PATIENCE: Final = 30.0  # seconds to wait for a lock, which a saver holds during a few renames
 _DAY: Final = 86_400.0  # seconds that an unfinished file is kept
 
 
 class Folder:
-    """An open folder. It stays the same one, whatever folder the process changes to meanwhile.
+    """An open folder, which stays the same if the process changes its working directory.
 
     Where the system can, names are looked up in the folder itself: a path may be as long, and lead
     through such folders, as `open` allows.
@@ -66,27 +66,29 @@ class Folder:
     def create(self, held: Held, name: str, like: os.stat_result | None) -> int:
         """Create a file with the permissions that `open` gives, or those of the file it replaces."""
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
-        # Until it has its permissions nobody else may open it.
+        # Nobody else may open it before it has its permissions.
         descriptor = self.open(held, name, flags, 0o666 if like is None else 0o600)
         if sys.platform != "win32":
-            with suppress(OSError):  # a file system without locks
-                fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # this saver is alive
+            with suppress(OSError):  # the file system has no locks
+                fcntl.flock(
+                    descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB
+                )  # shows that this saver is alive
             if like is not None:
                 if (os.geteuid(), os.getegid()) != (like.st_uid, like.st_gid):
-                    with suppress(PermissionError):  # giving files away is for the superuser
+                    with suppress(PermissionError):  # only the superuser can change the owner
                         os.fchown(descriptor, like.st_uid, like.st_gid)
                 os.fchmod(descriptor, stat.S_IMODE(like.st_mode))
         return descriptor
 
     def status(self, name: str) -> os.stat_result | None:
-        """Return the status of what a name leads to; None if there is nothing."""
+        """Return the status of the file that a name leads to; None if there is none."""
         try:
             return os.stat(self._at(name), dir_fd=self._descriptor)
         except FileNotFoundError:
             return None
 
     def has(self, name: str) -> bool:
-        """Return whether a name is there. Unlike in `os.path`, what cannot be known is an error."""
+        """Return whether a name exists. Unlike `os.path`, raise an error if that is unknown."""
         try:
             os.lstat(self._at(name), dir_fd=self._descriptor)
         except FileNotFoundError:
@@ -94,7 +96,7 @@ class Folder:
         return True
 
     def replace(self, name: str, target: str) -> None:
-        """Give a file another name, in place of what has it."""
+        """Rename a file, and replace the one that has the new name."""
         os.replace(
             self._at(name),
             self._at(target),
@@ -107,7 +109,7 @@ class Folder:
         os.unlink(self._at(name), dir_fd=self._descriptor)
 
     def discard(self, name: str) -> None:
-        """Remove a file, if that can be done."""
+        """Remove a file if possible."""
         with suppress(OSError):
             self.unlink(name)
 
@@ -116,32 +118,32 @@ class Folder:
         return os.listdir(self.path if self._descriptor is None else self._descriptor)
 
     def flush(self) -> None:
-        """Make renames last, where the system can flush a folder."""
+        """Flush renames to the disk if the system can."""
         if self._descriptor is not None:
             try:
                 os.fsync(self._descriptor)
             except OSError as error:
-                if error.errno != errno.EINVAL:  # a file system that has no such flush
+                if error.errno != errno.EINVAL:  # the file system cannot flush folders
                     raise
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other savers out, where the system has locks.
+        """Lock out other savers if the system has locks.
 
         Raises:
-            TimeoutError: Another program has the lock, and keeps it.
+            TimeoutError: Another program keeps the lock.
         """
         if self._descriptor is not None:
             _lock(self._descriptor, self.path)
         try:
             yield
-        finally:  # not by closing alone: a process that was forked meanwhile has it open, too
+        finally:  # closing is not enough: a process forked in between has it open, too
             if self._descriptor is not None:
                 _unlock(self._descriptor)
 
     def remove_abandoned(self, target: str) -> None:
         """Remove unfinished files of a target if they are a day old and their saver is gone."""
-        with suppress(OSError):  # they are in nobody's way
+        with suppress(OSError):  # they do no harm
             prefix = temporary_prefix(target)
             for name in self.names():
                 if name.startswith(prefix):
@@ -175,7 +177,7 @@ def _lock(descriptor: int, path: str) -> None:
                     ) from None
                 time.sleep(pause)
                 pause = min(2 * pause, 0.05)
-            except OSError:  # a file system without locks
+            except OSError:  # the file system has no locks
                 return
             else:
                 return
@@ -199,6 +201,6 @@ def absolute(path: str) -> str:
         os.lstat(found)
     except FileNotFoundError:
         return found if os.path.isdir(os.path.dirname(found)) else path
-    except OSError:  # above is a folder that may not be entered, or the path gets too long
+    except OSError:  # a folder above is not accessible, or the path is too long
         return path
     return found

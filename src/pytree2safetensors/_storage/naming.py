@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
 
-TEMPORARY: Final = ".pytree2safetensors-"  # what the names of unfinished files begin with
+TEMPORARY: Final = ".pytree2safetensors-"  # the prefix of the names of unfinished files
 _FOREIGN: Final = "_pytree2safetensors_foreign"
 
 

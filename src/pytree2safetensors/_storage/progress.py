@@ -14,9 +14,9 @@ _STEP: Final = 32 << 20  # bytes between two reports
 
 
 def reporter(progress: ProgressOption, what: str, process: Callable[[], int]) -> Progress | None:
-    """Return what to call with (done_bytes, total_bytes); None for silence.
+    """Return a function of (done_bytes, total_bytes); None for no reports.
 
-    `process` gives the number of this process: the first one alone shows a bar.
+    `process` returns the index of this process. Only process 0 shows a bar.
     """
     if isinstance(progress, bool):
         return _bar(what, process) if progress else None
@@ -77,7 +77,7 @@ def part_of(progress: Progress | None, before: int, total: int) -> Progress | No
 
 
 class Report:
-    """Tells a caller how far the work is, at least every `_STEP` bytes and at the end."""
+    """Reports progress to the caller, every `_STEP` bytes and at the end."""
 
     def __init__(self, progress: Progress | None, total: int) -> None:
         self.progress, self.total = progress, total

@@ -1,4 +1,4 @@
-"""Reading ranges in threads, while the caller goes on.
+"""Reading ranges in threads while the caller goes on.
 
 Specification: *Loading*.
 """
@@ -14,11 +14,11 @@ from pytree2safetensors._storage.byte_source import PIECE, JoinedRead, Read, joi
 T = TypeVar("T")
 R = TypeVar("R")
 
-_INLINE: Final = 8 << 20  # bytes: less is read sooner than handed to threads
+_INLINE: Final = 8 << 20  # bytes: threads are slower for less
 
 
 class ReadPool:
-    """Threads that read. Where no thread can start, the calling one reads.
+    """Threads that read. If no thread can start, the caller reads.
 
     Args:
         workers: How many threads there are, at most.
@@ -39,7 +39,7 @@ class ReadPool:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._stopped = error is not None  # what is under way ends soon, and what waits is given up
+        self._stopped = error is not None  # running reads end soon, and waiting ones are cancelled
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=self._stopped)
 
@@ -49,15 +49,15 @@ class ReadPool:
         tasks: Iterable[Callable[[], None]],
         report: Callable[[int], None],
     ) -> list[Future[None]]:
-        """Begin reads, neighbouring ones together and long ones in pieces, and other tasks.
+        """Start reads, with adjacent ranges joined and long ones split, and other tasks.
 
         Args:
             reads: In the order of the file.
-            tasks: What else threads shall do.
-            report: What to call with the bytes of each read.
+            tasks: Other work for the threads.
+            report: Called with the number of bytes of each read.
 
         Returns:
-            Futures to wait for; less than some megabytes are read before this returns.
+            Futures to wait for. A few megabytes or less are read before this returns.
         """
         batches = list(joined_reads(reads, self._piece))
         work: list[Callable[[], None]] = [partial(self._read, batch, report) for batch in batches]
@@ -71,7 +71,7 @@ class ReadPool:
         return [self._submit(task) for task in waiting]
 
     def map(self, function: Callable[[T], R], values: Iterable[T]) -> list[Future[R]]:
-        """Begin to call a function with each of some values."""
+        """Start calls of a function with each value."""
         return [self._submit(partial(function, value)) for value in values]
 
     def _read(self, batch: JoinedRead, report: Callable[[int], None]) -> None:
@@ -85,7 +85,7 @@ class ReadPool:
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(self._workers, "pytree2safetensors-read")
             return self._pool.submit(task)
-        except RuntimeError:  # the interpreter is shutting down, or has no more threads
+        except RuntimeError:  # the interpreter is exiting, or cannot start threads
             done: Future[R] = Future()
             done.set_result(task())
             return done

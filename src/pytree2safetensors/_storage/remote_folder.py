@@ -31,7 +31,7 @@ def replace_remotely(
     stale: Callable[[Iterable[str]], list[str]],
     progress: Progress | None,
 ) -> None:
-    """Write files that mean something once the last of them is there; then remove what is stale.
+    """Write files that become valid with the last of them, then remove stale files.
 
     A store has no renames and no lock. So the old index goes before any shard is replaced. In
     between, and after a failure there, a reader gets the error that the save was cut short.

@@ -40,13 +40,13 @@ class RemotePath(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The last part of the path."""
+        """Return the last part of the path."""
         path = self.path.partition("?")[0] if self.is_web else self.path
         return path.rpartition("/")[2]
 
     @property
     def is_web(self) -> bool:
-        """Whether it is on a web server, which lists no folders."""
+        """Return whether it is on a web server, which lists no folders."""
         return "http" in self.protocols
 
     @property

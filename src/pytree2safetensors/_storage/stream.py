@@ -29,7 +29,7 @@ else:
 def write_stream(
     file: Writable, chunks: Iterable[Chunk], size: int, progress: Progress | None = None
 ) -> None:
-    """Write chunks that follow each other to a file object, as far as it takes them."""
+    """Write adjacent chunks to a file object, which may write only a part at a time."""
     if isinstance(file, io.TextIOBase):
         raise TypeError(f"{type(file).__name__} takes text, not bytes; open it in binary mode")
     report = Report(progress, size)

@@ -41,11 +41,11 @@ class ForwardSource(ByteSource):
 
 
 class _Stream(ByteSource):
-    """A file object that can seek, from its present position on."""
+    """A file object that can seek, from its current position."""
 
     def __init__(self, label: str, file: Any) -> None:
         self.file, self.start = file, file.tell()
-        file.seek(0, os.SEEK_END)  # which returns the position, or nothing
+        file.seek(0, os.SEEK_END)  # may return nothing
         super().__init__(label, max(0, file.tell() - self.start))
         self.lock = threading.Lock()
 
@@ -62,9 +62,9 @@ class _Stream(ByteSource):
 
 
 def open_stream(file: Readable) -> ByteSource:
-    """Open a file object for reading, from its present position on."""
+    """Open a file object for reading, from its current position."""
     label = _label_of(file)
-    if isinstance(file, io.TextIOBase):  # some of whose bytes may be no text
+    if isinstance(file, io.TextIOBase):  # some bytes may not be text
         raise _no_bytes(str, label)
     seekable = getattr(file, "seekable", None)
     if seekable is None or not seekable():
@@ -72,7 +72,7 @@ def open_stream(file: Readable) -> ByteSource:
     source = _Stream(label, file)
     if source.start and not source.size:
         raise FileFormatError(
-            f"{label} has 0 bytes after its position; seek to where the data begin"
+            f"{label} has 0 bytes after its position; seek to the start of the data"
         )
     return source
 

@@ -1,14 +1,14 @@
-"""Work that no signal handler may come into."""
+"""Work that no signal handler may interrupt."""
 
 import threading
 from collections.abc import Callable
 
 
 def undisturbed(work: Callable[[], object]) -> None:
-    """Do work in another thread: signal handlers run in the main one, which waits.
+    """Do work in another thread, since signal handlers run in the main thread, which waits.
 
-    What a handler raises is raised when the work is done. An interpreter that is ending starts no
-    threads; the calling one then does the work.
+    Raise what a handler raises after the work is done. If the interpreter is exiting and starts
+    no threads, the calling thread does the work.
     """
     claim, done = threading.Lock(), threading.Event()
     errors: list[BaseException] = []
@@ -29,7 +29,7 @@ def undisturbed(work: Callable[[], object]) -> None:
     except RuntimeError:
         run()
     except BaseException as error:
-        if claim.acquire(blocking=False):  # the thread has not begun, and never will
+        if claim.acquire(blocking=False):  # the thread will never start
             raise
         interrupts.append(error)
     while not done.is_set():
