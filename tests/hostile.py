@@ -153,7 +153,7 @@ def refused(
 def attempt(load: Callable[[Any], Any], content: bytes | Path) -> Any:
     """Load, and return what came or the documented exception; any other goes on its way."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "JAX cannot hold the dtypes")
+        warnings.filterwarnings("ignore", "JAX does not support the dtypes")
         try:
             return load(io.BytesIO(content) if isinstance(content, bytes) else content)
         except DOCUMENTED as error:

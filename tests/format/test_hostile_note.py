@@ -63,8 +63,11 @@ NOTES: list[tuple[bytes, str]] = [
     (leaves({"@a": ["str", 1]}), "the unknown or malformed leaf kind 'str'"),
     (leaves({"@a": "str"}), "the unknown or malformed leaf kind 'str'"),
     (leaves({"@a": "key"}), "the unknown or malformed leaf kind 'key'"),
-    (leaves({"@a": ["str", "x"]}, **{"@a": byte()}), "a tensor '@a', and a note that it has none"),
-    (leaves({"@a": "int"}), "the note of the BytesIO speaks of '@a', which is no tensor"),
+    (
+        leaves({"@a": ["str", "x"]}, **{"@a": byte()}),
+        "a tensor '@a', but its note says that there is none",
+    ),
+    (leaves({"@a": "int"}), "the note of the BytesIO names '@a', which is not a tensor"),
     (leaves({"@a": "int"}, **{"@a": byte()}), "'@a' is noted as int and stored as U8 of shape [1]"),
     (leaves({"@a": "int"}, **{"@a": tensor("I64", [1], 0, 8)}), "stored as I64 of shape [1]"),
     (leaves({"@a": "bool"}, **{"@a": tensor("U8", [], 0, 1)}), "stored as U8 of shape []"),
@@ -158,7 +161,7 @@ def test_a_noted_leaf_without_a_tensor_has_a_key_path(path: str) -> None:
     for load in (load_pytree, load_abstract, load_metadata):
         found = attempt(load, content)
         assert type(found) is FileFormatError
-        assert "the note of the BytesIO has a leaf that no tree has: " in str(found)
+        assert "the note of the BytesIO has an impossible leaf: " in str(found)
 
 
 def test_noted_nodes_that_registered_nodes_alone_have_make_no_tree() -> None:

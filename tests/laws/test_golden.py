@@ -36,7 +36,7 @@ WRITTEN_BY_OTHERS = {
 @pytest.fixture(autouse=True)
 def _wide_dtypes_may_be_numpy() -> Iterator[None]:
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "JAX cannot hold the dtypes")
+        warnings.filterwarnings("ignore", "JAX does not support the dtypes")
         yield
 
 

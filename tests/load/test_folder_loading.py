@@ -36,7 +36,7 @@ from pytree2safetensors.testing import pytrees
 def load_quietly(path: Path) -> Any:
     """The tree, or the class of what loading raised."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="JAX cannot hold the dtypes")
+        warnings.filterwarnings("ignore", message="JAX does not support the dtypes")
         try:
             return load_pytree(path)
         except Pytree2SafetensorsError as error:

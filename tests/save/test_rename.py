@@ -73,7 +73,7 @@ def test_names_may_come_from_a_mapping_or_a_function(rename: Any, path: Path) ->
 
 def test_a_function_that_gives_no_name_is_refused(path: Path) -> None:
     with pytest.raises(
-        TypeError, match="rename= gives '@w' a name of type int, and a name is a str"
+        TypeError, match="rename= gives '@w' a name of type int, but a name must be a str"
     ):
         save_pytree({"w": 1.0}, path, rename=lambda _: 3)  # type: ignore[arg-type] # what is tested
 

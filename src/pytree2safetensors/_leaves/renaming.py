@@ -64,7 +64,7 @@ def renamed(
         if not isinstance(name, str):
             raise TypeError(
                 f"rename= gives {shorten(path)} a name of type {type(name).__name__}, "
-                "and a name is a str"
+                "but a name must be a str"
             )
         names.append(name)
     return Routes([*names], [None] * len(names), [])

@@ -1,4 +1,4 @@
-"""What is stored: a file, opened and checked, ready to give its tensors.
+"""An open checkpoint: a file or a folder of shards, checked and ready to read.
 
 Specification: *Loading*.
 """
@@ -49,23 +49,23 @@ from pytree2safetensors._storage.stream_source import open_stream
 from pytree2safetensors._tree.claims import check_nodes
 from pytree2safetensors._tree.keypath import string2keypath
 
-_PIECE = 8 << 20  # bytes of a tensor that are read at once; a multiple of every item size
-_HEAD = 1 << 16  # bytes: nearly every header is read with the first call
+_PIECE = 8 << 20  # bytes to read at once; a multiple of every item size
+_HEAD = 1 << 16  # bytes: the first read has nearly every header
 _KEPT = descriptors_to_keep()  # shards that stay open
-_ATTEMPTS = 5  # at opening shards; only savers in a loop need more than two
-Place: TypeAlias = tuple[ByteSource, int]  # where the bytes of a tensor are
+_ATTEMPTS = 5  # to open shards; only savers in a loop need more than two
+Place: TypeAlias = tuple[ByteSource, int]  # of the bytes of a tensor
 
 
 class OpenCheckpoint:
-    """A file, or a folder of shards: forms and places of tensors, metadata, and the note.
+    """A file or a folder of shards: its tensors and where they are, metadata, and the note.
 
     Attributes:
-        label: What messages call it.
-        forms: What is stored of each leaf, by name, leaves without a tensor included.
+        label: Its name in messages.
+        infos: How each leaf is stored, by name, including leaves without a tensor.
         places: Where the tensors are, in the order of their data.
         metadata: The metadata as stored.
-        note: What it says of nodes and leaves.
-        digests: The digest of each tensor, where the file has them.
+        note: The kinds of nodes and leaves.
+        digests: The digest of each tensor, if the file has digests.
     """
 
     def __init__(self, label: str, sources: Iterable[ByteSource]) -> None:
@@ -87,7 +87,7 @@ class OpenCheckpoint:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        with ExitStack() as stack:  # all of them, whatever one of them raises
+        with ExitStack() as stack:  # close all of them, even if one raises an error
             for source in self.sources:
                 stack.callback(source.close)
             if kind is None:
@@ -96,17 +96,17 @@ class OpenCheckpoint:
 
     @property
     def in_flight(self) -> int:
-        """How many reads are worth being under way at once; 0 if the machine tells."""
+        """Return how many reads are worth being under way at once; 0 if the machine tells."""
         return max((source.in_flight for source in self.sources), default=0)
 
     def add(self, source: ByteSource, start: int, tensors: Tensors) -> None:
-        """Take in the tensors of a file whose data begin at `start`."""
+        """Add the tensors of a file whose data starts at `start`."""
         offsets = [start + begin for begin in tensors.starts]
         self.infos.update(zip(tensors.names, tensors.infos, strict=True))
         self.places.update(zip(tensors.names, zip(repeat(source), offsets), strict=True))
 
     def read_metadata(self, metadata: dict[str, str]) -> None:
-        """Check the metadata against the tensors, and take them in."""
+        """Check the metadata against the tensors, and add it."""
         self.metadata = metadata
         self.digests = read_digests(metadata, self.infos, self.label)
         self.note = read_note(metadata.get(NOTE), self.label)
@@ -115,13 +115,13 @@ class OpenCheckpoint:
             if isinstance(kind, list) and kind[0] in {"int", "str"}:
                 if info is not None:
                     raise FileFormatError(
-                        f"{self.label} has a tensor {shorten(name)}, and a note that it has none"
+                        f"{self.label} has a tensor {shorten(name)}, but its note says that there is none"
                     )
                 _check_path(name, self.label)
                 self.infos[name] = TensorInfo("", (), 0, kind)
             elif info is None:
                 raise FileFormatError(
-                    f"the note of {self.label} speaks of {shorten(name)}, which is no tensor"
+                    f"the note of {self.label} names {shorten(name)}, which is not a tensor"
                 )
             else:
                 with errors_of(self.label):
@@ -130,20 +130,20 @@ class OpenCheckpoint:
         check_nodes(self.note.nodes, self.infos, self.label)
 
     def own_metadata(self) -> dict[str, str]:
-        """The metadata without what this package adds, but for `format`."""
+        """Return the metadata without the entries of this package, except `format`."""
         return {key: value for key, value in self.metadata.items() if not is_reserved(key)}
 
     def spec_of(self, name: str) -> LeafSpec:
-        """The leaf that is stored under a name, without its values."""
+        """Return the leaf with this name, without its values."""
         info = self.infos[name]
-        found = self._logical.get(id(info))  # tensors of one dtype and shape share their form
+        found = self._logical.get(id(info))  # equal tensors share their info
         if found is None:
             with errors_of(self.label):
                 found = self._logical[id(info)] = spec_of(info, name)
         return found
 
     def pieces(self, name: str) -> Iterator[NDArray[np.uint8]]:
-        """The bytes of a tensor in order."""
+        """Yield the bytes of a tensor in order."""
         source, offset = self.places[name]
         nbytes = self.infos[name].nbytes
         for start in range(0, nbytes, _PIECE):
@@ -151,15 +151,15 @@ class OpenCheckpoint:
 
 
 def _check_path(name: str, label: str) -> None:
-    """Refuse what only a note can give a name that no save spells."""
+    """Raise an error if a leaf in the note has a name that no save writes."""
     try:
         string2keypath(name)
     except KeyPathError as error:
-        raise FileFormatError(f"the note of {label} has a leaf that no tree has: {error}") from None
+        raise FileFormatError(f"the note of {label} has an impossible leaf: {error}") from None
 
 
 def open_checkpoint(path: PathLike | Readable, mmap: bool = False) -> OpenCheckpoint:
-    """Open a file, a file object (unless it shall be mapped), a folder of shards or its index."""
+    """Open a file, a folder of shards or its index, or a file object unless `mmap` is True."""
     where = resolve(path)
     if isinstance(where, str):
         return _open_path(where)
@@ -191,7 +191,7 @@ def _open_found(path: RemotePath) -> OpenCheckpoint:
 
 
 def _open_path(path: str) -> OpenCheckpoint:
-    """Open what a path means; look again if a save has replaced it since."""
+    """Open what a path means; try again if a save has replaced it."""
     found = locate(path)
     for _ in range(_ATTEMPTS):
         try:
@@ -216,7 +216,7 @@ def _replaced_again(path: str | RemotePath) -> FileFormatError:
 
 
 def _open_shards(path: str | RemotePath) -> OpenCheckpoint:
-    """Open the shards that an index names; again where a save replaces them meanwhile."""
+    """Open the shards of an index; try again if a save replaces them."""
     for _ in range(_ATTEMPTS):
         index = read_index(path)
         with closing(index.source):
@@ -266,7 +266,7 @@ def _sources(store: OpenCheckpoint, index: Index) -> Iterator[tuple[str, ByteSou
 
 
 def _opened(store: OpenCheckpoint, read: Callable[[], Any]) -> OpenCheckpoint:
-    """Read into a store; close it where that fails."""
+    """Read into a checkpoint, and close it if that fails."""
     try:
         read()
     except BaseException:
@@ -282,7 +282,7 @@ def _read_file(store: OpenCheckpoint, source: ByteSource) -> None:
 
 
 def read_header(source: ByteSource) -> tuple[int, Tensors, dict[str, str]]:
-    """Where the data of a file begin, its tensors and its metadata."""
+    """Read where the data of a file starts, its tensors and its metadata."""
     head = source.read(0, min(_HEAD, source.measure(LENGTH_BYTES)))
     length = header_length(bytes(head[:LENGTH_BYTES]), source.label)
     start = LENGTH_BYTES + length

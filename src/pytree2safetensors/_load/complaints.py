@@ -15,13 +15,13 @@ from pytree2safetensors._tree.paths import add_prefix, dotted, strip_prefix
 from pytree2safetensors._tree.rule_index import RuleIndex
 
 _LISTED: Final = 20  # of each kind of mismatch in a message
-_COMPARED: Final = 40_000  # characters of the names among which the nearest is looked for
+_COMPARED: Final = 40_000  # characters of names to search for the nearest
 
 
 def check(
     outcome: Comparison, wanted: bool, available: Mapping[str, Any], options: Options
 ) -> None:
-    """Raise one error for everything that does not match, if that is too much; or tell it."""
+    """Raise one error for all mismatches, or print them if `strict` is False."""
     missing = outcome.missing
     mismatched = [f"{shorten(path)}: {reason}" for path, reason in outcome.mismatched]
     unexpected = unexpected_names(outcome.used, available, options)
@@ -47,7 +47,7 @@ def check(
         *_section("rules that match no path of the template", map(repr, idle[:_LISTED]), len(idle)),
     ]
     if not fails:
-        print(*parts, sep="\n", file=sys.stderr)  # noqa: T201 - what `verbose` asks for
+        print(*parts, sep="\n", file=sys.stderr)  # noqa: T201 - `verbose` asks for it
         return
     parts.append(_remedy(options, bool(missing), outcome.castable, nothing))
     paths = list(dict.fromkeys(path for path, _ in missing))
@@ -55,7 +55,7 @@ def check(
 
 
 def unexpected_names(used: set[str], available: Mapping[str, Any], options: Options) -> list[str]:
-    """The names that nothing uses, and that ought to be used."""
+    """Return the names that nothing uses, and that ought to be used."""
     found = [name for name in available if name not in used]
     rules = rules_in(options.rename)
     if rules is None:
@@ -66,7 +66,7 @@ def unexpected_names(used: set[str], available: Mapping[str, Any], options: Opti
 
 
 def _up_to(characters: int, names: list[str]) -> list[str]:
-    """As many of the first names as have so many characters together."""
+    """Return the first names, up to a number of characters together."""
     lengths = itertools.accumulate(map(len, names))
     return [name for name, length in zip(names, lengths, strict=True) if length <= characters]
 
@@ -82,7 +82,7 @@ def _missing_line(path: str, name: str | None, options: Options, candidates: lis
 
 
 def _useless(rename: Rename | None, paths: Sequence[str]) -> list[str]:
-    """What to say of a mapping that is written the wrong way round, or misspelled."""
+    """Explain a mapping that is the wrong way round or misspelled."""
     others = sorted(set(rename) - set(paths)) if isinstance(rename, Mapping) else []
     if not others:
         return []

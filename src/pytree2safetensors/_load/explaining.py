@@ -113,7 +113,7 @@ def _rows(
 
 
 def _tensors(route: Route, available: Mapping[str, LeafSpec | None]) -> str:
-    """The tensors of a leaf, and the shape of each."""
+    """Return the tensors of a leaf, and the shape of each."""
     if route is None or isinstance(route, Lost):
         return ""
     names = route.names if isinstance(route, View) else (route,)

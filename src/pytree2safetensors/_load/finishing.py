@@ -1,4 +1,4 @@
-"""From the bytes of regions to leaves: one way for every leaf, whatever it becomes.
+"""From the bytes of regions to leaves: one way for every kind of leaf.
 
 Specification: *Loading*, *Loading into a template*.
 """
@@ -37,7 +37,7 @@ class _Pending(NamedTuple):
 
 
 class Finisher:
-    """Makes leaves of what was read, batch by batch."""
+    """Makes leaves from batches of bytes."""
 
     def __init__(self, checkpoint: OpenCheckpoint, wanted: Sequence[Wanted]) -> None:
         self.checkpoint, self.wanted = checkpoint, wanted
@@ -53,7 +53,7 @@ class Finisher:
         return self._assembled.memory_for(piece, slot.nbytes)
 
     def finish(self, places: Sequence[Place], *, is_staged: bool) -> list[jax.Array]:
-        """Make leaves of what a batch holds; return the arrays that are made of its memory."""
+        """Make leaves from a batch; return the arrays that use its memory."""
         with collector_paused():
             runs = [place for place in places if place.slot.run]
             others = [place for place in places if not place.slot.run]
@@ -111,7 +111,7 @@ class Finisher:
             self.leaves[position] = to_jax([host], [leaf.sharding])[0] if jaxed else host
 
     def _to_jax(self, pending: Sequence[_Pending], is_staged: bool) -> list[jax.Array]:
-        # A sharding of keys is not one of their data.
+        # The sharding of keys is not that of their data.
         shardings = [None if self._is_key(use) else use.sharding for use, *_ in pending]
         hosts = [host for _, host, _ in pending]
         arrays = to_jax(hosts, shardings, keeps_memory=not is_staged)
@@ -122,7 +122,7 @@ class Finisher:
         return arrays
 
     def _values(self, place: Place) -> NDArray[Any]:
-        """View the bytes of a region as its values, in their own dtype."""
+        """View the bytes of a region as values of the stored dtype."""
         slot = place.slot
         info = slot.info
         if slot.region is not None:
@@ -154,7 +154,7 @@ class Finisher:
             yield _Pending(use, cast_array(values, leaf.leaf.dtype), join)
 
     def _shard_shape(self, use: Use) -> tuple[int, ...] | None:
-        """The shape of a part of a leaf, where it is one: pmap's shards lack an axis."""
+        """Return the shape of a part of a leaf, where it is one: pmap's shards lack an axis."""
         leaf = self.wanted[use.position].leaf
         if use.device is None or leaf.sharding is None:
             return None
@@ -180,7 +180,7 @@ class Finisher:
         return values[()].copy() if leaf.target == "scalar" else values
 
     def _place(self, use: Use, array: jax.Array) -> None:
-        """Make what JAX has of a region a leaf, or a part of one."""
+        """Make a leaf, or a part of one, from the JAX array of a region."""
         want = self.wanted[use.position]
         spec, sharding = want.leaf.leaf, want.leaf.sharding
         if spec.kind == "key":
@@ -202,7 +202,7 @@ class Finisher:
         self.leaves[use.position] = array
 
     def _weak(self, want: Wanted, array: jax.Array, sharding: Sharding | None) -> jax.Array:
-        """Make an array weakly typed if the stored one was, and was not cast."""
+        """Make an array weakly typed if it was stored so and was not cast."""
         if want.name not in self.checkpoint.note.leaves or not isinstance(want.source, str):
             return array
         stored = self.checkpoint.spec_of(want.name)

@@ -18,7 +18,7 @@ from pytree2safetensors._tree.flatten import flatten
 
 
 class FlatTemplate(NamedTuple):
-    """A flattened template: what each of its leaves asks for."""
+    """A flattened template, with what each leaf needs."""
 
     treedef: Any
     names: list[str]
@@ -26,7 +26,7 @@ class FlatTemplate(NamedTuple):
     slots: list[TemplateLeaf | None]
 
     def wanted(self) -> Iterator[str]:
-        """The names of what is data."""
+        """Return the names of leaves that are data."""
         return (name for name, slot in zip(self.names, self.slots, strict=True) if slot)
 
     def match(
@@ -35,7 +35,7 @@ class FlatTemplate(NamedTuple):
         values: Callable[[Collection[str]], Mapping[str, Any]],
         options: Options,
     ) -> list[tuple[int, str | View]]:
-        """Which name or view goes to which leaf, by position.
+        """Return which name or view goes to which leaf, by position.
 
         Raises:
             WeightsMismatchError: They do not fit.
@@ -53,9 +53,9 @@ def flat_template(module: Any) -> FlatTemplate:
 
 
 class Stored(Mapping[str, LeafSpec | None]):
-    """What a checkpoint has under some of its names, judged when it is asked for.
+    """The leaves of a checkpoint under some names, described on demand.
 
-    So a tensor of a dtype that nothing here reads stands in nobody's way.
+    So a tensor of an unknown dtype does no harm if it is not needed.
     """
 
     def __init__(self, checkpoint: OpenCheckpoint, names: Iterable[str]) -> None:

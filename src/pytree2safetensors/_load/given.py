@@ -1,4 +1,4 @@
-"""Leaves of a dictionary, as a template wants them."""
+"""Leaves of a dictionary, converted for a template."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,14 +17,14 @@ from pytree2safetensors._load.template import TemplateLeaf, to_python
 
 
 def given_spec(slot: TemplateLeaf | None, value: Any) -> LeafSpec | None:
-    """What a leaf of a dictionary is; None where it has no values."""
+    """Describe a leaf of a dictionary; None if it has no values."""
     if slot is None or slot.abstract:
         return None
     return TracedSpec(*slot.leaf) if isinstance(value, jax.core.Tracer) else slot.leaf
 
 
 def seen_through(view: View, dictionary: Mapping[str, Any]) -> Any:
-    """The leaf that a rule makes of entries of a dictionary."""
+    """Return the leaf that a rule makes of entries of a dictionary."""
     given = {name: dictionary[name] for name in view.names}
     if any(isinstance(value, jax.Array) for value in given.values()):
         return leaf_of(view, {name: jnp.asarray(given[name]) for name in given}, jnp.stack)
@@ -32,14 +32,14 @@ def seen_through(view: View, dictionary: Mapping[str, Any]) -> Any:
 
 
 def fitted(slot: TemplateLeaf, value: Any) -> Any:
-    """A leaf of a dictionary, as its place in the template wants it."""
+    """Convert a leaf of a dictionary for a leaf of the template."""
     if slot.target == "python":
         return value if type(value) is str else to_python(value, slot.leaf)
     if slot.target in {"numpy", "scalar"}:
         copy = np.array(to_host(value, slot.leaf.dtype))
         return copy if slot.target == "numpy" else copy[()]
     if not isinstance(value, jax.Array):
-        # A copy: JAX would take the memory of the caller's array over.
+        # A copy, because JAX would use the memory of the caller's array.
         host = np.array(to_host(value, slot.leaf.dtype))
         if slot.target == "foreign":
             return host
@@ -53,6 +53,6 @@ def fitted(slot: TemplateLeaf, value: Any) -> Any:
     if slot.leaf.kind == "key" and value.dtype == np.uint32:
         value = wrap_key(value, slot.leaf.impl)
     if not isinstance(value, jax.Array) or isinstance(value, jax.core.Tracer):
-        return value  # where a traced value lives is for JAX to say
+        return value  # JAX decides where a traced value is
     sharding = None if slot.sharding is None else concrete(slot.sharding)
     return value if sharding is None else place(value, sharding)

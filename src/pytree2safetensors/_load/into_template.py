@@ -170,7 +170,7 @@ def load_into_pytree(
 
 
 def placed(leaf: TemplateLeaf) -> TemplateLeaf:
-    """The same leaf, with the sharding that it has on the mesh in force."""
+    """Return the same leaf, with its sharding on the current mesh."""
     if leaf.sharding is None or leaf.target != "jax":
         return leaf
     sharding = concrete(leaf.sharding)

@@ -30,18 +30,18 @@ from pytree2safetensors._storage.remote_file import RemoteSource
 from pytree2safetensors._storage.remote_folder import names_in
 from pytree2safetensors._storage.remote_path import RemotePath, hide_credentials
 
-# How other programs number shards, or have done so.
+# How other programs number shards, or did so.
 _OTHER_SHARD: Final = re.compile(r".*\.safetensors-[0-9]+-of-[0-9]+", re.DOTALL)
 
 
 class Index(NamedTuple):
-    """An index that was read: where the tensors are, and the metadata of them all."""
+    """The content of an index: where the tensors are, and their metadata."""
 
     path: str | RemotePath
-    label: str  # what messages call it
+    label: str  # its name in messages
     metadata: dict[str, str]
-    shards: dict[str, set[str]]  # the names of the files to those of their tensors
-    source: ByteSource  # stays open, so that no other file looks the same
+    shards: dict[str, set[str]]  # the names of the tensors in each file
+    source: ByteSource  # stays open, so that no other file gets its identity
     status: tuple[int, ...]
 
     def is_current(self) -> bool:
@@ -54,7 +54,7 @@ class Index(NamedTuple):
             return False
 
     def open(self, shard: str) -> ByteSource:
-        """Open a shard. As a hub's cache is made of symbolic links, these are followed."""
+        """Open a shard. Follow symbolic links, because a hub's cache has these."""
         if isinstance(self.path, RemotePath):
             with suppress(FileNotFoundError):
                 source = open_source(self.path.beside(shard))
@@ -62,7 +62,7 @@ class Index(NamedTuple):
                 return source
         else:
             path = os.path.join(os.path.dirname(self.path), shard)
-            if os.path.isfile(path):  # which a pipe is not: opening one would wait
+            if os.path.isfile(path):  # opening a pipe would block
                 return open_source(path, regular=True)
         raise FileFormatError(
             f"{self.label} names the shard {shorten(shard)}, which is missing; "
@@ -70,7 +70,7 @@ class Index(NamedTuple):
         )
 
     def check(self, shard: str, names: Iterable[str]) -> None:
-        """Refuse a shard that lacks a tensor that the index places there."""
+        """Raise an error if a shard lacks a tensor that the index places there."""
         missing = sorted(self.shards[shard].difference(names))
         if missing:
             raise FileFormatError(
@@ -91,7 +91,7 @@ def is_index(path: str | RemotePath) -> bool:
         return True
     with closing(source):
         head = bytes(source.read(0, min(LENGTH_BYTES + 1, source.size)))
-    # As the length of a header, eight characters of JSON are beyond what the format allows.
+    # Eight characters of JSON would be too large a header length.
     length = int.from_bytes(head[:LENGTH_BYTES], "little")
     return head[LENGTH_BYTES:] != b"{" or length > MAX_HEADER
 
@@ -100,11 +100,11 @@ def locate(path: str) -> str:
     """Return the file that a path means: itself, its index, or in a folder the index or the one file.
 
     Raises:
-        FileFormatError: The folder has none, or several.
+        FileFormatError: The folder has no such file, or several.
         OSError: The folder cannot be read.
     """
     if not os.path.isdir(path):
-        index = path + ".index.json"  # of what was saved as this path, and took several shards
+        index = path + ".index.json"  # the index of shards that were saved as this path
         saved = path.endswith(SUFFIX) and not os.path.lexists(path)
         return index if saved and _has_parts(index) else path
     seen: list[str] | None = None
@@ -113,13 +113,13 @@ def locate(path: str) -> str:
         try:
             return os.path.join(path, _chosen(path, names))
         except FileFormatError:
-            if names == seen:  # else a save may be under way, and what was listed a mixture
+            if names == seen:  # otherwise a save may be in progress, and the list a mixture
                 raise
             seen = names
 
 
 def _chosen(folder: str, names: list[str]) -> str:
-    """Return which of the names in a folder is the index, or the one file."""
+    """Return the name of the index or the single file in a folder."""
     indexes = list(filter(INDEX_NAME.fullmatch, names))
     if index_name(STEM) in indexes:
         indexes = [index_name(STEM)]
@@ -193,10 +193,10 @@ def _check_not_cut_short(folder: str, shards: list[str]) -> None:
 
 
 def read_index(path: str | RemotePath) -> Index:
-    """Read an index, trusting nothing in it; its source is the caller's to close.
+    """Read and check an index. The caller closes its source.
 
     Raises:
-        FileFormatError: It is no index, or names what is not in its folder.
+        FileFormatError: It is not an index, or names files outside of its folder.
         OSError: It cannot be read.
     """
     try:

@@ -1,4 +1,4 @@
-"""Matching: which stored leaf goes to which leaf of a template, and every reason why not.
+"""Matching: which stored leaf goes to which leaf of a template, and all mismatches.
 
 Specification: *Loading into a template*.
 """
@@ -20,11 +20,11 @@ from pytree2safetensors._tree.paths import add_prefix
 from pytree2safetensors._tree.rule import Rule
 
 _LISTED = 20  # of each kind of mismatch in a message
-_COMPARED = 40_000  # characters of the names among which the nearest is looked for
+_COMPARED = 40_000  # characters of names to search for the nearest
 
 
 class Options(NamedTuple):
-    """How to match, and what messages call the source."""
+    """How to match, and the name of the source in messages."""
 
     label: str
     strict: bool
@@ -43,7 +43,7 @@ class Comparison:
         self.used: set[str] = set()
         self.missing: list[tuple[str, str | None]] = []  # a path of the template, and its name
         self.mismatched: list[tuple[str, str]] = []  # a path, and why its leaf does not fit
-        self.lost = False  # an abstract leaf has no value to fall back on
+        self.lost = False  # an abstract leaf has no value to keep
         self.castable = False
 
     def judge(
@@ -56,7 +56,7 @@ class Comparison:
         value: Any,
         hint: str = "",
     ) -> bool:
-        """Whether a stored leaf fits a slot; `value` is that of a Python scalar."""
+        """Return whether a stored leaf fits a template leaf; `value` is that of a Python scalar."""
         reason = _unfit(slot, stored, value, self.cast)
         if reason is None:
             self.found.append((position, source))
@@ -128,7 +128,7 @@ def compare(
 
 
 def _routed(paths: Sequence[str], slots: Sequence[TemplateLeaf | None], options: Options) -> Routes:
-    """Where each leaf of the template is in the file; what is no data is nowhere."""
+    """Return where each leaf of the template is in the file; what is no data is nowhere."""
     data = [position for position, slot in enumerate(slots) if slot is not None]
     shapes = [slot.leaf.shape if slot.leaf.kind == "array" else None for slot in slots if slot]
     found = renamed(
@@ -156,7 +156,7 @@ def _judge_by_rule(
     rule: Rule | None,
     available: Mapping[str, Any],
 ) -> None:
-    """Whether the tensors fit of which a rule makes a leaf, or why it makes none."""
+    """Return whether the tensors fit of which a rule makes a leaf, or why it makes none."""
     if route is None:
         if slot.abstract:
             outcome.refuse(path, f"by {rule!r} no file has it, {_NO_VALUE}", slot)
@@ -212,7 +212,7 @@ def _judge_view(
 
 
 def _hint(slot: TemplateLeaf, stored: LeafSpec | None, rule: Rule | None) -> str:
-    """What to say of a tensor by a rule without a pattern whose shape is the transpose of the leaf's."""
+    """Return what to say of a tensor by a rule without a pattern whose shape is the transpose of the leaf's."""
     shape = slot.leaf.shape
     if rule is None or stored is None or shape == stored.shape or shape != stored.shape[::-1]:
         return ""

@@ -1,4 +1,4 @@
-"""The plan of a load: which regions of which tensors are read, in which batches, and for whom.
+"""The plan of a load: which regions of which tensors to read, in which batches, and for what.
 
 A plan is plain data, computed without I/O. A leaf that lives whole in one place is the plain case:
 its one region is its tensor.
@@ -24,8 +24,10 @@ from pytree2safetensors._load.checkpoint import OpenCheckpoint
 from pytree2safetensors._load.sharded import is_ordinary
 from pytree2safetensors._load.template import TemplateLeaf
 
-_CUT_BY_JAX: Final = 1 << 20  # bytes: JAX cuts smaller arrays sooner than they are read in regions
-_LONG: Final = 1 << 16  # bytes: a run worth a read of its own
+_CUT_BY_JAX: Final = (
+    1 << 20
+)  # bytes: JAX splits smaller arrays faster than they are read in regions
+_LONG: Final = 1 << 16  # bytes: longer runs get a read of their own
 
 
 class Wanted(NamedTuple):
@@ -36,12 +38,12 @@ class Wanted(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The name of its tensor, or of the first of its tensors."""
+        """Return the name of its tensor, or of the first of its tensors."""
         return self.source if isinstance(self.source, str) else self.source.names[0]
 
 
 class Use(NamedTuple):
-    """Who gets a region: a leaf, by its position, on one device or however JAX places it.
+    """The use of a region: a leaf, by its position, on one device or as JAX places it.
 
     Attributes:
         position: That of the leaf among those wanted.
@@ -85,12 +87,12 @@ class Piece(NamedTuple):
 
 
 class Slot(NamedTuple):
-    """A region of a tensor, and the place in a batch's memory that it is read to."""
+    """A region of a tensor, and where in a batch's memory to read it."""
 
     name: str
     info: TensorInfo  # of the tensor; by a rule, its shape is that of the view's fine axes
     region: Region | None  # None for the whole tensor
-    offset: int  # in the memory of the batch, or -1 for memory of its own
+    offset: int  # in the batch's memory, or -1 for its own memory
     nbytes: int
     uses: list[Use]
     piece: Piece | None = None  # what it is a part of, by a rule
@@ -98,10 +100,10 @@ class Slot(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Regions that are read together, in the order of the file."""
+    """Regions to read together, in the order of the file."""
 
     slots: list[Slot]
-    size: int  # bytes of the memory that they share
+    size: int  # bytes of their shared memory
 
 
 def plan_batches(
@@ -111,7 +113,7 @@ def plan_batches(
     keeps_memory: Callable[[TemplateLeaf], bool],
     is_far: Callable[[Use], bool],
 ) -> Iterator[Batch]:
-    """Divide what is wanted into batches of some bytes; a larger region is a batch of its own.
+    """Divide leaves into batches of limited size; a larger region gets its own batch.
 
     Args:
         checkpoint: Where the leaves are.
@@ -149,7 +151,7 @@ def plan_batches(
             shared[region].uses.extend(uses)
             continue
         nbytes = info.nbytes if region is None else nbytes_of(region, info)
-        # What is copied anyway needs no alignment.
+        # Small regions are copied later and need no alignment.
         aligned = size if nbytes < TAKEN_OVER else -(-size // ALIGNMENT) * ALIGNMENT
         offset = -1 if keeps else aligned
         if slots and aligned + own + nbytes > room:
@@ -293,7 +295,7 @@ def _requests(
 
 
 def is_direct(region: Region | None, info: TensorInfo) -> bool:
-    """Return whether the runs of a region are few, or long enough for a read each."""
+    """Return whether the runs of a region are few, or long enough to read one by one."""
     if region is None:
         return True
     number, length = runs_in(region, info.shape, BITS[info.dtype] // 8)

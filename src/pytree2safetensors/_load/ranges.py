@@ -1,4 +1,4 @@
-"""From the regions of a batch to reads: long runs straight to their places, short ones in bands.
+"""From the regions of a batch to reads: long runs directly, short ones in bands.
 
 Specification: *Loading into a template*.
 """
@@ -30,7 +30,7 @@ from pytree2safetensors._storage.byte_source import ByteSource, Read
 
 
 class Place(NamedTuple):
-    """A slot, and the memory that its bytes are read to."""
+    """A slot, and the memory to read its bytes into."""
 
     slot: Slot
     memory: NDArray[np.uint8]
@@ -38,11 +38,11 @@ class Place(NamedTuple):
 
     @property
     def raw(self) -> NDArray[np.uint8]:
-        """The bytes of the region, in row-major order."""
+        """Return the bytes of the region, in row-major order."""
         return self.memory[self.offset : self.offset + self.slot.nbytes]
 
     def items(self) -> NDArray[Any]:
-        """The region in units of one item."""
+        """View the region in units of one item."""
         info = self.slot.info
         shape = info.shape if self.slot.region is None else shape_of(self.slot.region)
         found: NDArray[Any] = np.ndarray(
@@ -52,7 +52,7 @@ class Place(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What is to be done to fill places: reads in the order of the file, and bands to cut."""
+    """The work to fill places: reads in the order of the file, and bands to split."""
 
     reads: list[Read]
     tasks: list[Callable[[], None]]
@@ -61,7 +61,7 @@ class Work(NamedTuple):
 def plan_reads(
     checkpoint: OpenCheckpoint, places: Sequence[Place], report: Callable[[int], None]
 ) -> Work:
-    """Plan how the places are filled; `report` hears the bytes of each band."""
+    """Plan how to fill places; `report` is called with the bytes of each band."""
     reads = _Reads()
     tasks: list[Callable[[], None]] = []
     parts: dict[tuple[str, Shape], list[Place]] = {}  # of tensors that are read by regions
@@ -128,7 +128,7 @@ class _Reads:
 
 
 def _runs(place: Place) -> Iterator[tuple[int, int, int]]:
-    """Give the runs of a region: where each starts in its tensor, its length, its place in memory."""
+    """Yield the runs of a region: start in the tensor, length, and place in memory."""
     region, shape = place.slot.region or (), place.slot.info.shape
     itemsize = BITS[place.slot.info.dtype] // 8
     length = runs_in(region, shape, itemsize).length
@@ -144,7 +144,7 @@ def _read_band(
     band: Region,
     report: Callable[[int], None],
 ) -> None:
-    """Read what places need of a band of their tensor, and copy it to them."""
+    """Read the part of a tensor's band that places need, and copy it there."""
     info: TensorInfo = places[0].slot.info
     itemsize = BITS[info.dtype] // 8
     whole = tuple((0, size) for size in info.shape)
@@ -176,7 +176,7 @@ def mapped(
     start: int,
     memory_for: Callable[[Slot], tuple[NDArray[np.uint8], int]],
 ) -> tuple[Place, Callable[[], None] | None]:
-    """Find a slot in the map of its file; where it is not one run there, give a copy to make."""
+    """Find a slot in the map of its file; return a copy to make if it is not one run there."""
     info = slot.info
     if slot.offset >= 0:
         if slot.region is None:

@@ -1,7 +1,7 @@
-"""The one reader: it carries out the plan of a load in bounded batches.
+"""The reader: it executes the plan of a load in bounded batches.
 
-While one batch becomes leaves, the next ones are read. Memory for arrays on the host is theirs for
-good; what goes to other devices passes through a ring of bounded size.
+While one batch becomes leaves, the next ones are read. Arrays on the host keep the memory; data for
+other devices goes through a ring of bounded size.
 
 Specification: *Loading*, *Loading into a template*.
 """
@@ -38,18 +38,18 @@ from pytree2safetensors._storage.byte_source import PIECE
 from pytree2safetensors._storage.progress import Progress, Report, closing_bar
 from pytree2safetensors._storage.read_pool import ReadPool
 
-_BATCH: Final = 64 << 20  # bytes that one leaf that lives on can keep in memory
+_BATCH: Final = 64 << 20  # bytes in memory that a single leaf can keep alive
 _COPIED_BATCH: Final = 8 << 20  # bytes, if JAX makes a copy of what rules rearrange
-_STAGED_BATCH: Final = 32 << 20  # bytes that are handed to other devices at once
-_AHEAD: Final = 2  # batches that are read while another becomes leaves
+_STAGED_BATCH: Final = 32 << 20  # bytes to transfer to other devices at once
+_AHEAD: Final = 2  # batches to read while another becomes leaves
 _AHEAD_REMOTELY: Final = 5  # so that as many ranges are on their way as help
-_READERS: Final = 4  # threads; more do not help where pages have to be made
-_STAGED_READERS: Final = 12  # into memory that is used again; more get into each other's way
+_READERS: Final = 4  # threads; more do not help with fresh memory
+_STAGED_READERS: Final = 12  # threads for reused memory; more get into each other's way
 _STAGED_PIECE: Final = 16 << 20  # bytes of one read there, long enough for the threads to overlap
 
 
 class _Reading(NamedTuple):
-    """A batch whose bytes are on their way."""
+    """A batch that is being read."""
 
     places: list[Place]
     futures: list[Future[None]]
@@ -63,10 +63,10 @@ class _Reading(NamedTuple):
 def read_leaves(
     checkpoint: OpenCheckpoint, wanted: Sequence[Wanted], *, mmap: bool, progress: Progress | None
 ) -> list[Any]:
-    """Read leaves, each as it is wanted.
+    """Read leaves.
 
     Raises:
-        FileFormatError: The file changed, or its data are not what its header or digests say.
+        FileFormatError: The file changed, or its data contradicts its header or digests.
         OSError: The file cannot be read.
     """
     device = None if mmap else _staged_device(wanted)
@@ -88,7 +88,7 @@ def read_leaves(
 
 
 def _staged_device(wanted: Sequence[Wanted]) -> jax.Device | None:
-    """Return a device that leaves go to and that is not the host; None if there is none."""
+    """Return a device of the leaves other than the host; None if there is none."""
     leaves = {id(want.leaf): want.leaf for want in wanted}
     devices = {device for leaf in leaves.values() for device in _devices_of(leaf)}
     others = sorted((d for d in devices if not is_on_host(d)), key=lambda device: device.id)
@@ -118,13 +118,13 @@ def far(staged: bool) -> Callable[[Use], bool]:
 
 
 def keeps_memory(staged: bool) -> Callable[[TemplateLeaf], bool]:
-    """Tell for which leaves a region needs memory of its own: they keep it for good."""
+    """Return which leaves need their own memory, because they keep it."""
     known: dict[int, bool] = {}
 
     def keeps(leaf: TemplateLeaf) -> bool:
         found = known.get(id(leaf))
         if found is None:
-            # JAX's arrays on the host take a batch's memory over, which is fine if all of them do.
+            # JAX arrays on the host keep a batch's memory, which is fine if all of them do.
             shared = not staged or not any(map(is_on_host, _devices_of(leaf)))
             found = known[id(leaf)] = leaf.target in {"numpy", "foreign"} or not shared
         return found
@@ -135,7 +135,7 @@ def keeps_memory(staged: bool) -> Callable[[TemplateLeaf], bool]:
 def _map(
     checkpoint: OpenCheckpoint, batches: Sequence[Batch], finisher: Finisher, report: Report
 ) -> None:
-    """Take regions out of maps of the files; what is not one run there is copied."""
+    """Take regions from maps of the files; copy those that are not one run."""
     maps: dict[int, NDArray[np.uint8]] = {}
     with ReadPool(min(_READERS, os.cpu_count() or 1)) as pool:
         for batch in batches:
@@ -162,7 +162,7 @@ def _read(
     report: Report,
     device: jax.Device | None,
 ) -> None:
-    """Read batches ahead of those that become leaves."""
+    """Read batches in advance of those that become leaves."""
     most, piece = (_READERS, PIECE) if device is None else (_STAGED_READERS, _STAGED_PIECE)
     with ReadPool(checkpoint.in_flight or min(most, os.cpu_count() or 1), piece) as pool:
         if device is None:
@@ -230,7 +230,7 @@ class _Staged(_Ahead):
         if self.is_large:
             while self.window:
                 self.finish()
-            block_until_ready(self.large)  # one of these in memory, and one on its way
+            block_until_ready(self.large)  # one of these in memory, and one being read
             return memory_for(self.device, size)
         while (memory := self.ring.take(size)) is None:
             # What is read is handed over first, so that the link has always something to do.

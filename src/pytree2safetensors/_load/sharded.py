@@ -1,4 +1,4 @@
-"""Shardings: where an array can live, and placing it there."""
+"""Shardings: where an array can be, and placing it there."""
 
 from typing import Any, Final
 
@@ -12,7 +12,7 @@ _ANY_MESH: Final = getattr(jax.sharding, "AbstractMesh", ())  # JAX 0.4.30 has n
 
 
 def concrete(sharding: Sharding) -> Sharding | None:
-    """The sharding itself, or that on the mesh in force where it names no devices; None without."""
+    """Return the sharding, on the current mesh if it names no devices; None if there is none."""
     mesh = getattr(sharding, "mesh", None)
     if not isinstance(mesh, _ANY_MESH):
         return sharding
@@ -24,7 +24,7 @@ def concrete(sharding: Sharding) -> Sharding | None:
 
 
 def misplaced(sharding: Sharding, shape: tuple[int, ...]) -> str | None:
-    """Why an array of this shape cannot be in a sharding; None where it can."""
+    """Return why an array of this shape cannot have a sharding; None if it can."""
     found = concrete(sharding)
     if found is None:
         return (
@@ -39,7 +39,7 @@ def misplaced(sharding: Sharding, shape: tuple[int, ...]) -> str | None:
 
 
 def place(value: Any, sharding: Sharding) -> jax.Array:
-    """Put the values of an array into a sharding, of which this process may hold a part."""
+    """Place the values of an array in a sharding, of which this process may hold a part."""
     is_global = not getattr(value, "is_fully_addressable", True)
     if is_global or is_ordinary(sharding, value.shape):
         moved: jax.Array = jax.device_put(value, sharding)
@@ -55,7 +55,7 @@ def place(value: Any, sharding: Sharding) -> jax.Array:
 
 
 def is_ordinary(sharding: Sharding, shape: tuple[int, ...]) -> bool:
-    """Whether JAX itself puts what this process has into a sharding.
+    """Return whether JAX can place this process's part in a sharding.
 
     The shards that pmap makes lack an axis, and JAX puts nothing into its shardings.
     """

@@ -1,4 +1,4 @@
-"""Leaves as the file alone describes them, and what is below a prefix."""
+"""Leaves as their file describes them, and the names below a prefix."""
 
 import sys
 import warnings
@@ -25,15 +25,15 @@ from pytree2safetensors._tree.keypath import join, split, string2keypath
 from pytree2safetensors._tree.paths import strip_prefix
 from pytree2safetensors._types import Kind
 
-_COMPARED: Final = 2000  # names among which the prefix that was meant is looked for
+_COMPARED: Final = 2000  # names to search for the prefix that was meant
 
 
 def names_below(
     checkpoint: OpenCheckpoint, prefix: str, wanted: Iterable[str] = ()
 ) -> dict[str, str]:
-    """The names below `prefix`, as seen from there, to the names in the file.
+    """Map the names relative to `prefix` to the names in the file.
 
-    `wanted` are the key paths that are missing if there is nothing.
+    `wanted` are the key paths to report as missing if there is nothing.
     """
     if not prefix:
         return {name: name for name in sorted(checkpoint.infos)}
@@ -47,14 +47,14 @@ def names_below(
         raise WeightsMismatchError(
             f"{checkpoint.label} has nothing at the prefix {shorten(prefix)}{_nearest_node(checkpoint, prefix)}; "
             f"its names begin with "
-            f"{', '.join(map(shorten, sorted(checkpoint.infos)[:5])) or 'nothing, for it is empty'}",
+            f"{', '.join(map(shorten, sorted(checkpoint.infos)[:5])) or 'nothing, because it is empty'}",
             missing=tuple(wanted),
         )
     return found
 
 
 def _nearest_node(checkpoint: OpenCheckpoint, prefix: str) -> str:
-    """Which prefix of as many keys may have been meant."""
+    """Return a hint at the prefix that may have been meant."""
     count = len(split(prefix))
     nodes: dict[str, None] = {}
     for name in islice(checkpoint.infos, _COMPARED):
@@ -64,7 +64,7 @@ def _nearest_node(checkpoint: OpenCheckpoint, prefix: str) -> str:
 
 
 def nodes_below(checkpoint: OpenCheckpoint, prefix: str) -> Mapping[str, Kind]:
-    """What the note says of the nodes below `prefix`, as seen from there."""
+    """Return the noted kinds of the nodes below `prefix`, by path relative to it."""
     if not prefix:
         return checkpoint.note.nodes
     found = ((strip_prefix(prefix, path), kind) for path, kind in checkpoint.note.nodes.items())
@@ -74,10 +74,10 @@ def nodes_below(checkpoint: OpenCheckpoint, prefix: str) -> Mapping[str, Kind]:
 def load_stored(
     checkpoint: OpenCheckpoint, names: Iterable[str], *, mmap: bool, progress: Progress | None
 ) -> dict[str, Any]:
-    """Load leaves as the file alone describes them."""
+    """Load leaves as their file describes them."""
     found: dict[str, Any] = {}
     wanted: list[Wanted] = []
-    leaves: dict[int, TemplateLeaf] = {}  # by info: most tensors share theirs with others
+    leaves: dict[int, TemplateLeaf] = {}  # by info, which most tensors share with others
     stored: list[str] = []
     with collector_paused():
         for name in names:
@@ -99,7 +99,7 @@ def load_stored(
 
 
 def leaf_as_stored(spec: LeafSpec) -> TemplateLeaf:
-    """Ask for a leaf as it is stored: as an array of JAX wherever JAX holds its dtype."""
+    """Describe a leaf as it is stored: a JAX array if JAX supports its dtype."""
     if spec.kind in PYTHON_NUMBERS:
         return TemplateLeaf(spec, "python")
     foreign = spec.dtype is not None and not holds(spec.dtype)
@@ -107,18 +107,18 @@ def leaf_as_stored(spec: LeafSpec) -> TemplateLeaf:
 
 
 def warn_foreign(checkpoint: OpenCheckpoint, names: list[str]) -> None:
-    """Say once which leaves are NumPy arrays, and why."""
+    """Warn once which leaves are NumPy arrays, and why."""
     shown = ", ".join(f"{shorten(name)} ({checkpoint.spec_of(name).dtype})" for name in names[:20])
     more = f" and {len(names) - 20} more" if len(names) > 20 else ""
     warnings.warn(
-        f"JAX cannot hold the dtypes of {len(names)} leaves of {checkpoint.label} here, so they are "
+        f"JAX does not support the dtypes of {len(names)} leaves of {checkpoint.label} here, so they are "
         f"NumPy arrays: {shown}{more}. Enable jax_enable_x64 for dtypes of 64 bits.",
         stacklevel=caller_level(),
     )
 
 
 def caller_level() -> int:
-    """How far up the stack the code stands that called this package."""
+    """Return how far up the stack the caller of this package is."""
     level = 1
     frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 - how CPython shows callers
     while frame is not None and _is_ours(frame.f_globals.get("__name__", "")):

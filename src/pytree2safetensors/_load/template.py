@@ -1,4 +1,4 @@
-"""Slots: what a leaf of a template asks for, and whether a stored leaf fits.
+"""Template leaves: what each needs, and whether a stored leaf fits.
 
 Specification: *Loading into a template*.
 """
@@ -20,13 +20,13 @@ PYTHON_NUMBERS: Final = {"int": int, "float": float, "bool": bool, "complex": co
 _NO_NUMBERS: Final = frozenset({"key", "str"})
 _RANKS: Final = {"bool": 0, "int": 2, "float": 3, "complex": 4}
 
-# What becomes of a stored leaf: an array of JAX, or of NumPy because JAX cannot hold its dtype here
-# ("foreign") or because the template has one; one of NumPy's scalars; one of Python's.
+# What a stored leaf becomes: a JAX array; a NumPy array because JAX does not support its dtype
+# here ("foreign") or because the template has one; a NumPy scalar; a Python scalar.
 Target = Literal["jax", "foreign", "numpy", "scalar", "python"]
 
 
 class TemplateLeaf(NamedTuple):
-    """What a template leaf asks for: a leaf without its values, and where these shall live."""
+    """What a template leaf needs: a leaf without its values, and where to place them."""
 
     leaf: LeafSpec
     target: Target
@@ -36,7 +36,7 @@ class TemplateLeaf(NamedTuple):
 
 
 class _Look(NamedTuple):
-    """What tells the slot of a leaf: two leaves with one look have one slot."""
+    """What decides about a template leaf: equal looks give the same object."""
 
     target: Target
     shape: tuple[int, ...]
@@ -48,7 +48,7 @@ class _Look(NamedTuple):
 
 
 def template_leaves(leaves: Iterable[Any]) -> list[TemplateLeaf | None]:
-    """What the leaves of a template ask for; None for what is no data. Equal slots are one object."""
+    """Return what the leaves of a template need; None for those that are not data."""
     lookers: dict[type, Callable[[Any], _Look | None]] = {}
     slots: dict[_Look | None, TemplateLeaf | None] = {None: None}
     found: list[TemplateLeaf | None] = []
@@ -65,7 +65,7 @@ def template_leaves(leaves: Iterable[Any]) -> list[TemplateLeaf | None]:
 
 
 def _looker(kind: type) -> Callable[[Any], _Look | None]:
-    """How to look at leaves of a type."""
+    """Return the function that looks at leaves of a type."""
     if kind in PYTHON_SCALARS:
         return lambda _: _Look("python", (), kind.__name__)
     if issubclass(kind, (np.ma.MaskedArray, REFERENCE)):
@@ -84,7 +84,7 @@ def _looker(kind: type) -> Callable[[Any], _Look | None]:
 
 def _look_at_array(leaf: jax.Array) -> _Look:
     aval = leaf.aval
-    committed = getattr(leaf, "committed", None)  # before JAX 0.5 under its private name alone
+    committed = getattr(leaf, "committed", None)  # before JAX 0.5, only under a private name
     if committed is None:
         committed = getattr(leaf, "_committed", True)
     sharding = leaf.sharding if committed else None
@@ -96,7 +96,7 @@ def _look_at_tracer(leaf: Any) -> _Look | None:
     if seen is None:
         return None
     weak = bool(getattr(leaf.aval, "weak_type", False))
-    # An array under a trace has a value, and nowhere to live.
+    # A traced array has a value, but no place.
     return _Look("jax", *seen, weak, abstract=not isinstance(leaf, jax.Array))
 
 
@@ -140,9 +140,9 @@ def _slot(look: _Look) -> TemplateLeaf | None:
 
 
 def misfit(slot: TemplateLeaf, stored: LeafSpec, value: Any, *, cast: bool) -> str | None:
-    """Why a stored leaf does not fit a slot; None where it does.
+    """Return why a stored leaf does not fit a template leaf; None if it does.
 
-    `value` is that of a stored Python scalar.
+    `value` is the value of a stored Python scalar.
     """
     wanted = slot.leaf
     fits = False
@@ -183,7 +183,7 @@ def _rank_of(leaf: LeafSpec) -> int:
 
 
 def show(leaf: LeafSpec) -> str:
-    """A leaf without its values, for messages."""
+    """Write a leaf without its values for a message."""
     if leaf.kind not in {"array", "key"}:
         return f"a Python {leaf.kind}"
     shape = ",".join(map(str, leaf.shape))
@@ -191,5 +191,5 @@ def show(leaf: LeafSpec) -> str:
 
 
 def to_python(values: Any, wanted: LeafSpec) -> Any:
-    """The Python scalar of a 0-d array or of another scalar."""
+    """Convert a 0-d array or another scalar to a Python scalar."""
     return PYTHON_NUMBERS[wanted.kind](values.item() if hasattr(values, "item") else values)

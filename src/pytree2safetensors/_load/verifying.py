@@ -1,4 +1,4 @@
-"""Checking the digests of tensors that are loaded whole, block by block, in threads.
+"""Checks of the digests of whole tensors, block by block, in threads.
 
 Specification: *Digests*.
 """
@@ -26,9 +26,9 @@ def check_digests(
     places: Sequence[Place],
     pool: ReadPool,
 ) -> None:
-    """Refuse tensors whose bytes are not those that were saved.
+    """Raise an error if the bytes of tensors are not those that were saved.
 
-    A tensor of which a part alone was read cannot be checked.
+    A tensor that was read only in part cannot be checked.
     """
     checks: list[tuple[str, TensorInfo, Sequence[Future[bytes] | Future[list[bytes]]]]] = []
     for name, group in groupby(places, key=lambda place: place.slot.name):
@@ -49,7 +49,7 @@ def check_digests(
 
 
 def _hash_all(places: list[Place]) -> list[bytes]:
-    """Hash the blocks of a tensor that regions make up."""
+    """Hash the blocks of a tensor from its regions."""
     info = places[0].slot.info
     parts = [Part(place.slot.region or (), place.items()) for place in places]
     return hash_blocks(piece for _, piece in gather(parts, info.shape, BITS[info.dtype] // 8))
