@@ -81,7 +81,7 @@ def save_pytree_async(
     """
     report = reporter(progress, "saving", jax.process_index)
     where = resolve(path)
-    if isinstance(where, str):  # the process may change its folder meanwhile
+    if isinstance(where, str):  # the process may change its working directory later
         where = absolute(where)
     with collector_paused():
         contents = collect(tree, metadata or {}, unsupported, rename)
@@ -90,13 +90,13 @@ def save_pytree_async(
             return processes.save_async(contents, where, options, report)
         target = target_of(where, max_shard_size)
         plan = plan_save(contents, target, checksum=checksum)
-        # Safe from donation and mutation.
+        # A snapshot is safe from donation and changes.
         snapshot = _snapshot(contents.leaves)
     return submit(partial(write, plan, snapshot, target, durable=durable, progress=report))
 
 
 def _snapshot(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """Copy leaves, each once: rules may make several tensors of one."""
+    """Copy each leaf once, because rules may make several tensors from it."""
     unique = {id(leaf): leaf for leaf in whole_leaves(leaves.values())}
     on_host = dict(zip(unique, to_host([*unique.values()]), strict=True))  # started all at once
     copies: dict[int, Any] = {}
@@ -115,5 +115,5 @@ def _snapshot(leaves: Mapping[str, Any]) -> dict[str, Any]:
 
 def _copied(leaf: Any) -> NDArray[Any]:
     values = host_array(leaf)
-    # What had to be copied from devices is nobody else's.
+    # Copies from devices belong to this function.
     return values if isinstance(leaf, jax.Array) and values.flags.owndata else np.array(values)

@@ -1,4 +1,4 @@
-"""Calls that several processes take part in: they are counted, and errors in them are told to all.
+"""Calls of several processes together, which are counted, and whose errors all of them get.
 
 Specification: *Saving*.
 """
@@ -23,14 +23,14 @@ from pytree2safetensors._tree.flatten import open_once
 Params = ParamSpec("Params")
 T = TypeVar("T")
 
-_known: list[Processes] = []  # of the present client, once there was a save
+_known: list[Processes] = []  # of the current client, after the first save
 _one_at_a_time = threading.RLock()  # the calls of a process are counted in one order
 
 
 def announced(save: Callable[Params, T]) -> Callable[Params, T]:
-    """Count the calls that several processes take part in, whatever their arguments are.
+    """Count the calls of several processes, whatever their arguments are.
 
-    An error before the processes have met is told to the others, which raise it, too.
+    Send an error before the processes have met to the others, which raise it, too.
     """
 
     @wraps(save)
@@ -77,9 +77,9 @@ def present() -> Processes:
 
 
 def is_needed(leaves: Iterable[Any]) -> bool:
-    """Return whether some leaf is not wholly addressable by this process."""
+    """Return whether any leaf is not fully addressable by this process."""
     leaves = list(whole_leaves(leaves))
-    # To ask for the number of processes starts JAX's devices, which a tree of NumPy needs not.
+    # The number of processes would start JAX's devices, which NumPy does not need.
     if not any(issubclass(kind, jax.Array) for kind in set(map(type, leaves))):
         return False
     return jax.process_count() > 1 and any(map(is_global, leaves))
@@ -88,12 +88,12 @@ def is_needed(leaves: Iterable[Any]) -> bool:
 def _leaves_of(tree: Any) -> list[Any]:
     try:
         return jax.tree_util.tree_leaves(tree)
-    except Exception:  # noqa: BLE001 - the error of a tree that JAX cannot flatten comes later
+    except Exception:  # noqa: BLE001 - JAX raises the error of this tree later
         return list(_arrays_in(tree))
 
 
 def _arrays_in(tree: Any) -> Iterator[jax.Array]:
-    """Give the arrays of a tree that JAX cannot flatten, as far as they can be found."""
+    """Yield the arrays that can be found in a tree that JAX cannot flatten."""
     pending, seen = [tree], set[int]()
     while pending:
         node = pending.pop()

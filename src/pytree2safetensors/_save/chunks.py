@@ -1,4 +1,4 @@
-"""The bytes of a file in chunks: large tensors as they are, small ones joined.
+"""The bytes of a file in chunks: large tensors one by one, small ones joined.
 
 Specification: *Saving*.
 """
@@ -14,14 +14,14 @@ from pytree2safetensors._leaves.spread import tensor_chunks
 from pytree2safetensors._save.plan import FilePlan
 from pytree2safetensors._types import Chunk
 
-_SMALL: Final = 1 << 16  # bytes: smaller tensors are written together
-_JOINED: Final = 4 << 20  # bytes that are written together
+_SMALL: Final = 1 << 16  # bytes: smaller tensors are joined
+_JOINED: Final = 4 << 20  # bytes to write together
 
 
 def data_chunks(
     file: FilePlan, infos: Mapping[str, TensorInfo], leaves: Mapping[str, Any]
 ) -> Iterator[Chunk]:
-    """Give the data of a file in order, each chunk with its offset from the start of the file."""
+    """Yield the data of a file in order, each chunk with its offset from the start of the file."""
     start = len(file.head)
     small: list[Any] = []  # leaves that wait to be joined,
     of_small: list[TensorInfo] = []  # and what a file holds of each

@@ -1,4 +1,4 @@
-"""What a save holds: the tensors, their leaves, and the metadata, checked before anything is written.
+"""The contents of a save: tensors, leaves and metadata, checked before anything is written.
 
 Specification: *Saving*.
 """
@@ -27,7 +27,7 @@ from pytree2safetensors._tree.paths import cut
 
 
 class Contents(NamedTuple):
-    """What a file is to hold: the form of each tensor, its leaf, and the metadata."""
+    """What to write: the info of each tensor, its leaf, and the metadata."""
 
     infos: dict[str, TensorInfo]
     leaves: dict[str, Any]
@@ -40,7 +40,7 @@ def collect(
     unsupported: Literal["raise", "skip"],
     rename: Rename | None = None,
 ) -> Contents:
-    """Check a tree wholly, before anything is written."""
+    """Check a whole tree before anything is written."""
     check_metadata(metadata)
     flat = flatten(tree)
     if rename is not None:
@@ -55,10 +55,10 @@ def collect(
     leaves = dict(zip(flat.names, flat.leaves, strict=True))
     kinds = {name: info.kind for name, info in infos.items() if info.kind is not None}
     for name in kinds:
-        if not infos[name].dtype:  # the note holds all of it
+        if not infos[name].dtype:  # the note has the whole leaf
             del infos[name], leaves[name]
     if flat.kinds.get("") == "dict":
-        del flat.kinds[""]  # the default reading of a file without names
+        del flat.kinds[""]  # the tree of a file without names
     note = write_note(Note(flat.kinds, kinds))
     whole = {"format": "flax", **metadata}
     if note is not None:
@@ -69,7 +69,7 @@ def collect(
 def _collect_renamed(
     flat: Flat, metadata: Mapping[str, str], unsupported: Literal["raise", "skip"], rename: Rename
 ) -> Contents:
-    """Check a tree for a file with names of others, which has no note."""
+    """Check a tree for a file with other names, which has no note."""
     infos = describe(flat.leaves)
     found = [*zip(flat.names, flat.leaves, infos, strict=True)]
     if unsupported == "skip":
@@ -83,7 +83,7 @@ def _collect_renamed(
 
 
 def _check_unfit(unfit: list[tuple[str, Any]], *, skip: bool) -> None:
-    """Refuse leaves that a file cannot hold, unless they are to be left out."""
+    """Raise an error for leaves that a file cannot hold, unless they are skipped."""
     deleted = next((name for name, leaf in unfit if is_deleted(leaf)), None)
     if deleted is not None:
         raise DeletedLeaf(
@@ -120,9 +120,9 @@ def _type_name(leaf: Any) -> str:
 
 
 def leave_out(names: Iterable[str], flat: Flat) -> None:
-    """Take leaves out of a flattened tree, so that what remains is a tree again.
+    """Remove leaves from a flattened tree, so that the rest is a tree again.
 
-    Where children are numbered, a `None` keeps the place; elsewhere the name is gone.
+    Replace numbered children with `None`, and remove others with their names.
     """
     left_out = set(names)
     kept = [name for name in flat.names if name not in left_out]
@@ -154,7 +154,7 @@ def leave_out(names: Iterable[str], flat: Flat) -> None:
 
 
 def _ancestors(names: Iterable[str]) -> set[str]:
-    """The paths of all nodes above these names."""
+    """Return the paths of all nodes above these names."""
     found: set[str] = set()
     for name in names:
         above = name

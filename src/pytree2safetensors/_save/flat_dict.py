@@ -32,7 +32,7 @@ def pytree2dict(tree: PyTree, *, rename: Rename | None = None) -> dict[str, Any]
 
     Args:
         tree: Any pytree.
-        rename: Rules, or what else `save_pytree` takes: names and axes are those of its file.
+        rename: Rules, or another value that `save_pytree` takes. Names and axes become those of its file.
 
     Returns:
         The leaves themselves, not copies, but for what rules rearrange. A tree that is a single
@@ -88,7 +88,7 @@ def _add(found: dict[str, Any], owners: dict[str, str], name: str, path: str, le
 
 
 def _is_same(one: Any, other: Any) -> bool:
-    """Whether two leaves are equal, as far as they have values to compare."""
+    """Return whether two leaves are equal, if they have values."""
     if one is other or isinstance(one, jax.core.Tracer) or isinstance(other, jax.core.Tracer):
         return True
     infos = describe([one, other])
@@ -98,7 +98,7 @@ def _is_same(one: Any, other: Any) -> bool:
 
 
 def _array_of(tensor: Assembled) -> Any:
-    """The values of a tensor that is made of leaves: an array of JAX if one of them is."""
+    """Return the values of an assembled tensor: a JAX array if any of its leaves is one."""
     if not any(isinstance(leaf, jax.Array) for _, leaf in tensor.members):
         return _joined(tensor, np)
     with_devices = [leaf for _, leaf in tensor.members if _is_committed(leaf)]

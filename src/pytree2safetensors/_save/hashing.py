@@ -1,4 +1,4 @@
-"""Hashing what is written, block by block, in threads beside the writing.
+"""Hashing of what is written, block by block, in threads beside the writing.
 
 Specification: *Digests*.
 """
@@ -16,11 +16,11 @@ from pytree2safetensors._format.tensor import TensorInfo
 from pytree2safetensors._save.plan import FilePlan
 from pytree2safetensors._types import Chunk
 
-_ALONE: Final = 1 << 18  # bytes: smaller blocks are hashed sooner than handed to a thread
+_ALONE: Final = 1 << 18  # bytes: threads are slower for smaller blocks
 
 
 class Hashing:
-    """Hashes chunks that pass through it; afterwards it has the digest of each tensor."""
+    """Hashes the chunks that pass through, and then has the digest of each tensor."""
 
     def __init__(self, infos: Mapping[str, TensorInfo]) -> None:
         self.infos = infos
@@ -29,7 +29,7 @@ class Hashing:
         self._pool = ThreadPoolExecutor(workers, "pytree2safetensors-hash")
         self._partial: Future[Any] | None = None  # the state of a block of several pieces
         self._running: deque[Future[bytes]] = deque()
-        self._most = 2 * workers  # blocks that wait or are hashed: they keep their memory
+        self._most = 2 * workers  # waiting or running blocks, which keep their memory
 
     def __enter__(self) -> "Hashing":
         return self
@@ -43,13 +43,13 @@ class Hashing:
         self._pool.shutdown(cancel_futures=True)
 
     def through(self, file: FilePlan, chunks: Iterable[Chunk]) -> Iterator[Chunk]:
-        """Give the chunks of a file's data on, after their hashing has begun.
+        """Pass the chunks of a file's data on after their hashing has started.
 
         They must come in order, and their memory may not change later.
         """
         tensors = iter(zip(file.tensors, file.starts(self.infos), strict=True))
-        name: str | None = None  # of the tensor that is under way
-        stop = room = 0  # where it ends, and what its block lacks
+        name: str | None = None  # of the current tensor
+        stop = room = 0  # where it ends, and what is missing in its block
         for offset, chunk in chunks:
             rest, position = chunk, offset
             while len(rest):

@@ -1,4 +1,4 @@
-"""The plan of a save: its files, what stands where in each, and what only digests can complete.
+"""The plan of a save: its files, where everything is in them, and what digests complete.
 
 A plan is plain data, computed once and without I/O. A file, a folder, a stream and several processes
 carry out the same plan.
@@ -33,7 +33,7 @@ class FilePlan(NamedTuple):
         head: The bytes before the data. With digests in it, `sealed` gives the final ones, which
             are as many.
         tensors: The names of its tensors, in the order of their data.
-        size: The size of the whole file in bytes.
+        size: The size of the file in bytes.
     """
 
     name: str
@@ -55,7 +55,7 @@ class SavePlan(NamedTuple):
         metadata: The metadata of them all, without digests.
         files: The safetensors files, in the order in which they are written.
         index_name: The name of the index, which is written last; "" for a save of one file.
-        checksum: Whether the metadata get a digest of each tensor.
+        checksum: Whether the metadata has a digest of each tensor.
     """
 
     infos: Mapping[str, TensorInfo]
@@ -66,7 +66,7 @@ class SavePlan(NamedTuple):
 
     @property
     def size(self) -> int:
-        """The bytes of all safetensors files."""
+        """Return the size of all safetensors files in bytes."""
         return sum(file.size for file in self.files)
 
     def sealed(self, digests: Mapping[str, str] | None = None) -> bytes:

@@ -1,4 +1,4 @@
-"""Saving under other names: what rules make of a tree's leaves.
+"""Saving with other names: what rules make of a tree's leaves.
 
 Specification: *Rules*.
 """
@@ -21,7 +21,9 @@ from pytree2safetensors._leaves.renaming import Rename, renamed
 from pytree2safetensors._leaves.spread import assembled_chunks
 from pytree2safetensors._tree.rule import Rule
 
-_PLAIN: Final = frozenset({None, "weak", *SCALARS} - {"complex"})  # kinds that a tensor alone tells
+_PLAIN: Final = frozenset(
+    {None, "weak", *SCALARS} - {"complex"}
+)  # kinds that a tensor has without a note
 _LISTED: Final = 20
 
 
@@ -59,7 +61,7 @@ def place(
 
 
 def _shape_of(info: TensorInfo | None) -> Shape | None:
-    """The shape of a leaf whose axes can be rearranged."""
+    """Return the shape of a leaf whose axes can be rearranged."""
     if info is None or isinstance(info.kind, list):
         return None
     return info.shape if info.kind in {None, "weak", *NOTED_DTYPES} else None
@@ -68,7 +70,7 @@ def _shape_of(info: TensorInfo | None) -> Shape | None:
 def misfit(
     lost: Sequence[tuple[str, Rule | None, str]], idle: Sequence[Rule]
 ) -> WeightsMismatchError:
-    """The error that leaves have no place in the file, for the reasons given."""
+    """Make the error for leaves without a place in the file."""
     parts = ["rename= does not fit the tree:"]
     parts += _first(f"    {shorten(path)}: {reason}" for path, _, reason in lost)
     if idle:
@@ -107,7 +109,7 @@ def tensors_of(placed: Sequence[Placed]) -> tuple[dict[str, TensorInfo], dict[st
 
 
 def _check_kinds(placed: Iterable[Placed]) -> None:
-    """Refuse leaves that a tensor alone does not tell."""
+    """Raise an error for leaves that are more than a tensor."""
     noted = [
         f"    {shorten(item.path)}: {kind[0] if isinstance(kind, list) else kind}"
         for item in placed
@@ -146,7 +148,7 @@ def _check_local(one: Copy, other: Copy) -> None:
 
 
 def differ(one: str, other: str, name: str) -> FileFormatError:
-    """The error that the leaves at two paths are to be one tensor."""
+    """Make the error for the leaves at two paths that would be one tensor."""
     return FileFormatError(
         f"{shorten(one)} and {shorten(other)} are both stored as {shorten(name)}, and they differ; "
         "give one of them a name of its own, or leave it out with Rule(None, path)"
@@ -154,7 +156,7 @@ def differ(one: str, other: str, name: str) -> FileFormatError:
 
 
 def _is_same(one: Assembled, other: Assembled) -> bool:
-    """Whether tensors are made of the very same leaves in the same way."""
+    """Return whether tensors are made of the very same leaves in the same way."""
     pairs = [*zip(one.members, other.members, strict=False)]
     return len(one.members) == len(other.members) and all(
         a.leaf is b.leaf and a.view == b.view for a, b in pairs

@@ -1,4 +1,4 @@
-"""The one thread that saves in the background: the saves of a process end in the order of its calls.
+"""The background thread: the saves of a process finish in the order of its calls.
 
 Specification: *Saving*.
 """
@@ -11,15 +11,15 @@ from typing import Final
 
 _NAME: Final = "pytree2safetensors-save"
 
-_savers: list[ThreadPoolExecutor] = []  # none before the first save
-_last: list[threading.Event] = []  # set when what was submitted last, and so everything, has ended
+_savers: list[ThreadPoolExecutor] = []  # None before the first save
+_last: list[threading.Event] = []  # set when the last submitted save has ended
 
 
 def submit(save: Callable[[], None]) -> Future[None]:
     """Save on the saver's thread, after everything that was submitted before."""
     if not _savers:
         _savers.append(ThreadPoolExecutor(1, _NAME))
-    ended = threading.Event()  # unlike the future it keeps no error, and so no snapshot, alive
+    ended = threading.Event()  # does not keep an error and its snapshot alive, unlike the future
     _last[:] = [ended]
     future = _savers[0].submit(save)
     future.add_done_callback(lambda _: ended.set())
@@ -27,14 +27,14 @@ def submit(save: Callable[[], None]) -> Future[None]:
 
 
 def wait_for_earlier() -> None:
-    """Wait until all that was submitted has ended. Errors are left to those who hold the futures."""
-    if not is_current():  # it would wait for itself
+    """Wait for all submitted saves. Their futures have the errors."""
+    if not is_current():  # a thread cannot wait for itself
         for ended in _last:
             ended.wait()
 
 
 def is_current() -> bool:
-    """Whether this is the saver's thread, which runs callbacks of the user's, too."""
+    """Return whether this is the saver's thread, which also runs the user's callbacks."""
     return threading.current_thread().name.startswith(_NAME)
 
 
@@ -43,5 +43,5 @@ def _forget() -> None:
     _last.clear()
 
 
-if hasattr(os, "register_at_fork"):  # a child has no thread of its parent
+if hasattr(os, "register_at_fork"):  # a child process does not have its parent's thread
     os.register_at_fork(after_in_child=_forget)

@@ -21,12 +21,11 @@ from pytree2safetensors._save.plan import FilePlan, SavePlan
 from pytree2safetensors._types import Chunk
 
 _SMALL: Final = 1 << 16  # bytes: smaller chunks are written together
-_JOINED: Final = 4 << 20  # bytes that are written together
+_JOINED: Final = 4 << 20  # bytes to write together
 _LARGEST: Final = 32 << 20  # bytes of one write, so that interrupts and progress are seen often
 _EACH: Final = 4096  # bytes that could be hashed in the time that reading one more block takes
 
-# The leaves of which a process saves something: its shards of global arrays, and on process 0 all
-# other leaves.
+# What a process saves: its shards of global arrays and, on process 0, all other leaves.
 Share = Mapping[str, Any]
 
 

@@ -1,4 +1,4 @@
-"""Carrying out the plan of a save: to a file, a file object or a folder.
+"""Executing the plan of a save: to a file, a file object or a folder.
 
 Specification: *Saving*, *Sharded folders*, *Digests*.
 """
@@ -32,8 +32,8 @@ class Target(NamedTuple):
     Attributes:
         path: The path, here or in a store, or the file object.
         folder: The folder to write shards in, here or in a store; None for one file.
-        stem: What the names in the folder begin with.
-        limit: The bytes of tensors that a shard has at most.
+        stem: The prefix of the names in the folder.
+        limit: The most bytes of tensors in a shard.
     """
 
     path: Any
@@ -57,7 +57,9 @@ def target_of(path: PathLike | RemotePath | Writable, max_shard_size: int | str 
         folder, stem = split_path(where.path, is_folder=False)
         return Target(where, where if folder == where.path else where.parent(), stem, limit)
     if not isinstance(where, str):
-        raise ValueError(f"max_shard_size= writes a folder, and {type(path).__name__} is none")
+        raise ValueError(
+            f"max_shard_size= writes a folder, so it needs a path, not {type(path).__name__}"
+        )
     if not where:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "")
     folder, stem = split_path(where, is_folder=os.path.isdir(where))
@@ -80,10 +82,10 @@ def write(
     durable: bool,
     progress: Progress | None,
 ) -> None:
-    """Carry out a plan.
+    """Execute a plan.
 
     Raises:
-        OSError: The files cannot be written; what was there before still is.
+        OSError: The files cannot be written. The previous ones are still there.
     """
     hasher = Hashing(plan.infos) if plan.checksum else nullcontext()
     with closing_bar(progress), hasher as hashing:
@@ -119,7 +121,7 @@ def _sealed(
 def _chunks(
     plan: SavePlan, file: FilePlan, leaves: Mapping[str, Any], hashing: Hashing | None
 ) -> Iterator[Chunk]:
-    """Give the bytes of a file; its head comes last if digests are to complete it."""
+    """Yield the bytes of a file, with the head last if it has digests."""
     data: Iterable[Chunk] = data_chunks(file, plan.infos, leaves)
     if hashing is not None:
         data = hashing.through(file, data)
@@ -139,7 +141,7 @@ def _write_folder(
     durable: bool,
     progress: Progress | None,
 ) -> None:
-    """Write the files of a plan into their folder, in place of what an older save left there."""
+    """Write the files of a plan into their folder, and replace those of an older save."""
     files = plan.files
     if isinstance(target.folder, RemotePath) and not plan.index_name:
         files, hashing = [_sealed(plan, file, leaves, hashing) for file in files], None
@@ -156,9 +158,9 @@ def _write_folder(
 
 
 def older_names(plan: SavePlan, target: Target) -> tuple[str, Callable[[Iterable[str]], list[str]]]:
-    """Return the name that goes before the commit, and what finds those that go after it.
+    """Return the name to remove before the commit, and a function for those to remove after it.
 
-    They are an older save's; a file and an index of one stem would make the folder ambiguous.
+    They belong to an older save. A file and an index of one stem make a folder ambiguous.
     """
     kept = {file.name for file in plan.files} | {plan.index_name}
     rival = target.stem + SUFFIX if plan.index_name else index_name(target.stem)
@@ -170,5 +172,5 @@ def older_names(plan: SavePlan, target: Target) -> tuple[str, Callable[[Iterable
 
 
 def _index_chunks(plan: SavePlan, hashing: Hashing | None) -> Iterator[Chunk]:
-    """Give the index; all shards are written by then."""
+    """Yield the index, after all shards are written."""
     yield 0, memoryview(plan.sealed(None if hashing is None else hashing.digests()))
