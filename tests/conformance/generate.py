@@ -551,7 +551,7 @@ def write(name: str, cases: Any) -> None:
 
 
 def main() -> None:
-    warnings.filterwarnings("ignore", "JAX cannot hold the dtypes")
+    warnings.filterwarnings("ignore", "JAX does not support the dtypes")
     shutil.rmtree(KIT, ignore_errors=True)
     for name in ("accepted", "refused"):
         (KIT / name).mkdir(parents=True)

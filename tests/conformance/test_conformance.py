@@ -40,7 +40,7 @@ ACCEPTED, REFUSED, KEYPATHS = cases("accepted.json"), cases("refused.json"), cas
 @pytest.fixture(autouse=True)
 def _wide_dtypes_may_be_numpy() -> Iterator[None]:
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "JAX cannot hold the dtypes")
+        warnings.filterwarnings("ignore", "JAX does not support the dtypes")
         yield
 
 

@@ -33,7 +33,7 @@ needs_new = pytest.mark.skipif(
 def accepted(load: Callable[[Path], Any], path: Path) -> Any:
     """What loads, or None where it is refused."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "JAX cannot hold the dtypes")
+        warnings.filterwarnings("ignore", "JAX does not support the dtypes")
         try:
             return load(path)
         except DOCUMENTED:

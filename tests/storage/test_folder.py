@@ -87,8 +87,8 @@ def test_folders_that_may_not_be_entered_or_read() -> None:
         )  # fmt: skip
         assert run.stdout.splitlines() == [
             "['a', 'b'] ['a', 'b']",
-            "[Errno 13] Permission denied (its folder cannot be read, which flushing it takes; "
-            "durable=False saves): 'writable/model'",
+            "[Errno 13] Permission denied (its folder cannot be read, which is needed to flush it; "
+            "durable=False saves without): 'writable/model'",
         ], run.stderr
         assert names_in(inner / "writable") == ["model"]
 

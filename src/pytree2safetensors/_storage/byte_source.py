@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
         @property
         def path(self) -> str:
-            """Return the path in it."""
+            """Return the path in the file system."""
             ...
 else:
 
