@@ -217,7 +217,7 @@ def test_file_objects_may_delegate() -> None:
         for load in (load_metadata, load_abstract, lambda source: load_into_pytree(TREE, source)):
             file.seek(0)
             load(file)
-        with pytest.raises(FileFormatError, match="0 bytes after its position; seek to where the"):
+        with pytest.raises(FileFormatError, match="0 bytes after its position; seek to the start"):
             load_pytree(file)
     with fsspec.open("simplecache::memory://delegated.safetensors", "wb") as remote:
         save_pytree(TREE, remote)

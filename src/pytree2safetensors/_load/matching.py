@@ -103,7 +103,7 @@ def compare(
         if slot is None:
             name = add_prefix(options.prefix, path)  # `rename` knows the names of data alone
             if name in available and _is_empty(available, name):
-                outcome.used.add(name)  # neither is data
+                outcome.used.add(name)  # neither of them is data
             continue
         route, rule = routes[position], rules[position]
         if not isinstance(route, str):

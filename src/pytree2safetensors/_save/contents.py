@@ -90,7 +90,7 @@ def _check_unfit(unfit: list[tuple[str, Any]], *, skip: bool) -> None:
             f"the array at {shorten(deleted)} has been deleted or donated; save it before, "
             "or save the array that took its place"
         )
-    # Arrays without values nobody means to leave out.
+    # Nobody wants to skip arrays without values.
     valueless = any(is_valueless(leaf) or holds_array(leaf) for _, leaf in unfit)
     if valueless or not skip:
         raise UnsupportedLeafError(_unfit_message(unfit, valueless))

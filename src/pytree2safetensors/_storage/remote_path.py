@@ -35,7 +35,7 @@ class RemotePath(NamedTuple):
 
     @property
     def label(self) -> str:
-        """The URL for messages, shortened and without credentials."""
+        """Return the URL for messages, shortened and without credentials."""
         return shorten(hide_credentials(self.url))
 
     @property
@@ -51,7 +51,7 @@ class RemotePath(NamedTuple):
 
     @property
     def protocols(self) -> frozenset[str]:
-        """The schemes of its file system."""
+        """Return the schemes of its file system."""
         found = self.fs.protocol
         return frozenset([found] if isinstance(found, str) else found)
 
