@@ -104,6 +104,13 @@ def test_background_saves_copy_each_leaf_once(path: Path) -> None:
     assert not any(np.any(values) for values in load_file(path).values())
 
 
+@pytest.mark.parametrize("kind", [np.asarray, jnp.asarray])
+def test_leaves_without_axes_are_parts_of_a_tensor(kind: Any, path: Path) -> None:
+    tree = [kind(np.float32(number)) for number in range(3)]
+    found = saved(tree, [Rule("w", "#{l}", "l -> ")], path)
+    np.testing.assert_array_equal(found["w"], np.arange(3, dtype=np.float32), strict=True)
+
+
 # --- ties -------------------------------------------------------------------------------------
 
 TIED = [Rule("embed", "embed"), Rule("embed", "head", "v e -> e v")]

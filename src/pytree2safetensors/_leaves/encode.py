@@ -86,11 +86,12 @@ def host_shard(data: jax.Array) -> NDArray[Any]:
 
 
 def host_part(data: Any, index: tuple[slice, ...]) -> NDArray[Any]:
-    """Return the values of a region of an array on one device, and copy only that region."""
-    if isinstance(data, np.ndarray):
-        part: NDArray[Any] = data[index]
-        return part
-    return host_shard(data)[index] if is_in_place(data) else host_shard(part_of(data, index))
+    """The values of a region of an array on one device, which alone is copied from there."""
+    if isinstance(data, jax.Array) and not is_in_place(data):
+        return host_shard(part_of(data, index))
+    values = host_shard(data) if isinstance(data, jax.Array) else data
+    part: NDArray[Any] = values[(*index, ...)]  # an array, if of no axes
+    return part
 
 
 def part_of(data: jax.Array, index: tuple[slice, ...]) -> jax.Array:

@@ -1,0 +1,199 @@
+"""What rules cost: a PyTorch checkpoint of 1 GB in bfloat16 into JAX trees, by rules and by hand.
+
+Each measurement is a process of its own, which reads the file from the page cache. By hand means
+what guides for such models do: `safetensors.flax.load_file`, then transpose, reshape and stack.
+
+    python benchmarks/rules.py [--small]
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import safetensors.flax
+import safetensors.numpy
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from pytree2safetensors import Rule, load_into_pytree, save_pytree
+from pytree2safetensors._leaves.routes import routes_of
+from pytree2safetensors._tree.rule_index import RuleIndex
+
+FULL = {"E": 2048, "H": 16, "D": 128, "F": 5632, "L": 8, "V": 32000}
+SMALL = {"E": 256, "H": 4, "D": 64, "F": 704, "L": 4, "V": 2000}
+
+
+class Model:
+    """A Llama by its sizes."""
+
+    def __init__(self, sizes: dict[str, int]) -> None:
+        self.sizes = sizes
+
+    def file(self) -> dict[str, Any]:
+        E, H, D, F, L, V = self.sizes.values()  # noqa: N806 - as papers write them
+        shapes = {"model.embed_tokens": (V, E), "model.norm": (E,), "lm_head": (V, E)}
+        for l in range(L):
+            layer = f"model.layers.{l}."
+            shapes |= {f"{layer}self_attn.{p}_proj": (H * D, E) for p in "qkvo"}
+            shapes |= {f"{layer}mlp.{m}_proj": (F, E) for m in ("gate", "up")}
+            shapes |= {f"{layer}mlp.down_proj": (E, F)}
+            shapes |= {f"{layer}{n}_layernorm": (E,) for n in ("input", "post_attention")}
+        rng = np.random.default_rng(0)
+        return {
+            f"{name}.weight": rng.integers(0, 1 << 15, shape, np.uint16).view(ml_dtypes.bfloat16)
+            for name, shape in shapes.items()
+        }
+
+    def rules(self, scanned: bool) -> list[Rule]:
+        layer, l = ("layers", "l ") if scanned else ("layers.{l}", "")
+        block = "model.layers.{l}."
+        return [
+            Rule("model.embed_tokens.weight", "embed"),
+            Rule(block + "self_attn.{p:q,k,v}_proj.weight", layer + ".{p}", f"(h d) e -> {l}e h d"),
+            Rule(block + "self_attn.o_proj.weight", layer + ".o", f"e (h d) -> {l}h d e"),
+            Rule(block + "mlp.{m:gate,up,down}_proj.weight", layer + ".{m}", f"o i -> {l}i o"),
+            Rule(block + "{n:input,post_attention}_layernorm.weight", layer + ".{n}", f"e -> {l}e"),
+            Rule("model.norm.weight", "norm"),
+            Rule("lm_head.weight", "head", "v e -> e v"),
+        ]
+
+    def template(self, scanned: bool, sharded: bool) -> Any:
+        E, H, D, F, L, V = self.sizes.values()  # noqa: N806 - as papers write them
+        mesh = Mesh(np.array(jax.devices()), ("x",))
+
+        def leaf(*shape: int) -> Any:
+            axes = [
+                "x" if a == len(shape) - 1 and shape[a] % 8 == 0 else None
+                for a in range(len(shape))
+            ]
+            sharding = NamedSharding(mesh, PartitionSpec(*axes)) if sharded else None
+            return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding)
+
+        lead = (L,) if scanned else ()
+        shapes = dict.fromkeys("qkv", (E, H, D)) | {"o": (H, D, E), "gate": (E, F), "up": (E, F)}
+        shapes |= {"down": (F, E), "input": (E,), "post_attention": (E,)}
+        layers = [
+            {n: leaf(*lead, *s) for n, s in shapes.items()} for _ in range(1 if scanned else L)
+        ]
+        tree = {"embed": leaf(V, E), "norm": leaf(E), "head": leaf(E, V)}
+        return tree | {"layers": layers[0] if scanned else layers}
+
+    def by_hand(self, path: Path, scanned: bool, sharded: bool) -> Any:
+        E, H, D, _, L, _ = self.sizes.values()  # noqa: N806 - as papers write them
+        file = safetensors.flax.load_file(path)
+
+        def layer(l: int) -> dict[str, Any]:
+            def get(name: str) -> Any:
+                return file[f"model.layers.{l}.{name}.weight"]
+
+            found = {
+                p: get(f"self_attn.{p}_proj").reshape(H, D, E).transpose(2, 0, 1) for p in "qkv"
+            }
+            found["o"] = get("self_attn.o_proj").reshape(E, H, D).transpose(1, 2, 0)
+            found |= {m: get(f"mlp.{m}_proj").T for m in ("gate", "up", "down")}
+            return found | {n: get(f"{n}_layernorm") for n in ("input", "post_attention")}
+
+        layers: Any = [layer(l) for l in range(L)]
+        if scanned:
+            layers = jax.tree.map(lambda *parts: jnp.stack(parts), *layers)
+        tree = {"embed": file["model.embed_tokens.weight"], "norm": file["model.norm.weight"]}
+        tree |= {"head": file["lm_head.weight"].T, "layers": layers}
+        if not sharded:
+            return tree
+        return jax.device_put(
+            tree, jax.tree.map(lambda s: s.sharding, self.template(scanned, True))
+        )
+
+
+def measured(work: Callable[[], Any]) -> tuple[float, float]:
+    """Return seconds, and the peak memory in GB beyond what was there before."""
+
+    def status(field: str) -> float:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1e6
+
+    jax.block_until_ready(jnp.ones((2, 2)).T)
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak
+    before, start = status("VmRSS"), time.perf_counter()
+    jax.block_until_ready(work())
+    return time.perf_counter() - start, status("VmHWM") - before
+
+
+def run(kind: str, how: str, path: Path, model: Model) -> None:
+    scanned, sharded = kind != "list", kind == "sharded"
+    if how == "by hand":
+        found = measured(lambda: model.by_hand(path, scanned, sharded))
+    else:
+        template = model.template(scanned, sharded)
+        found = measured(lambda: load_into_pytree(template, path, rename=model.rules(scanned)))
+    print(*found)
+
+
+def matching(model: Model) -> float:
+    """Return the microseconds that a leaf costs to match, among 40 rules."""
+    rules = [Rule(f"x{n}.{{*}}.w", f"y{n}.{{*}}.k", "o i -> i o") for n in range(33)]
+    rules += model.rules(False)
+    paths = [f"@layers#{l}@{p}" for l in range(1000) for p in "qkv"]
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        routes_of(RuleIndex(rules), paths, [(64, 8, 8)] * len(paths), complete=False)
+        times.append(time.perf_counter() - start)
+    return min(times) / len(paths) * 1e6
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--small", action="store_true", help="a file of some megabytes")
+    parser.add_argument("--run", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    model = Model(SMALL if options.small else FULL)
+    if options.run:
+        run(options.run[0], options.run[1], Path(options.run[2]), model)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.safetensors"
+        file = model.file()
+        size = sum(values.nbytes for values in file.values()) / 1e9
+        safetensors.numpy.save_file(file, path)
+        del file
+        print(f"A checkpoint of {size:.2f} GB; the best of 3\n")
+        print("| tree | how | s | peak, GB | peak / model |\n|---|---|---|---|---|")
+        for kind in ("list", "scanned", "sharded"):
+            for how in ("rules", "by hand"):
+                small = ["--small"] if options.small else []
+                command = [sys.executable, __file__, *small, "--run", kind, how, str(path)]
+                runs = [
+                    tuple(map(float, subprocess.check_output(command, text=True).split()))
+                    for _ in range(3)
+                ]
+                seconds, peak = min(r[0] for r in runs), min(r[1] for r in runs)
+                print(
+                    f"| {kind} | {how} | {seconds:.2f} | {peak:.2f} | {peak / size:.2f} |",
+                    flush=True,
+                )
+        template, rules = model.template(True, False), model.rules(True)
+        tree = load_into_pytree(template, path, rename=rules)
+        start = time.perf_counter()
+        save_pytree(tree, path, rename=rules, durable=False)
+        print(f"\nSaving the scanned tree: {time.perf_counter() - start:.2f} s")
+    print(f"Matching: {matching(model):.1f} us a leaf")
+
+
+if __name__ == "__main__":
+    main()
