@@ -94,12 +94,12 @@ def _leaves_of(tree: Any) -> list[Any]:
 
 def _arrays_in(tree: Any) -> Iterator[jax.Array]:
     """Yield the arrays that can be found in a tree that JAX cannot flatten."""
-    pending, seen = [tree], set[int]()
+    pending, seen = [tree], dict[int, Any]()  # by identity; kept, so that no other gets it
     while pending:
         node = pending.pop()
         if id(node) in seen:
             continue
-        seen.add(id(node))
+        seen[id(node)] = node
         if isinstance(node, jax.Array):
             yield node
         elif isinstance(node, dict):
