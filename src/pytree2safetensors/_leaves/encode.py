@@ -90,7 +90,8 @@ def host_part(data: Any, index: tuple[slice, ...]) -> NDArray[Any]:
     if isinstance(data, jax.Array) and not is_in_place(data):
         return host_shard(part_of(data, index))
     values = host_shard(data) if isinstance(data, jax.Array) else data
-    part: NDArray[Any] = values[(*index, ...)]  # an array, if of no axes
+    whole: Any = (*index, ...)  # which gives an array, not a scalar, if there are no axes
+    part: NDArray[Any] = values[whole]
     return part
 
 
