@@ -140,9 +140,8 @@ def test_two_leaves_that_share_a_tensor_do_not_share_memory(path: Path) -> None:
 
 def test_arrays_of_a_dictionary_are_copied(path: Path) -> None:
     given = np.zeros(SIZE, np.float32)
-    placed = set_weights(
-        {"w": jnp.zeros(SIZE), "n": np.zeros(SIZE, np.float32)}, {"@w": given, "@n": given}
-    )
+    template: dict[str, Any] = {"w": jnp.zeros(SIZE), "n": np.zeros(SIZE, np.float32)}
+    placed = set_weights(template, {"@w": given, "@n": given})
     given[:] = 1
     assert not np.asarray(placed["w"]).any()
     assert not placed["n"].any()
@@ -270,7 +269,9 @@ def test_any_byte_but_0_is_true(mmap: bool, size: int, tmp_path: Path) -> None:
     note = json.dumps({"version": 1, "leaves": {"@s": "bool"}})
     path = tmp_path / "file"
     safetensors.numpy.save_file(content, path, {"pytree2safetensors": note})
-    template = {"a": jnp.zeros(size, bool), "b": np.zeros(size, bool), "c": jnp.zeros(size, bool)}
+    template: dict[str, Any] = {
+        "a": jnp.zeros(size, bool), "b": np.zeros(size, bool), "c": jnp.zeros(size, bool),
+    }  # fmt: skip
     for found in (
         load_pytree(path, mmap=mmap),
         load_into_pytree({**template, "s": False}, path, mmap=mmap),

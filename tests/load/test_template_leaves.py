@@ -76,9 +76,8 @@ def test_a_packed_tensor_under_the_name_of_a_function_stops_no_lenient_load(
 ) -> None:
     content = file({"@f": tensor("F4", [4], 0, 2), "@w": tensor("F32", [1], 2, 6)}, bytes(6))
     (tmp_path / "file").write_bytes(content)
-    found = load_into_pytree(
-        {"f": print, "w": np.ones(1, np.float32)}, tmp_path / "file", strict=False
-    )
+    template: dict[str, Any] = {"f": print, "w": np.ones(1, np.float32)}
+    found = load_into_pytree(template, tmp_path / "file", strict=False)
     assert found["f"] is print
     assert found["w"].tolist() == [0]
     with pytest.raises(WeightsMismatchError, match="1 unexpected"):

@@ -41,7 +41,7 @@ struct: Any = jax.ShapeDtypeStruct
 def test_a_numpy_leaf_shares_no_memory_with_a_jax_leaf(mmap: bool, tmp_path: Path) -> None:
     save_pytree({"a": np.arange(COUNT, dtype=np.float32)}, tmp_path / "file")
     abstract = jax.ShapeDtypeStruct((COUNT,), np.float32)  # type: ignore[no-untyped-call] # JAX gives it no types
-    template = {"x": np.zeros(COUNT, np.float32), "y": abstract}
+    template: dict[str, Any] = {"x": np.zeros(COUNT, np.float32), "y": abstract}
     found = load_into_pytree(template, tmp_path / "file", rename=lambda _: "@a", mmap=mmap)
     found["x"][:] = -1
     assert np.asarray(found["y"]).tobytes() == np.arange(COUNT, dtype=np.float32).tobytes()

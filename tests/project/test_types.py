@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import pytest
@@ -89,8 +89,27 @@ def test_files(tmp_path: Path) -> None:
     assert_type(load_abstract(str(path)), Any)
     assert_type(load_metadata(path), dict[str, str])
     assert_type(load_file(path), dict[str, jax.Array])
-    assert_type(load_into_pytree(tree, path, strict=False, cast=True, rename={"@a": "@a"}), Any)
-    assert_type(set_weights(tree, pytree2dict(tree), rename=lambda name: name), Any)
+    assert_type(
+        load_into_pytree(tree, path, strict=False, cast=True, rename={"@a": "@a"}),
+        dict[str, jax.Array],
+    )
+    assert_type(load_into_pytree(load_abstract(path), path), Any)
+    assert_type(
+        set_weights(tree, pytree2dict(tree), rename=lambda name: name), dict[str, jax.Array]
+    )
+
+
+class Layer(NamedTuple):
+    weight: jax.Array
+
+
+def test_loading_keeps_the_type_of_the_template(tmp_path: Path) -> None:
+    path = tmp_path / "layer.safetensors"
+    layer = Layer(jax.numpy.zeros(3))
+    save_pytree(layer, path)
+    assert_type(load_into_pytree(layer, path), Layer)
+    assert_type(set_weights(layer, pytree2dict(layer)), Layer)
+    assert_type(set_weights(0, {"": 1}), int)
 
 
 def test_errors() -> None:

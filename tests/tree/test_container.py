@@ -4,7 +4,7 @@ import copy
 import inspect
 import pickle
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -102,6 +102,33 @@ def test_attributes_are_copied_and_then_the_containers_own() -> None:
     other = copy.copy(container)
     other.a = 5
     assert container.a == 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_vars_are_a_copy_of_the_attributes(name: str) -> None:
+    container = PyTreeContainer({name: 1, "other": 2})
+    found = vars(container)
+    assert type(found) is dict
+    assert found == {name: 1, "other": 2}
+    found[name] = 3
+    found["new"] = 4
+    assert vars(container) == {name: 1, "other": 2}
+    with pytest.raises(AttributeError):
+        container.__dict__ = {}  # type: ignore[misc] # what is tested
+    with pytest.raises(AttributeError):
+        object.__setattr__(container, "__dict__", {})
+    assert len({*dir(container)}) == len(dir(container))
+
+
+class Layer(NamedTuple):
+    weight: Any
+    bias: Any
+
+
+def test_vars_make_a_node_of_another_type(container: PyTreeContainer) -> None:
+    layer = Layer(**vars(container))
+    assert layer.weight is container.weight
+    assert layer.bias is container.bias
 
 
 def test_a_name_is_a_str() -> None:

@@ -20,14 +20,14 @@ from pytree2safetensors._load.stored import load_stored, names_below, warn_forei
 from pytree2safetensors._load.template import TemplateLeaf, template_leaves
 from pytree2safetensors._storage.byte_source import PathLike, Readable
 from pytree2safetensors._storage.progress import ProgressOption, reporter
-from pytree2safetensors._tree.flatten import PyTree
 from pytree2safetensors._tree.keypath import string2keypath
 from pytree2safetensors._tree.paths import strip_prefix
+from pytree2safetensors._types import T
 
 
 @checked
 def set_weights(
-    module: PyTree,
+    module: T,
     dictionary: Mapping[str, Any],
     verbose: bool = False,
     *,
@@ -35,7 +35,7 @@ def set_weights(
     cast: bool = False,
     prefix: str = "",
     rename: Rename | None = None,
-) -> PyTree:
+) -> T:
     """Return `module` with its leaves replaced by those of `dictionary`.
 
     Args:
@@ -51,7 +51,7 @@ def set_weights(
             in the dictionary.
 
     Returns:
-        A tree with the treedef of `module`.
+        A tree with the treedef of `module`; for type checkers, of its type.
 
     Raises:
         WeightsMismatchError: Leaves are missing, unexpected or mismatched. The message lists all.
@@ -80,12 +80,13 @@ def set_weights(
         if slot is not None:
             value = dictionary[name] if isinstance(name, str) else seen_through(name, dictionary)
             leaves[position] = fitted(slot, value)
-    return jax.tree_util.tree_unflatten(template.treedef, leaves)
+    loaded: T = jax.tree_util.tree_unflatten(template.treedef, leaves)
+    return loaded
 
 
 @checked
 def load_into_pytree(
-    module: PyTree,
+    module: T,
     path: PathLike | Readable,
     verbose: bool = False,
     *,
@@ -95,7 +96,7 @@ def load_into_pytree(
     rename: Rename | None = None,
     mmap: bool = False,
     progress: ProgressOption = False,
-) -> PyTree:
+) -> T:
     """Load a file into a template, and read only what the template needs.
 
     Args:
@@ -113,7 +114,7 @@ def load_into_pytree(
         progress: True for a progress bar, or a function of (done_bytes, total_bytes).
 
     Returns:
-        A tree with the treedef of `module`.
+        A tree with the treedef of `module`; for type checkers, of its type.
 
     Raises:
         WeightsMismatchError: Leaves are missing, unexpected or mismatched. The message lists all.
@@ -166,7 +167,8 @@ def load_into_pytree(
         foreign = [want.name for _, want in wanted if want.leaf.target == "foreign"]
         if foreign:
             warn_foreign(checkpoint, foreign)
-        return jax.tree_util.tree_unflatten(template.treedef, leaves)
+        loaded: T = jax.tree_util.tree_unflatten(template.treedef, leaves)
+        return loaded
 
 
 def placed(leaf: TemplateLeaf) -> TemplateLeaf:

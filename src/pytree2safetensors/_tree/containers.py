@@ -19,6 +19,7 @@ class PyTreeContainer:
 
     `container.name` reads and sets attributes, except those with names such as `__name__`;
     `container[name]` works for every name. No attribute changes the behavior of the object itself.
+    `vars(container)` copies the attributes into a dict, so `T(**vars(container))` makes a `T` of them.
     Containers with the same names have equal treedefs; the order of the attributes does not matter.
 
     Args:
@@ -78,8 +79,9 @@ class PyTreeContainer:
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(attrs_of(self)))
 
-    def __dir__(self) -> Iterable[str]:
-        return [*object.__dir__(self), *attrs_of(self)]
+    @property
+    def __dict__(self) -> dict[str, Any]:  # type: ignore[override] # read-only
+        return dict(attrs_of(self))
 
     def __init_subclass__(cls) -> None:
         raise TypeError("PyTreeContainer cannot be subclassed; register your own pytree node")
@@ -109,7 +111,7 @@ def _is_dunder(name: str) -> bool:
 
 
 # The slot's own accessors, which work whatever the names of the attributes are.
-_attrs_slot = PyTreeContainer.__dict__["__attrs__"]
+_attrs_slot = vars(PyTreeContainer)["__attrs__"]
 attrs_of = cast(Callable[[PyTreeContainer], dict[str, Any]], _attrs_slot.__get__)
 _set_attrs = cast(Callable[[PyTreeContainer, dict[str, Any]], None], _attrs_slot.__set__)
 
