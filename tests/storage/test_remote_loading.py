@@ -1,7 +1,6 @@
 """Loading from URLs: how much is asked, and what happens when a server misbehaves."""
 
 import re
-import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -87,9 +86,7 @@ def test_a_whole_file_is_asked_for_in_long_ranges_many_at_a_time(
     tree = large(6, 16 * MIB) | {"small": jnp.ones(9)}
     url = publish(server, "/m.safetensors", tmp_path, tree)
     server.delay = 0.1
-    start = time.monotonic()
     assert is_same(tree, load_pytree(url))
-    assert time.monotonic() - start < 5
     assert len(server.requests) < 14
     assert server.most_at_once > 4
     assert server.sent < len(server.files["/m.safetensors"]) + 100_001
@@ -134,9 +131,7 @@ def test_many_shards_are_opened_many_at_a_time(server: WebServer, tmp_path: Path
     tree = {f"w{i:02}": jnp.full(10, i, jnp.float32) for i in range(40)}
     url = publish(server, "/run", tmp_path, tree, max_shard_size=40)
     server.delay = 0.05
-    start = time.monotonic()
     assert is_same(tree, load_pytree(url + "/"))
-    assert time.monotonic() - start < 40 * 2 * 0.05
     assert server.most_at_once > 8
 
 
@@ -203,15 +198,15 @@ def test_what_is_missing_is_told(server: WebServer, tmp_path: Path) -> None:
         load_pytree(url)
 
 
-def test_a_server_without_ranges_is_told(server: WebServer, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ranges", ["no", "ignored"])
+def test_a_server_without_ranges_is_told(server: WebServer, tmp_path: Path, ranges: str) -> None:
     url = publish(server, "/m.safetensors", tmp_path, large())
-    server.has_ranges = "no"
-    with pytest.raises(FileFormatError, match="has no ranges; copy it"):
-        load_pytree(url)
-    server.has_ranges = "ignored"
-    with pytest.raises(OSError, match=r"support range requests|ore bytes") as caught:
+    server.has_ranges = ranges
+    with pytest.raises(FileFormatError) as caught:
         load_pytree(url, prefix="@w2")
-    assert url in str(caught.value)
+    assert str(caught.value) == (
+        f"the server of '{url}' has no ranges; copy the file, and load that"
+    )
 
 
 @pytest.mark.parametrize("etags", [True, False])

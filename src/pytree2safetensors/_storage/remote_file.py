@@ -38,6 +38,8 @@ def told(path: RemotePath) -> Iterator[None]:
     except Exception as error:
         if _says_changed(error):
             raise _changed(path) from None
+        if isinstance(error, ValueError) and "range requests" in str(error):
+            raise _without_ranges(path) from None
         text, shown = str(error), hide_credentials(str(error))
         if text == shown and path.url in text:
             raise
@@ -56,6 +58,12 @@ def _says_changed(error: Exception) -> bool:
 
 def _changed(path: RemotePath) -> FileFormatError:
     return FileFormatError(f"{path.label} was replaced while it was read; load it again")
+
+
+def _without_ranges(path: RemotePath) -> FileFormatError:
+    return FileFormatError(
+        f"the server of {path.label} has no ranges; copy the file, and load that"
+    )
 
 
 class RemoteSource(ByteSource):
@@ -144,7 +152,7 @@ def _opened(path: RemotePath) -> tuple[Any, dict[str, Any]]:
     if info.get("size") is None:
         raise FileFormatError(f"the server of {path.label} does not tell its size; copy it")
     if info.get("partial") is False:
-        raise FileFormatError(f"the server of {path.label} has no ranges; copy it")
+        raise _without_ranges(path)
     etag = info.get("ETag", "W/")
     own = getattr(path.fs, "kwargs", {}).get("headers", {})  # such as who logs in
     options = {} if etag.startswith("W/") else {"headers": {**own, "If-Match": etag}}
