@@ -346,7 +346,7 @@ TREES: list[tuple[Any, type[Exception], str]] = [
         "2 of the tree's leaves cannot be stored:\n"
         f"  '@a': {jax.ShapeDtypeStruct.__module__}.ShapeDtypeStruct of dtype float32\n"
         f"  '@f': {FUNCTION}\n"
-        "Only concrete arrays can be saved. Call this outside jit; of a Ref, or another object that "
+        "Only concrete arrays can be saved. Call this outside jit; for a Ref, or another object that "
         "holds an array, save the array.",
     ),
     (

@@ -126,14 +126,17 @@ def test_other_sizes_are_refused(tmp_path: Path, size: str) -> None:
 
 @pytest.mark.parametrize("size", [0, -1, True, "0GB", "0.9B"])
 def test_a_shard_takes_a_byte(tmp_path: Path, size: int | str) -> None:
-    with pytest.raises(ValueError, match=r"max_shard_size is .*, and a shard takes at least one"):
+    with pytest.raises(ValueError, match=r"max_shard_size is .*; a shard holds at least one"):
         save_pytree(tree_of(1), tmp_path / "m", max_shard_size=size)
 
 
 def test_file_objects_take_no_shards(tmp_path: Path) -> None:
     with (
         (tmp_path / "file").open("wb") as file,
-        pytest.raises(ValueError, match="max_shard_size= writes a folder, and BufferedWriter is"),
+        pytest.raises(
+            ValueError,
+            match="max_shard_size= writes a folder, so it needs a path, not BufferedWriter",
+        ),
     ):
         save_pytree(tree_of(1), file, max_shard_size="5GB")
 

@@ -99,7 +99,7 @@ def _check_unfit(unfit: list[tuple[str, Any]], *, skip: bool) -> None:
 def _unfit_message(unfit: list[tuple[str, Any]], valueless: bool) -> str:
     lines = [f"  {shorten(name)}: {_type_name(leaf)}" for name, leaf in unfit]
     remedy = (
-        "Only concrete arrays can be saved. Call this outside jit; of a Ref, or another object that "
+        "Only concrete arrays can be saved. Call this outside jit; for a Ref, or another object that "
         "holds an array, save the array."
         if valueless
         else 'Save with unsupported="skip" to leave them out; load_into_pytree then keeps those of '
