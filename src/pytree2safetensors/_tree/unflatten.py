@@ -214,7 +214,9 @@ class _Trie:
     def finish(self) -> Any:
         if self.deepest > DEEP:
             check_depth(self.deepest, self.name_of(max(self.nodes, key=lambda node: node.depth)))
-        for node in reversed(self.nodes):
+        self.parents.clear()
+        while self.nodes:  # children first, each gone once it is finished
+            node = self.nodes.pop()
             if node.parent is not None:
                 node.parent.entries[node.key] = self.finished(node)
         return self.top.entries.get("", {})  # without names, an empty dict
