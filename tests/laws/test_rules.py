@@ -259,7 +259,7 @@ def test_law_9_loading_makes_the_tree(path: Path, data: Any, case: Correspondenc
             "pytree2safetensors._load.plan._CUT_BY_JAX", data.draw(st.sampled_from([0, 1 << 20]))
         )
         patch.setattr(
-            "pytree2safetensors._load.plan._LONG", data.draw(st.sampled_from([1, 1 << 16]))
+            "pytree2safetensors._load.slots._LONG", data.draw(st.sampled_from([1, 1 << 16]))
         )
         patch.setattr(
             "pytree2safetensors._load.reading._COPIED_BATCH",

@@ -32,10 +32,10 @@ from pytree2safetensors._leaves.extents import (
     span_of,
     starts_of,
 )
-from pytree2safetensors._load import plan, reading
+from pytree2safetensors._load import plan, reading, slots
 from pytree2safetensors._load.checkpoint import open_checkpoint
-from pytree2safetensors._load.plan import Slot
 from pytree2safetensors._load.ranges import Place, plan_reads
+from pytree2safetensors._load.slots import Slot
 from pytree2safetensors._storage import file_source as _source
 from pytree2safetensors._storage.read_pool import ReadPool
 
@@ -57,7 +57,7 @@ def take_route(route: str, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(plan, "_CUT_BY_JAX", 0)
     patch.setattr(extents, "BAND", 256)
     if route == "direct":
-        patch.setattr(plan, "_LONG", 1)
+        patch.setattr(slots, "_LONG", 1)
 
 
 def is_key(array: Any) -> bool:
@@ -789,12 +789,12 @@ def test_what_a_process_does_not_hold_is_not_read(
     with open_checkpoint(tmp_path / "file") as store, ReadPool(2) as pool:
         counter.times[:] = 0  # the header came with it
         info, start = store.infos["#0"], store.places["#0"][1]
-        sizes = [plan.nbytes_of(region, info) for region in regions]
-        slots = [
+        sizes = [slots.nbytes_of(region, info) for region in regions]
+        wanted = [
             Slot("#0", info, region, 0, nbytes, [])
             for region, nbytes in zip(regions, sizes, strict=True)
         ]
-        places = [Place(slot, staging.aligned(slot.nbytes), 0) for slot in slots]
+        places = [Place(slot, staging.aligned(slot.nbytes), 0) for slot in wanted]
         reads, tasks = plan_reads(store, places, lambda _: None)
         for future in pool.start(reads, tasks, lambda _: None):
             future.result()

@@ -20,7 +20,7 @@ from pytree2safetensors._leaves.staging import aligned
 from pytree2safetensors._leaves.to_jax import own_programs
 from pytree2safetensors._leaves.views import to_leaf
 from pytree2safetensors._load.checkpoint import OpenCheckpoint
-from pytree2safetensors._load.plan import Assembly, Piece
+from pytree2safetensors._load.slots import Assembly, Piece
 
 
 class Assembler:

@@ -21,8 +21,8 @@ from pytree2safetensors._leaves.staging import aligned
 from pytree2safetensors._leaves.to_jax import to_jax, weaken, wrap_key
 from pytree2safetensors._load.assembling import Assembler, rearranged
 from pytree2safetensors._load.checkpoint import OpenCheckpoint
-from pytree2safetensors._load.plan import Piece, Slot, Use, Wanted
 from pytree2safetensors._load.ranges import Place
+from pytree2safetensors._load.slots import Piece, Slot, Use, Wanted
 from pytree2safetensors._load.template import to_python
 
 _AT_ONCE: Final = 8 << 20  # bytes of assembled leaves that become arrays of JAX together

@@ -13,9 +13,9 @@ from pytree2safetensors._load.checkpoint import open_checkpoint
 from pytree2safetensors._load.flat_template import Stored, flat_template
 from pytree2safetensors._load.given import fitted, given_spec, seen_through
 from pytree2safetensors._load.matching import Options
-from pytree2safetensors._load.plan import Wanted
 from pytree2safetensors._load.reading import read_leaves
 from pytree2safetensors._load.sharded import concrete
+from pytree2safetensors._load.slots import Wanted
 from pytree2safetensors._load.stored import load_stored, names_below, warn_foreign
 from pytree2safetensors._load.template import TemplateLeaf, template_leaves
 from pytree2safetensors._storage.byte_source import PathLike, Readable

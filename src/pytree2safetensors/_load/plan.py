@@ -1,4 +1,4 @@
-"""The plan of a load: which regions of which tensors to read, in which batches, and for what.
+"""The plan of a load: which regions of which tensors are read, in which batches, and for whom.
 
 A plan is plain data, computed without I/O. A leaf that lives whole in one place is the plain case:
 its one region is its tensor.
@@ -10,100 +10,33 @@ import math
 import sys
 from collections.abc import Callable, Container, Iterator, Sequence
 from itertools import count
-from typing import Any, Final, NamedTuple, TypeAlias
+from typing import Final, TypeAlias
 
 import jax
-from jax.sharding import Sharding
 
 from pytree2safetensors._format.tensor import BITS, TensorInfo
-from pytree2safetensors._leaves.extents import Region, Shape, region_of, runs_in, shape_of
+from pytree2safetensors._leaves.extents import Region, Shape, region_of
 from pytree2safetensors._leaves.staging import ALIGNMENT
 from pytree2safetensors._leaves.to_jax import TAKEN_OVER
-from pytree2safetensors._leaves.views import Box, View, boxes_of, sources_of
+from pytree2safetensors._leaves.views import boxes_of, sources_of
 from pytree2safetensors._load.checkpoint import OpenCheckpoint
+from pytree2safetensors._load.runs import is_small_plain, plan_runs
 from pytree2safetensors._load.sharded import is_ordinary
+from pytree2safetensors._load.slots import (
+    Assembly,
+    Batch,
+    Piece,
+    Slot,
+    Use,
+    Wanted,
+    is_direct,
+    nbytes_of,
+)
 from pytree2safetensors._load.template import TemplateLeaf
 
 _CUT_BY_JAX: Final = (
     1 << 20
 )  # bytes: JAX splits smaller arrays faster than they are read in regions
-_LONG: Final = 1 << 16  # bytes: longer runs get a read of their own
-
-
-class Wanted(NamedTuple):
-    """A leaf to load: what it is in the file, and what it shall be; its sharding is concrete."""
-
-    source: str | View  # the tensor that it is, or what it is made of
-    leaf: TemplateLeaf
-
-    @property
-    def name(self) -> str:
-        """Return the name of its tensor, or of the first of its tensors."""
-        return self.source if isinstance(self.source, str) else self.source.names[0]
-
-
-class Use(NamedTuple):
-    """The use of a region: a leaf, by its position, on one device or as JAX places it.
-
-    Attributes:
-        position: That of the leaf among those wanted.
-        sharding: Where JAX puts the values; None for its default device, or for the host.
-        device: The device, if the values are only a part of the leaf.
-    """
-
-    position: int
-    sharding: Sharding | None
-    device: jax.Device | None
-
-
-class Assembly(NamedTuple):
-    """A region of a leaf that is made of regions of tensors.
-
-    Attributes:
-        number: What tells it from others.
-        view: What the leaf is made of.
-        region: Of the leaf.
-        boxes: What the region consists of, each with memory in the order of the file.
-        uses: Who gets the region.
-        pieces: How many regions of tensors make it.
-        is_far: Whether the regions become arrays on their devices first, and are put together there.
-    """
-
-    number: int
-    view: View
-    region: Region
-    boxes: list[Box]
-    uses: list[Use]
-    pieces: int
-    is_far: bool
-
-
-class Piece(NamedTuple):
-    """Where a region of a tensor belongs in an assembly."""
-
-    assembly: Assembly
-    box: int
-    place: tuple[Any, ...]  # the index that selects its memory from that of the box
-
-
-class Slot(NamedTuple):
-    """A region of a tensor, and where in a batch's memory to read it."""
-
-    name: str
-    info: TensorInfo  # of the tensor; by a rule, its shape is that of the view's fine axes
-    region: Region | None  # None for the whole tensor
-    offset: int  # in the batch's memory, or -1 for its own memory
-    nbytes: int
-    uses: list[Use]
-    piece: Piece | None = None  # what it is a part of, by a rule
-    run: Sequence[int] = ()  # the positions of the leaves, if the slot is a run of equal tensors
-
-
-class Batch(NamedTuple):
-    """Regions to read together, in the order of the file."""
-
-    slots: list[Slot]
-    size: int  # bytes of their shared memory
 
 
 def plan_batches(
@@ -123,13 +56,13 @@ def plan_batches(
         is_far: Tells of a use whether its values go to another device than the host as they are.
     """
     ranks = {name: rank for rank, name in enumerate(checkpoint.places)}
-    is_small = _is_small(checkpoint, keeps_memory)
+    is_small = is_small_plain(checkpoint, keeps_memory)
     small = [
         (ranks[source], position, source)
         for position, (source, leaf) in enumerate(wanted)
         if isinstance(source, str) and is_small(source, leaf)
     ]
-    yield from _plan_runs(checkpoint, wanted, sorted(small), limit)
+    yield from plan_runs(checkpoint, wanted, sorted(small), limit)
     planned = {position for _, position, _ in small}
     requests = list(_requests(checkpoint, wanted, planned, keeps_memory, is_far))
     requests.sort(key=lambda request: ranks[request[0]])
@@ -188,68 +121,6 @@ def _bytes_together(requests: Sequence[_Request], digested: bool) -> int:
     return sum(sizes.values())
 
 
-def _is_small(
-    checkpoint: OpenCheckpoint, keeps_memory: Callable[[TemplateLeaf], bool]
-) -> Callable[[str, TemplateLeaf], bool]:
-    """Tell which leaves are small plain arrays for the default device, which may be read in runs."""
-    known: dict[tuple[int, int], bool] = {}
-    if checkpoint.digests is not None:  # of single tensors
-        return lambda _, __: False
-
-    def is_small(source: str, leaf: TemplateLeaf) -> bool:
-        info = checkpoint.infos[source]
-        key = id(info), id(leaf)
-        found = known.get(key)
-        if found is None:
-            plain = info.kind is None and leaf.leaf.kind == "array" and leaf.sharding is None
-            apart = leaf.target != "jax" or leaf.format is not None or keeps_memory(leaf)
-            found = known[key] = plain and not apart and 0 < info.nbytes < TAKEN_OVER
-        return found
-
-    return is_small
-
-
-def _plan_runs(
-    checkpoint: OpenCheckpoint,
-    wanted: Sequence[Wanted],
-    small: Sequence[tuple[int, int, str]],
-    limit: int,
-) -> Iterator[Batch]:
-    """Plan small tensors: equal ones that follow each other in the file are one slot."""
-    slots: list[Slot] = []
-    size = 0
-    run: list[int] = []
-    first: Any = None  # of the run: its tensor, leaf and file
-    stop = -1  # where the run ends in the file
-
-    def close() -> None:
-        nonlocal size
-        if run:
-            info = first[0]
-            nbytes = info.nbytes * len(run)
-            whole = info._replace(shape=(len(run), *info.shape), nbytes=nbytes)
-            slots.append(Slot(wanted[run[0]].name, whole, None, size, nbytes, [], None, run))
-            size += nbytes
-
-    for _, position, source in small:
-        leaf = wanted[position].leaf
-        info = checkpoint.infos[source]
-        file, offset = checkpoint.places[source]
-        same = first is not None and first[0] is info and first[1] is leaf and first[2] is file
-        if not same or offset != stop or size + info.nbytes * (len(run) + 1) > limit:
-            close()
-            size = -(-size // ALIGNMENT) * ALIGNMENT
-            if size + info.nbytes > limit:
-                yield Batch(slots, size)
-                slots, size = [], 0
-            run, first = [], (info, leaf, file)
-        run.append(position)
-        stop = offset + info.nbytes
-    close()
-    if slots:
-        yield Batch(slots, size)
-
-
 def _requests(
     checkpoint: OpenCheckpoint,
     wanted: Sequence[Wanted],
@@ -292,21 +163,6 @@ def _requests(
                     Piece(assembly, number, part.place),
                     keeps,
                 )
-
-
-def is_direct(region: Region | None, info: TensorInfo) -> bool:
-    """Return whether the runs of a region are few, or long enough to read one by one."""
-    if region is None:
-        return True
-    number, length = runs_in(region, info.shape, BITS[info.dtype] // 8)
-    return number <= 1 or length >= _LONG
-
-
-def nbytes_of(region: Region | None, info: TensorInfo) -> int:
-    """Return the bytes of a region of a tensor."""
-    if region is None:
-        return info.nbytes
-    return math.prod(shape_of(region)) * BITS[info.dtype] // 8
 
 
 def _uses(

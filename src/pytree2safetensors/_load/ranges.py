@@ -25,7 +25,7 @@ from pytree2safetensors._leaves.extents import (
     within,
 )
 from pytree2safetensors._load.checkpoint import OpenCheckpoint
-from pytree2safetensors._load.plan import Slot, is_direct
+from pytree2safetensors._load.slots import Slot, is_direct
 from pytree2safetensors._storage.byte_source import ByteSource, Read
 
 

@@ -30,8 +30,9 @@ from pytree2safetensors._leaves.staging import (
 from pytree2safetensors._leaves.views import View
 from pytree2safetensors._load.checkpoint import OpenCheckpoint
 from pytree2safetensors._load.finishing import Finisher
-from pytree2safetensors._load.plan import Batch, Use, Wanted, plan_batches
+from pytree2safetensors._load.plan import plan_batches
 from pytree2safetensors._load.ranges import Place, mapped, plan_reads
+from pytree2safetensors._load.slots import Batch, Use, Wanted
 from pytree2safetensors._load.template import TemplateLeaf
 from pytree2safetensors._load.verifying import check_digests
 from pytree2safetensors._storage.byte_source import PIECE

@@ -17,8 +17,8 @@ from pytree2safetensors._errors import (
 )
 from pytree2safetensors._leaves.spec import LeafSpec, holds, noted_value
 from pytree2safetensors._load.checkpoint import OpenCheckpoint
-from pytree2safetensors._load.plan import Wanted
 from pytree2safetensors._load.reading import read_leaves
+from pytree2safetensors._load.slots import Wanted
 from pytree2safetensors._load.template import PYTHON_NUMBERS, TemplateLeaf
 from pytree2safetensors._storage.progress import Progress
 from pytree2safetensors._tree.keypath import join, split, string2keypath

@@ -1,0 +1,75 @@
+"""Small tensors that are equal and follow each other in the file: they are read as one.
+
+Specification: *Loading*.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from pytree2safetensors._leaves.staging import ALIGNMENT
+from pytree2safetensors._leaves.to_jax import TAKEN_OVER
+from pytree2safetensors._load.checkpoint import OpenCheckpoint
+from pytree2safetensors._load.slots import Batch, Slot, Wanted
+from pytree2safetensors._load.template import TemplateLeaf
+
+
+def is_small_plain(
+    checkpoint: OpenCheckpoint, keeps_memory: Callable[[TemplateLeaf], bool]
+) -> Callable[[str, TemplateLeaf], bool]:
+    """Tell which leaves are small plain arrays for the default device, which may be read in runs."""
+    known: dict[tuple[int, int], bool] = {}
+    if checkpoint.digests is not None:  # of single tensors
+        return lambda _, __: False
+
+    def is_small(source: str, leaf: TemplateLeaf) -> bool:
+        info = checkpoint.infos[source]
+        key = id(info), id(leaf)
+        found = known.get(key)
+        if found is None:
+            plain = info.kind is None and leaf.leaf.kind == "array" and leaf.sharding is None
+            apart = leaf.target != "jax" or leaf.format is not None or keeps_memory(leaf)
+            found = known[key] = plain and not apart and 0 < info.nbytes < TAKEN_OVER
+        return found
+
+    return is_small
+
+
+def plan_runs(
+    checkpoint: OpenCheckpoint,
+    wanted: Sequence[Wanted],
+    small: Sequence[tuple[int, int, str]],
+    limit: int,
+) -> Iterator[Batch]:
+    """Plan small tensors: equal ones that follow each other in the file are one slot."""
+    slots: list[Slot] = []
+    size = 0
+    run: list[int] = []
+    first: Any = None  # of the run: its tensor, leaf and file
+    stop = -1  # where the run ends in the file
+
+    def close() -> None:
+        nonlocal size
+        if run:
+            info = first[0]
+            nbytes = info.nbytes * len(run)
+            whole = info._replace(shape=(len(run), *info.shape), nbytes=nbytes)
+            slots.append(Slot(wanted[run[0]].name, whole, None, size, nbytes, [], None, run))
+            size += nbytes
+
+    for _, position, source in small:
+        leaf = wanted[position].leaf
+        info = checkpoint.infos[source]
+        file, offset = checkpoint.places[source]
+        same = first is not None and first[0] is info and first[1] is leaf and first[2] is file
+        if not same or offset != stop or size + info.nbytes * (len(run) + 1) > limit:
+            close()
+            size = -(-size // ALIGNMENT) * ALIGNMENT
+            if size + info.nbytes > limit:
+                yield Batch(slots, size)
+                slots, size = [], 0
+            run, first = [], (info, leaf, file)
+        run.append(position)
+        stop = offset + info.nbytes
+    close()
+    if slots:
+        yield Batch(slots, size)
