@@ -45,6 +45,8 @@ def _check(where: str, name: str, value: object) -> None:
     if rule is not None and not rule[0](value):
         name = "a size" if name == "**" else name
         remedy = _REMEDIES.get(f"{where} {name}", "")
+        if name == "metadata" and isinstance(value, Mapping):
+            remedy = "; json.dumps makes a str of a value, and json.loads reads it"
         if name == "path" and isinstance(value, bytes):
             remedy = "; os.fsdecode makes a str of bytes"
         raise TypeError(f"{where}: {name} must be {rule[1]}, not {_shown(value, rule[0])}{remedy}")

@@ -52,11 +52,21 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
     (
         lambda: p.save_pytree(BIG, "model", metadata={"step": BYTES}),
         "save_pytree: metadata must be a mapping of strs to strs, not a dict with a value of type "
-        "bytes at 'step'",
+        "bytes at 'step'; json.dumps makes a str of a value, and json.loads reads it",
+    ),
+    (
+        lambda: p.save_pytree_async(BIG, "model", metadata={"step": 3}),
+        "save_pytree_async: metadata must be a mapping of strs to strs, not a dict with a value of "
+        "type int at 'step'; json.dumps makes a str of a value, and json.loads reads it",
+    ),
+    (
+        lambda: p.save_pytree(BIG, "model", metadata=3),
+        "save_pytree: metadata must be a mapping of strs to strs, not int",
     ),
     (
         lambda: p.save_pytree(BIG, "model", metadata={1: "a"}),
-        "save_pytree: metadata must be a mapping of strs to strs, not a dict with a key of type int",
+        "save_pytree: metadata must be a mapping of strs to strs, not a dict with a key of type int; "
+        "json.dumps makes a str of a value, and json.loads reads it",
     ),
     (
         lambda: p.save_pytree(BIG, "model", unsupported="x" * 10_000_000),

@@ -316,6 +316,18 @@ class Twins:
         return cls()
 
 
+@jax.tree_util.register_pytree_with_keys_class
+class Strs:
+    """A node whose keys are plain strs."""
+
+    def tree_flatten_with_keys(self) -> Any:
+        return [("weight", 1)], None
+
+    @classmethod
+    def tree_unflatten(cls, _: None, children: Any) -> "Strs":
+        return cls()
+
+
 def deleted() -> jax.Array:
     array = jnp.ones(3)
     array.delete()
@@ -337,6 +349,14 @@ TREES: list[tuple[Any, type[Exception], str]] = [
         f"  '@f': {FUNCTION}\n"
         "  '@g#0': builtins.bytes\n"
         "  '@g#1': numpy.ndarray of dtype <U1\n"
+        'Save with unsupported="skip" to leave them out; load_into_pytree then keeps those of its '
+        "template. (A class of your own is no leaf once it is registered as a pytree node.)",
+    ),
+    (
+        {"rng": np.random.default_rng(0)},
+        UnsupportedLeafError,
+        "1 of the tree's leaves cannot be stored:\n"
+        "  '@rng': numpy.random._generator.Generator, whose .bit_generator.state can be saved\n"
         'Save with unsupported="skip" to leave them out; load_into_pytree then keeps those of its '
         "template. (A class of your own is no leaf once it is registered as a pytree node.)",
     ),
@@ -377,6 +397,12 @@ TREES: list[tuple[Any, type[Exception], str]] = [
         KeyPathError,
         "two children of one node have the key path '#0.same': the node type test_errors.Twins "
         "gives both one key",
+    ),
+    (
+        [Strs()],
+        KeyPathError,
+        "cannot spell 'weight' of type builtins.str: not one of JAX's own key classes (where the node "
+        "type is registered, give a GetAttrKey instead of this str), in a key path that begins '#0'",
     ),
     (
         {"a": {1: 1, "b": 2}},
@@ -560,8 +586,8 @@ def test_what_is_no_key_path_is_told(work: Callable[[], Any], text: str) -> None
 MISTYPED: list[tuple[Callable[[], Any], str]] = [
     (
         lambda: keypath2string((jax.tree_util.DictKey("a"), "b")),  # type: ignore[arg-type] # the mistake
-        "cannot spell 'b' of type builtins.str: not one of JAX's own key classes, in a key path "
-        "that begins '@a'",
+        "cannot spell 'b' of type builtins.str: not one of JAX's own key classes (where the node "
+        "type is registered, give a GetAttrKey instead of this str), in a key path that begins '@a'",
     ),
     (
         lambda: keypath2string(3),  # type: ignore[arg-type] # the mistake

@@ -321,7 +321,8 @@ def test_arguments_of_other_types() -> None:
         "string2keypath: string must be a spelled key path, which is a str, not NoneType",
         "string2keypath: string must be a spelled key path, which is a str, not bytes",
         "keypath2string: path must be a tuple of keys, not int",
-        f"cannot spell 'a' of type builtins.str: {no_key}",
+        "cannot spell 'a' of type builtins.str: not one of JAX's own key classes (where the node type "
+        "is registered, give a GetAttrKey instead of this str), in a key path that begins ''",
         f"cannot spell None of type builtins.NoneType: {no_key}",
     ]
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
+import numpy as np
 
 from pytree2safetensors._errors import UnsupportedLeafError, shorten
 from pytree2safetensors._format.header import check_metadata
@@ -97,7 +98,7 @@ def _check_unfit(unfit: list[tuple[str, Any]], *, skip: bool) -> None:
 
 
 def _unfit_message(unfit: list[tuple[str, Any]], valueless: bool) -> str:
-    lines = [f"  {shorten(name)}: {_type_name(leaf)}" for name, leaf in unfit]
+    lines = [f"  {shorten(name)}: {_type_name(leaf)}{_state(leaf)}" for name, leaf in unfit]
     remedy = (
         "Only concrete arrays can be saved. Call this outside jit; for a Ref, or another object that "
         "holds an array, save the array."
@@ -106,6 +107,12 @@ def _unfit_message(unfit: list[tuple[str, Any]], valueless: bool) -> str:
         "its template. (A class of your own is no leaf once it is registered as a pytree node.)"
     )
     return "\n".join([f"{len(unfit)} of the tree's leaves cannot be stored:", *lines, remedy])
+
+
+def _state(leaf: Any) -> str:
+    """Return what to save of a random generator."""
+    is_generator = isinstance(leaf, np.random.Generator)
+    return ", whose .bit_generator.state can be saved" if is_generator else ""
 
 
 def _type_name(leaf: Any) -> str:

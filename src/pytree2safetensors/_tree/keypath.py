@@ -113,7 +113,11 @@ def spell_key(key: object) -> str:
     """Spell one key as a segment, its marker included."""
     speller = _SPELLERS.get(type(key))
     if speller is None:
-        raise KeyPathError(f"cannot spell {with_type(key)}: not one of JAX's own key classes")
+        instead = " (where the node type is registered, give a GetAttrKey instead of this str)"
+        remedy = instead if type(key) is str else ""
+        raise KeyPathError(
+            f"cannot spell {with_type(key)}: not one of JAX's own key classes{remedy}"
+        )
     return speller(key)
 
 
