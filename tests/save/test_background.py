@@ -1,13 +1,21 @@
 """Saving in the background, and showing progress."""
 
+import asyncio
+import concurrent.futures
+import gc
 import io
 import subprocess
 import sys
 import threading
+import time
 import tracemalloc
-from concurrent.futures import Future
+import warnings
+import weakref
+from collections.abc import Callable
+from concurrent.futures import Future, wait
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -140,6 +148,118 @@ def test_what_writing_raises_reaches_the_result(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError) as caught:
         future.result()
     assert caught.value.filename == str(tmp_path / "missing" / "file")
+
+
+def unasked(path: str, error: str) -> str:
+    return (
+        f"the background save of {path} failed, and nothing asked its future: {error}. "
+        "Call result() or exception() of the future."
+    )
+
+
+def failing(*_: int) -> None:
+    raise ValueError("of a callback")
+
+
+def warned(
+    path: Any, ask: Callable[[Future[None]], object] = id, progress: Any = False
+) -> list[str]:
+    """The warnings of a save whose future is dropped after its end."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        future = save_pytree_async({"a": np.ones(3)}, path, progress=progress)
+        wait([future])
+        ask(future)
+        alive = weakref.ref(future)
+        del future
+        deadline = time.monotonic() + 20
+        while (
+            alive() is not None and time.monotonic() < deadline
+        ):  # the saver's thread drops it, too
+            gc.collect()
+    return [str(warning.message) for warning in caught]
+
+
+def test_an_error_that_nobody_asks_for_is_a_warning(tmp_path: Path) -> None:
+    path = str(tmp_path / "missing" / "file")
+    with pytest.raises(FileNotFoundError) as caught:
+        save_pytree({"a": 1}, path)
+    assert warned(path) == [unasked(repr(path), f"FileNotFoundError: {caught.value}")]
+    assert warned(io.BytesIO(), progress=failing) == [
+        unasked("a BytesIO", "ValueError: of a callback")
+    ]
+    assert warned(tmp_path / "file") == []
+
+
+def ask_for_result(future: Future[None]) -> None:
+    with pytest.raises(ValueError, match="of a callback"):
+        future.result()
+
+
+def await_result(future: Future[None]) -> None:
+    async def awaited() -> None:
+        await asyncio.wrap_future(future)
+
+    with pytest.raises(ValueError, match="of a callback"):
+        asyncio.run(awaited())
+
+
+ASKS: list[Callable[[Future[None]], object]] = [
+    lambda future: future.exception(),
+    lambda future: future.add_done_callback(lambda done: done.exception()),
+    ask_for_result,
+    await_result,
+]
+
+
+@pytest.mark.parametrize("ask", ASKS)
+def test_what_was_asked_for_is_no_warning(ask: Callable[[Future[None]], object]) -> None:
+    assert warned(io.BytesIO(), ask, failing) == []
+
+
+def test_a_time_that_was_up_is_no_answer(tmp_path: Path) -> None:
+    go_on = threading.Event()
+
+    def fail_later(*_: int) -> None:
+        go_on.wait(20)
+        raise ValueError("of a callback")
+
+    future = save_pytree_async({"a": np.ones(3)}, tmp_path / "file", progress=fail_later)
+    for ask in (future.result, future.exception):
+        with pytest.raises(concurrent.futures.TimeoutError):
+            ask(0)
+    go_on.set()
+    wait([future])
+    with pytest.warns(UserWarning, match="nothing asked its future: ValueError: of a callback"):
+        future.__del__()  # type: ignore[attr-defined] # what Python calls
+
+
+LAST_WORDS = """
+import sys
+import numpy as np
+import pytree2safetensors as p2s
+future = p2s.save_pytree_async({"a": np.ones(3)}, sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize(
+    ("rest", "told"),
+    [
+        ("", True),
+        ("del future", True),
+        ("cycle = [future]; cycle.append(cycle); del cycle, future", True),
+        ("raise SystemExit", True),
+        ("future.exception()", False),
+    ],
+)
+def test_the_end_of_the_interpreter_tells_errors(rest: str, told: bool, tmp_path: Path) -> None:
+    path = str(tmp_path / "missing" / "file")
+    run = subprocess.run(
+        [sys.executable, "-c", LAST_WORDS + rest, path], capture_output=True, text=True, check=True
+    )
+    expected = f"the background save of {path!r} failed, and nothing asked its future: FileNotFound"
+    assert run.stderr.count("UserWarning") == told
+    assert (expected in run.stderr) == told
 
 
 def test_a_relative_path_is_that_of_the_call(

@@ -22,7 +22,7 @@ from pytree2safetensors._save import processes
 from pytree2safetensors._save.calls import announced, is_needed
 from pytree2safetensors._save.contents import collect
 from pytree2safetensors._save.saver import submit
-from pytree2safetensors._save.writing import plan_save, target_of, write
+from pytree2safetensors._save.writing import label_of, plan_save, target_of, write
 from pytree2safetensors._storage.byte_source import PathLike
 from pytree2safetensors._storage.folder import absolute
 from pytree2safetensors._storage.progress import ProgressOption, reporter
@@ -63,8 +63,8 @@ def save_pytree_async(
         rename: What gives the tensors other names and axes, as for `save_pytree`.
 
     Returns:
-        A future. Its `result()` waits for the save and raises the error if writing failed. Call it,
-        because an error is lost otherwise.
+        A future. Its `result()` waits for the save and raises the error if writing failed. If
+        nothing asks for the error, there is a warning.
 
     Raises:
         UnsupportedLeafError: A file cannot hold some leaves.
@@ -92,7 +92,8 @@ def save_pytree_async(
         plan = plan_save(contents, target, checksum=checksum)
         # A snapshot is safe from donation and changes.
         snapshot = _snapshot(contents.leaves)
-    return submit(partial(write, plan, snapshot, target, durable=durable, progress=report))
+    save = partial(write, plan, snapshot, target, durable=durable, progress=report)
+    return submit(save, label_of(target))
 
 
 def _snapshot(leaves: Mapping[str, Any]) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from pytree2safetensors._save.share import (
     split_blocks,
 )
 from pytree2safetensors._save.words import Terms
-from pytree2safetensors._save.writing import Target, older_names
+from pytree2safetensors._save.writing import Target, label_of, older_names
 from pytree2safetensors._storage.atomic_file import joining, replacing
 from pytree2safetensors._storage.atomic_folder import replacing_together
 from pytree2safetensors._storage.descriptor import flush, read_at, reserve, write_at
@@ -77,7 +77,8 @@ class Work:
             self.commit = stack.pop_all()
         if self.target.folder is None:  # of the same length everywhere only if the metadata are
             self.starts = [self.joint.start]
-        return saver.submit(self._run)  # by whoever agreed: then it happens in any case
+        # By whoever agreed: then it happens in any case.
+        return saver.submit(self._run, label_of(self.target))
 
     def _prepare(self, stack: ExitStack, token: str) -> None:
         """Create the temporary files, as large as they will be."""

@@ -3,11 +3,14 @@
 Specification: *Saving*.
 """
 
+import atexit
 import os
 import threading
+import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Final
+from weakref import WeakSet
 
 _NAME: Final = "pytree2safetensors-save"
 
@@ -15,15 +18,76 @@ _savers: list[ThreadPoolExecutor] = []  # None before the first save
 _last: list[threading.Event] = []  # set when the last submitted save has ended
 
 
-def submit(save: Callable[[], None]) -> Future[None]:
-    """Save on the saver's thread, after everything that was submitted before."""
+class _Save(Future[None]):
+    """A future that warns of an error that nobody asked for."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self._where, self._is_told = where, False
+        _saves.add(self)
+
+    # The runtime checks of the tests tell ints from floats.
+    def result(self, timeout: int | float | None = None) -> None:  # noqa: PYI041
+        try:
+            super().result(timeout)
+        finally:
+            self._is_told |= self.done()  # it is not if the time was up
+            del self  # the traceback would keep the error and its snapshot alive
+
+    def exception(self, timeout: int | float | None = None) -> BaseException | None:  # noqa: PYI041
+        error = super().exception(timeout)
+        self._is_told = True
+        return error
+
+    def warn(self) -> None:
+        if self._is_told or not self.done() or self.cancelled():
+            return
+        error = self.exception()
+        if error is not None:
+            warnings.warn(
+                f"the background save of {self._where} failed, and nothing asked its future: "
+                f"{type(error).__name__}: {error}. Call result() or exception() of the future.",
+                stacklevel=1,
+            )
+
+    def __del__(self) -> None:
+        self.warn()
+
+
+_saves: WeakSet[_Save] = WeakSet()
+
+
+@atexit.register  # by then all saves have ended
+def _warn_all() -> None:
+    for save in list(_saves):
+        save.warn()
+
+
+def submit(save: Callable[[], None], where: str) -> Future[None]:
+    """Save on the saver's thread, after everything that was submitted before.
+
+    `where` is the path for a warning of an error that nobody asks for.
+    """
     if not _savers:
         _savers.append(ThreadPoolExecutor(1, _NAME))
     ended = threading.Event()  # does not keep an error and its snapshot alive, unlike the future
     _last[:] = [ended]
-    future = _savers[0].submit(save)
+    future = _Save(where)
     future.add_done_callback(lambda _: ended.set())
+    _savers[0].submit(_run, save, future)
     return future
+
+
+def _run(save: Callable[[], None], future: Future[None]) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        save()
+    except BaseException as error:  # noqa: BLE001 - it is the future's
+        future.set_exception(error)
+        del save, future  # the traceback would keep them alive
+    else:
+        future.set_result(None)
 
 
 def wait_for_earlier() -> None:
@@ -39,6 +103,8 @@ def is_current() -> bool:
 
 
 def _forget() -> None:
+    for save in _saves:  # its parent is told
+        save._is_told = True  # noqa: SLF001 - a class of this module
     _savers.clear()
     _last.clear()
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
+from pytree2safetensors._errors import shorten
 from pytree2safetensors._format.index import SUFFIX, index_name, parse_size, split_path, stem_of
 from pytree2safetensors._save.chunks import data_chunks
 from pytree2safetensors._save.contents import Contents
@@ -40,6 +41,14 @@ class Target(NamedTuple):
     folder: Any = None
     stem: str = ""
     limit: int = 0
+
+
+def label_of(target: Target) -> str:
+    """Return what messages call a target."""
+    path = target.path
+    if isinstance(path, RemotePath):
+        return path.label
+    return shorten(path) if isinstance(path, str) else f"a {type(path).__name__}"
 
 
 def target_of(path: PathLike | RemotePath | Writable, max_shard_size: int | str | None) -> Target:
