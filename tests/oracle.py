@@ -102,3 +102,10 @@ def from_bits(bits: int, dtype: Any) -> Any:
     dtype = np.dtype(getattr(ml_dtypes, dtype, dtype) if isinstance(dtype, str) else dtype)
     raw = bits.to_bytes(dtype.itemsize, "little")
     return np.frombuffer(raw, dtype).reshape(()).copy()
+
+
+def assert_same_values(found: Any, expected: Any) -> None:
+    """Assert that two arrays, of NumPy or JAX, have the same shape, dtype and bits."""
+    host = np.asarray(found)
+    assert (host.shape, host.dtype) == (expected.shape, expected.dtype)
+    assert host.tobytes() == expected.tobytes()

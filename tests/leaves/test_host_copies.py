@@ -13,6 +13,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pytree2safetensors import load_pytree, save_pytree, save_pytree_async
 from pytree2safetensors._leaves import host_copies, placement
+from pytree2safetensors._leaves.jax_versions import pinned_sharding
+
+pytestmark = pytest.mark.skipif(
+    pinned_sharding(jax.sharding.SingleDeviceSharding(jax.devices()[0])) is None,
+    reason="the CPU devices of this JAX have no pinned memory",
+)
 
 P: Any = PartitionSpec  # whose constructor JAX leaves untyped
 

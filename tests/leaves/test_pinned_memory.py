@@ -24,6 +24,10 @@ class Late:
         return address
 
 
+@pytest.mark.skipif(
+    jax_versions.pinned_sharding(jax.sharding.SingleDeviceSharding(jax.devices()[0])) is None,
+    reason="the CPU devices of this JAX have no pinned memory",
+)
 def test_pinned_memory_is_handed_out_after_its_zeros_arrived(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

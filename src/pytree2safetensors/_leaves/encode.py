@@ -104,7 +104,8 @@ def part_of(data: jax.Array, index: tuple[slice, ...]) -> jax.Array:
 
 
 def _key_data(keys: jax.Array) -> jax.Array:
-    with jax.ensure_compile_time_eval():  # it has values, even if the caller is being traced
+    # They have values, even if the caller is being traced, or watches for transfers.
+    with jax.ensure_compile_time_eval(), jax.transfer_guard("allow"):
         return jax.random.key_data(keys)
 
 

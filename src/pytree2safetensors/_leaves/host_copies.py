@@ -36,7 +36,12 @@ def copied_ahead(leaves: Sequence[Any]) -> Iterator[Any]:
 
 
 def _nbytes(batch: Sequence[Any]) -> int:
-    return sum(leaf.nbytes for leaf in batch if isinstance(leaf, jax.Array))
+    return sum(map(_size, batch))
+
+
+def _size(leaf: Any) -> int:
+    """Return the bytes of an array; those of keys are few, and not every JAX tells them."""
+    return leaf.nbytes if isinstance(leaf, jax.Array) and not is_key_dtype(leaf.dtype) else 0
 
 
 def _has_device_arrays(leaves: Sequence[Any]) -> bool:
@@ -50,7 +55,7 @@ def _batches(leaves: Sequence[Any]) -> Iterator[list[Any]]:
     batch: list[Any] = []
     size = 0
     for leaf in leaves:
-        nbytes = leaf.nbytes if isinstance(leaf, jax.Array) else 0
+        nbytes = _size(leaf)
         if batch and size + nbytes > _BATCH:
             yield batch
             batch, size = [], 0
