@@ -10,6 +10,7 @@ from inspect import signature
 from typing import Any, Final, ParamSpec, TypeVar
 
 from beartype import beartype
+from jax.sharding import Sharding
 from jaxtyping import jaxtyped
 
 from pytree2safetensors._errors import shorten
@@ -121,6 +122,14 @@ _RULES: Final[Mapping[str, tuple[Callable[[object], bool], str]]] = {
     "unsupported": (
         lambda value: isinstance(value, str) and value in {"raise", "skip"},
         "'raise' or 'skip'",
+    ),
+    "unexpected": (
+        lambda value: isinstance(value, str) and value in {"raise", "skip"},
+        "'raise' or 'skip'",
+    ),
+    "sharding": (
+        lambda value: value is None or callable(value) or isinstance(value, Sharding),
+        "a sharding, or a function of a spelled key path and a jax.ShapeDtypeStruct",
     ),
     "max_shard_size": (
         lambda value: value is None or isinstance(value, int | str),

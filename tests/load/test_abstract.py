@@ -1,21 +1,28 @@
 """`load_abstract`: a tree, or on request a flat dict, with shapes and dtypes for arrays."""
 
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from oracle import assert_same
 from pytree2safetensors import (
     KeyPathError,
+    PyTreeContainer,
     TreeStructureError,
+    WeightsMismatchError,
     load_abstract,
+    load_into_pytree,
     pytree2dict,
     save_pytree,
 )
 
+Spec: Any = jax.sharding.PartitionSpec
 Struct: Any = jax.ShapeDtypeStruct  # whose constructor JAX leaves untyped
 
 
@@ -48,3 +55,43 @@ def test_a_flat_dict_has_the_leaves_of_the_tree(tmp_path: Path) -> None:
     flat = load_abstract(tmp_path / "tree.safetensors", flat=True)
     assert flat == pytree2dict(load_abstract(tmp_path / "tree.safetensors"))
     assert (flat["@n"], flat["@s"]) == (7, "adam")
+
+
+def test_a_prefix_gives_the_subtree(tmp_path: Path) -> None:
+    path = tmp_path / "tree.safetensors"
+    save_pytree({"a": [np.zeros(3, np.float16), 7, ()], "b": 1}, path)
+    assert load_abstract(path, prefix="@a") == [Struct((3,), np.float16), 7, ()]
+    assert load_abstract(path, prefix="@a", flat=True) == {"#0": Struct((3,), np.float16), "#1": 7}
+    with pytest.raises(WeightsMismatchError, match="has nothing at the prefix '@c'"):
+        load_abstract(path, prefix="@c")
+
+
+def test_a_file_alone_loads_sharded(tmp_path: Path) -> None:
+    path = tmp_path / "tree.safetensors"
+    tree: dict[str, Any] = {
+        "w": jnp.arange(64.0).reshape(16, 4), "b": jnp.ones(4), "k": jax.random.key(1), "step": 7,
+        "name": "adam", "lr": 0.5, "none": None, "layer": PyTreeContainer({"w": jnp.ones((8, 2))}),
+        "weak": jnp.asarray(1.0), "pair": (True, OrderedDict(z=1, a=2)),
+    }  # fmt: skip
+    save_pytree(tree, path)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("x",))
+    whole = jax.sharding.NamedSharding(mesh, Spec())
+    rows = jax.sharding.NamedSharding(mesh, Spec("x"))
+    seen = {}
+
+    def of(name: str, struct: jax.ShapeDtypeStruct) -> jax.sharding.Sharding | None:
+        seen[name] = struct
+        return rows if len(struct.shape) == 2 else None
+
+    found = load_into_pytree(load_abstract(path, sharding=of), path)
+    assert_same(found, tree)
+    assert found["w"].sharding == found["layer"].w.sharding == rows
+    assert found["b"].sharding == tree["b"].sharding
+    assert sorted(seen) == ["@b", "@k", "@layer.w", "@w", "@weak"]
+    assert seen["@w"] == Struct((16, 4), np.float32)
+    everywhere = load_into_pytree(load_abstract(path, sharding=whole), path)
+    assert_same(everywhere, tree)
+    arrays = [leaf for leaf in jax.tree_util.tree_leaves(everywhere) if isinstance(leaf, jax.Array)]
+    assert {leaf.sharding for leaf in arrays} == {whole}
+    below = load_abstract(path, prefix="@layer", sharding=lambda name, _: {"w": rows}[name])
+    assert load_into_pytree(below, path, prefix="@layer").w.sharding == rows

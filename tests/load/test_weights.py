@@ -417,6 +417,48 @@ def test_verbose_tells_what_was_left(capfd: pytest.CaptureFixture[str], tmp_path
     assert capfd.readouterr().err.endswith("place for them):\n    '@d'\n")
 
 
+@pytest.mark.parametrize("load", [load_into_pytree, set_weights])
+def test_unexpected_leaves_can_be_ignored(load: Any, tmp_path: Path) -> None:
+    stored = {"a": 1, "b": 2, "more": 3.0}
+    save_pytree(stored, tmp_path / "file")
+    source = tmp_path / "file" if load is load_into_pytree else pytree2dict(stored)
+    assert load({"a": 0, "b": 0}, source, unexpected="skip") == {"a": 1, "b": 2}
+    assert load({}, source, unexpected="skip") == {}
+    with pytest.raises(
+        WeightsMismatchError,
+        match=r'\nunexpected="skip" ignores what the template lacks; strict=False loads what fits\.$',
+    ):
+        load({"a": 0, "b": 0}, source)
+    with pytest.raises(
+        WeightsMismatchError, match="1 missing, 0 unexpected, 1 mismatched"
+    ) as caught:
+        load({"a": 0, "b": "text", "mor": 0.0}, source, unexpected="skip")
+    assert "'@mor' (nearest: '@more')" in str(caught.value)
+    assert (caught.value.missing, caught.value.unexpected) == (("@mor",), ())
+    with pytest.raises(WeightsMismatchError, match="Nothing fits"):
+        load({"c": 0}, source, unexpected="skip", strict=False)
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+def test_a_logger_has_what_was_left(
+    verbose: bool, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    given = {"@a": 1, "@b": "text", "@more": 3}
+    with caplog.at_level("INFO", "pytree2safetensors"):
+        set_weights({"a": 0, "b": 0, "new": 5}, given, strict=False, verbose=verbose)
+        set_weights({"a": 0}, {"@a": 1}, strict=False)  # all fits
+    [record] = caplog.records
+    left: Any = record
+    assert (record.name, record.levelname) == ("pytree2safetensors", "INFO")
+    assert (left.missing, left.unexpected) == (["@new"], ["@more"])
+    assert left.mismatched == ["'@b': the template has a Python int, and stored is a Python str"]
+    text = record.getMessage()
+    assert text.startswith(
+        "the dictionary does not fit the template: 1 missing, 1 unexpected, 1 mis"
+    )
+    assert (text in capfd.readouterr().err) == verbose
+
+
 def test_verbose_says_nothing_where_all_fits(capfd: pytest.CaptureFixture[str]) -> None:
     assert set_weights({"a": 0}, {"@a": 5}, verbose=True) == {"a": 5}
     with pytest.raises(WeightsMismatchError):  # which says it all

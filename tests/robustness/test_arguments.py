@@ -82,6 +82,15 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
         "save_pytree: progress must be a bool or a function, not int",
     ),
     (
+        lambda: p.load_into_pytree(BIG, "model", unexpected="ignore"),
+        "load_into_pytree: unexpected must be 'raise' or 'skip', not 'ignore'",
+    ),
+    (
+        lambda: p.load_abstract("model", sharding="x"),
+        "load_abstract: sharding must be a sharding, or a function of a spelled key path and a "
+        "jax.ShapeDtypeStruct, not 'x'",
+    ),
+    (
         lambda: p.load_pytree("model", prefix=("@a",)),
         "load_pytree: prefix must be a spelled key path, which is a str, not tuple",
     ),

@@ -658,6 +658,7 @@ def changed(**leaves: Any) -> Any:
 
 
 STRUCT = jax.eval_shape(lambda: jnp.zeros(2))
+SKIP = 'unexpected="skip" ignores what the template lacks; '
 MISMATCHES: list[tuple[Any, dict[str, Any], tuple[int, int, int], str]] = [
     (
         {**STORED, "rate": 0.1},
@@ -671,7 +672,7 @@ MISMATCHES: list[tuple[Any, dict[str, Any], tuple[int, int, int], str]] = [
         {},
         (0, 2, 0),
         "  unexpected (the template has no place for them):\n    '@layer@b'\n    '@layer@w'\n"
-        f"{KEEP}",
+        f"{SKIP}{KEEP}",
     ),
     (
         changed(w=np.ones((3, 2), np.float32)),
@@ -705,7 +706,7 @@ MISMATCHES: list[tuple[Any, dict[str, Any], tuple[int, int, int], str]] = [
         changed(w=print),
         {},
         (0, 1, 0),
-        f"  unexpected (the template has no place for them):\n    '@layer@w'\n{KEEP}",
+        f"  unexpected (the template has no place for them):\n    '@layer@w'\n{SKIP}{KEEP}",
     ),
     (
         {**STORED, "step": True},

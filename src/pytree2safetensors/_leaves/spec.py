@@ -87,13 +87,13 @@ def spec_of(info: TensorInfo, name: str) -> LeafSpec:
     return LeafSpec("array", dtype, shape[:-1] if kind in COMPLEX128 else shape, kind in WEAK)
 
 
-def abstract(leaf: LeafSpec) -> jax.ShapeDtypeStruct:
+def abstract(leaf: LeafSpec, sharding: jax.sharding.Sharding | None = None) -> jax.ShapeDtypeStruct:
     """Return the shape and dtype of an array or key."""
     dtype: Any = leaf.dtype
     if leaf.kind == "key":
         dtype = key_dtype(leaf.impl)
     weak = {"weak_type": True} if leaf.weak and structs_are_weak() else {}
-    struct: jax.ShapeDtypeStruct = ShapeDtypeStruct(leaf.shape, dtype, **weak)
+    struct: jax.ShapeDtypeStruct = ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding, **weak)
     return struct
 
 

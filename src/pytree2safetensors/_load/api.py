@@ -1,5 +1,8 @@
 """Loading: the tree in a file, without a template."""
 
+from collections.abc import Callable
+from typing import TypeAlias
+
 import jax
 
 from pytree2safetensors._arguments import checked
@@ -7,7 +10,7 @@ from pytree2safetensors._collector import collector_paused
 from pytree2safetensors._errors import (
     shorten,
 )
-from pytree2safetensors._leaves.spec import abstract
+from pytree2safetensors._leaves.spec import LeafSpec, abstract
 from pytree2safetensors._load.checkpoint import open_checkpoint
 from pytree2safetensors._load.stored import load_stored, names_below, nodes_below
 from pytree2safetensors._storage.byte_source import (
@@ -17,6 +20,10 @@ from pytree2safetensors._storage.byte_source import (
 from pytree2safetensors._storage.progress import ProgressOption, reporter
 from pytree2safetensors._tree.flatten import PyTree
 from pytree2safetensors._tree.unflatten import build
+
+Shardings: TypeAlias = (
+    jax.sharding.Sharding | Callable[[str, jax.ShapeDtypeStruct], jax.sharding.Sharding | None]
+)
 
 
 @checked
@@ -65,13 +72,23 @@ def load_pytree(
 
 
 @checked
-def load_abstract(path: PathLike | Readable, *, flat: bool = False) -> PyTree:
+def load_abstract(
+    path: PathLike | Readable,
+    *,
+    flat: bool = False,
+    prefix: str = "",
+    sharding: Shardings | None = None,
+) -> PyTree:
     """Load the tree in a file with a `jax.ShapeDtypeStruct` in place of each array; read no arrays.
 
     Args:
         path: A file, a binary file object, a folder of shards or its index.
         flat: Return a flat dict from the names in the file to their leaves. The names do not have
             to form a tree.
+        prefix: A spelled key path. Load only the subtree there.
+        sharding: A sharding for all arrays, or a function that returns the sharding of an array, or
+            None, from its spelled key path in the result and its `jax.ShapeDtypeStruct`. As a
+            template, the result then loads sharded arrays.
 
     Returns:
         The tree that `load_pytree` would return, with shapes and dtypes in place of arrays. Python
@@ -81,6 +98,7 @@ def load_abstract(path: PathLike | Readable, *, flat: bool = False) -> PyTree:
         FileFormatError: The file is damaged, or is not a safetensors file.
         KeyPathError: A name in the file is not a key path, and `flat` is False.
         TreeStructureError: The names do not form a tree, and `flat` is False.
+        WeightsMismatchError: The file has nothing at `prefix`.
         OSError: The file cannot be read.
 
     Specification: *Loading*.
@@ -90,12 +108,21 @@ def load_abstract(path: PathLike | Readable, *, flat: bool = False) -> PyTree:
     {'w': ShapeDtypeStruct(shape=(2, 3), dtype=float32)}
     """
     with collector_paused(), open_checkpoint(path) as checkpoint:
-        names = sorted(checkpoint.infos)
-        found = {name: checkpoint.spec_of(name) for name in names}
-        scalars = [name for name in names if found[name].kind not in {"array", "key"}]
+        names = names_below(checkpoint, prefix)
+        found = {name: checkpoint.spec_of(stored) for name, stored in names.items()}
+        scalars = [names[name] for name in names if found[name].kind not in {"array", "key"}]
         values = load_stored(checkpoint, scalars, mmap=False, progress=None)
-        leaves = {name: values[name] if name in values else abstract(found[name]) for name in names}
-        return leaves if flat else build(leaves, checkpoint.note.nodes, checkpoint.label)
+        leaves = {
+            name: values[stored] if stored in values else _sharded(name, found[name], sharding)
+            for name, stored in names.items()
+        }
+        return leaves if flat else build(leaves, nodes_below(checkpoint, prefix), checkpoint.label)
+
+
+def _sharded(name: str, leaf: LeafSpec, sharding: Shardings | None) -> jax.ShapeDtypeStruct:
+    if callable(sharding):
+        sharding = sharding(name, abstract(leaf))
+    return abstract(leaf, sharding)
 
 
 @checked

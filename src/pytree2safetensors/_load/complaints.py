@@ -4,6 +4,7 @@ Specification: *Loading into a template*.
 """
 
 import itertools
+import logging
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
@@ -15,24 +16,27 @@ from pytree2safetensors._tree.paths import add_prefix, dotted, strip_prefix
 from pytree2safetensors._tree.rule_index import RuleIndex
 
 _LISTED: Final = 20  # of each kind of mismatch in a message
+_LOGGER: Final = logging.getLogger("pytree2safetensors")
 _COMPARED: Final = 40_000  # characters of names to search for the nearest
 
 
 def check(
     outcome: Comparison, wanted: bool, available: Mapping[str, Any], options: Options
 ) -> None:
-    """Raise one error for all mismatches, or print them if `strict` is False."""
+    """Raise one error for all mismatches, or print and log them if `strict` is False."""
     missing = outcome.missing
     mismatched = [f"{shorten(path)}: {reason}" for path, reason in outcome.mismatched]
-    unexpected = unexpected_names(outcome.used, available, options)
+    unused = unexpected_names(outcome.used, available, options)
+    unexpected = unused if options.unexpected == "raise" else []
     idle = outcome.routes.idle
     nothing = not outcome.found and (wanted or bool(unexpected))
     left = bool(missing or unexpected or mismatched)
     fails = (options.strict and left) or outcome.lost or nothing
-    if not fails and not (options.verbose and left):
+    told = options.verbose or _LOGGER.isEnabledFor(logging.INFO)
+    if not fails and not (told and left):
         return
     counts = f"{len(missing)} missing, {len(unexpected)} unexpected, {len(mismatched)} mismatched"
-    candidates = _up_to(_COMPARED, unexpected)
+    candidates = _up_to(_COMPARED, unused)
     missing_lines = [_missing_line(*pair, options, candidates) for pair in missing[:_LISTED]]
     parts = [
         f"{options.label} does not fit the template: {counts}",
@@ -46,11 +50,15 @@ def check(
         *_useless(options.rename, outcome.paths),
         *_section("rules that match no path of the template", map(repr, idle[:_LISTED]), len(idle)),
     ]
-    if not fails:
-        print(*parts, sep="\n", file=sys.stderr)  # noqa: T201 - `verbose` asks for it
-        return
-    parts.append(_remedy(options, bool(missing), outcome.castable, nothing))
     paths = list(dict.fromkeys(path for path, _ in missing))
+    if not fails:
+        if options.verbose:
+            print(*parts, sep="\n", file=sys.stderr)  # noqa: T201 - `verbose` asks for it
+        lists = {"missing": paths, "unexpected": unexpected, "mismatched": mismatched}
+        _LOGGER.info("%s", "\n".join(parts), extra=lists)
+        return
+    is_larger = bool(unexpected) and not missing and not mismatched
+    parts.append(_remedy(options, bool(missing), outcome.castable, nothing, is_larger))
     raise WeightsMismatchError("\n".join(parts), paths, unexpected, mismatched)
 
 
@@ -97,13 +105,14 @@ def _section(title: str, lines: Iterable[str], count: int) -> list[str]:
     return [f"  {title}:", *(f"    {line}" for line in lines), *more]
 
 
-def _remedy(options: Options, missing: bool, castable: bool, nothing: bool) -> str:
+def _remedy(options: Options, missing: bool, castable: bool, nothing: bool, is_larger: bool) -> str:
     if not options.strict and not nothing:
         return "strict=False keeps the template's leaves, and what is abstract or deleted has no value to keep."
     remedies = ["rename= maps names", "prefix= takes a subtree"] if missing else []
     remedies += ["cast=True converts dtypes"] if castable else []
     if nothing:
         return "Nothing fits, which strict=False does not allow either" + _listed(remedies)
+    remedies += ['unexpected="skip" ignores what the template lacks'] if is_larger else []
     return "; ".join([*remedies, "strict=False loads what fits"]) + "."
 
 

@@ -1,7 +1,7 @@
 """Loading into a template: stored leaves go to the places that a tree of your own has for them."""
 
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
@@ -32,6 +32,7 @@ def set_weights(
     verbose: bool = False,
     *,
     strict: bool = True,
+    unexpected: Literal["raise", "skip"] = "raise",
     cast: bool = False,
     prefix: str = "",
     rename: Rename | None = None,
@@ -44,7 +45,9 @@ def set_weights(
         dictionary: A mapping from names to leaves, such as `pytree2dict` returns.
         verbose: Print on stderr what `strict=False` kept from the template or did not use.
         strict: Raise if any leaf is missing, unexpected or mismatched. If False, keep the leaves of
-            the template that do not fit; raise only if no leaf fits.
+            the template that do not fit; raise only if no leaf fits. The logger
+            "pytree2safetensors" then has a record of what did not fit.
+        unexpected: "raise", or "skip" to ignore leaves for which the template has no place.
         cast: Convert dtypes to those of the template, if NumPy calls that a "same_kind" cast.
         prefix: A spelled key path. Use the entries below it.
         rename: Rules; or a function or mapping from a spelled key path of the template to the name
@@ -72,7 +75,7 @@ def set_weights(
     available = {
         name: given_spec(slot, dictionary[name]) for name, slot in zip(names, slots, strict=True)
     }
-    options = Options("the dictionary", strict, verbose, cast, prefix, rename)
+    options = Options("the dictionary", strict, verbose, cast, prefix, rename, unexpected)
     matches = template.match(available, lambda _: dictionary, options)
     leaves = list(template.leaves)
     for position, name in matches:
@@ -91,6 +94,7 @@ def load_into_pytree(
     verbose: bool = False,
     *,
     strict: bool = True,
+    unexpected: Literal["raise", "skip"] = "raise",
     cast: bool = False,
     prefix: str = "",
     rename: Rename | None = None,
@@ -105,7 +109,9 @@ def load_into_pytree(
         path: A file, a binary file object, a folder of shards or its index.
         verbose: Print on stderr what `strict=False` kept from the template or did not use.
         strict: Raise if any leaf is missing, unexpected or mismatched. If False, keep the leaves of
-            the template that do not fit; raise only if no leaf fits.
+            the template that do not fit; raise only if no leaf fits. The logger
+            "pytree2safetensors" then has a record of what did not fit.
+        unexpected: "raise", or "skip" to ignore leaves for which the template has no place.
         cast: Convert dtypes to those of the template, if NumPy calls that a "same_kind" cast.
         prefix: A spelled key path. Load the subtree there.
         rename: Rules; or a function or mapping from a spelled key path of the template to the name
@@ -135,7 +141,7 @@ def load_into_pytree(
         names: Iterable[str] = names_below(checkpoint, prefix, template.wanted()).values()
         if rules_in(rename) is not None:  # the names in rules are whole
             names = sorted(checkpoint.infos)
-        options = Options(checkpoint.label, strict, verbose, cast, prefix, rename)
+        options = Options(checkpoint.label, strict, verbose, cast, prefix, rename, unexpected)
         available = Stored(checkpoint, names)
 
         scalars: dict[str, Any] = {}  # read once, to be judged and to be loaded

@@ -32,6 +32,7 @@ class Options(NamedTuple):
     cast: bool
     prefix: str
     rename: Rename | None
+    unexpected: str = "raise"
 
 
 class Comparison:
