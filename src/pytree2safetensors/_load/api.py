@@ -61,14 +61,15 @@ def load_pytree(
     >>> load_pytree("model.safetensors")
     {'steps': (1, 2), 'w': 1.5}
     """
-    with collector_paused(), open_checkpoint(path, mmap) as checkpoint:
+    with open_checkpoint(path, mmap) as checkpoint:
         names = names_below(checkpoint, prefix)
         report = reporter(progress, "loading", jax.process_index)
         leaves = load_stored(checkpoint, names.values(), mmap=mmap, progress=report)
-        kinds = nodes_below(checkpoint, prefix)
-        found = {name: leaves[stored] for name, stored in names.items()}
-        where = f"{checkpoint.label} below {shorten(prefix)}" if prefix else checkpoint.label
-        return build(found, kinds, where)
+        with collector_paused():
+            kinds = nodes_below(checkpoint, prefix)
+            found = {name: leaves[stored] for name, stored in names.items()}
+            where = f"{checkpoint.label} below {shorten(prefix)}" if prefix else checkpoint.label
+            return build(found, kinds, where)
 
 
 @checked

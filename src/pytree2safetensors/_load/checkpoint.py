@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from pytree2safetensors._collector import collector_paused
 from pytree2safetensors._errors import FileFormatError, KeyPathError, errors_of, shorten
 from pytree2safetensors._format.digests import read_digests
 from pytree2safetensors._format.header import (
@@ -105,6 +106,7 @@ class OpenCheckpoint:
         self.infos.update(zip(tensors.names, tensors.infos, strict=True))
         self.places.update(zip(tensors.names, zip(repeat(source), offsets), strict=True))
 
+    @collector_paused()
     def read_metadata(self, metadata: dict[str, str]) -> None:
         """Check the metadata against the tensors, and add it."""
         self.metadata = metadata
@@ -290,7 +292,8 @@ def read_header(source: ByteSource) -> tuple[int, Tensors, dict[str, str]]:
     header = head[LENGTH_BYTES:start]
     if len(header) < length:
         header += source.read(len(head), start - len(head))
-    tensors, metadata = parse(bytes(header), source.label)
+    with collector_paused():
+        tensors, metadata = parse(bytes(header), source.label)
     data_size = source.measure(start + tensors.size) - start
     check_data(tensors.size, data_size, source.label)
     return start, tensors, metadata

@@ -136,8 +136,9 @@ def load_into_pytree(
     >>> load_into_pytree({"w": np.zeros(2, np.float32)}, "model.safetensors")
     {'w': array([1., 1.], dtype=float32)}
     """
-    with collector_paused(), open_checkpoint(path, mmap) as checkpoint:
-        template = flat_template(module)
+    with open_checkpoint(path, mmap) as checkpoint:
+        with collector_paused():
+            template = flat_template(module)
         names: Iterable[str] = names_below(checkpoint, prefix, template.wanted()).values()
         if rules_in(rename) is not None:  # the names in rules are whole
             names = sorted(checkpoint.infos)
@@ -151,19 +152,21 @@ def load_into_pytree(
             scalars.update(load_stored(checkpoint, new, mmap=False, progress=None))
             return scalars
 
-        matches = template.match(available, read_scalars, options)
+        with collector_paused():
+            matches = template.match(available, read_scalars, options)
         report = reporter(progress, "loading", jax.process_index)
         leaves = list(template.leaves)
         wanted: list[tuple[int, Wanted]] = []
         python: list[tuple[int, str, TemplateLeaf]] = []  # stored as Python scalars and strs
-        for position, name in matches:
-            leaf = template.slots[position]
-            if leaf is None:
-                continue
-            if isinstance(name, View) or checkpoint.spec_of(name).kind in {"array", "key"}:
-                wanted.append((position, Wanted(name, placed(leaf))))
-            else:
-                python.append((position, name, leaf))
+        with collector_paused():
+            for position, name in matches:
+                leaf = template.slots[position]
+                if leaf is None:
+                    continue
+                if isinstance(name, View) or checkpoint.spec_of(name).kind in {"array", "key"}:
+                    wanted.append((position, Wanted(name, placed(leaf))))
+                else:
+                    python.append((position, name, leaf))
         read_scalars({name for _, name, _ in python})
         for position, name, leaf in python:
             leaves[position] = fitted(leaf, scalars[name])
