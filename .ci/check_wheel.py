@@ -16,8 +16,8 @@ from pathlib import Path
 
 NAME = "pytree2safetensors"
 DEPENDENCIES = {"jax", "safetensors", "jaxtyping", "beartype"}
-OPTIONAL = {"hypothesis", "tqdm"}
-UNUSED = {*OPTIONAL, "chex", "equinox", "flax", "fsspec", "optax", "orbax", "pytest", "treescope"}
+OPTIONAL = {"fsspec", "hypothesis", "tqdm"}
+UNUSED = {*OPTIONAL, "chex", "equinox", "flax", "optax", "orbax", "pytest", "treescope"}
 
 
 def check_wheel(path: Path) -> None:
