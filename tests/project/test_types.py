@@ -87,6 +87,8 @@ def test_files(tmp_path: Path) -> None:
     assert_type(save_pytree_async(tree, path), Future[None]).result()
     assert_type(load_pytree(path, prefix="", mmap=True), Any)
     assert_type(load_abstract(str(path)), Any)
+    load_abstract(path, prefix="@a", sharding=jax.numpy.zeros(3).sharding)
+    load_abstract(path, sharding=lambda name, struct: None if struct.shape else None)
     assert_type(load_metadata(path), dict[str, str])
     assert_type(load_file(path), dict[str, jax.Array])
     assert_type(
@@ -160,6 +162,10 @@ def test_arguments_of_other_types_are_refused(tmp_path: Path) -> None:
         load_pytree(path, prefix=0)  # type: ignore[arg-type]
     with pytest.raises(TypeError):
         load_abstract([path])  # type: ignore[arg-type]
+    with pytest.raises(TypeError):
+        load_abstract(path, sharding="x")  # type: ignore[arg-type]
+    with pytest.raises(TypeError):
+        load_into_pytree({}, path, unexpected="ignore")  # type: ignore[arg-type]
     with pytest.raises(TypeError):
         load_metadata(None)  # type: ignore[arg-type]
     with pytest.raises(TypeError):
