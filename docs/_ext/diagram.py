@@ -5,7 +5,8 @@ from html import escape
 
 WIDTH = 440
 LINE = 17
-STEPS: Sequence[tuple[str, str, Sequence[str]]] = (
+Step = tuple[str, str, Sequence[str]]  # the function that leads to it, its title, and its lines
+SAVE: Sequence[Step] = (
     ("", "a tree", ('{"layers": [(w, b)],', ' "name": "net", "step": 7}')),
     (
         "_tree.flatten.flatten",
@@ -23,8 +24,8 @@ STEPS: Sequence[tuple[str, str, Sequence[str]]] = (
         ('{"leaves":{…},"nodes":{"@layers#0":"tuple"},', ' "version":1}'),
     ),
     (
-        "_format.header.plan",
-        "the header",
+        "_save.plan.plan_file",
+        "the plan: files, each with its header",
         (
             '{"__metadata__":{…},"@step":{"dtype":"I64",',
             ' "shape":[],"data_offsets":[0,8]},…}',
@@ -32,10 +33,39 @@ STEPS: Sequence[tuple[str, str, Sequence[str]]] = (
         ),
     ),
     (
-        "_storage.atomic_file.write_file",
+        "_save.writing.write",
         "the file",
         ("length | header | data, in the header's order", "temporary file → flush → rename"),
     ),
+)
+LOAD: Sequence[Step] = (
+    ("", "a file, or a folder of shards", ("length | header | data, in the header's order",)),
+    (
+        "_load.checkpoint.open_checkpoint",
+        "an open checkpoint, checked",
+        ("tensors, where each stands, the note, digests",),
+    ),
+    (
+        "_load.matching.compare",
+        "which tensor goes to which leaf of a template",
+        ("@layers#0#0 → model.layers[0].w, on 8 devices",),
+    ),
+    (
+        "_load.plan.plan_batches",
+        "the plan: batches of regions of tensors",
+        ("rows 0 to 511 of @layers#0#0 → devices 0 and 1",),
+    ),
+    (
+        "_load.reading.read_leaves",
+        "bytes in memory, a batch at a time",
+        ("the next batches are read meanwhile",),
+    ),
+    (
+        "_leaves.to_jax.to_jax",
+        "arrays, as the template wants them",
+        ("cast, wrapped, placed",),
+    ),
+    ("_tree.unflatten.build", "the tree", ("or jax.tree.unflatten, with a template",)),
 )
 
 
@@ -43,14 +73,14 @@ def text(x: float, y: float, content: str, style: str) -> str:
     return f'<text x="{x}" y="{y}" class="{style}" xml:space="preserve">{escape(content)}</text>'
 
 
-def draw() -> str:
+def draw(steps: Sequence[Step], label: str) -> str:
     """Return the drawing, to stand inside a page."""
     parts: list[str] = []
     y = 4
-    for function, title, lines in STEPS:
+    for function, title, lines in steps:
         if function:
-            parts.append(f'<path d="M{WIDTH / 2} {y}v30" class="arrow" marker-end="url(#tip)"/>')
-            parts.append(text(WIDTH / 2 + 14, y + 20, function, "call"))
+            parts.append(f'<path d="M60 {y}v30" class="arrow" marker-end="url(#tip)"/>')
+            parts.append(text(74, y + 20, function, "call"))
             y += 37
         height = 38 + LINE * len(lines)
         parts.append(
@@ -59,7 +89,7 @@ def draw() -> str:
         parts.append(text(18, y + 21, title, "title"))
         parts += [text(18, y + 42 + LINE * i, line, "code") for i, line in enumerate(lines)]
         y += height + 4
-    return f"""<svg class="path" viewBox="0 0 {WIDTH} {y}" role="img" aria-label="The path from a tree to a file"
+    return f"""<svg class="path" viewBox="0 0 {WIDTH} {y}" role="img" aria-label="{label}"
  xmlns="http://www.w3.org/2000/svg">
 <defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="8" markerHeight="8" orient="auto">
 <path d="M0 0 8 4 0 8z" class="tip"/></marker></defs>

@@ -9,7 +9,7 @@ from typing import Any
 
 import tomllib  # of Python 3.11: the documentation is built with that or newer
 from anatomy import hexdump, layout, vectors
-from diagram import draw
+from diagram import LOAD, SAVE, draw
 from docutils import nodes
 from environments import table
 from sphinx.application import Sphinx
@@ -149,7 +149,8 @@ MAKERS: dict[str, Callable[..., list[str]]] = {
     "layout": lambda: ["```{raw} html", layout(), "```"],
     "hexdump": lambda: ["```text", *hexdump(), "```"],
     "vectors": vectors,
-    "diagram": lambda: ["```{raw} html", draw(), "```"],
+    "save": lambda: ["```{raw} html", draw(SAVE, "The path from a tree to a file"), "```"],
+    "load": lambda: ["```{raw} html", draw(LOAD, "The path from a file to a tree"), "```"],
 }
 
 

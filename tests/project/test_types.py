@@ -87,8 +87,9 @@ def test_files(tmp_path: Path) -> None:
     assert_type(save_pytree_async(tree, path), Future[None]).result()
     assert_type(load_pytree(path, prefix="", mmap=True), Any)
     assert_type(load_abstract(str(path)), Any)
-    load_abstract(path, prefix="@a", sharding=jax.numpy.zeros(3).sharding)
-    load_abstract(path, sharding=lambda name, struct: None if struct.shape else None)
+    sharding = jax.numpy.zeros(3).sharding
+    load_abstract(path, prefix="@a", sharding=sharding)
+    load_abstract(path, sharding=lambda name, struct: sharding if struct.shape else None)
     assert_type(load_metadata(path), dict[str, str])
     assert_type(load_file(path), dict[str, jax.Array])
     assert_type(
