@@ -34,9 +34,11 @@ P: Any = PartitionSpec  # whose constructor JAX leaves untyped
 
 LIMIT = 180  # seconds for one step of all processes, on a machine with much else to do
 
-# The package is checked at run time here as it is in the tests.
+# The package is checked at run time here as it is in the tests. A shell starts what runs in the
+# background with interrupts ignored, which Python would keep.
 START = (
-    "import sys; from jaxtyping import install_import_hook as check; "
+    "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "from jaxtyping import install_import_hook as check; "
     "check('pytree2safetensors', 'beartype.beartype'); sys.path.insert(0, sys.argv[1]); "
     "import together; together.main(*map(int, sys.argv[2:]))"
 )
