@@ -39,7 +39,7 @@ def assert_round_trips(tree: Any) -> None:
     """
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         # If JAX has no 64-bit types, NumPy arrays come back, which is right here.
-        warnings.filterwarnings("ignore", message="JAX cannot hold the dtypes")
+        warnings.filterwarnings("ignore", message="JAX does not support the dtypes")
         path = Path(folder) / "tree.safetensors"
         save_pytree(tree, path, durable=False)
         template = jax.tree_util.tree_map(_blank, tree)
