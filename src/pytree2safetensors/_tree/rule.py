@@ -57,7 +57,7 @@ class Rule:
         return f"Rule({', '.join([*parts, *(f'{k}={v!r}' for k, v in self.sizes.items())])})"
 
     def __eq__(self, other: object) -> bool:
-        return _key(self) == _key(other) if isinstance(other, Rule) else NotImplemented
+        return isinstance(other, Rule) and _key(self) == _key(other)
 
     def __hash__(self) -> int:
         return hash(_key(self))
