@@ -42,7 +42,7 @@ from pytree2safetensors._storage.read_pool import ReadPool
 _BATCH: Final = 64 << 20  # bytes in memory that a single leaf can keep alive
 _COPIED_BATCH: Final = 8 << 20  # bytes, if JAX makes a copy of what rules rearrange
 _STAGED_BATCH: Final = 32 << 20  # bytes to transfer to other devices at once
-_AHEAD: Final = 2  # batches to read while another becomes leaves
+_AHEAD: Final = 16  # batches to read while another becomes leaves: with few, threads are idle
 _AHEAD_REMOTELY: Final = 5  # so that as many ranges are on their way as help
 _READERS: Final = 4  # threads; more do not help with fresh memory
 _STAGED_READERS: Final = 12  # threads for reused memory; more get into each other's way
