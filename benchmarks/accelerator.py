@@ -3,7 +3,7 @@
     pip install -e . flax orbax-checkpoint
     python benchmarks/accelerator.py
 
-It needs Linux, and takes up to five minutes on one GPU: what there is no time for is left out, and named. It uses
+It needs Linux, and takes up to five minutes on one GPU. It leaves out, and names, what does not fit. It uses
 the first device that JAX finds. On a CPU it shows, with small trees, that everything runs, and says nothing about
 accelerators. A whole run on an accelerator writes to docs/benchmarks: `accelerator.json` (every run),
 `accelerator.rst` (tables) and `accelerator.svg`; any other run only writes where --output says.

@@ -134,7 +134,7 @@ def save(task: dict[str, Any], path: Path, template: Any) -> dict[str, Any]:
     system = SYSTEMS[task["system"]]
 
     def renew() -> None:
-        """Make the arrays anew, as JAX may keep copies on the host inside those that were saved."""
+        """Make new arrays: JAX may keep host copies inside the saved ones."""
         nonlocal tree
         remove(path)
         tree = jax.block_until_ready(jax.tree.map(jnp.copy, tree))

@@ -29,7 +29,7 @@ def named_object(text: str) -> Any:
     """Import what MODULE:NAME names; modules may be in the current folder.
 
     Raises:
-        argparse.ArgumentTypeError: There is no such thing.
+        argparse.ArgumentTypeError: The module or the name does not exist.
     """
     module, colon, name = text.partition(":")
     if not (module and colon and name):

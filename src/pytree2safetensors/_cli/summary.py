@@ -81,7 +81,7 @@ def summarise(store: OpenCheckpoint, prefix: str = "") -> Summary:
     """Summarise a checkpoint, or what is below `prefix`.
 
     Raises:
-        Pytree2SafetensorsError: There is nothing at `prefix`, or it is no key path.
+        Pytree2SafetensorsError: The file has nothing at `prefix`, or `prefix` is not a key path.
     """
     names = set(names_below(store, prefix).values())
     nodes = store.note.nodes

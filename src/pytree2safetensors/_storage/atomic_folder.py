@@ -14,7 +14,7 @@ from typing import NamedTuple
 from pytree2safetensors._storage.descriptor import Held, flush, write_chunks
 from pytree2safetensors._storage.folder import Folder
 from pytree2safetensors._storage.naming import temporary_name
-from pytree2safetensors._storage.progress import Progress, part_of
+from pytree2safetensors._storage.progress import Progress, progress_of_part
 from pytree2safetensors._storage.threads import undisturbed
 from pytree2safetensors._types import Chunk
 
@@ -55,7 +55,7 @@ def replace_together(
         total, before = sum(part.size for part in parts), 0
         for name, size, chunks in parts:
             with creating(name, durable) as descriptor:
-                write_chunks(descriptor, chunks, size, part_of(progress, before, total))
+                write_chunks(descriptor, chunks, size, progress_of_part(progress, before, total))
             before += size
 
 

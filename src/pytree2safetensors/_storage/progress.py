@@ -65,7 +65,7 @@ def closing_bar(progress: Progress | None) -> Iterator[None]:
             progress.close()
 
 
-def part_of(progress: Progress | None, before: int, total: int) -> Progress | None:
+def progress_of_part(progress: Progress | None, before: int, total: int) -> Progress | None:
     """Return what a part of the work calls, which begins when `before` of all bytes are done."""
     if progress is None:
         return None
