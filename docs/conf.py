@@ -82,6 +82,12 @@ if "READTHEDOCS" in os.environ:
         "safetensors": ("https://huggingface.co/docs/safetensors/main/en", None),
     }
 
+# `tox -e links` checks links to other sites. Every build checks the links inside of this one.
+linkcheck_ignore = [re.escape(SITE)]
+# GitHub makes its anchors with scripts.
+linkcheck_anchors_ignore_for_url = [r"https://github\.com/.*"]
+linkcheck_rate_limit_timeout = 60
+
 autodoc_typehints = "signature"
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True

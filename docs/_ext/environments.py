@@ -16,7 +16,7 @@ from typing import Any
 KEPT = Path(__file__).parents[1] / "compatibility.json"
 PACKAGES = ("jax", "numpy", "safetensors")
 VERSION = re.compile(r"\bPython ([0-9]+\.[0-9]+\.[0-9]+)")
-OTHERS = ("types", "docs", "coverage")  # which have JAX, and ask something else
+OTHERS = ("types", "docs", "coverage", "links")  # which have JAX, and ask something else
 
 
 def condense(path: Path) -> dict[str, dict[str, str]]:
