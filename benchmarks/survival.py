@@ -183,12 +183,12 @@ def text(head: list[str], rows: list[list[str]]) -> str:
     """Write the table and its explanation for the documentation."""
     found = ", ".join(f"{name} {version}" for name, version in versions().items())
     about = (
-        'Each cell was tried: ``{"value": specimen, "other": array}`` saved and loaded again with the'
-        " library's defaults. *yes*: the same structure, types, dtypes, shapes, bits and weak types, whether NumPy"
-        " or JAX holds an array. *as*: the values are there in another structure or type."
-        " *refused*: an error when saving. Bold: saved without a word, and not there again."
-        " Equinox loads only into a template, so it was given the tree itself. safetensors has flat"
-        " dicts of arrays and no trees.\n\n"
+        'Each cell is the result of a test: ``{"value": specimen, "other": array}`` was saved and loaded again with the'
+        " library's defaults. *yes*: the structure, types, dtypes, shapes, bits and weak types are the same (a NumPy"
+        " array and a JAX array count as the same). *as*: the values are there, but in another structure or type."
+        " *refused*: saving raised an error. Bold: saving raised no error, but the value was lost or changed."
+        " Equinox can only load into a template, so it got the original tree as the template. safetensors"
+        " stores flat dicts of arrays, not trees.\n\n"
         f"With {found}; this library at {this_version()}.\n"
     )
     return about + "\n" + rst.table("What survives without a template", head, rows)

@@ -117,7 +117,7 @@ function inNaturalOrder(items) {
   return keyed.map(([item]) => item);
 }
 
-/** Cut names at their dots: what to show where they make no tree. A name may be a leaf and a node here. */
+/** Split names at their dots, for names that do not form a tree. A name may be both a leaf and a node here. */
 function cutAtDots(file) {
   const root = { children: new Map() };
   for (const [name, leaf] of file.leaves) {
@@ -493,7 +493,7 @@ async function showStatistics(place, file, leaf, limit, isCurrent) {
 function makeError(error) {
   // What `fetch` throws says no more, so that pages learn nothing of other servers.
   const hidden = error instanceof TypeError && /fetch|network|load/i.test(error.message);
-  const reason = "the address cannot be read: it is not there, or its server does not allow other pages to read it";
+  const reason = "cannot read this URL: it does not exist, or its server does not allow other pages to read it";
   return make("div", { class: "error", role: "alert" }, visible(hidden ? reason : error.message));
 }
 
@@ -545,7 +545,7 @@ function showFile(place, file, label, remote) {
   };
   const entries = [...file.metadata].map(([key, value]) => [visible(shorten(key, 300)), shorten(value, MOST)]);
   const summary = make("summary", {}, `Metadata: ${plural(entries.length, "entry", "entries")}`);
-  const remark = `The names make no tree, and are cut at their dots: ${visible(problem?.message ?? "")}`;
+  const remark = `The names do not form a tree, so they are split at their dots: ${visible(problem?.message ?? "")}`;
   const title = make("h2", { tabindex: "-1" }, make("bdi", {}, visible(label)));
   place.replaceChildren(
     title,
@@ -611,7 +611,7 @@ function start(page) {
     return input;
   };
   const [fileInput, folderInput] = [makeInput("multiple"), makeInput("webkitdirectory")];
-  const address = make("input", { type: "url", required: true, placeholder: "https://…", "aria-label": "address" });
+  const address = make("input", { type: "url", required: true, placeholder: "https://…", "aria-label": "URL" });
   const submit = (event) => {
     event.preventDefault();
     const url = rawAddress(address.value);
@@ -629,7 +629,7 @@ function start(page) {
     ),
     fileInput,
     folderInput,
-    make("form", { onsubmit: submit }, address, make("button", {}, "Open the address")),
+    make("form", { onsubmit: submit }, address, make("button", {}, "Open the URL")),
   );
   const mark = (over) => (event) => {
     if (!event.dataTransfer.types.includes("Files")) return false; // such as text for the input
