@@ -1,6 +1,8 @@
 """Trees and flat dicts: what is accepted and refused, as tables. The laws are in test_laws."""
 
 import io
+import os
+import subprocess
 import sys
 from collections import OrderedDict, defaultdict
 from pathlib import Path
@@ -265,6 +267,58 @@ def test_deep_trees(depth: int) -> None:
     tree = deep(depth)
     assert pytree2dict(tree) == {"#0" * depth: 1}
     assert dict2pytree({"#0" * depth: 1}) == tree
+
+
+AS_DEEP_AS_JAX = """
+import jax
+import numpy as np
+import pytree2safetensors as p2s
+
+def nested(wrap, depth):
+    tree = np.ones(2, np.float32)
+    for _ in range(depth):
+        tree = wrap(tree)
+    return tree
+
+def fits(depth):
+    try:
+        jax.tree_util.tree_structure(nested(lambda child: [child], depth))
+        return True
+    except (SystemError, RecursionError):
+        return False
+
+most = max(filter(fits, range(900, 1000))) if fits(900) and not fits(1000) else 900
+for wrap, less in (
+    (lambda child: [child], 0),
+    (lambda child: {"a": child}, 0),
+    (lambda child: (child,), 0),
+    (lambda child: p2s.PyTreeContainer({"a": child}), 3),  # JAX calls a function of its type
+):
+    tree = nested(wrap, most - less)
+    p2s.save_pytree(tree, "file")
+    p2s.save_pytree_async(tree, "file").result()
+    for found in (
+        p2s.load_pytree("file"),
+        p2s.load_abstract("file"),
+        p2s.load_into_pytree(tree, "file"),
+        p2s.set_weights(tree, p2s.pytree2dict(tree)),
+        p2s.dict2pytree(p2s.pytree2dict(tree)),
+    ):
+        assert len(jax.tree_util.tree_leaves(found)) == 1
+"""
+
+
+def test_trees_may_be_as_deep_as_jax_takes(tmp_path: Path) -> None:
+    # A script, because JAX takes less below the frames of a test.
+    result = subprocess.run(
+        [sys.executable, "-c", AS_DEEP_AS_JAX],
+        cwd=tmp_path,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (result.returncode, result.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("depth", [20_000, 100_000])

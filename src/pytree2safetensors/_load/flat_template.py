@@ -14,6 +14,7 @@ from pytree2safetensors._load.checkpoint import OpenCheckpoint
 from pytree2safetensors._load.complaints import check
 from pytree2safetensors._load.matching import Options, compare
 from pytree2safetensors._load.template import TemplateLeaf, template_leaves
+from pytree2safetensors._tree.depth import deep_structure
 from pytree2safetensors._tree.flatten import flatten
 
 
@@ -48,7 +49,7 @@ class FlatTemplate(NamedTuple):
 def flat_template(module: Any) -> FlatTemplate:
     """Flatten a template."""
     flat = flatten(module)
-    treedef = jax.tree_util.tree_structure(module)
+    treedef = (deep_structure if flat.is_deep else jax.tree_util.tree_structure)(module)
     return FlatTemplate(treedef, flat.names, flat.leaves, template_leaves(flat.leaves))
 
 

@@ -3,38 +3,84 @@
 Specification: *Trees and flat dicts*.
 """
 
+from _thread import allocate_lock, start_new_thread
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Final
 
 import jax
 
 from pytree2safetensors._errors import TreeStructureError, shorten
+from pytree2safetensors._tree.containers import PyTreeContainer, UnkeyedContainer
 
-DEEP = 200  # deeper trees are checked against what JAX can flatten
-TOO_DEEP = 10_000  # no JAX flattens this
-_FRAMES = 50  # levels of the stack to flatten the deepest node
+DEEP: Final = 200  # levels that JAX can flatten for certain
+TOO_DEEP: Final = 10_050  # levels that no JAX can flatten
+
+# Levels of the stack that JAX needs to flatten a node; it calls Python functions for most types.
+_STACK: Final[dict[type, int]] = {
+    **dict.fromkeys((dict, list, tuple, type(None)), 1),
+    **dict.fromkeys((OrderedDict, defaultdict, PyTreeContainer, UnkeyedContainer), 5),
+}
+_STACK_OF_OTHERS: Final = 50
 
 
-def check_depth(depth: int, name: str) -> int:
-    """Find how deep a tree JAX can flatten; raise an error if a tree is deeper.
+class DepthCheck:
+    """Refuses the nodes of a tree that JAX cannot flatten because they are too deep.
 
-    The search uses lists: if a node with a Python function is too deep, JAX loses count of the
-    stack, and every later call in this thread is a RecursionError.
+    It finds the limit with lists: if a node with a Python function is too deep, JAX loses count of
+    the stack, and every later call in this thread is a RecursionError.
     """
-    fits, fails = 0, TOO_DEEP + _FRAMES
+
+    def __init__(self) -> None:
+        self.limit = 0  # levels of the stack, once they are needed
+
+    def check(self, depth: int, kind: type, name: str, *, has_children: bool = True) -> None:
+        """Raise an error for a node that is too deep; the root is at depth 1."""
+        if depth < DEEP:
+            return
+        self.limit = self.limit or _most_lists()
+        if depth - 1 + max(_STACK.get(kind, _STACK_OF_OTHERS), 1 + has_children) > self.limit:
+            raise too_deep(name)
+
+
+def deep_structure(tree: Any) -> Any:
+    """Return the treedef of a tree that is as deep as JAX can flatten: no caller is on the stack.
+
+    The thread is not one of `threading`, because those have frames of their own.
+    """
+    result: list[Any] = []
+    ended = allocate_lock()
+    ended.acquire()
+
+    def work() -> None:
+        try:
+            result.append(jax.tree_util.tree_structure(tree))
+        except BaseException as error:  # noqa: BLE001 - the caller raises it
+            result.append(error)
+        finally:
+            ended.release()
+
+    start_new_thread(work, ())
+    ended.acquire()
+    if isinstance(result[0], BaseException):
+        raise result[0]
+    return result[0]
+
+
+def _most_lists() -> int:
+    """Find how many nested lists JAX can flatten."""
+    fits, fails = 0, TOO_DEEP
     while fails - fits > 1:
         middle = (fits + fails) // 2
         lists: list[Any] = []
-        for _ in range(middle):
+        for _ in range(middle - 1):
             lists = [lists]
         try:
-            jax.tree_util.tree_structure(lists)
+            deep_structure(lists)
             fits = middle
         except (SystemError, RecursionError):
             fails = middle
-    if depth > fits - _FRAMES:
-        raise too_deep(name)
-    return fits - _FRAMES
+    return fits
 
 
 def too_deep(name: str) -> TreeStructureError:

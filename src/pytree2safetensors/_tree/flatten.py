@@ -13,7 +13,7 @@ import numpy as np
 from pytree2safetensors._arguments import checked
 from pytree2safetensors._errors import KeyPathError, TreeStructureError, shorten
 from pytree2safetensors._tree.containers import PyTreeContainer, UnkeyedContainer, attrs_of
-from pytree2safetensors._tree.depth import DEEP, check_depth, too_deep, unsortable
+from pytree2safetensors._tree.depth import DEEP, DepthCheck, too_deep, unsortable
 from pytree2safetensors._tree.keypath import (
     join,
     spell_attr,
@@ -37,13 +37,14 @@ class Flat(NamedTuple):
     names: list[str]
     leaves: list[Any]
     kinds: dict[str, Kind]
+    is_deep: bool = False  # too deep for JAX where the stack already has many frames
 
 
 def flatten(tree: Any) -> Flat:
     """Walk a tree as JAX does, and spell the names."""
     walk = _Walk()
     walk.run(tree)
-    return walk.flat
+    return walk.flat._replace(is_deep=walk.depth.limit > 0)
 
 
 def open_once(node: Any) -> list[tuple[Any, Any]]:
@@ -77,7 +78,7 @@ class _Walk:
         self.flat = Flat([], [], {})
         self.leaf_types: set[type] = {int, float, bool, complex, str, np.ndarray}
         self.items: dict[str, str] = {}
-        self.deepest = DEEP  # for certain
+        self.depth = DepthCheck()
         self.openers: dict[type, Callable[[Any, str], Children]] = {
             dict: self.open_dict,
             defaultdict: self.open_dict,
@@ -90,7 +91,7 @@ class _Walk:
         }
 
     def run(self, tree: Any) -> None:
-        names, leaves, _ = self.flat
+        names, leaves, *_ = self.flat
         root = self.open(tree, "")
         if root is None:
             names.append("")
@@ -104,14 +105,20 @@ class _Walk:
                 if type(child) not in self.leaf_types:
                     opened = self.open(child, name)
                     if opened is not None:
+                        if len(pending) >= DEEP:
+                            opened = self.checked(child, opened, len(pending) + 1, name)
                         pending.append((name, opened))
                         break
                 names.append(name)
                 leaves.append(child)
             else:
                 pending.pop()
-            if len(pending) > self.deepest:
-                self.deepest = check_depth(len(pending), prefix)
+
+    def checked(self, node: Any, children: Children, depth: int, name: str) -> Children:
+        """Return the children of a node that is not too deep."""
+        found = [*children]
+        self.depth.check(depth, type(node), name, has_children=bool(found))
+        return iter(found)
 
     def open(self, node: Any, name: str) -> Children | None:
         """Return the children of a node; None for a leaf."""

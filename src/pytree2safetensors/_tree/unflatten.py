@@ -9,7 +9,7 @@ from typing import Any
 
 from pytree2safetensors._errors import KeyPathError, TreeStructureError, shorten
 from pytree2safetensors._tree.containers import PyTreeContainer, UnkeyedContainer, container_of
-from pytree2safetensors._tree.depth import DEEP, TOO_DEEP, check_depth, too_deep, unsortable
+from pytree2safetensors._tree.depth import DEEP, TOO_DEEP, DepthCheck, too_deep, unsortable
 from pytree2safetensors._tree.keypath import (
     ATTR,
     INDEX,
@@ -76,6 +76,7 @@ class _Trie:
         self.segments: dict[str, tuple[str, Any]] = {}
         self.last = ("", self.top)  # the parent of the previous leaf, unless it is the root
         self.deepest = 0
+        self.depth = DepthCheck()
         self.gaps = 0
 
     def insert(self, name: str, leaf: Any) -> None:
@@ -194,7 +195,10 @@ class _Trie:
     def note(self, name: str, kind: Kind) -> None:
         node = self.find(name)
         if node is None:
-            self.insert(name, _EMPTY[kind[0] if isinstance(kind, list) else kind]())
+            empty = _EMPTY[kind[0] if isinstance(kind, list) else kind]()
+            self.insert(name, empty)
+            if len(name) >= DEEP:
+                self.depth.check(1 + len(split(name)), type(empty), name, has_children=False)
             return
         node.kind = kind
 
@@ -212,8 +216,9 @@ class _Trie:
     # --- from nodes under construction to the tree ---
 
     def finish(self) -> Any:
-        if self.deepest > DEEP:
-            check_depth(self.deepest, self.name_of(max(self.nodes, key=lambda node: node.depth)))
+        if self.deepest >= DEEP:
+            for node in {node.marker: node for node in sorted(self.nodes, key=_depth)}.values():
+                self.depth.check(node.depth, _TYPES[node.marker], self.name_of(node))
         self.parents.clear()
         while self.nodes:  # children first, each gone once it is finished
             node = self.nodes.pop()
@@ -273,6 +278,11 @@ def _segment(marker: str, key: Any) -> str:
     return spell_index(key) if marker == INDEX else spell_flat_index(key)
 
 
+def _depth(node: _Node) -> int:
+    return node.depth
+
+
+_TYPES = {ATTR: PyTreeContainer, ITEM: dict, INDEX: list, UNKEYED: UnkeyedContainer}
 _EMPTY: dict[str, Callable[[], Any]] = {
     "None": lambda: None,
     "dict": dict,
