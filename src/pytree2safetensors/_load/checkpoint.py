@@ -100,6 +100,7 @@ class OpenCheckpoint:
         """Return how many reads are worth being under way at once; 0 if the machine tells."""
         return max((source.in_flight for source in self.sources), default=0)
 
+    @collector_paused()
     def add(self, source: ByteSource, start: int, tensors: Tensors) -> None:
         """Add the tensors of a file whose data starts at `start`."""
         offsets = [start + begin for begin in tensors.starts]
