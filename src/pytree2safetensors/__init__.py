@@ -18,9 +18,10 @@ from pytree2safetensors._save.background import save_pytree_async
 from pytree2safetensors._save.flat_dict import pytree2dict
 from pytree2safetensors._tree.containers import PyTreeContainer, UnkeyedContainer
 from pytree2safetensors._tree.flatten import dict2pytree
-from pytree2safetensors._tree.keypath import keypath2string, string2keypath
+from pytree2safetensors._tree.keypath import string2keypath
 from pytree2safetensors._tree.keys import Key, KeyPath
 from pytree2safetensors._tree.rule import Rule
+from pytree2safetensors._tree.spelling import keypath2string
 from pytree2safetensors._version import __version__ as __version__
 
 __all__ = [

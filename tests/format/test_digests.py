@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pytree2safetensors import save_pytree
-from pytree2safetensors._format import digests, header
+from pytree2safetensors._format import digests, layout
 from pytree2safetensors._format.tensor import TensorInfo
 
 BLOCK = 16 * 1024 * 1024
@@ -87,4 +87,4 @@ def test_a_header_is_as_long_before_the_digests_are_known(names: list[str], data
     }
     before = digests.add_digests({"a": "b"}, digests.blank_digests(names))
     after = digests.add_digests({"a": "b"}, found)
-    assert len(header.plan(infos, before).head) == len(header.plan(infos, after).head)
+    assert len(layout.plan(infos, before).head) == len(layout.plan(infos, after).head)

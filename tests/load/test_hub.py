@@ -19,7 +19,7 @@ from pytree2safetensors import (
     save_pytree,
 )
 from pytree2safetensors._format import index as index_format
-from pytree2safetensors._format.header import in_order
+from pytree2safetensors._format.layout import in_order
 from pytree2safetensors._format.tensor import TensorInfo
 
 

@@ -487,7 +487,7 @@ def test_metadata_that_cannot_be_saved_are_told(metadata: dict[str, str], text: 
 
 
 def test_a_header_beyond_the_limit_is_told_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pytree2safetensors._format.header.MAX_HEADER", 1000)
+    monkeypatch.setattr("pytree2safetensors._format.layout.MAX_HEADER", 1000)
     with pytest.raises(FileFormatError) as caught:
         save_pytree([1.0] * 100, io.BytesIO())
     assert re.fullmatch(

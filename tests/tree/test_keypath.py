@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
 from pytree2safetensors import KeyPath, KeyPathError, keypath2string, string2keypath
-from pytree2safetensors._tree.keypath import join, split
+from pytree2safetensors._tree.keypath import split
 from pytree2safetensors._tree.keys import item_key
 from pytree2safetensors._tree.paths import add_prefix, cut, strip_prefix
+from pytree2safetensors._tree.spelling import join
 from pytree2safetensors.testing import keypaths
 
 CASES = json.loads((Path(__file__).parents[1] / "data" / "keypaths.json").read_text("utf-8"))

@@ -7,8 +7,9 @@ from typing import Any, Final, NamedTuple
 
 from pytree2safetensors._cli.summary import Leaf, kind_text
 from pytree2safetensors._errors import KeyPathError
-from pytree2safetensors._tree.keypath import join, split
+from pytree2safetensors._tree.keypath import split
 from pytree2safetensors._tree.paths import cut
+from pytree2safetensors._tree.spelling import join
 from pytree2safetensors._types import Kind
 
 _MOST_ROWS: Final = 200  # of an outline that `clip` leaves

@@ -11,8 +11,8 @@ from json.encoder import encode_basestring_ascii as quote
 from typing import Any, Final
 
 from pytree2safetensors._errors import FileFormatError, shorten
-from pytree2safetensors._format.header import (
-    MAX_HEADER,
+from pytree2safetensors._format.header import MAX_HEADER
+from pytree2safetensors._format.layout import (
     MAX_SHARD_HEADER,
     empty_length,
     entry_length,

@@ -21,8 +21,9 @@ from pytree2safetensors._load.reading import read_leaves
 from pytree2safetensors._load.slots import Wanted
 from pytree2safetensors._load.template import PYTHON_NUMBERS, TemplateLeaf
 from pytree2safetensors._storage.progress import Progress
-from pytree2safetensors._tree.keypath import join, split, string2keypath
+from pytree2safetensors._tree.keypath import split, string2keypath
 from pytree2safetensors._tree.paths import strip_prefix
+from pytree2safetensors._tree.spelling import join
 from pytree2safetensors._types import Kind
 
 _COMPARED: Final = 2000  # names to search for the prefix that was meant

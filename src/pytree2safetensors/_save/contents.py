@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from pytree2safetensors._errors import UnsupportedLeafError, shorten
-from pytree2safetensors._format.header import check_metadata
+from pytree2safetensors._format.layout import check_metadata
 from pytree2safetensors._format.note import NOTE, Note, write_note
 from pytree2safetensors._format.tensor import TensorInfo
 from pytree2safetensors._leaves.describe import (
@@ -23,8 +23,9 @@ from pytree2safetensors._leaves.describe import (
 from pytree2safetensors._leaves.renaming import Rename
 from pytree2safetensors._save.renamed import place, tensors_of
 from pytree2safetensors._tree.flatten import Flat, flatten
-from pytree2safetensors._tree.keypath import INDEX, ITEM, split
+from pytree2safetensors._tree.keypath import split
 from pytree2safetensors._tree.paths import cut
+from pytree2safetensors._tree.spelling import INDEX, ITEM
 
 
 class Contents(NamedTuple):

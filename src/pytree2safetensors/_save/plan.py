@@ -12,8 +12,6 @@ from typing import NamedTuple
 
 from pytree2safetensors._errors import FileFormatError
 from pytree2safetensors._format.digests import add_digests, blank_digests
-from pytree2safetensors._format.header import MAX_SHARD_HEADER
-from pytree2safetensors._format.header import plan as lay_out
 from pytree2safetensors._format.index import (
     SUFFIX,
     TOTAL_SIZE,
@@ -21,6 +19,8 @@ from pytree2safetensors._format.index import (
     into_shards,
     write_index,
 )
+from pytree2safetensors._format.layout import MAX_SHARD_HEADER
+from pytree2safetensors._format.layout import plan as lay_out
 from pytree2safetensors._format.tensor import TensorInfo
 from pytree2safetensors._save.contents import Contents
 

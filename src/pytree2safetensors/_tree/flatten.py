@@ -14,7 +14,7 @@ from pytree2safetensors._arguments import checked
 from pytree2safetensors._errors import KeyPathError, TreeStructureError, shorten
 from pytree2safetensors._tree.containers import PyTreeContainer, UnkeyedContainer, attrs_of
 from pytree2safetensors._tree.depth import DEEP, DepthCheck, too_deep, unsortable
-from pytree2safetensors._tree.keypath import (
+from pytree2safetensors._tree.spelling import (
     join,
     spell_attr,
     spell_flat_index,

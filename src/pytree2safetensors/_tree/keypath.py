@@ -1,4 +1,4 @@
-r"""The grammar: key paths and their spelling, a bijection.
+r"""The grammar of key paths, and reading them; `spelling` writes them. Both form a bijection.
 
     keypath  = [ first *segment ]
     first    = segment / text            ; a name alone: the "." of a leading GetAttrKey is left off
@@ -10,16 +10,15 @@ r"""The grammar: key paths and their spelling, a bijection.
     text     = *( any character but . @ # \  /  "\" ( "." / "@" / "#" / "\" ) )
     number   = "0" / ( "1"-"9" *( "0"-"9" ) )
 
-No other module knows a marker or the escape character, but for `paths`, which cuts strings.
+Only `spelling`, which defines the markers, and `paths`, which cuts strings, know them as well.
 
 Specification: *Key paths*.
 """
 
 import re
-from collections.abc import Callable, Iterable
 from functools import lru_cache
 
-from pytree2safetensors._errors import KeyPathError, shorten
+from pytree2safetensors._errors import KeyPathError
 from pytree2safetensors._tree.keys import (
     MAX_INDEX,
     DictKey,
@@ -30,22 +29,11 @@ from pytree2safetensors._tree.keys import (
     SequenceKey,
     item_key,
 )
-from pytree2safetensors._tree.literal import (
-    MAX_DIGITS,
-    SURROGATE,
-    read_literal,
-    short_form,
-    with_type,
-    write_literal,
-)
+from pytree2safetensors._tree.literal import MAX_DIGITS, SURROGATE, read_literal
 from pytree2safetensors._tree.rejection import Rejected, refuse
-
-ATTR, ITEM, INDEX, UNKEYED = ".", "@", "#", r"#\("  # the markers of the kinds of nodes
-MARKERS = ".@#"  # the first characters of segments
+from pytree2safetensors._tree.spelling import ATTR, MARKERS, RESERVED, spell_item
 
 _SHORT = 32
-_ENDS = ("", ".", "@", "#")  # what may follow a text
-_RESERVED = "__metadata__"  # the name of a tensor must differ from that of the file's metadata
 
 # text = *( any character but . @ # \  /  "\" ( "." / "@" / "#" / "\" ) )
 _TEXT = r"[^.@#\\]*(?:\\[.@#\\][^.@#\\]*)*"
@@ -54,124 +42,8 @@ _BEFORE_MARKER = re.compile(r"(?=[.@#])")  # splits strings without a backslash 
 # number = "0" / ( "1"-"9" *( "0"-"9" ) )
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,9}")
 
-_NEEDS_ESCAPE = re.compile(r"[.@#\\]")
 _ESCAPED = re.compile(r"\\(.)")
 _NO_UTF8 = "a lone surrogate has no UTF-8 spelling"
-
-# --- spelling ---------------------------------------------------------------------------------
-
-
-def keypath2string(path: KeyPath) -> str:
-    """Spell a JAX key path.
-
-    Args:
-        path: The keys from the root of a tree to a leaf, as JAX returns them.
-
-    Returns:
-        The spelling, which `string2keypath` reads back as an equal path. That of the empty path is "".
-
-    Raises:
-        KeyPathError: A key cannot be spelled: it is of another type, an index is negative or a
-            bool, a name is not a str, or a dict key is not a literal.
-
-    Specification: *Key paths*.
-
-    >>> from jax.tree_util import DictKey, GetAttrKey, SequenceKey
-    >>> keypath2string((GetAttrKey("layers"), SequenceKey(10), DictKey("query")))
-    'layers#10@query'
-    """
-    if not isinstance(path, Iterable):
-        raise TypeError(f"keypath2string: path must be a tuple of keys, not {type(path).__name__}")
-    pieces: list[str] = []
-    for key in path:
-        try:
-            pieces.append(spell_key(key))
-        except KeyPathError as error:
-            so_far = shorten(join("", *pieces))
-            raise KeyPathError(f"{error}, in a key path that begins {so_far}") from None
-    return join("", *pieces)
-
-
-def join(prefix: str, *segments: str) -> str:
-    """Append segments to the spelled path `prefix`."""
-    if prefix or not segments:
-        return prefix + "".join(segments)
-    return strip_leading_dot("".join(segments))
-
-
-def strip_leading_dot(segments: str) -> str:
-    # first = segment / text. A name that is empty or reserved keeps its ".", because it would be
-    # the empty path or the name of the metadata without it.
-    if segments[0] != "." or segments[1:2] in _ENDS:
-        return segments
-    if segments.startswith("." + _RESERVED) and segments[1 + len(_RESERVED) :][:1] in _ENDS:
-        return segments
-    return segments[1:]
-
-
-def spell_key(key: object) -> str:
-    """Spell one key as a segment, its marker included."""
-    speller = _SPELLERS.get(type(key))
-    if speller is None:
-        instead = " (where the node type is registered, give a GetAttrKey instead of this str)"
-        remedy = instead if type(key) is str else ""
-        raise KeyPathError(
-            f"cannot spell {with_type(key)}: not one of JAX's own key classes{remedy}"
-        )
-    return speller(key)
-
-
-def spell_attr(name: str) -> str:
-    """Spell the segment of an attribute."""
-    return "." + _escape(name, "an attribute name")
-
-
-def spell_item(key: object) -> str:
-    """Spell the segment of a dict key."""
-    if type(key) is str:
-        return "@" + _escape(key, "a dict key")
-    return rf"@\({_escape(write_literal(key), 'a dict key')})"
-
-
-def spell_index(index: int) -> str:
-    """Spell the segment of an index."""
-    return f"#{_checked_index(index)}"
-
-
-def spell_flat_index(index: int) -> str:
-    """Spell the segment of a child without a key."""
-    return rf"#\({_checked_index(index)})"
-
-
-_SPELLERS: dict[type, Callable[..., str]] = {
-    GetAttrKey: lambda key: spell_attr(key.name),
-    DictKey: lambda key: spell_item(key.key),
-    SequenceKey: lambda key: spell_index(key.idx),
-    FlattenedIndexKey: lambda key: spell_flat_index(key.key),
-}
-
-
-def _escape(text: str, what: str) -> str:
-    if type(text) is not str:
-        raise KeyPathError(f"{what} must be a str, not {with_type(text)}")
-    if text.isidentifier():  # most need no escape
-        return text
-    if not text.isascii() and SURROGATE.search(text):
-        raise KeyPathError(f"{what} with a lone surrogate, {shorten(text)}, has no UTF-8 spelling")
-    return _NEEDS_ESCAPE.sub(r"\\\g<0>", text)
-
-
-def _checked_index(index: int) -> int:
-    if type(index) is not int:
-        raise KeyPathError(f"an index must be an int, not {with_type(index)}")
-    if not 0 <= index <= MAX_INDEX:
-        raise KeyPathError(
-            f"an index is at least 0 and at most {MAX_INDEX}, not {short_form(index)}"
-        )
-    return index
-
-
-# --- reading ----------------------------------------------------------------------------------
 
 
 def string2keypath(string: str) -> KeyPath:
@@ -271,21 +143,21 @@ def _gap(string: str) -> int:
 
 def _shift(rejected: Rejected, piece: str, string: str, offset: int) -> Rejected:
     """Convert positions in a piece to positions in the string."""
-    mend = rejected.mend if piece.endswith(")") else rejected.mend or _closed(string[offset:])
-    if mend is not None:
-        mend = (mend[0] + offset, mend[1] + offset, mend[2])
-    return Rejected(rejected.position + offset, rejected.reason, mend)
+    fix = rejected.fix if piece.endswith(")") else rejected.fix or _closed(string[offset:])
+    if fix is not None:
+        fix = (fix[0] + offset, fix[1] + offset, fix[2])
+    return Rejected(rejected.position + offset, rejected.reason, fix)
 
 
 def _read_first(piece: str) -> Key:
     if piece[0] in "@#":
         return _read_piece(piece)
     # first = segment / text
-    if piece == _RESERVED:
+    if piece == RESERVED:
         raise Rejected(0, "this name is reserved by the file format", (0, 0, "."))
     if piece[0] != ".":
         return GetAttrKey(_unescape(piece))
-    if piece[1:] not in ("", _RESERVED) and not piece.startswith(r".\("):
+    if piece[1:] not in ("", RESERVED) and not piece.startswith(r".\("):
         raise Rejected(0, "a leading name has no '.'", (0, 1, ""))
     return _read_piece(piece)
 
@@ -319,8 +191,8 @@ def _read_number(text: str, piece: str, spelling: str) -> int:
         number = int(text) if len(text) <= MAX_DIGITS else -1
     except ValueError:
         number = -1
-    mend = (0, len(piece), spelling.format(number)) if 0 <= number <= MAX_INDEX else None
-    raise Rejected(1, reason, mend)
+    fix = (0, len(piece), spelling.format(number)) if 0 <= number <= MAX_INDEX else None
+    raise Rejected(1, reason, fix)
 
 
 def _read_parenthesis(piece: str) -> Key:

@@ -5,17 +5,9 @@ Specification: *Key paths*.
 
 import re
 
-from pytree2safetensors._tree.keypath import (
-    ATTR,
-    INDEX,
-    ITEM,
-    MARKERS,
-    join,
-    read,
-    split,
-    strip_leading_dot,
-)
+from pytree2safetensors._tree.keypath import read, split
 from pytree2safetensors._tree.keys import GetAttrKey, Key, SequenceKey
+from pytree2safetensors._tree.spelling import ATTR, INDEX, ITEM, MARKERS, join, strip_leading_dot
 
 _STARTS = frozenset(MARKERS)
 _TO_DOTS = str.maketrans(dict.fromkeys(MARKERS, ATTR))

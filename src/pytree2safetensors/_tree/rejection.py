@@ -13,25 +13,25 @@ from pytree2safetensors._tree.literal import MAX_DIGITS
 class Rejected(Exception):
     """Why a string is not a key path: where, why, and what would be right."""
 
-    def __init__(self, position: int, reason: str, mend: tuple[int, int, str] | None = None):
-        self.position, self.reason, self.mend = position, reason, mend
+    def __init__(self, position: int, reason: str, fix: tuple[int, int, str] | None = None):
+        self.position, self.reason, self.fix = position, reason, fix
 
 
 def refuse(string: str, rejected: Rejected, read: Callable[[str], object]) -> NoReturn:
     position, reason = rejected.position, rejected.reason
     message = f"{shorten(string)} is not a key path: at position {position}, {reason}"
-    canonical = _mend(string, rejected, read) if len(string) <= MAX_DIGITS else None
+    canonical = _fixed(string, rejected, read) if len(string) <= MAX_DIGITS else None
     if canonical is not None:
         message += f"; the canonical spelling is {shorten(canonical)}"
     raise KeyPathError(message) from None
 
 
-def _mend(string: str, rejected: Rejected, read: Callable[[str], object]) -> str | None:
+def _fixed(string: str, rejected: Rejected, read: Callable[[str], object]) -> str | None:
     """Return the canonical spelling that a few local changes lead to, if there is one."""
     for _ in range(16):
-        if rejected.mend is None:
+        if rejected.fix is None:
             return None
-        start, stop, replacement = rejected.mend
+        start, stop, replacement = rejected.fix
         string = string[:start] + replacement + string[stop:]
         try:
             read(string)

@@ -10,22 +10,20 @@ from typing import Any
 from pytree2safetensors._errors import KeyPathError, TreeStructureError, shorten
 from pytree2safetensors._tree.containers import PyTreeContainer, UnkeyedContainer, container_of
 from pytree2safetensors._tree.depth import DEEP, TOO_DEEP, DepthCheck, too_deep, unsortable
-from pytree2safetensors._tree.keypath import (
+from pytree2safetensors._tree.keypath import read_segment, split, string2keypath
+from pytree2safetensors._tree.keys import DictKey, GetAttrKey, SequenceKey
+from pytree2safetensors._tree.paths import cut
+from pytree2safetensors._tree.spelling import (
     ATTR,
     INDEX,
     ITEM,
     UNKEYED,
     join,
-    read_segment,
     spell_attr,
     spell_flat_index,
     spell_index,
     spell_item,
-    split,
-    string2keypath,
 )
-from pytree2safetensors._tree.keys import DictKey, GetAttrKey, SequenceKey
-from pytree2safetensors._tree.paths import cut
 from pytree2safetensors._types import Kind
 
 MAX_GAPS = 2**20  # list indices without a leaf in a tree

@@ -9,7 +9,7 @@ import numpy as np
 
 from pytree2safetensors._errors import shorten
 from pytree2safetensors._format.tensor import WIDTHS
-from pytree2safetensors._tree.keypath import join, spell_key
+from pytree2safetensors._tree.spelling import join, spell_key
 
 # The bits of a value's byte that are used. NumPy ignores the others.
 VALUE_BITS: Final = {"bool": 1, **{name: (1 << width) - 1 for name, width in WIDTHS.items()}}

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
 from pytree2safetensors._tree.containers import PyTreeContainer, UnkeyedContainer
-from pytree2safetensors._tree.keypath import spell_key
 from pytree2safetensors._tree.keys import DictKey
+from pytree2safetensors._tree.spelling import spell_key
 from pytree2safetensors.testing._arrays import Draw
 from pytree2safetensors.testing._keys import keys, literals, numbers, texts
 from pytree2safetensors.testing._leaves import leaves

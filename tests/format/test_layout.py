@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pytree2safetensors import FileFormatError, load_pytree, save_pytree
-from pytree2safetensors._format import header, index
+from pytree2safetensors._format import index, layout
 from pytree2safetensors._format.tensor import BITS, TensorInfo
 
 SIZES = st.sampled_from([0, 1, 3, 8, 16, 32, 48, 64, 96, 128, 192, 256, 512, 1000])
@@ -28,7 +28,7 @@ def tensor_infos(draw: Any) -> dict[str, TensorInfo]:
     return infos
 
 
-def content_of(planned: header.Plan) -> dict[str, Any]:
+def content_of(planned: layout.Plan) -> dict[str, Any]:
     length = int.from_bytes(planned.head[:8], "little")
     assert len(planned.head) == 8 + length
     content: dict[str, Any] = json.loads(planned.head[8:])
@@ -39,7 +39,7 @@ def content_of(planned: header.Plan) -> dict[str, Any]:
 def test_tensors_of_a_multiple_of_256_bytes_are_aligned_to_256_and_others_as_they_can(
     infos: dict[str, TensorInfo],
 ) -> None:
-    planned = header.plan(infos, {"format": "flax"})
+    planned = layout.plan(infos, {"format": "flax"})
     content = content_of(planned)
     assert list(content) == ["__metadata__", *planned.order]
     for name, info in infos.items():
@@ -58,7 +58,7 @@ def test_the_order_is_three_groups_by_name(infos: dict[str, TensorInfo]) -> None
         groups = [info.nbytes % 256 != 0, info.nbytes % 64 != 0]
         return (*groups, -(BITS[info.dtype] // 8) if all(groups) else 0, name)
 
-    assert header.in_order(infos) == sorted(infos, key=rank)
+    assert layout.in_order(infos) == sorted(infos, key=rank)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_data_of_a_mebibyte_start_on_a_page(size: int, multiple: int) -> None:
     starts = set()
     for width in range(1, 4096, 61):
         info = TensorInfo("U8", (size,), size)
-        planned = header.plan({"w" * width: info}, {})
+        planned = layout.plan({"w" * width: info}, {})
         assert len(planned.head) % multiple == 0
         starts.add(len(planned.head))
     assert math.gcd(*starts) == multiple
@@ -78,15 +78,15 @@ def test_data_of_a_mebibyte_start_on_a_page(size: int, multiple: int) -> None:
 def test_the_length_of_a_header_is_known_without_its_text(
     infos: dict[str, TensorInfo], metadata: dict[str, str]
 ) -> None:
-    planned = header.plan(infos, metadata)
-    length, start = header.empty_length(metadata), 0
+    planned = layout.plan(infos, metadata)
+    length, start = layout.empty_length(metadata), 0
     for name in planned.order:
-        length += header.entry_length(name, infos[name], start)
+        length += layout.entry_length(name, infos[name], start)
         start += infos[name].nbytes
     if infos or metadata:
         text = planned.head[8:].decode().rstrip(" ")
         assert length == len(text)
-    assert len(planned.head) == 8 + header.padded_length(length, planned.size)
+    assert len(planned.head) == 8 + layout.padded_length(length, planned.size)
 
 
 @given(
@@ -101,14 +101,14 @@ def test_a_shard_ends_before_its_header_exceeds_the_limit(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(index, "MAX_SHARD_HEADER", limit)
         shards = index.into_shards(infos, 10**9, metadata)
-    assert [name for shard in shards for name in shard] == header.in_order(infos)
+    assert [name for shard in shards for name in shard] == layout.in_order(infos)
     lengths = [
-        len(header.plan({n: infos[n] for n in shard}, metadata).head) - 8 for shard in shards
+        len(layout.plan({n: infos[n] for n in shard}, metadata).head) - 8 for shard in shards
     ]
     assert max(lengths) <= limit
     for shard, following in pairwise(shards):
         longer = {name: infos[name] for name in [*shard, following[0]]}
-        assert len(header.plan(longer, metadata).head) - 8 > limit
+        assert len(layout.plan(longer, metadata).head) - 8 > limit
 
 
 def test_the_headers_of_shards_are_what_the_hub_reads(tmp_path: Any) -> None:

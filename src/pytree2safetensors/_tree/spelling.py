@@ -1,0 +1,135 @@
+"""Writing: a key path as a string, in the grammar of `keypath`.
+
+Specification: *Key paths*.
+"""
+
+import re
+from collections.abc import Callable, Iterable
+
+from pytree2safetensors._errors import KeyPathError, shorten
+from pytree2safetensors._tree.keys import (
+    MAX_INDEX,
+    DictKey,
+    FlattenedIndexKey,
+    GetAttrKey,
+    KeyPath,
+    SequenceKey,
+)
+from pytree2safetensors._tree.literal import SURROGATE, short_form, with_type, write_literal
+
+ATTR, ITEM, INDEX, UNKEYED = ".", "@", "#", r"#\("  # the markers of the kinds of nodes
+MARKERS = ".@#"  # the first characters of segments
+RESERVED = "__metadata__"  # the name of a tensor must differ from that of the file's metadata
+
+_ENDS = ("", ".", "@", "#")  # what may follow a text
+_NEEDS_ESCAPE = re.compile(r"[.@#\\]")
+
+
+def keypath2string(path: KeyPath) -> str:
+    """Spell a JAX key path.
+
+    Args:
+        path: The keys from the root of a tree to a leaf, as JAX returns them.
+
+    Returns:
+        The spelling, which `string2keypath` reads back as an equal path. That of the empty path is "".
+
+    Raises:
+        KeyPathError: A key cannot be spelled: it is of another type, an index is negative or a
+            bool, a name is not a str, or a dict key is not a literal.
+
+    Specification: *Key paths*.
+
+    >>> from jax.tree_util import DictKey, GetAttrKey, SequenceKey
+    >>> keypath2string((GetAttrKey("layers"), SequenceKey(10), DictKey("query")))
+    'layers#10@query'
+    """
+    if not isinstance(path, Iterable):
+        raise TypeError(f"keypath2string: path must be a tuple of keys, not {type(path).__name__}")
+    pieces: list[str] = []
+    for key in path:
+        try:
+            pieces.append(spell_key(key))
+        except KeyPathError as error:
+            so_far = shorten(join("", *pieces))
+            raise KeyPathError(f"{error}, in a key path that begins {so_far}") from None
+    return join("", *pieces)
+
+
+def join(prefix: str, *segments: str) -> str:
+    """Append segments to the spelled path `prefix`."""
+    if prefix or not segments:
+        return prefix + "".join(segments)
+    return strip_leading_dot("".join(segments))
+
+
+def strip_leading_dot(segments: str) -> str:
+    # first = segment / text. A name that is empty or reserved keeps its ".", because it would be
+    # the empty path or the name of the metadata without it.
+    if segments[0] != "." or segments[1:2] in _ENDS:
+        return segments
+    if segments.startswith("." + RESERVED) and segments[1 + len(RESERVED) :][:1] in _ENDS:
+        return segments
+    return segments[1:]
+
+
+def spell_key(key: object) -> str:
+    """Spell one key as a segment, its marker included."""
+    speller = _SPELLERS.get(type(key))
+    if speller is None:
+        instead = " (where the node type is registered, give a GetAttrKey instead of this str)"
+        remedy = instead if type(key) is str else ""
+        raise KeyPathError(
+            f"cannot spell {with_type(key)}: not one of JAX's own key classes{remedy}"
+        )
+    return speller(key)
+
+
+def spell_attr(name: str) -> str:
+    """Spell the segment of an attribute."""
+    return "." + _escape(name, "an attribute name")
+
+
+def spell_item(key: object) -> str:
+    """Spell the segment of a dict key."""
+    if type(key) is str:
+        return "@" + _escape(key, "a dict key")
+    return rf"@\({_escape(write_literal(key), 'a dict key')})"
+
+
+def spell_index(index: int) -> str:
+    """Spell the segment of an index."""
+    return f"#{_checked_index(index)}"
+
+
+def spell_flat_index(index: int) -> str:
+    """Spell the segment of a child without a key."""
+    return rf"#\({_checked_index(index)})"
+
+
+_SPELLERS: dict[type, Callable[..., str]] = {
+    GetAttrKey: lambda key: spell_attr(key.name),
+    DictKey: lambda key: spell_item(key.key),
+    SequenceKey: lambda key: spell_index(key.idx),
+    FlattenedIndexKey: lambda key: spell_flat_index(key.key),
+}
+
+
+def _escape(text: str, what: str) -> str:
+    if type(text) is not str:
+        raise KeyPathError(f"{what} must be a str, not {with_type(text)}")
+    if text.isidentifier():  # most need no escape
+        return text
+    if not text.isascii() and SURROGATE.search(text):
+        raise KeyPathError(f"{what} with a lone surrogate, {shorten(text)}, has no UTF-8 spelling")
+    return _NEEDS_ESCAPE.sub(r"\\\g<0>", text)
+
+
+def _checked_index(index: int) -> int:
+    if type(index) is not int:
+        raise KeyPathError(f"an index must be an int, not {with_type(index)}")
+    if not 0 <= index <= MAX_INDEX:
+        raise KeyPathError(
+            f"an index is at least 0 and at most {MAX_INDEX}, not {short_form(index)}"
+        )
+    return index
