@@ -80,16 +80,16 @@ def load_abstract(
     prefix: str = "",
     sharding: Shardings | None = None,
 ) -> PyTree:
-    """Load the tree in a file with a `jax.ShapeDtypeStruct` in place of each array; read no arrays.
+    """Load a tree with a `jax.ShapeDtypeStruct` in place of each array. The arrays are not read.
 
     Args:
         path: A file, a binary file object, a folder of shards or its index.
         flat: Return a flat dict from the names in the file to their leaves. The names do not have
             to form a tree.
         prefix: A spelled key path. Load only the subtree there.
-        sharding: A sharding for all arrays, or a function that returns the sharding of an array, or
-            None, from its spelled key path in the result and its `jax.ShapeDtypeStruct`. As a
-            template, the result then loads sharded arrays.
+        sharding: A sharding for all arrays, or a function that takes the spelled key path and the
+            `jax.ShapeDtypeStruct` of an array and returns its sharding or None. With shardings, the
+            result is a template that loads sharded arrays.
 
     Returns:
         The tree that `load_pytree` would return, with shapes and dtypes in place of arrays. Python

@@ -1,4 +1,4 @@
-"""Explaining what a load would do, from headers alone.
+"""Explaining what a load would do, from headers only.
 
 Specification: *Rules*.
 """
@@ -37,24 +37,24 @@ def explain(
     prefix: str = "",
     rename: Rename | None = None,
 ) -> str:
-    """Explain what `load_into_pytree` would do, reading no more than headers.
+    """Explain what `load_into_pytree` would do. Only headers are read.
 
     Args:
         module: The template.
-        path: The file, or what else `load_into_pytree` takes.
+        path: As for `load_into_pytree`.
         cast: As for `load_into_pytree`.
         prefix: As for `load_into_pytree`.
-        rename: As for `load_into_pytree`. Without rules (`[]`), all paths are listed.
+        rename: As for `load_into_pytree`. An empty list (`[]`) shows all dotted paths and names.
 
     Returns:
-        Text to print. For each leaf of the template, a line says whether it fits, and has its path,
-        with dots too, its shape, its tensors, their shape and the pattern. Then follow the tensors
-        that nothing uses, and the rules that match nothing.
+        Text to print. It has a line for each leaf of the template: whether the leaf fits, its path,
+        its dotted path, its shape, its tensors with their shapes, and the pattern. Then it lists
+        unused tensors and rules that match nothing.
 
     Raises:
         WeightsMismatchError: The file has nothing at `prefix`.
-        FileFormatError: The file is damaged, or no safetensors file.
-        KeyPathError: A key path of `module`, or `prefix`, has no spelling.
+        FileFormatError: The file is damaged, or is not a safetensors file.
+        KeyPathError: A key path of `module` cannot be spelled, or `prefix` is not a key path.
         OSError: The file cannot be read.
 
     Specification: *Rules*.

@@ -1,4 +1,4 @@
-"""Loading into a template: stored leaves go to the places that a tree of your own has for them."""
+"""Loading into a template: stored leaves replace the leaves of a given tree."""
 
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Literal
@@ -43,18 +43,18 @@ def set_weights(
         module: The template. Its leaves are arrays, `jax.ShapeDtypeStruct`s, NumPy arrays or Python
             scalars.
         dictionary: A mapping from names to leaves, such as `pytree2dict` returns.
-        verbose: Print on stderr what `strict=False` kept from the template or did not use.
+        verbose: Print on stderr what did not fit with `strict=False`.
         strict: Raise if any leaf is missing, unexpected or mismatched. If False, keep the leaves of
             the template that do not fit; raise only if no leaf fits. The logger
-            "pytree2safetensors" then has a record of what did not fit.
-        unexpected: "raise", or "skip" to ignore leaves for which the template has no place.
+            "pytree2safetensors" reports what did not fit.
+        unexpected: "raise", or "skip" to ignore leaves that the template does not have.
         cast: Convert dtypes to those of the template, if NumPy calls that a "same_kind" cast.
         prefix: A spelled key path. Use the entries below it.
         rename: Rules; or a function or mapping from a spelled key path of the template to the name
             in the dictionary.
 
     Returns:
-        A tree with the treedef of `module`; for type checkers, of its type.
+        A tree with the treedef of `module`. Type checkers give it the type of `module`.
 
     Raises:
         WeightsMismatchError: Leaves are missing, unexpected or mismatched. The message lists all.
@@ -107,11 +107,11 @@ def load_into_pytree(
         module: The template. Its leaves are arrays, `jax.ShapeDtypeStruct`s, NumPy arrays or Python
             scalars. If a leaf has a sharding, the loaded array has it, too.
         path: A file, a binary file object, a folder of shards or its index.
-        verbose: Print on stderr what `strict=False` kept from the template or did not use.
+        verbose: Print on stderr what did not fit with `strict=False`.
         strict: Raise if any leaf is missing, unexpected or mismatched. If False, keep the leaves of
             the template that do not fit; raise only if no leaf fits. The logger
-            "pytree2safetensors" then has a record of what did not fit.
-        unexpected: "raise", or "skip" to ignore leaves for which the template has no place.
+            "pytree2safetensors" reports what did not fit.
+        unexpected: "raise", or "skip" to ignore leaves that the template does not have.
         cast: Convert dtypes to those of the template, if NumPy calls that a "same_kind" cast.
         prefix: A spelled key path. Load the subtree there.
         rename: Rules; or a function or mapping from a spelled key path of the template to the name
@@ -120,7 +120,7 @@ def load_into_pytree(
         progress: True for a progress bar, or a function of (done_bytes, total_bytes).
 
     Returns:
-        A tree with the treedef of `module`; for type checkers, of its type.
+        A tree with the treedef of `module`. Type checkers give it the type of `module`.
 
     Raises:
         WeightsMismatchError: Leaves are missing, unexpected or mismatched. The message lists all.

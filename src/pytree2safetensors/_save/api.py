@@ -43,7 +43,7 @@ def save_pytree(
     Args:
         tree: Any pytree of arrays, Python scalars, strs and PRNG keys.
         path: The file to write, or a binary file object. An existing file is replaced atomically.
-            With `max_shard_size`, a folder, or a file in it that gives the shards their name.
+            With `max_shard_size`, a folder, or a file in it whose stem the names of the shards get.
         metadata: Strings to store beside the tensors, for `load_metadata`.
         unsupported: "raise", or "skip" to leave out leaves that a file cannot hold. Traced and
             abstract arrays and references always raise.
@@ -52,17 +52,17 @@ def save_pytree(
         max_shard_size: Split the tree into files of at most this size, as model hubs do: a number
             of bytes, or a str such as "5GB".
         progress: True for a progress bar, or a function of (done_bytes, total_bytes).
-        rename: Rules, or what else `load_into_pytree` takes: the file has the names and axes that
-            it would be loaded from, and no note.
+        rename: Rules, or another value that `load_into_pytree` takes. The file gets the names and
+            axes that `load_into_pytree` would load with it, and no note.
 
     Raises:
-        UnsupportedLeafError: A file cannot hold some leaves, or an array was deleted or
-            donated, or with `rename` one that a tensor alone does not tell; nothing was written.
+        UnsupportedLeafError: A file cannot hold some leaves, an array was deleted or donated, or
+            `rename` is given and some leaves need a note. Nothing was written.
         WeightsMismatchError: `rename` does not fit the tree.
         KeyPathError: A key cannot be spelled, or two leaves have the same spelling.
         TreeStructureError: JAX cannot flatten the tree.
-        FileFormatError: The metadata or the header are beyond what the format allows, or leaves
-            that differ have one name.
+        FileFormatError: The format does not allow these metadata or a header of this size, or
+            `rename` gives the same name to leaves that differ.
         ValueError: `max_shard_size` is not a size, or is given with a file object.
         OSError: The file cannot be written. The old file is unchanged.
 

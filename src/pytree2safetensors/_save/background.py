@@ -60,11 +60,11 @@ def save_pytree_async(
         checksum: Store a digest of each tensor, which loading verifies.
         max_shard_size: Split the tree into files of at most this size, such as "5GB".
         progress: As for `save_pytree`. A function is called in another thread.
-        rename: What gives the tensors other names and axes, as for `save_pytree`.
+        rename: As for `save_pytree`.
 
     Returns:
-        A future. Its `result()` waits for the save and raises the error if writing failed. If
-        nothing asks for the error, there is a warning.
+        A future. Its `result()` waits for the save, and raises the error if writing failed. If
+        writing failed and you call neither `result()` nor `exception()`, there is a warning.
 
     Raises:
         UnsupportedLeafError: A file cannot hold some leaves.
@@ -81,7 +81,7 @@ def save_pytree_async(
     """
     report = reporter(progress, "saving", jax.process_index)
     where = resolve(path)
-    if isinstance(where, str):  # the process may change its working directory later
+    if isinstance(where, str):  # the process may change its working directory during the save
         where = absolute(where)
     with collector_paused():
         contents = collect(tree, metadata or {}, unsupported, rename)

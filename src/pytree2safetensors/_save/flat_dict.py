@@ -32,17 +32,18 @@ def pytree2dict(tree: PyTree, *, rename: Rename | None = None) -> dict[str, Any]
 
     Args:
         tree: Any pytree.
-        rename: Rules, or another value that `save_pytree` takes. Names and axes become those of its file.
+        rename: Rules, or another value that `save_pytree` takes. The dict gets the names and axes of
+            the file that it would write.
 
     Returns:
-        The leaves themselves, not copies, but for what rules rearrange. A tree that is a single
-        leaf has the name "".
+        A dict with the leaves themselves. Only leaves that rules rearrange are copies. If the tree
+        is a single leaf, its name is "".
 
     Raises:
         KeyPathError: A key cannot be spelled, or two leaves have the same spelling.
         TreeStructureError: JAX cannot flatten the tree.
         WeightsMismatchError: `rename` does not fit the tree.
-        FileFormatError: Leaves that differ have one name.
+        FileFormatError: `rename` gives the same name to leaves that differ.
 
     Specification: *Trees and flat dicts*.
 

@@ -15,12 +15,13 @@ from pytree2safetensors._tree.printing import Printed, render
 
 
 class PyTreeContainer:
-    """A pytree node with attributes of any names; it stands for nodes of unknown type.
+    """A pytree node with attributes of any names. It stands for a node of an unknown type.
 
-    `container.name` reads and sets attributes, except those with names such as `__name__`;
-    `container[name]` works for every name. No attribute changes the behavior of the object itself.
-    `vars(container)` copies the attributes into a dict, so `T(**vars(container))` makes a `T` of them.
-    Containers with the same names have equal treedefs; the order of the attributes does not matter.
+    `container.name` reads and sets attributes, except those with names such as `__name__`.
+    `container[name]` works for every name. Attributes never change the behavior of the container.
+    `vars(container)` returns a copy of the attributes as a dict, so `T(**vars(container))` makes a
+    `T` with these attributes. Containers with the same names have equal treedefs. The order of the
+    attributes does not matter.
 
     Args:
         attrs: The attributes. They are copied.

@@ -30,15 +30,15 @@ class Rule:
     """One correspondence between tensors of a file and leaves of a tree, in both directions.
 
     Args:
-        name: The name of a tensor, with placeholders; None for leaves that are in no file.
-        path: The key path of a leaf, with placeholders, spelled or dotted; None for tensors
-            that no tree has.
-        pattern: The axes of the tensor and those of the leaf, as in einops; "" if they are the
+        name: The name of a tensor, with placeholders; None for leaves that are not in the file.
+        path: The key path of a leaf, with placeholders, spelled or dotted; None for tensors that are
+            not used.
+        pattern: The axes of the tensor and those of the leaf, in einops notation; "" if they are the
             same.
-        sizes: Sizes of axes that neither the leaf's shape nor labels tell.
+        sizes: The sizes of axes that do not follow from the shape of the leaf or from labels.
 
     Raises:
-        ValueError: A side cannot be read, or the two sides do not have the same axes.
+        ValueError: An argument is invalid, or the two sides do not have the same axes.
 
     """
 

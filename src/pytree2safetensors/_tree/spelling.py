@@ -32,7 +32,7 @@ def keypath2string(path: KeyPath) -> str:
         path: The keys from the root of a tree to a leaf, as JAX returns them.
 
     Returns:
-        The spelling, which `string2keypath` reads back as an equal path. That of the empty path is "".
+        The spelling. `string2keypath` reads it back as an equal path. The empty path is spelled "".
 
     Raises:
         KeyPathError: A key cannot be spelled: it is of another type, an index is negative or a

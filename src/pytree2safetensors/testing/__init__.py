@@ -1,4 +1,4 @@
-"""Hypothesis strategies for keys, leaves and trees, and a check that a tree stores and loads."""
+"""Hypothesis strategies for keys, leaves and trees, and a check that a tree can be saved and loaded."""
 
 try:
     import hypothesis  # noqa: F401 - the message below is better than that of a strategy's module

@@ -16,8 +16,8 @@ from pytree2safetensors.testing._compare import VALUE_BITS
 
 Draw = Callable[..., Any]  # Hypothesis's own type cannot be checked at run time
 
-# Left out, as no file can hold them: longdoubles, half-precision complex numbers, and dtypes that
-# are not numbers.
+# Files cannot hold these: longdoubles, half-precision complex numbers, and dtypes that are not
+# numbers.
 _NAMES: Final = (
     "float32", "bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64",
     "float16", "float64", "complex64", "complex128", "bfloat16", "float8_e3m4", "float8_e4m3",
@@ -43,7 +43,7 @@ _EDGES: Final = bytes([0x00, 0x01, 0x7F, 0x80, 0xFF, 0x7C, 0xF0, 0xC0] * 32)
 
 
 def values_of(dtype: np.dtype[Any], count: int, raw: bytes, edges: bool) -> NDArray[Any]:
-    """Repeat bytes to fill a number of elements, which own their memory."""
+    """Repeat bytes to fill a number of elements, in new memory."""
     if edges:
         raw = raw.translate(_EDGES)
     filled = np.resize(np.frombuffer(raw, np.uint8), count * dtype.itemsize)
@@ -109,7 +109,7 @@ def _shape(number: int) -> tuple[int, ...]:
     return tuple(number // 5**axis % 5 for axis in range(axes))
 
 
-# From one number, like names. Left out: larger shapes, which would only take longer.
+# Drawn from one number, like names. Larger shapes are left out, because they would only take longer.
 _SHAPES: Final = st.integers(0, 5**5 - 1).map(_shape)
 
 
@@ -122,14 +122,15 @@ def arrays(
 ) -> Any:
     """Generate arrays of every dtype from raw bytes, as `jax.Array`s and as NumPy arrays.
 
-    NumPy's are in C and Fortran order, transposed, reversed, strided, broadcast (with one axis
-    more), read-only, unaligned, big-endian, and scalars. JAX's are on the default device, and
-    appear for the dtypes that JAX holds: without `jax_enable_x64` none is of 64 bits.
+    The NumPy arrays are in C or Fortran order, transposed, reversed, strided, broadcast (with one
+    more axis), read-only, unaligned or big-endian, or they are scalars. The JAX arrays are on the
+    default device. They only have dtypes that JAX supports: without `jax_enable_x64`, no array has
+    64-bit elements.
 
     Args:
         draw: Supplied by Hypothesis.
-        dtypes: What generates NumPy dtypes, or what `numpy.dtype` takes; every dtype by default.
-        shapes: What generates shapes; small ones by default, 0-d and zero-size included.
+        dtypes: A strategy for NumPy dtypes, or for what `numpy.dtype` takes; every dtype by default.
+        shapes: A strategy for shapes; by default small ones, including 0-d and empty arrays.
     """
     dtype = np.dtype(draw(st.sampled_from(DTYPES) if dtypes is None else dtypes))
     shape = draw(shapes)

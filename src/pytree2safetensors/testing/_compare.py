@@ -39,13 +39,13 @@ def assert_same_leaves(leaves: Mapping[str, Any], found: Mapping[str, Any], how:
     """Assert that two flat dicts have equal leaves under equal names."""
     for name in leaves.keys() | found.keys():
         if name not in found or name not in leaves:
-            _check(name, "it is missing" if name in leaves else "there was none", how)
+            _check(name, "it is missing" if name in leaves else "it was not in the tree", how)
         _check(name, _difference(leaves[name], found[name], same_kinds=False), how)
 
 
 def _check(name: str, difference: str | None, how: str) -> None:
     if difference is not None:
-        raise AssertionError(f"loaded {how}, {shorten(name)} is not what it was: {difference}")
+        raise AssertionError(f"{shorten(name)} is different when loaded {how}: {difference}")
 
 
 def _open(node: Any) -> tuple[list[tuple[Any, Any]], Any]:

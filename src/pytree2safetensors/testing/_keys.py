@@ -23,7 +23,7 @@ from pytree2safetensors._tree.literal import MAX_DIGITS
 def texts() -> SearchStrategy[str]:
     """Generate names of attributes and keys of dicts: any text.
 
-    Left out: lone surrogates, which no file can hold.
+    Lone surrogates are left out, because files cannot hold them.
     """
     special = st.integers(0, len(_SPECIAL) - 1).map(lambda index: _SPECIAL[index])
     return _words("abcxyz01_", 1, 4) | _words("a.@#\\()0", 0, 6) | special | st.text()
@@ -40,7 +40,7 @@ def _words(alphabet: str, least: int, most: int) -> SearchStrategy[str]:
     return st.integers(0, lengths * base**most - 1).map(spell)
 
 
-# Names with a meaning elsewhere, and long ones.
+# Names that have a meaning elsewhere, and long names.
 _SPECIAL: Final = (
     "", "__metadata__", "__class__", "__reduce_ex__", "tree_flatten", "items", "\0", "(3)", "\\(3)",
     "é" * 300, "." * 300, "x" * 5000,
@@ -51,7 +51,7 @@ _SPECIAL: Final = (
 def literals() -> SearchStrategy[Any]:
     """Generate dict keys that are not strs.
 
-    Left out: tuples in tuples in tuples, which behave like tuples in tuples.
+    Tuples in tuples in tuples are left out, because they behave like tuples in tuples.
     """
     atoms = st.none() | numbers() | st.binary(max_size=12)
     flat = st.lists(atoms | texts(), max_size=3).map(tuple)
@@ -104,7 +104,7 @@ def keypaths(
     Args:
         keys: The strategy for keys.
         min_size: The length of the shortest path.
-        max_size: The length of the longest. That is short by default, as each key is spelled
-            by itself, but for the first.
+        max_size: The length of the longest path. It is short by default, because every key except
+            the first is spelled independently of the others.
     """
     return st.lists(keys, min_size=min_size, max_size=max_size).map(tuple)

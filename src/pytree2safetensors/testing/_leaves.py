@@ -1,4 +1,4 @@
-"""Strategies for leaves: everything that a file can hold as one."""
+"""Strategies for leaves: everything that a file can hold as a leaf."""
 
 import math
 import struct
@@ -30,7 +30,7 @@ def _weak_arrays(draw: Draw) -> Any:
 
 
 _PRNGS: Final = {"threefry2x32": 2, "rbg": 4, "unsafe_rbg": 4}  # the words of one key
-# Left out: the implementations that a program registers itself.
+# Implementations that a program registers itself are left out.
 
 
 @st.composite
@@ -59,13 +59,14 @@ def leaves(
 ) -> SearchStrategy[Any]:
     """Generate everything that a file can hold as a leaf.
 
-    Arrays; Python ints beyond 64 bits too, floats (NaNs with payloads, -0.0), bools, complex
-    numbers and strs; typed PRNG key arrays; weakly typed 0-d JAX arrays.
+    These are arrays, Python ints (including ints beyond 64 bits), floats (including NaNs with
+    payloads and -0.0), bools, complex numbers, strs, typed PRNG key arrays, and weakly typed 0-d JAX
+    arrays.
 
     Args:
-        arrays: What generates the arrays.
+        arrays: A strategy for the arrays.
     """
-    # Left out: ints that Python does not print, and strs with lone surrogates, which have no UTF-8.
+    # Ints that Python does not print are left out, and strs with lone surrogates, which have no UTF-8.
     return st.one_of(
         arrays,
         st.integers() | limits(),

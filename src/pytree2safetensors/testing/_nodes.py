@@ -64,11 +64,11 @@ jax.tree_util.register_pytree_node(
     Unkeyed, lambda node: (node.children, None), lambda _, children: Unkeyed(children)
 )
 
-# The nodes that load without a template as they were.
+# The nodes that keep their types without a template.
 SELF_DESCRIBING: Final[tuple[type, ...]] = (
     dict, list, tuple, type(None), OrderedDict, PyTreeContainer, UnkeyedContainer,
 )  # fmt: skip
-# Every kind of node. Left out: nodes that give two children the same key, which cannot be saved.
+# Every kind of node. Nodes that give two children the same key are left out: they cannot be saved.
 NODES: Final[tuple[type, ...]] = (
     *SELF_DESCRIBING, defaultdict, Pair, Nothing, Record, Keyed, Unkeyed,
 )  # fmt: skip

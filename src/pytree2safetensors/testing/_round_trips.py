@@ -1,4 +1,4 @@
-"""The check that a tree stores and loads."""
+"""The check that a tree is the same after saving and loading."""
 
 import tempfile
 import warnings
@@ -19,26 +19,27 @@ from pytree2safetensors.testing._nodes import SELF_DESCRIBING
 
 
 def assert_round_trips(tree: Any) -> None:
-    """Assert that a tree comes back from a file, into a template and without one.
+    """Assert that a tree is the same after saving and loading, with and without a template.
 
-    The tree is saved to a temporary file. Loaded into a template that holds other values, it is
-    what it was: structure, types, dtypes, shapes and bits. Loaded without one, so is a tree of
-    dicts, lists, tuples, `None`s and containers; of any other tree, every leaf is under its key
-    path, unless nodes of its own mix kinds of keys: such a tree has no form without a template.
+    The tree is saved to a temporary file, and loaded into a template with other values. Structure,
+    types, dtypes, shapes and bits must be the same. Without a template, this must also be true if
+    the tree consists of dicts, lists, tuples, `None`s and containers. For other trees, only the
+    leaves and their key paths must be the same. If the keys of a node are of different kinds, the
+    tree is only loaded into the template.
 
     Args:
         tree: Any pytree that can be saved.
 
     Raises:
-        AssertionError: What came back differs; the message names the key path.
-        Pytree2SafetensorsError: The tree cannot be saved; the message says why.
+        AssertionError: The loaded tree is different. The message names the key path.
+        Pytree2SafetensorsError: The tree cannot be saved. The message says why.
 
     Specification: *Laws*.
 
     >>> assert_round_trips({"layers": [1.5, None, (True, "text")]})
     """
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        # If JAX has no 64-bit types, NumPy arrays come back, which is right here.
+        # If JAX has no 64-bit types, the arrays load as NumPy arrays, which is correct here.
         warnings.filterwarnings("ignore", message="JAX does not support the dtypes")
         path = Path(folder) / "tree.safetensors"
         save_pytree(tree, path, durable=False)
@@ -54,7 +55,7 @@ def assert_round_trips(tree: Any) -> None:
         try:
             loaded = load_pytree(path)
         except TreeStructureError:
-            return  # a node mixes kinds of keys
+            return  # the keys of a node are of different kinds
         assert_same_leaves(pytree2dict(tree), pytree2dict(loaded), "without a template")
 
 
@@ -66,7 +67,7 @@ def _not_rebuilt(error: WeightsMismatchError) -> str:
         *error.mismatched,
     ]
     more = [f"... and {len(lines) - 20} more"] if len(lines) > 20 else []
-    return "\n".join(["the tree that its nodes unflatten to is another:", *lines[:20], *more])
+    return "\n".join(["unflattening the nodes of the tree gives another tree:", *lines[:20], *more])
 
 
 def _blank(leaf: Any) -> Any:

@@ -24,18 +24,19 @@ def pytrees(
     min_size: int = 0,
     max_depth: int = 4,
 ) -> SearchStrategy[Any]:
-    """Generate trees of every kind of node that JAX users meet.
+    """Generate trees with every kind of node that is common in JAX programs.
 
-    These are dicts with keys of every kind, `OrderedDict`s, `defaultdict`s, lists, tuples, `None`,
-    namedtuples, a registered dataclass, classes registered with keys and without, and the two
-    containers; empty ones; nested in each other; and leaves alone.
+    The nodes are dicts with keys of every kind, `OrderedDict`s, `defaultdict`s, lists, tuples,
+    `None`, namedtuples, a registered dataclass, classes registered with keys and without, and the
+    two containers. They are nested, and may be empty. A tree may also be a single leaf.
 
     Args:
-        leaves: What generates the leaves.
-        nodes: The types of the nodes, some of `NODES`. Those of `SELF_DESCRIBING` come back from
-            a file without a template.
-        min_size: The fewest children of a node. From 1 on, there are no `None`s.
-        max_depth: How many nodes are in each other at most; few by default, so that failures are
+        leaves: A strategy for the leaves.
+        nodes: The types of the nodes, which must be in `NODES`. The types in `SELF_DESCRIBING` load
+            without a template.
+        min_size: The smallest number of children of a node. If it is at least 1, there are no
+            `None`s.
+        max_depth: The largest number of nested nodes. It is small by default, so that failures are
             readable.
     """
     unknown = set(nodes) - set(NODES)
