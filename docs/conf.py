@@ -88,6 +88,7 @@ linkcheck_ignore = [re.escape(SITE)]
 linkcheck_anchors_ignore_for_url = [r"https://github\.com/.*"]
 linkcheck_rate_limit_timeout = 60
 
+autodoc_mock_imports = ["orbax"]  # large, and needed for one module
 autodoc_typehints = "signature"
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
@@ -117,7 +118,7 @@ nitpick_ignore_regex = [
     ("py:.*", r"pytree2safetensors\._.*"),  # private protocols and aliases that signatures mention
     (
         "py:.*",
-        r"(jax|jaxlib|jaxtyping|numpy|np|hypothesis|safetensors|beartype)(\..*)?",
+        r"(jax|jaxlib|jaxtyping|numpy|np|hypothesis|orbax|safetensors|beartype)(\..*)?",
     ),  # third parties
     ("py:.*", r"(collections|concurrent|os|io|typing|pathlib)\..*"),  # the standard library
     ("py:.*", r"(PyTree|SearchStrategy|Array|ArrayLike|Path|BinaryIO|IO|PathLike|Future)(\[.*)?"),
