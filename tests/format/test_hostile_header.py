@@ -32,6 +32,7 @@ from pytree2safetensors._format.header import MAX_DIMENSIONS, MAX_HEADER
 
 FLOAT = tensor("F32", [2], 0, 8)
 WHOLE = file({"@a": FLOAT}, bytes(8))
+MORE = b'{"dtype":"U8","shape":[1],"data_offsets":[0,1],"more":?}'
 
 
 @pytest.fixture(autouse=True)
@@ -218,6 +219,11 @@ HEADERS: list[tuple[bytes, str]] = [
         file(b'{"a":{"dtype":"U8","dtype":"I8","shape":[],"data_offsets":[0,1]}}', b"\0"),
         "'dtype' tw",
     ),
+    (file(b'{"@a":' + MORE.replace(b"?", b'{"b":1,"b":1}') + b"}", b"\7"), "has 'b' twice"),
+    (
+        file(b'{"@a":' + MORE.replace(b"?", b'[0,{"x":[{"b":1,"b":1}]}]') + b"}", b"\7"),
+        "has 'b' twice",
+    ),
     (noted('{"version":1,"version":1}'), "the note of the BytesIO has 'version' twice"),
     (noted('{"version":1,"nodes":{"@a":"list","@a":"dict"}}'), "the BytesIO has '@a' twice"),
     (file({"__metadata__": {DIGESTS: "{}"}}), "the metadata of the BytesIO does not match"),
@@ -263,7 +269,7 @@ def test_a_number_of_many_digits_is_refused() -> None:
 
 @pytest.mark.parametrize(
     "more",
-    ['{"deep":[1,null]}', "1.5", "-0", "1e999", "9" * 10_000, "null", '"\\ud800"', '{"a":1,"a":2}'],
+    ['{"deep":[1,null]}', "1.5", "-0", "1e999", "9" * 10_000, "null", '"\\ud800"', '{"a":1,"b":2}'],
     ids=lambda more: more[:12],
 )
 def test_a_header_may_say_more_than_it_must(more: str) -> None:

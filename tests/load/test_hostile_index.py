@@ -95,6 +95,7 @@ BAD_TEXTS = {
     b"\xff{}": "is not valid UTF-8",
     b"\xef\xbb\xbf{}": "has no weight_map",
     b'{"weight_map": {"@a": "x", "@a": "y"}}': "has '@a' twice",
+    b'{"weight_map": {}, "metadata": {}, "more": [{"b": 1, "b": 1}]}': "has 'b' twice",
     b'{"weight_map": {}, "metadata": {"total_size": NaN}}': "is not valid JSON",
     b"[" * 100_000: "is nested too deeply",
 }

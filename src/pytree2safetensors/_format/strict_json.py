@@ -9,6 +9,8 @@ from typing import Any, Final, TypeAlias
 
 from pytree2safetensors._errors import FileFormatError, shorten
 
+_MEMBERS: Final = 3  # of a tensor's entry
+
 Pairs: TypeAlias = tuple[tuple[str, Any], ...]  # a JSON object, in the order of the text
 
 
@@ -63,11 +65,21 @@ def _object(pairs: Collection[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check_unique(pairs: Pairs) -> None:
-    """Raise an error if an object, or an object in it, has a name twice."""
+    """Raise an error if an object, or an object anywhere in it, has a name twice."""
     _object(pairs)
+    others: list[Any] = []  # members that no reader knows, and what is in them
     for _, inner in pairs:
         if type(inner) is tuple:
             _object(inner)
+            if len(inner) > _MEMBERS:
+                others.extend(value for _, value in inner)
+    while others:
+        value = others.pop()
+        if type(value) is tuple:
+            _object(value)
+            others.extend(inner for _, inner in value)
+        elif type(value) is list:
+            others.extend(value)
 
 
 def _first_repeated(names: Iterable[str]) -> str:
