@@ -43,15 +43,15 @@ def accepted() -> list[str]:
 
 
 def rejected() -> list[str]:
-    """List the strings of the tests' table that spell no key path, with the error's reason."""
+    """List the strings of the tests' table that spell no key path, with the reason in the error."""
     from pytree2safetensors import KeyPathError, string2keypath
 
-    lines = ["| string | why it spells no key path |", "|---|---|"]
+    lines = ["| string | why it is not a key path |", "|---|---|"]
     for string in json.loads(KEY_PATHS.read_text("utf-8"))["rejected"]:
         try:
             string2keypath(string)
         except KeyPathError as error:
-            reason = str(error).split(" spells no key path: ")[-1].replace("|", r"\|")
+            reason = str(error).split(" is not a key path: ")[1].replace("|", r"\|")
             lines.append(f"| {code(string)} | {code(reason)} |")
     return lines
 
