@@ -1,6 +1,5 @@
 """Templates and skipped leaves: what once went wrong, each case a test."""
 
-import inspect
 import io
 from contextlib import suppress
 from pathlib import Path
@@ -31,7 +30,6 @@ from pytree2safetensors import (
 )
 from pytree2safetensors._leaves import spec
 from pytree2safetensors._load import complaints
-from pytree2safetensors._save import contents as save_contents
 
 COUNT = 1 << 18
 struct: Any = jax.ShapeDtypeStruct
@@ -392,129 +390,3 @@ def test_the_nearest_names_are_looked_for_among_so_many_characters() -> None:
 def enable_x64(enabled: bool) -> Any:
     experimental: Any = jax.experimental
     return (jax if hasattr(jax, "enable_x64") else experimental).enable_x64(enabled)
-
-
-# --- verbose, the third argument of 0.1.4 -----------------------------------------------------
-
-
-def test_verbose_tells_what_was_left(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    template = {"a": 0, "b": np.zeros(2), "c": 1}
-    stored = {"@a": 5, "@b": np.zeros(3), "@d": 2}
-    found = set_weights(template, stored, True, strict=False)
-    assert (found["a"], found["c"]) == (5, 1)
-    expected = (
-        "the dictionary does not fit the template: 1 missing, 1 unexpected, 1 mismatched\n"
-        "  missing (the template has them):\n"
-        "    '@c'\n"
-        "  unexpected (the template has no place for them):\n"
-        "    '@d'\n"
-        "  mismatched:\n"
-        "    '@b': the template has float64[2], and stored is float64[3]\n"
-    )
-    assert capfd.readouterr() == ("", expected)
-    save_pytree({"a": 5, "d": 2}, tmp_path / "file")
-    load_into_pytree({"a": 0}, tmp_path / "file", verbose=True, strict=False)
-    assert capfd.readouterr().err.endswith("place for them):\n    '@d'\n")
-
-
-@pytest.mark.parametrize("load", [load_into_pytree, set_weights])
-def test_unexpected_leaves_can_be_ignored(load: Any, tmp_path: Path) -> None:
-    stored = {"a": 1, "b": 2, "more": 3.0}
-    save_pytree(stored, tmp_path / "file")
-    source = tmp_path / "file" if load is load_into_pytree else pytree2dict(stored)
-    assert load({"a": 0, "b": 0}, source, unexpected="skip") == {"a": 1, "b": 2}
-    assert load({}, source, unexpected="skip") == {}
-    with pytest.raises(
-        WeightsMismatchError,
-        match=r'\nunexpected="skip" ignores what the template lacks; strict=False loads what fits\.$',
-    ):
-        load({"a": 0, "b": 0}, source)
-    with pytest.raises(
-        WeightsMismatchError, match="1 missing, 0 unexpected, 1 mismatched"
-    ) as caught:
-        load({"a": 0, "b": "text", "mor": 0.0}, source, unexpected="skip")
-    assert "'@mor' (nearest: '@more')" in str(caught.value)
-    assert (caught.value.missing, caught.value.unexpected) == (("@mor",), ())
-    with pytest.raises(WeightsMismatchError, match="Nothing fits"):
-        load({"c": 0}, source, unexpected="skip", strict=False)
-
-
-@pytest.mark.parametrize("verbose", [False, True])
-def test_a_logger_has_what_was_left(
-    verbose: bool, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
-) -> None:
-    given = {"@a": 1, "@b": "text", "@more": 3}
-    with caplog.at_level("INFO", "pytree2safetensors"):
-        set_weights({"a": 0, "b": 0, "new": 5}, given, strict=False, verbose=verbose)
-        set_weights({"a": 0}, {"@a": 1}, strict=False)  # all fits
-    [record] = caplog.records
-    left: Any = record
-    assert (record.name, record.levelname) == ("pytree2safetensors", "INFO")
-    assert (left.missing, left.unexpected) == (["@new"], ["@more"])
-    assert left.mismatched == ["'@b': the template has a Python int, and stored is a Python str"]
-    text = record.getMessage()
-    assert text.startswith(
-        "the dictionary does not fit the template: 1 missing, 1 unexpected, 1 mis"
-    )
-    assert (text in capfd.readouterr().err) == verbose
-
-
-def test_verbose_says_nothing_where_all_fits(capfd: pytest.CaptureFixture[str]) -> None:
-    assert set_weights({"a": 0}, {"@a": 5}, verbose=True) == {"a": 5}
-    with pytest.raises(WeightsMismatchError):  # which says it all
-        set_weights({"a": 0}, {"@a": 5, "@b": 6}, verbose=True)
-    set_weights({"a": 0}, {"@a": 5, "@b": 6}, strict=False)
-    assert capfd.readouterr() == ("", "")
-
-
-def test_what_a_cast_loses_is_no_warning(tmp_path: Path) -> None:
-    tree = {"a": np.array([1e9, np.nan, -1e-9], np.float32)}
-    save_pytree(tree, tmp_path / "file")
-    for template in ({"a": np.zeros(3, np.float16)}, {"a": jnp.zeros(3, jnp.float16)}):
-        found = load_into_pytree(template, tmp_path / "file", cast=True)
-        assert np.isinf(found["a"][0])
-        assert_same(set_weights(template, pytree2dict(tree), cast=True), found)
-
-
-@pytest.mark.skipif(not hasattr(jax, "new_ref"), reason="this JAX has no references")
-@pytest.mark.parametrize("unsupported", ["raise", "skip"])
-def test_no_reference_to_an_array_is_left_out(unsupported: Any) -> None:
-    tree = {"a": getattr(jax, "new_ref", None)(jnp.ones(3)), "f": print}  # type: ignore[misc] # an older JAX has none
-    with pytest.raises(UnsupportedLeafError, match="for a Ref, or another object that") as caught:
-        save_pytree(tree, io.BytesIO(), unsupported=unsupported)
-    assert "skip" not in str(caught.value)
-
-
-@pytest.mark.skipif(not hasattr(jax, "new_ref"), reason="this JAX has no references")
-def test_a_reference_in_a_template_is_no_data(tmp_path: Path) -> None:
-    template = {"a": getattr(jax, "new_ref", None)(jnp.ones(3)), "b": 1}  # type: ignore[misc] # an older JAX has none
-    save_pytree({"b": 2}, tmp_path / "file")
-    found = load_into_pytree(template, tmp_path / "file")
-    assert found["a"] is template["a"]
-    assert found["b"] == 2
-    save_pytree({"a": jnp.zeros(3), "b": 2}, tmp_path / "file")
-    with pytest.raises(WeightsMismatchError) as caught:
-        load_into_pytree(template, tmp_path / "file")
-    assert caught.value.unexpected == ("@a",)
-
-
-def test_keys_are_saved_while_others_are_traced() -> None:
-    keys = {"one": jax.random.key(0), "many": jax.random.split(jax.random.key(1), 2000)}
-    expected, found = io.BytesIO(), io.BytesIO()
-    save_pytree(keys, expected)
-
-    @jax.jit
-    def traced(x: jax.Array) -> jax.Array:
-        save_pytree(keys, found)
-        return x
-
-    traced(jnp.ones(1))
-    assert found.getvalue() == expected.getvalue()
-
-
-def test_nothing_but_skip_leaves_leaves_out() -> None:
-    unchecked: Any = inspect.unwrap(
-        save_contents.collect
-    )  # as where the runtime type checks are off
-    with pytest.raises(UnsupportedLeafError):
-        unchecked({"a": 1, "b": print}, {}, "ignore")

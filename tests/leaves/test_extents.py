@@ -1,0 +1,98 @@
+"""Regions of tensors as ranges of bytes."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from placed import select
+from pytree2safetensors._leaves import extents
+from pytree2safetensors._leaves.extents import (
+    Part,
+    Region,
+    bands_of,
+    common,
+    gather,
+    runs_in,
+    span_of,
+    starts_of,
+)
+
+
+@st.composite
+def shapes_and_regions(draw: st.DrawFn) -> tuple[tuple[int, ...], Region]:
+    shape = tuple(draw(st.lists(st.integers(0, 6), max_size=4)))
+    bounds = [tuple(sorted(draw(st.tuples(*[st.integers(0, size)] * 2)))) for size in shape]
+    return shape, tuple((start, stop) for start, stop in bounds)
+
+
+@given(shapes_and_regions(), st.sampled_from([1, 2, 4, 8]))
+def test_runs_are_where_a_region_stands(
+    case: tuple[tuple[int, ...], Region], itemsize: int
+) -> None:
+    shape, region = case
+    array = np.arange(math.prod(shape), dtype=f"u{itemsize}").reshape(shape)
+    whole = array.tobytes()
+    starts = starts_of(region, shape, itemsize)
+    number, length = runs_in(region, shape, itemsize)
+    assert number == len(starts)
+    pieces = [whole[start : start + length] for start in starts.tolist()]
+    expected = select(array, region).tobytes()
+    assert b"".join(pieces) == expected
+    assert all(starts[1:] > starts[:-1] + length)  # neighbours are one run
+    if expected:
+        first, last = span_of(region, shape, itemsize)
+        assert first == starts[0]
+        assert last == starts[-1] + length
+
+
+@given(shapes_and_regions(), st.integers(1, 100), st.sampled_from([1, 2, 4, 8]))
+def test_bands_cut_a_tensor_into_runs(
+    case: tuple[tuple[int, ...], Region], limit: int, itemsize: int
+) -> None:
+    shape, _ = case
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(extents, "BAND", limit)
+        bands = list(bands_of(shape, itemsize))
+    position = 0
+    for band in bands:
+        length = runs_in(band, shape, itemsize).length
+        assert starts_of(band, shape, itemsize).tolist() == [position]
+        assert length <= max(limit, itemsize)
+        position += length
+    assert position == math.prod(shape) * itemsize
+
+
+@given(shapes_and_regions(), st.integers(1, 100), st.data())
+def test_gather_gives_the_bytes_of_parts(
+    case: tuple[tuple[int, ...], Region], limit: int, data: st.DataObject
+) -> None:
+    shape, region = case
+    array = np.arange(1, math.prod(shape) + 1, dtype=np.uint16).reshape(shape)
+    parts = [Part(region, select(array, region))]
+    if shape and data.draw(
+        st.sampled_from([False, True])
+    ):  # and the rest of its first axis beside it
+        _, stop = region[0]
+        rest = ((stop, shape[0]), *region[1:])
+        parts.append(Part(rest, select(array, rest)))
+    expected = np.zeros(shape, np.uint16)
+    for part in parts:
+        expected[tuple(slice(*bounds) for bounds in part.region)] = part.values
+    found = bytearray(expected.nbytes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(extents, "BAND", limit)
+        end = -1
+        for offset, piece in gather(parts, shape, 2):
+            assert offset > end or not offset or limit < 100  # neighbours within a band are one
+            end = offset + len(piece)
+            found[offset:end] = piece
+    assert bytes(found) == expected.tobytes()
+
+
+def test_common_is_none_where_regions_do_not_meet() -> None:
+    assert common(((0, 2), (0, 4)), ((1, 3), (2, 6))) == ((1, 2), (2, 4))
+    assert common(((0, 2),), ((2, 3),)) is None
+    assert common((), ()) == ()

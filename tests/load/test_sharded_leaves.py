@@ -1,0 +1,157 @@
+"""Leaves of every kind into shardings."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding
+
+import pytree2safetensors as p2s
+from placed import ROUTES, SPECS, P, Struct, assert_in_place, into, raw, take_route, values_of
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        "bool", "int4", "uint4", "int8", "uint16", "int32", "float16", "bfloat16", "complex64",
+        "float8_e4m3fn", "float8_e5m2", "float8_e4m3b11fnuz",
+    ],
+)  # fmt: skip
+def test_dtypes(
+    tmp_path: Path, mesh: Mesh, monkeypatch: pytest.MonkeyPatch, dtype: str, route: str
+) -> None:
+    take_route(route, monkeypatch)
+    values = values_of((8, 16), getattr(ml_dtypes, dtype, dtype))
+    p2s.save_pytree([values], tmp_path / "file")
+    for spec in SPECS.values():
+        sharding = NamedSharding(mesh, spec)
+        for mmap in False, True:
+            found = into(tmp_path / "file", (8, 16), values.dtype, sharding, mmap=mmap)
+            assert_in_place(found, values, sharding)
+
+
+def test_packed_values_out_of_range_are_refused_in_any_shard(
+    tmp_path: Path, mesh: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take_route("bands", monkeypatch)
+    p2s.save_pytree([values_of((8, 16), ml_dtypes.int4)], tmp_path / "file")
+    content = bytearray((tmp_path / "file").read_bytes())
+    content[-1] = 100
+    (tmp_path / "file").write_bytes(content)
+    with pytest.raises(p2s.FileFormatError, match="holds values outside of int4"):
+        into(tmp_path / "file", (8, 16), ml_dtypes.int4, NamedSharding(mesh, P(None, "x")))
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("dtype", ["float64", "int64", "complex128"])
+def test_dtypes_of_64_bits(
+    tmp_path: Path, mesh: Mesh, monkeypatch: pytest.MonkeyPatch, dtype: str, route: str
+) -> None:
+    take_route(route, monkeypatch)
+    values = values_of((8, 16), dtype)
+    p2s.save_pytree([values], tmp_path / "file")
+    for spec in SPECS.values():
+        sharding = NamedSharding(mesh, spec)
+        for mmap in False, True:
+            found = into(tmp_path / "file", (8, 16), dtype, sharding, mmap=mmap)
+            assert_in_place(found, values, sharding)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "complex128"])
+def test_what_jax_cannot_hold_is_a_numpy_array(tmp_path: Path, mesh: Mesh, dtype: str) -> None:
+    values = values_of((8, 16), dtype)
+    p2s.save_pytree([values], tmp_path / "file")
+    with pytest.warns(UserWarning, match="JAX does not support the dtypes of 1 leaves"):
+        found = into(tmp_path / "file", (8, 16), np.dtype(dtype), NamedSharding(mesh, P("x")))
+    assert isinstance(found, np.ndarray)
+    assert (found.dtype, raw(found)) == (values.dtype, raw(values))
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
+@pytest.mark.parametrize("shape", [(), (8,), (4, 8), (0, 4)])
+def test_keys(
+    tmp_path: Path,
+    mesh: Mesh,
+    monkeypatch: pytest.MonkeyPatch,
+    shape: tuple[int, ...],
+    impl: str,
+    route: str,
+) -> None:
+    take_route(route, monkeypatch)
+    keys = jax.random.split(jax.random.key(7, impl=impl), shape)
+    p2s.save_pytree([keys], tmp_path / "keys")
+    p2s.save_pytree([jax.random.key_data(keys)], tmp_path / "data")
+    specs = [P(), P("x"), P(None, "x"), P("x", "y")]
+    for spec in (spec for spec in specs if len(spec) <= len(shape)):
+        sharding = NamedSharding(mesh, spec)
+        template = jax.device_put(keys, sharding)
+        for path in tmp_path / "keys", tmp_path / "data":
+            for leaf in template, Struct(shape, keys.dtype, sharding=sharding):
+                found = p2s.load_into_pytree([leaf], path)[0]
+                assert_in_place(found, keys, sharding)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_arrays_without_dimensions_or_elements(
+    tmp_path: Path, mesh: Mesh, monkeypatch: pytest.MonkeyPatch, route: str
+) -> None:
+    take_route(route, monkeypatch)
+    values = [np.float32(-0.0), np.zeros((0, 8), np.int8), np.zeros((8, 0), np.float32)]
+    p2s.save_pytree(values, tmp_path / "file")
+    specs = [[P(), P("x"), P("x")], [P(), P(None, "x"), P(None, "x")]]
+    for chosen in specs:
+        shardings = [NamedSharding(mesh, spec) for spec in chosen]
+        template = [
+            Struct(array.shape, array.dtype, sharding=sharding)
+            for array, sharding in zip(values, shardings, strict=True)
+        ]
+        for mmap in False, True:
+            found = p2s.load_into_pytree(template, tmp_path / "file", mmap=mmap)
+            for one, array, sharding in zip(found, values, shardings, strict=True):
+                assert_in_place(one, array, sharding)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_weak_types(
+    tmp_path: Path, mesh: Mesh, monkeypatch: pytest.MonkeyPatch, route: str
+) -> None:
+    take_route(route, monkeypatch)
+    sharding = NamedSharding(mesh, P())
+    weak = jax.device_put(jnp.asarray(2.5), sharding)
+    assert weak.aval.weak_type
+    p2s.save_pytree([weak], tmp_path / "file")
+    found = p2s.load_into_pytree([weak], tmp_path / "file")[0]
+    assert found.aval.weak_type
+    assert_in_place(found, np.asarray(weak), sharding)
+
+
+def test_python_scalars_go_into_sharded_arrays(tmp_path: Path, mesh: Mesh) -> None:
+    p2s.save_pytree([3, 0.5, True], tmp_path / "file")
+    sharding = NamedSharding(mesh, P())
+    dtypes = [np.int32, np.float32, np.bool_]
+    template = [Struct((), dtype, sharding=sharding) for dtype in dtypes]
+    found = p2s.load_into_pytree(template, tmp_path / "file")
+    for one, value, dtype in zip(found, [3, 0.5, True], dtypes, strict=True):
+        assert_in_place(one, np.array(value, dtype), sharding)
+
+
+@pytest.mark.parametrize("mmap", [False, True])
+@pytest.mark.parametrize("route", ROUTES)
+def test_cast(
+    tmp_path: Path, mesh: Mesh, monkeypatch: pytest.MonkeyPatch, route: str, mmap: bool
+) -> None:
+    take_route(route, monkeypatch)
+    values = np.arange(128, dtype=np.float32).reshape(8, 16) / 3
+    p2s.save_pytree([values], tmp_path / "file")
+    for spec in SPECS.values():
+        sharding = NamedSharding(mesh, spec)
+        with pytest.raises(p2s.WeightsMismatchError):
+            into(tmp_path / "file", (8, 16), ml_dtypes.bfloat16, sharding, mmap=mmap)
+        found = into(tmp_path / "file", (8, 16), ml_dtypes.bfloat16, sharding, cast=True, mmap=mmap)
+        assert_in_place(found, values.astype(ml_dtypes.bfloat16), sharding)

@@ -1,0 +1,223 @@
+"""What the errors say of templates: the text of each message."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pytree2safetensors import (
+    WeightsMismatchError,
+    dict2pytree,
+    load_into_pytree,
+    pytree2dict,
+    save_pytree,
+    set_weights,
+)
+
+STORED = {"layer": {"w": np.ones((2, 3), np.float32), "b": np.zeros(3, np.float32)}, "step": 3}
+KEEP = "strict=False loads what fits."
+
+
+def changed(**leaves: Any) -> Any:
+    """A template that differs from what is stored."""
+    return {"layer": {**STORED["layer"], **leaves}, "step": 3}  # type: ignore[dict-item] # a dict
+
+
+STRUCT = jax.eval_shape(lambda: jnp.zeros(2))
+SKIP = 'unexpected="skip" ignores what the template lacks; '
+MISMATCHES: list[tuple[Any, dict[str, Any], tuple[int, int, int], str]] = [
+    (
+        {**STORED, "rate": 0.1},
+        {},
+        (1, 0, 0),
+        "  missing (the template has them):\n    '@rate'\n"
+        f"rename= maps names; prefix= takes a subtree; {KEEP}",
+    ),
+    (
+        {"step": 3},
+        {},
+        (0, 2, 0),
+        "  unexpected (the template has no place for them):\n    '@layer@b'\n    '@layer@w'\n"
+        f"{SKIP}{KEEP}",
+    ),
+    (
+        changed(w=np.ones((3, 2), np.float32)),
+        {},
+        (0, 0, 1),
+        "  mismatched:\n    '@layer@w': the template has float32[3,2], and stored is float32[2,3]\n"
+        f"{KEEP}",
+    ),
+    (
+        changed(w=np.ones((2, 3), np.float16)),
+        {},
+        (0, 0, 1),
+        "  mismatched:\n    '@layer@w': the template has float16[2,3], and stored is float32[2,3]\n"
+        f"cast=True converts dtypes; {KEEP}",
+    ),
+    (
+        changed(w=np.ones((2, 3), np.int32)),
+        {},
+        (0, 0, 1),
+        "  mismatched:\n    '@layer@w': the template has int32[2,3], and stored is float32[2,3]\n"
+        f"{KEEP}",
+    ),
+    (
+        changed(w="text"),
+        {},
+        (0, 0, 1),
+        "  mismatched:\n"
+        f"    '@layer@w': the template has a Python str, and stored is float32[2,3]\n{KEEP}",
+    ),
+    (
+        changed(w=print),
+        {},
+        (0, 1, 0),
+        f"  unexpected (the template has no place for them):\n    '@layer@w'\n{SKIP}{KEEP}",
+    ),
+    (
+        {**STORED, "step": True},
+        {},
+        (0, 0, 1),
+        "  mismatched:\n    '@step': the template has a Python bool, and stored is a Python int\n"
+        f"{KEEP}",
+    ),
+    (
+        {**STORED, "step": jax.random.key(0)},
+        {},
+        (0, 0, 1),
+        "  mismatched:\n"
+        f"    '@step': the template has key<threefry2x32>[], and stored is a Python int\n{KEEP}",
+    ),
+    # All kinds in one report.
+    (
+        {
+            "layer": {"w": np.ones(6, np.float32), "bias": np.zeros(3, np.float32)},
+            "stepp": 3,
+            "f": abs,
+        },
+        {},
+        (2, 2, 1),
+        "  missing (the template has them):\n"
+        "    '@layer@bias' (nearest: '@layer@b')\n"
+        "    '@stepp' (nearest: '@step')\n"
+        "  unexpected (the template has no place for them):\n"
+        "    '@layer@b'\n"
+        "    '@step'\n"
+        "  mismatched:\n"
+        "    '@layer@w': the template has float32[6], and stored is float32[2,3]\n"
+        "Nothing fits, which strict=False does not allow either: rename= maps names; prefix= takes "
+        "a subtree.",
+    ),
+    # Nothing fits.
+    (
+        {"x": 1},
+        {"strict": False},
+        (1, 3, 0),
+        "  missing (the template has them):\n    '@x'\n"
+        "  unexpected (the template has no place for them):\n"
+        "    '@layer@b'\n    '@layer@w'\n    '@step'\n"
+        "Nothing fits, which strict=False does not allow either: rename= maps names; prefix= takes "
+        "a subtree.",
+    ),
+    (
+        {},
+        {"strict": False},
+        (0, 3, 0),
+        "  unexpected (the template has no place for them):\n"
+        "    '@layer@b'\n    '@layer@w'\n    '@step'\n"
+        "Nothing fits, which strict=False does not allow either.",
+    ),
+    # What is abstract cannot be kept.
+    (
+        {**STORED, "new": STRUCT},
+        {"strict": False},
+        (1, 0, 0),
+        "  missing (the template has them):\n    '@new'\n"
+        "strict=False keeps the template's leaves, and what is abstract or deleted has no value to keep.",
+    ),
+]
+
+
+@pytest.mark.parametrize("from_file", [True, False], ids=["file", "dictionary"])
+@pytest.mark.parametrize(
+    ("template", "options", "counts", "text"), MISMATCHES, ids=range(len(MISMATCHES))
+)
+def test_a_mismatch_is_told_whole(
+    template: Any,
+    options: dict[str, Any],
+    counts: tuple[int, int, int],
+    text: str,
+    from_file: bool,
+    tmp_path: Path,
+) -> None:
+    before = jax.tree_util.tree_map(lambda leaf: leaf, template)
+    path = tmp_path / "model"
+    save_pytree(STORED, path)
+    label = repr(str(path)) if from_file else "the dictionary"
+    found = dict(sorted(pytree2dict(STORED).items()))
+    with pytest.raises(WeightsMismatchError) as caught:
+        _ = (
+            load_into_pytree(template, path, **options)
+            if from_file
+            else set_weights(template, found, **options)
+        )
+    missing, unexpected, mismatched = counts
+    head = f"{missing} missing, {unexpected} unexpected, {mismatched} mismatched"
+    assert str(caught.value) == f"{label} does not fit the template: {head}\n{text}"
+    error = caught.value
+    assert (len(error.missing), len(error.unexpected), len(error.mismatched)) == counts
+    # Nothing is half applied.
+    for old, new in zip(*map(jax.tree_util.tree_leaves, (before, template)), strict=True):
+        assert old is new
+
+
+def test_the_lists_name_every_leaf() -> None:
+    found = {f"@new{i:05}": 1 for i in range(10_000)} | {f"@{i:05}": 1 for i in range(10_000)}
+    template = {f"{i:05}": "text" for i in range(10_000)} | {f"old{i:05}": 1 for i in range(10_000)}
+    with pytest.raises(WeightsMismatchError) as caught:
+        set_weights(template, found)
+    assert list(caught.value.missing) == [f"@old{i:05}" for i in range(10_000)]
+    assert list(caught.value.unexpected) == [f"@new{i:05}" for i in range(10_000)]
+    assert [line.split(":")[0] for line in caught.value.mismatched] == [
+        f"'@{i:05}'" for i in range(10_000)
+    ]
+    lines = str(caught.value).splitlines()
+    assert lines[0].endswith("10000 missing, 10000 unexpected, 10000 mismatched")
+    assert lines.count("    ... and 9,980 more") == 3
+    assert len(lines) == 1 + 3 * 22 + 1
+    assert len(str(caught.value)) < 6000
+    assert lines[2] == "    '@old00000' (nearest: '@new00000')"
+    assert lines[22] == "    ... and 9,980 more"
+
+
+def test_long_names_are_shortened() -> None:
+    with pytest.raises(WeightsMismatchError) as caught:
+        set_weights({"x" * 100_000: 1}, {"@" + "y" * 100_000: 1})
+    assert len(str(caught.value)) < 1500
+    assert "(100,001 characters)" in str(caught.value)
+
+
+def test_names_are_shown_so_that_they_do_nothing() -> None:
+    with pytest.raises(WeightsMismatchError) as caught:
+        set_weights({"\x1b[31m": 1}, {"@\u202e\n": 1})
+    assert r"'@\x1b[31m'" in str(caught.value)
+    assert r"'@\u202e\n'" in str(caught.value)
+    assert str(caught.value).replace("\n", "").isprintable()
+
+
+NEAREST = [
+    ("layers#10@query", ["layers#2@key", "layers#10@qvery", "head"], "layers#10@qvery"),
+    ("decoder.w", ["encoder.w", "x"], "encoder.w"),
+    ("w", ["completely.different"], None),
+]
+
+
+@pytest.mark.parametrize(("wanted", "there", "nearest"), NEAREST)
+def test_the_nearest_name_is_shown(wanted: str, there: list[str], nearest: str | None) -> None:
+    with pytest.raises(WeightsMismatchError) as caught:
+        set_weights(dict2pytree({wanted: 1}), dict.fromkeys(there, 1))
+    line = str(caught.value).splitlines()[2].strip()
+    assert line == f"{wanted!r}" + (f" (nearest: {nearest!r})" if nearest else "")

@@ -1,0 +1,229 @@
+"""`assert_round_trips` fails where it must."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from jax.tree_util import GetAttrKey, SequenceKey
+
+import pytree2safetensors
+from oracle import assert_same
+from pytree2safetensors import (
+    KeyPathError,
+    PyTreeContainer,
+    UnsupportedLeafError,
+)
+from pytree2safetensors.testing import (
+    _round_trips,
+    assert_round_trips,
+    pytrees,
+)
+from pytree2safetensors.testing._nodes import Keyed, Pair
+
+
+@settings(max_examples=settings().max_examples // 2)
+@given(pytrees())
+@example(Keyed({".a": Keyed({".": None}), "@": 0}))
+@example(Keyed({".": None, "@": {}}))
+def test_every_tree_round_trips(tree: Any) -> None:
+    assert_round_trips(tree)
+
+
+def test_the_tree_is_as_it_was() -> None:
+    tree = {"a": np.arange(3), "b": [None, 1.5]}
+    before = jax.tree_util.tree_map(lambda leaf: leaf, tree)
+    assert assert_round_trips(tree) is None  # type: ignore[func-returns-value] # what is tested
+    assert_same(tree, before)
+
+
+TREE: dict[str, Any] = {
+    "array": np.array([1.0, 2.0], np.float32),
+    "jax": jnp.array([[1, 2]], jnp.int32),
+    "key": jax.random.key(1),
+    "weak": jnp.asarray(1.0),
+    "int": 3,
+    "float": 0.0,
+    "complex": complex(0.0, 0.0),
+    "str": "text",
+    "list": [1, ()],
+}
+
+WRONG: list[tuple[str, Any, str]] = [
+    ("array", np.array([1.0, 3.0], np.float32), "its bits differ: "),
+    ("array", np.array([1.0, 2.0], np.float64), "its dtype was float32, and is float64"),
+    ("array", np.array([[1.0, 2.0]], np.float32), "its shape was (2,), and is (1, 2)"),
+    ("array", np.array([1.0], np.float32), "its shape was (2,), and is (1,)"),
+    ("array", 1.0, "it was an array, and is of type float"),
+    ("jax", jnp.array([[1, 2]], jnp.uint32), "its dtype was int32, and is uint32"),
+    ("key", jax.random.key(2), "its bits differ: "),
+    ("key", jax.random.key(1, impl="rbg"), "its dtype was key<fry>, and is key<rbg>"),
+    ("weak", jnp.ones((), jnp.float32), "it was weakly typed"),
+    ("int", 4, "it was 3, and is 4"),
+    ("int", 3.0, "it was of type int, and is of type float"),
+    ("int", True, "it was of type int, and is of type bool"),
+    ("int", np.int64(3), "it was of type int, and is of type "),
+    ("float", -0.0, "it was 0.0, and is -0.0"),
+    ("complex", complex(0.0, -0.0), "it was 0j, and is -0j"),
+    ("str", "texts", "it was 'text', and is 'texts'"),
+    ("list", (1, ()), "it was the node 'PyTreeDef([*, *])', and is 'PyTreeDef((*, *))'"),
+    ("list", [1, []], "it was the node 'PyTreeDef(())', and is 'PyTreeDef([])'"),
+    ("list", [1, None], "it was the node 'PyTreeDef(())', and is 'PyTreeDef(None)'"),
+    ("list", [1], "it was the node 'PyTreeDef([*, *])', and is 'PyTreeDef([*])'"),
+]
+
+
+@pytest.mark.parametrize("how", ["load_pytree", "load_into_pytree"])
+@pytest.mark.parametrize(("name", "value", "difference"), WRONG, ids=range(len(WRONG)))
+def test_fails_for_a_wrong_round_trip(
+    monkeypatch: pytest.MonkeyPatch, how: str, name: str, value: Any, difference: str
+) -> None:
+    wrong = {**TREE, name: value}
+    monkeypatch.setattr(_round_trips, how, lambda *_: wrong)
+    with pytest.raises(AssertionError) as caught:
+        assert_round_trips(TREE)
+    place = f"'@{name}" + ("#1" if "()" in difference else "") + "'"
+    message = str(caught.value)
+    way = "without a template" if how == "load_pytree" else "into a template"
+    assert message.startswith(f"{place} is different when loaded {way}: ")
+    if "type " not in difference or how == "load_pytree":
+        assert difference in message
+
+
+def test_a_template_asks_for_the_kind_of_array(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = {**TREE, "array": jnp.array([1.0, 2.0], jnp.float32)}
+    monkeypatch.setattr(_round_trips, "load_pytree", lambda *_: wrong)
+    assert_round_trips(TREE)  # without a template, that is what comes back
+    monkeypatch.setattr(_round_trips, "load_into_pytree", lambda *_: wrong)
+    with pytest.raises(
+        AssertionError, match="'@array' is different when loaded into a template: it was a ndarray"
+    ):
+        assert_round_trips(TREE)
+
+
+def test_a_load_that_keeps_the_template_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_round_trips, "load_into_pytree", lambda template, path: template)
+    with pytest.raises(AssertionError, match="different when loaded into a template: "):
+        assert_round_trips(TREE)
+
+
+@pytest.mark.parametrize(
+    ("rebuild", "difference"),
+    [
+        (lambda children: [child.astype(np.float16) for child in children], "float16[2]"),
+        (lambda children: [child.reshape(2, 1) for child in children], "float32[2,1]"),
+        (lambda children: children[:-1], "'@node#1' is gone"),
+        (lambda children: [*children, *children], "'@node#2' is new"),
+        (lambda _: [None, None], "'@node#0' is gone"),
+    ],
+)
+def test_nodes_that_are_rebuilt_as_others_are_told(
+    rebuild: Callable[[Any], Any], difference: str
+) -> None:
+    class Faulty(list[Any]):
+        pass
+
+    jax.tree_util.register_pytree_with_keys(
+        Faulty,
+        lambda node: ([(SequenceKey(i), child) for i, child in enumerate(node)], None),
+        lambda _, children: Faulty(rebuild(list(children))),
+    )
+    with pytest.raises(AssertionError) as caught:
+        assert_round_trips({"node": Faulty([np.ones(2, np.float32), np.zeros(2, np.float32)])})
+    message = str(caught.value)
+    assert message.startswith("unflattening the nodes of the tree gives another tree:\n")
+    assert difference in message
+    assert "strict" not in message
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        (lambda flat: {**flat, "third": 1}, "'third': it was not in the tree"),
+        (lambda flat: {"first": 1}, "'second': it is missing"),
+        (lambda flat: {**flat, "first": 7}, "'first': it was 1, and is 7"),
+    ],
+)
+def test_other_nodes_are_compared_by_name(
+    monkeypatch: pytest.MonkeyPatch, change: Callable[[Any], Any], difference: str
+) -> None:
+    assert_round_trips(Pair(1, 2))
+    wrong = PyTreeContainer(change({"first": 1, "second": 2}))
+    monkeypatch.setattr(_round_trips, "load_pytree", lambda *_: wrong)
+    with pytest.raises(AssertionError) as caught:
+        assert_round_trips(Pair(1, 2))
+    name, _, change_of_it = difference.partition(": ")
+    assert (
+        str(caught.value) == f"{name} is different when loaded without a template: {change_of_it}"
+    )
+
+
+def test_a_tree_of_plain_nodes_must_load_without_a_template(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(_: Any) -> Any:
+        raise pytree2safetensors.TreeStructureError("no")
+
+    monkeypatch.setattr(_round_trips, "load_pytree", refuse)
+    assert_round_trips(Keyed({"@a": 1, ".a": 2}))
+    with pytest.raises(pytree2safetensors.TreeStructureError):
+        assert_round_trips({"a": 1})
+
+
+def test_what_cannot_be_saved_says_why() -> None:
+    with pytest.raises(UnsupportedLeafError, match="'@a': builtins"):
+        assert_round_trips({"a": len})
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class Repeating:
+    """A node that gives both children one key."""
+
+    def __init__(self, *children: Any) -> None:
+        self.children = children
+
+    def tree_flatten_with_keys(self) -> tuple[Any, None]:
+        return [(GetAttrKey("child"), child) for child in self.children], None
+
+    @classmethod
+    def tree_unflatten(cls, _: None, children: Any) -> "Repeating":
+        return cls(*children)
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class Forgetful(Repeating):
+    """A node that comes back without its last child."""
+
+    def tree_flatten_with_keys(self) -> tuple[Any, None]:
+        keyed = [(SequenceKey(index), child) for index, child in enumerate(self.children)]
+        return keyed, None
+
+    @classmethod
+    def tree_unflatten(cls, _: None, children: Any) -> "Forgetful":
+        return cls(*[*children][:-1])
+
+
+def test_nodes_of_other_libraries() -> None:
+    with pytest.raises(KeyPathError, match="two children of one node have the key path 'child'"):
+        assert_round_trips(Repeating(1, 2))
+    with pytest.raises((AssertionError, pytree2safetensors.Pytree2SafetensorsError)):
+        assert_round_trips(Forgetful(1, 2))
+
+
+def test_the_package_needs_no_hypothesis() -> None:
+    program = "import sys, pytree2safetensors; print('hypothesis' in sys.modules)"
+    run = subprocess.run(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, check=True, text=True
+    )
+    assert run.stdout == "False\n"
+    program = "import sys; sys.modules['hypothesis'] = None; import pytree2safetensors"
+    subprocess.run([sys.executable, "-c", program], check=True)
+    failed = subprocess.run(
+        [sys.executable, "-c", f"{program}.testing"], capture_output=True, check=False, text=True
+    )
+    assert "install pytree2safetensors[testing]" in failed.stderr
