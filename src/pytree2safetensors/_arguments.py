@@ -1,4 +1,4 @@
-"""Arguments of public functions: cheap checks with short messages, before the type checks of all.
+"""Cheap checks of the arguments of public functions, with short messages.
 
 Specification: *Errors*.
 """
@@ -20,13 +20,13 @@ R = TypeVar("R")
 
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:
-    """Check the arguments of a public function, whatever checks are switched off.
+    """Check the arguments of a public function, even if type checks are switched off.
 
-    The type checkers would print a whole tree where a path should be. Their turn is after this.
+    The type checks come later, because their messages may contain a whole tree.
     """
     inner = jaxtyped(function, typechecker=beartype)
     parameters = signature(function).parameters.values()
-    positional = [parameter.name for parameter in parameters]  # those that follow are never reached
+    positional = [parameter.name for parameter in parameters]
     keywords = {p.name for p in parameters if p.kind in {p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY}}
     where = function.__qualname__.removesuffix(".__new__").removesuffix(".__init__")
 
@@ -47,9 +47,9 @@ def _check(where: str, name: str, value: object) -> None:
         name = "a size" if name == "**" else name
         remedy = _REMEDIES.get(f"{where} {name}", "")
         if name == "metadata" and isinstance(value, Mapping):
-            remedy = "; json.dumps makes a str of a value, and json.loads reads it"
+            remedy = "; json.dumps converts a value to a str, and json.loads converts it back"
         if name == "path" and isinstance(value, bytes):
-            remedy = "; os.fsdecode makes a str of bytes"
+            remedy = "; os.fsdecode converts bytes to a str"
         raise TypeError(f"{where}: {name} must be {rule[1]}, not {_shown(value, rule[0])}{remedy}")
 
 
@@ -74,7 +74,7 @@ def _is_path_or(method: str) -> Callable[[object], bool]:
     def fits(value: object) -> bool:
         if isinstance(value, str | os.PathLike):
             return True
-        # Paths of universal_pathlib are found by a method of theirs.
+        # One of their methods identifies the paths of universal_pathlib.
         return any(callable(getattr(value, name, None)) for name in (method, "joinuri"))
 
     return fits

@@ -1,4 +1,4 @@
-"""Pauses of the cyclic garbage collector, which makes work on many leaves two to four times slower."""
+"""Pauses of the cyclic garbage collector, which makes work with many leaves two to four times slower."""
 
 import gc
 import os
@@ -47,7 +47,7 @@ if hasattr(os, "register_at_fork"):
 
 @contextmanager
 def collector_paused() -> Iterator[None]:
-    """Pause the collector; the last of several pauses leaves it as the first one found it."""
+    """Pause the collector. The last of several pauses restores the state that the first one found."""
     _pauses.begin()
     try:
         yield

@@ -1,4 +1,4 @@
-"""The exceptions: one base class, and one class for each thing that can be wrong.
+"""The exceptions: one base class, and one class for each kind of problem.
 
 Specification: *Errors*.
 """
@@ -33,7 +33,7 @@ class UnsupportedLeafError(Pytree2SafetensorsError, TypeError):
 
 
 class FileFormatError(Pytree2SafetensorsError, ValueError):
-    """A file breaks the format, or the format cannot express the contents."""
+    """A file violates the format, or the format cannot express the contents."""
 
     __module__ = "pytree2safetensors"
 
@@ -83,6 +83,6 @@ def shorten(text: str, limit: int = 200) -> str:
 
 
 def nearest(name: str, candidates: Sequence[str]) -> str:
-    """Return a hint at the name that is most like a missing one."""
+    """Return a hint with the name that is most similar to a missing one."""
     near = difflib.get_close_matches(name, candidates, 1) if len(name) <= 300 else []
     return f" (nearest: {shorten(near[0])})" if near else ""

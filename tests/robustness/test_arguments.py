@@ -42,22 +42,22 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
     ),
     (
         lambda: p.load_pytree(BYTES),
-        f"load_pytree: path {PATH} bytes; os.fsdecode makes a str of bytes",
+        f"load_pytree: path {PATH} bytes; os.fsdecode converts bytes to a str",
     ),
     (
         lambda: p.load_abstract(path=BYTES),
-        f"load_abstract: path {PATH} bytes; os.fsdecode makes a str of bytes",
+        f"load_abstract: path {PATH} bytes; os.fsdecode converts bytes to a str",
     ),
     (lambda: p.load_metadata(None), f"load_metadata: path {PATH} NoneType"),
     (
         lambda: p.save_pytree(BIG, "model", metadata={"step": BYTES}),
         "save_pytree: metadata must be a mapping of strs to strs, not a dict with a value of type "
-        "bytes at 'step'; json.dumps makes a str of a value, and json.loads reads it",
+        "bytes at 'step'; json.dumps converts a value to a str, and json.loads converts it back",
     ),
     (
         lambda: p.save_pytree_async(BIG, "model", metadata={"step": 3}),
         "save_pytree_async: metadata must be a mapping of strs to strs, not a dict with a value of "
-        "type int at 'step'; json.dumps makes a str of a value, and json.loads reads it",
+        "type int at 'step'; json.dumps converts a value to a str, and json.loads converts it back",
     ),
     (
         lambda: p.save_pytree(BIG, "model", metadata=3),
@@ -66,7 +66,7 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
     (
         lambda: p.save_pytree(BIG, "model", metadata={1: "a"}),
         "save_pytree: metadata must be a mapping of strs to strs, not a dict with a key of type int; "
-        "json.dumps makes a str of a value, and json.loads reads it",
+        "json.dumps converts a value to a str, and json.loads converts it back",
     ),
     (
         lambda: p.save_pytree(BIG, "model", unsupported="x" * 10_000_000),

@@ -130,7 +130,7 @@ TREES: list[tuple[Any, type[Exception], str]] = [
         "  '@g#0': builtins.bytes\n"
         "  '@g#1': numpy.ndarray of dtype <U1\n"
         'Save with unsupported="skip" to leave them out; load_into_pytree then keeps those of its '
-        "template. (A class of your own is no leaf once it is registered as a pytree node.)",
+        "template. (If it is an object of your own class, register the class as a pytree node.)",
     ),
     (
         {"rng": np.random.default_rng(0)},
@@ -138,7 +138,7 @@ TREES: list[tuple[Any, type[Exception], str]] = [
         "1 of the tree's leaves cannot be stored:\n"
         "  '@rng': numpy.random._generator.Generator, whose .bit_generator.state can be saved\n"
         'Save with unsupported="skip" to leave them out; load_into_pytree then keeps those of its '
-        "template. (A class of your own is no leaf once it is registered as a pytree node.)",
+        "template. (If it is an object of your own class, register the class as a pytree node.)",
     ),
     (
         {"a": jax.eval_shape(lambda: jnp.zeros(3)), "f": print},
@@ -152,8 +152,8 @@ TREES: list[tuple[Any, type[Exception], str]] = [
     (
         {"a": deleted()},
         DeletedLeaf,
-        "the array at '@a' has been deleted or donated; save it before, or save the array that "
-        "took its place",
+        "the array at '@a' was deleted or donated; save it before that, or save the array that "
+        "replaced it",
     ),
     (
         {"a": {float("nan"): 1}},
@@ -200,9 +200,9 @@ TREES: list[tuple[Any, type[Exception], str]] = [
         {"s": "\ud83d\ude00"},
         UnsupportedLeafError,
         "1 of the tree's leaves cannot be stored:\n"
-        "  '@s': builtins.str with the two halves of a surrogate pair, which JSON makes one "
-        'character\nSave with unsupported="skip" to leave them out; load_into_pytree then keeps '
-        "those of its template. (A class of your own is no leaf once it is registered as a pytree "
+        "  '@s': builtins.str with the two halves of a surrogate pair, which JSON would join to "
+        'one character\nSave with unsupported="skip" to leave them out; load_into_pytree then keeps '
+        "those of its template. (If it is an object of your own class, register the class as a pytree "
         "node.)",
     ),
     (

@@ -121,8 +121,8 @@ def test_judge_raises_on_a_process_that_is_behind() -> None:
     with pytest.raises(FileFormatError) as caught:
         judge(Verdict(3, 0, (1, BUG), 1, "", 0), 2)
     assert str(caught.value) == (
-        "this process begins save 2 of arrays that several processes hold, and another process "
-        "save 3; nothing was written; call save_pytree equally often on all processes"
+        "this process begins save number 2 of arrays of several processes, and another process "
+        "number 3; nothing was written; call save_pytree equally often on all processes"
     )
 
 
@@ -162,7 +162,7 @@ def test_words_and_verdicts_survive_json() -> None:
         ({"a": "1", "b": "3"}, "b is 2 on process 0 and 3 on process 7"),
         ({"a": "1"}, "b is 2 on process 0 and missing on process 7"),
         ({"a": "1", "b": "2", "c": "4"}, "c is missing on process 0 and 4 on process 7"),
-        ({"b": "2", "a": "1"}, "process 7 has other names, or another order"),
+        ({"b": "2", "a": "1"}, "process 7 has other names, or the same names in another order"),
     ],
 )
 def test_a_difference_is_named(other: dict[str, str], text: str) -> None:
@@ -240,7 +240,7 @@ def test_a_call_that_told_nobody_fails_on_all_and_the_next_one_succeeds(where: i
 
     one, other = group.run(save)[:: 1 - 2 * where]
     assert [save.number for save in one] == [1]
-    assert "begins save 1 of" in other[0]
+    assert "begins save number 1 of" in other[0]
     assert other[1].number == 1
 
 

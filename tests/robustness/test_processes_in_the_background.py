@@ -176,8 +176,8 @@ def save_in_a_callback(folder: str) -> list[str]:
 def test_a_callback_cannot_save_arrays_of_several_processes(pair: Group, tmp_path: Path) -> None:
     for said in pair.run(save_in_a_callback, tmp_path):
         assert said == [
-            "this is a callback of a save, in which an array of several processes cannot be saved: "
-            "its save would wait for the one that is under way"
+            "a callback of a save cannot save an array of several processes, because that save "
+            "would wait for the current one; save it after the current save"
         ]
     assert number_in(tmp_path / "file") == 1
 

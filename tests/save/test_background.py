@@ -152,8 +152,8 @@ def test_what_writing_raises_reaches_the_result(tmp_path: Path) -> None:
 
 def unasked(path: str, error: str) -> str:
     return (
-        f"the background save of {path} failed, and nothing asked its future: {error}. "
-        "Call result() or exception() of the future."
+        f"the background save to {path} failed, and its error was never retrieved: {error}. "
+        "Call result() or exception() on the future."
     )
 
 
@@ -230,7 +230,9 @@ def test_a_time_that_was_up_is_no_answer(tmp_path: Path) -> None:
             ask(0)
     go_on.set()
     wait([future])
-    with pytest.warns(UserWarning, match="nothing asked its future: ValueError: of a callback"):
+    with pytest.warns(
+        UserWarning, match="its error was never retrieved: ValueError: of a callback"
+    ):
         future.__del__()  # type: ignore[attr-defined] # what Python calls
 
 
@@ -257,7 +259,9 @@ def test_the_end_of_the_interpreter_tells_errors(rest: str, told: bool, tmp_path
     run = subprocess.run(
         [sys.executable, "-c", LAST_WORDS + rest, path], capture_output=True, text=True, check=True
     )
-    expected = f"the background save of {path!r} failed, and nothing asked its future: FileNotFound"
+    expected = (
+        f"the background save to {path!r} failed, and its error was never retrieved: FileNotFound"
+    )
     assert run.stderr.count("UserWarning") == told
     assert (expected in run.stderr) == told
 

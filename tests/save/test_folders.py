@@ -142,7 +142,7 @@ def test_file_objects_take_no_shards(tmp_path: Path) -> None:
 
 
 def test_the_total_size_is_not_the_callers(tmp_path: Path) -> None:
-    with pytest.raises(FileFormatError, match="the metadata may not set 'total_size', which an"):
+    with pytest.raises(FileFormatError, match="the metadata may not set 'total_size', which the"):
         save_pytree(tree_of(1), tmp_path / "m", max_shard_size=100, metadata={"total_size": "1"})
     assert not (tmp_path / "m").exists()
 

@@ -127,8 +127,8 @@ def test_leaves_that_are_one_tensor_and_differ_are_refused(path: Path) -> None:
     other = KERNEL.T.copy()
     other[0, 1] = np.nan
     text = (
-        "'@embed' and '@head' are both stored as 'embed', and they differ; give one of them a name of "
-        "its own, or leave it out with Rule(None, path)"
+        "'@embed' and '@head' are both stored as 'embed', but they differ; give one of them another "
+        "name, or leave it out with Rule(None, path)"
     )
     for function in (
         lambda tree: save_pytree(tree, path, rename=TIED),
@@ -207,15 +207,14 @@ def test_leaves_that_a_tensor_does_not_tell_are_refused(path: Path) -> None:
     with pytest.raises(UnsupportedLeafError) as caught:
         save_pytree(tree, path, rename=[Rule("{=}", "{=}")])
     assert str(caught.value).splitlines() == [
-        "6 of the tree's leaves are more than a tensor tells:",
+        "6 of the tree's leaves need a note, which a file saved with rename= does not have:",
         "    '@big': int",
         "    '@complex': complex",
         "    '@int4': int4",
         "    '@key': key",
         "    '@name': str",
         "    '@wide': complex128",
-        "A file with names of others has no note. Convert them, leave them out with "
-        "Rule(None, path), or save without rename=.",
+        "Convert them, leave them out with Rule(None, path), or save without rename=.",
     ]
     assert not path.exists()
 
@@ -246,8 +245,8 @@ def test_processes_do_not_compare_what_they_hold_parts_of(path: Path) -> None:
         with pytest.raises(FileFormatError) as caught:
             save_pytree(tree, path, rename=TIED)
     assert str(caught.value) == (
-        "'@embed' and '@head' are both stored as 'embed', and several processes do not compare what "
-        "they hold parts of; leave one of them out with Rule(None, path)"
+        "'@embed' and '@head' are both stored as 'embed', but they are spread over several "
+        "processes, which cannot compare them; leave one of them out with Rule(None, path)"
     )
 
 

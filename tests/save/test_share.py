@@ -93,8 +93,8 @@ def test_without_jax_distributed_there_is_one_thing_to_do(monkeypatch: pytest.Mo
     with pytest.raises(FileFormatError) as caught:
         calls.present()
     assert str(caught.value) == (
-        "an array of this tree is spread over several processes, which save it together through "
-        "jax.distributed; call jax.distributed.initialize() first"
+        "an array of this tree is spread over several processes, which need jax.distributed to "
+        "save it together; call jax.distributed.initialize() first"
     )
 
 

@@ -277,8 +277,8 @@ def test_several_processes_are_told_what_to_do_instead(monkeypatch: pytest.Monke
     with pytest.raises(FileFormatError) as caught:
         save_pytree(tree_of(1), "memory://run/m")
     assert str(caught.value) == (
-        "several processes cannot save together to 'memory://run/m': no store lets them write "
-        "parts of one file; save to a folder that all of them have, and copy it from there"
+        "several processes cannot save together to 'memory://run/m', because they cannot write "
+        "parts of the same object; save to a folder that all of them share, and copy it"
     )
 
 

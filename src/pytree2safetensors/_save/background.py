@@ -116,5 +116,5 @@ def _snapshot(leaves: Mapping[str, Any]) -> dict[str, Any]:
 
 def _copied(leaf: Any) -> NDArray[Any]:
     values = host_array(leaf)
-    # Copies from devices belong to this function.
+    # A copy from a device is new memory already.
     return values if isinstance(leaf, jax.Array) and values.flags.owndata else np.array(values)

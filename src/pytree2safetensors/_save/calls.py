@@ -1,4 +1,4 @@
-"""Calls of several processes together, which are counted, and whose errors all of them get.
+"""Calls that several processes make together: they are counted, and all processes raise their errors.
 
 Specification: *Saving*.
 """
@@ -28,9 +28,9 @@ _one_at_a_time = threading.RLock()  # the calls of a process are counted in one 
 
 
 def announced(save: Callable[Params, T]) -> Callable[Params, T]:
-    """Count the calls of several processes, whatever their arguments are.
+    """Count the calls that several processes make together, even calls with wrong arguments.
 
-    Send an error before the processes have met to the others, which raise it, too.
+    An error that occurs before the processes have met is sent to the others, which also raise it.
     """
 
     @wraps(save)
@@ -40,8 +40,8 @@ def announced(save: Callable[Params, T]) -> Callable[Params, T]:
             return save(*args, **kwargs)
         if saver.is_current():
             raise RuntimeError(
-                "this is a callback of a save, in which an array of several processes cannot be "
-                "saved: its save would wait for the one that is under way"
+                "a callback of a save cannot save an array of several processes, because that save "
+                "would wait for the current one; save it after the current save"
             )
         with _one_at_a_time:
             processes = present()
@@ -63,12 +63,12 @@ def _refuse(processes: Processes, error: BaseException) -> None:
 
 
 def present() -> Processes:
-    """Return the processes of `jax.distributed`; all count anew after it is initialized again."""
+    """Return the processes of `jax.distributed`. If it is initialized again, they count from zero."""
     client = coordination_client()
     if client is None:
         raise FileFormatError(
-            "an array of this tree is spread over several processes, which save it together through "
-            "jax.distributed; call jax.distributed.initialize() first"
+            "an array of this tree is spread over several processes, which need jax.distributed to "
+            "save it together; call jax.distributed.initialize() first"
         )
     if not _known or _known[0].client is not client:
         store = CoordinationKeys(client)
@@ -79,7 +79,7 @@ def present() -> Processes:
 def is_needed(leaves: Iterable[Any]) -> bool:
     """Return whether any leaf is not fully addressable by this process."""
     leaves = list(whole_leaves(leaves))
-    # The number of processes would start JAX's devices, which NumPy does not need.
+    # Asking for the number of processes starts the devices, which a tree of NumPy arrays does not need.
     if not any(issubclass(kind, jax.Array) for kind in set(map(type, leaves))):
         return False
     return jax.process_count() > 1 and any(map(is_global, leaves))
@@ -94,7 +94,7 @@ def _leaves_of(tree: Any) -> list[Any]:
 
 def _arrays_in(tree: Any) -> Iterator[jax.Array]:
     """Yield the arrays that can be found in a tree that JAX cannot flatten."""
-    pending, seen = [tree], dict[int, Any]()  # by identity; kept, so that no other gets it
+    pending, seen = [tree], dict[int, Any]()  # by identity, which stays unique while nodes are kept
     while pending:
         node = pending.pop()
         if id(node) in seen:
@@ -107,5 +107,5 @@ def _arrays_in(tree: Any) -> Iterator[jax.Array]:
         elif isinstance(node, list | tuple):
             pending.extend(node)
         else:
-            with suppress(Exception):  # the error of this node is the one that comes later
+            with suppress(Exception):  # flattening raises the error of this node later
                 pending.extend(child for _, child in open_once(node))

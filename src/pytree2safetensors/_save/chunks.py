@@ -23,8 +23,8 @@ def data_chunks(
 ) -> Iterator[Chunk]:
     """Yield the data of a file in order, each chunk with its offset from the start of the file."""
     start = len(file.head)
-    small: list[Any] = []  # leaves that wait to be joined,
-    of_small: list[TensorInfo] = []  # and what a file holds of each
+    small: list[Any] = []  # leaves to be joined,
+    of_small: list[TensorInfo] = []  # and their infos
     size = 0
     copies = copied_ahead([leaves[name] for name in file.tensors])
     for name, leaf in zip(file.tensors, copies, strict=True):

@@ -57,10 +57,10 @@ def collect(
     leaves = dict(zip(flat.names, flat.leaves, strict=True))
     kinds = {name: info.kind for name, info in infos.items() if info.kind is not None}
     for name in kinds:
-        if not infos[name].dtype:  # the note has the whole leaf
+        if not infos[name].dtype:  # the note contains the whole leaf
             del infos[name], leaves[name]
     if flat.kinds.get("") == "dict":
-        del flat.kinds[""]  # the tree of a file without names
+        del flat.kinds[""]  # a file without names and note is an empty dict
     note = write_note(Note(flat.kinds, kinds))
     whole = {"format": "flax", **metadata}
     if note is not None:
@@ -89,10 +89,10 @@ def _check_unfit(unfit: list[tuple[str, Any]], *, skip: bool) -> None:
     deleted = next((name for name, leaf in unfit if is_deleted(leaf)), None)
     if deleted is not None:
         raise DeletedLeaf(
-            f"the array at {shorten(deleted)} has been deleted or donated; save it before, "
-            "or save the array that took its place"
+            f"the array at {shorten(deleted)} was deleted or donated; save it before that, "
+            "or save the array that replaced it"
         )
-    # Nobody wants to skip arrays without values.
+    # Skipping an array without values would lose data.
     valueless = any(is_valueless(leaf) or holds_array(leaf) for _, leaf in unfit)
     if valueless or not skip:
         raise UnsupportedLeafError(_unfit_message(unfit, valueless))
@@ -105,13 +105,13 @@ def _unfit_message(unfit: list[tuple[str, Any]], valueless: bool) -> str:
         "holds an array, save the array."
         if valueless
         else 'Save with unsupported="skip" to leave them out; load_into_pytree then keeps those of '
-        "its template. (A class of your own is no leaf once it is registered as a pytree node.)"
+        "its template. (If it is an object of your own class, register the class as a pytree node.)"
     )
     return "\n".join([f"{len(unfit)} of the tree's leaves cannot be stored:", *lines, remedy])
 
 
 def _state(leaf: Any) -> str:
-    """Return what to save of a random generator."""
+    """Return a hint at the state of a random generator, which can be saved."""
     is_generator = isinstance(leaf, np.random.Generator)
     return ", whose .bit_generator.state can be saved" if is_generator else ""
 
@@ -122,20 +122,20 @@ def _type_name(leaf: Any) -> str:
     if isinstance(leaf, jax.core.Tracer):
         return f"{name}, a traced value"
     if kind is str:
-        return f"{name} with the two halves of a surrogate pair, which JSON makes one character"
+        return f"{name} with the two halves of a surrogate pair, which JSON would join to one character"
     dtype = getattr(leaf, "dtype", None)
     return f"{name} of dtype {dtype}" if dtype is not None else name
 
 
 def leave_out(names: Iterable[str], flat: Flat) -> None:
-    """Remove leaves from a flattened tree, so that the rest is a tree again.
+    """Remove leaves from a flattened tree, so that the rest is still a tree.
 
-    Replace numbered children with `None`, and remove others with their names.
+    Numbered children are replaced with `None`. Other children are removed with their names.
     """
     left_out = set(names)
     kept = [name for name in flat.names if name not in left_out]
     parents = _ancestors([*kept, *flat.kinds])
-    keyless: dict[str, set[str]] = {}  # the segments that OrderedDicts lose
+    keyless: dict[str, set[str]] = {}  # the segments that are removed from OrderedDicts
     for name in sorted(left_out, key=lambda name: len(split(name)), reverse=True):
         if not name:
             flat.kinds[name] = "None"

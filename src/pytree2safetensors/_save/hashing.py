@@ -1,4 +1,4 @@
-"""Hashing of what is written, block by block, in threads beside the writing.
+"""Hashing of the written bytes, block by block, in other threads.
 
 Specification: *Digests*.
 """
@@ -20,7 +20,7 @@ _ALONE: Final = 1 << 18  # bytes: threads are slower for smaller blocks
 
 
 class Hashing:
-    """Hashes the chunks that pass through, and then has the digest of each tensor."""
+    """Hashes chunks while they are written, and then has the digest of each tensor."""
 
     def __init__(self, infos: Mapping[str, TensorInfo]) -> None:
         self.infos = infos
@@ -43,13 +43,13 @@ class Hashing:
         self._pool.shutdown(cancel_futures=True)
 
     def through(self, file: FilePlan, chunks: Iterable[Chunk]) -> Iterator[Chunk]:
-        """Pass the chunks of a file's data on after their hashing has started.
+        """Yield the chunks of the data of a file after their hashing has started.
 
-        They must come in order, and their memory may not change later.
+        The chunks must be in order, and their memory must not change later.
         """
         tensors = iter(zip(file.tensors, file.starts(self.infos), strict=True))
         name: str | None = None  # of the current tensor
-        stop = room = 0  # where it ends, and what is missing in its block
+        stop = room = 0  # where it ends, and how many bytes its block still lacks
         for offset, chunk in chunks:
             rest, position = chunk, offset
             while len(rest):
@@ -68,7 +68,7 @@ class Hashing:
             self._hashes.setdefault(name, []).append(self._begin(piece))
             return
         state = hashlib.sha256() if self._partial is None else self._partial.result()
-        # One piece at a time, so that no more memory waits.
+        # One piece at a time, so that only one piece stays in memory.
         self._partial = self._pool.submit(_updated, state, piece)
         if is_last:
             self._hashes.setdefault(name, []).append(self._partial.result().digest())

@@ -1,6 +1,6 @@
-"""Interrupts: a save of several processes runs on a thread that they do not reach.
+"""Interrupts: a save of several processes runs on a thread that signals do not interrupt.
 
-The thread of the caller waits, and keeps what interrupts it until the save can stop.
+The calling thread waits, and keeps interrupts until the save can stop.
 
 Specification: *Saving*.
 """
@@ -13,7 +13,7 @@ from typing import Final, TypeVar
 
 T = TypeVar("T")
 
-_SLICE: Final = 0.5  # seconds of one wait: not every system interrupts a wait without an end
+_SLICE: Final = 0.5  # seconds of one wait: some systems do not interrupt a wait without a timeout
 
 
 class Interrupt:
@@ -24,22 +24,22 @@ class Interrupt:
         self.raised = 0
 
     def check(self) -> None:
-        """Raise the last interrupt, unless that was done."""
+        """Raise the last interrupt, unless it has been raised already."""
         if self.raised < len(self.received):
             self.raised = len(self.received)
             raise self.received[-1]
 
     def wait_for(self, future: Future[T]) -> T:
-        """Return the result of a future, and keep the interrupts that come meanwhile."""
+        """Return the result of a future, and keep interrupts that occur while waiting."""
         while not future.done():
             try:
                 wait([future], _SLICE)
-            except BaseException as error:  # noqa: BLE001 - handlers of signals raise any
+            except BaseException as error:  # noqa: BLE001 - signal handlers may raise anything
                 self.received.append(error)
         return future.result()
 
     def run(self, work: Callable[[], T]) -> T:
-        """Run work on a thread of its own, and keep the interrupts that come meanwhile."""
+        """Run work on a new thread, and keep interrupts that occur while waiting."""
         future: Future[T] = Future()
 
         def run() -> None:
@@ -53,7 +53,7 @@ class Interrupt:
 
     @contextmanager
     def also_outside(self) -> Iterator[None]:
-        """Keep an interrupt that comes between two waits, so that the save stops for it, too."""
+        """Keep an interrupt that occurs between two waits, so that it also stops the save."""
         try:
             yield
         except BaseException as error:

@@ -1,8 +1,8 @@
 """The work of one process in a save of several: each writes its share, and process 0 commits.
 
 The steps are prepare, agree, write, written, hash, vote, commit and outcome. Written and hash are
-for checksums, which are of what reached the file system: each process reads other blocks back than
-it wrote.
+only for checksums. A checksum describes the bytes that reached the file system, because each process
+reads back blocks that another process wrote.
 
 Specification: *Saving*, *Sharded folders*, *Digests*.
 """
@@ -75,9 +75,9 @@ class Work:
                 self._prepare(stack, token)
             self.joint = processes.agree(terms, self.interrupt, token=token, start=self.starts[0])
             self.commit = stack.pop_all()
-        if self.target.folder is None:  # of the same length everywhere only if the metadata are
+        if self.target.folder is None:  # metadata may differ, so only process 0 knows the length
             self.starts = [self.joint.start]
-        # By whoever agreed: then it happens in any case.
+        # Every process that agreed submits this, so the others never wait for it in vain.
         return saver.submit(self._run, label_of(self.target))
 
     def _prepare(self, stack: ExitStack, token: str) -> None:
@@ -135,12 +135,12 @@ class Work:
         self.joint.outcome(error)
 
     def _work(self) -> tuple[bytes, BaseException | None]:
-        """Write, and hash for checksums; the error is one that the others have not heard of."""
+        """Write, and hash for checksums. Return an error that the other processes do not know yet."""
         error: BaseException | None = None
         hashes = b""
         try:
             self._write()
-        except BaseException as raised:  # noqa: BLE001 - it is raised when the others have heard
+        except BaseException as raised:  # noqa: BLE001 - it is raised after the others know it
             error = raised
         if self.plan.checksum:
             self.joint.meet("written", error)
@@ -180,7 +180,7 @@ class Work:
         hashes: list[bytes] = []
         with ThreadPoolExecutor(_READERS, "pytree2safetensors-hash") as pool:
             for number, blocks in groupby(shares[self.joint.process], lambda block: block.file):
-                with self._opened(number) as descriptor:  # again: a network's cache may be old
+                with self._opened(number) as descriptor:  # again: a network file system caches
                     hashes += pool.map(partial(self._hash_block, descriptor), blocks)
         return b"".join(hashes)
 
@@ -216,7 +216,7 @@ class Work:
 
     @contextmanager
     def _opened(self, number: int) -> Iterator[int]:
-        """Give a descriptor of a temporary file."""
+        """Yield a descriptor of a temporary file."""
         name = _temporary(self.joint.token, number)
         folder = self.target.folder
         path = self.target.path if folder is None else os.path.join(folder, name)

@@ -1,8 +1,9 @@
-"""Meetings: processes that save together agree on a save, and hear what failed on one of them.
+"""Meetings: processes that save together agree on a save, and learn what failed on one of them.
 
-Every message is a key that is set once: `<round>/<step>/<process>`. In a meeting each process
-posts its words, process 0 collects them and posts one verdict, and all act on that. A save has
-three meetings: agree, vote and outcome. One with checksums has a fourth, written, before the vote.
+Every message is a key that is set once: `<round>/<step>/<process>`. In a meeting, each process
+posts its words. Process 0 collects them and posts one verdict, and all processes act on it. A save
+has three meetings: agree, vote and outcome. With checksums, there is a fourth, written, before the
+vote.
 
 Specification: *Saving*.
 """
@@ -35,7 +36,7 @@ from pytree2safetensors._save.words import (
 
 Step = Literal["written", "vote"]
 
-_SLICE: Final = 0.5  # seconds of one wait, after which a process looks for interrupts and leavers
+_SLICE: Final = 0.5  # seconds between checks for interrupts and for processes that have left
 _PATIENCE: Final = 600.0  # seconds that a process waits until the others begin the same save
 _LARGEST: Final = 1 << 20  # characters of terms that one key holds
 _PIECE: Final = 3 << 18  # bytes of data that one key holds: a third more in characters
@@ -67,7 +68,7 @@ class Processes:
 
     Attributes:
         calls: How many saves of global arrays this process has begun.
-        told: The last of them that the others have heard of.
+        told: The last of them that the others know about.
         rounds: How many times this process has told the others that it begins a save.
     """
 
@@ -84,7 +85,7 @@ class Processes:
         Raises:
             FileFormatError: The processes save different things, or not equally often.
             TimeoutError: Another process did not begin a save within ten minutes.
-            Exception: An error like that of another process.
+            Exception: An error like the one on another process.
         """
         words = Words(self.calls, digest_of(terms), token=token, start=start)
         while True:
@@ -101,7 +102,7 @@ class Processes:
         """Tell the others that this process cannot begin its save, so that they do not either.
 
         Raises:
-            Exception: An error like that of the first process that failed.
+            Exception: An error like the one on the first process that failed.
         """
         words = Words(self.calls, "", failure_of(error))
         verdict = self._begin(words, interrupt).hear(words)
@@ -155,7 +156,7 @@ class JointSave:
         return verdict
 
     def explain(self, differs: int, terms: Terms) -> str:
-        """Return the text of an error that says in what a process differs from process 0."""
+        """Return the text of an error that says how a process differs from process 0."""
         if self.process == 0:
             text = json.dumps(terms)
             self._set("terms", text if len(text) < _LARGEST else "{}")
@@ -171,7 +172,7 @@ class JointSave:
     # --- later meetings ---
 
     def meet(self, step: Step, error: BaseException | None) -> None:
-        """Tell how a step went on this process, and raise if it failed on any."""
+        """Report the result of a step on this process, and raise an error if it failed on any."""
         if self.process:
             self._post(step, error)
             text = self._wait(f"{step}/all", 0)
@@ -182,22 +183,22 @@ class JointSave:
             self._check(failed, error)
 
     def vote(self, error: BaseException | None) -> None:
-        """Tell how the last step went; process 0 hears all, and raises if it failed on any."""
+        """Report the result of the last step. Process 0 collects all, and raises if any failed."""
         if self.process:
             self._post("vote", error)
             return
         failed = self._collect("vote", error)
         self.processes.delete_before(self.number)
         self._check(failed, error)
-        self.interrupt.check()  # the last time before the commit
+        self.interrupt.check()  # for the last time before the commit
 
     def announce(self, error: BaseException | None) -> None:
-        """Tell the others, from process 0, how the save ended."""
+        """Report to the other processes how the save ended. Only process 0 does this."""
         failed = self.failed or (None if error is None else (0, failure_of(error)))
         self._set("outcome", json.dumps(failed))
 
     def outcome(self, error: BaseException | None) -> None:
-        """Wait until process 0 tells how the save ended, and raise if it failed."""
+        """Wait until process 0 reports how the save ended, and raise an error if it failed."""
         text = self._wait("outcome", 0, hold=error is None)
         self._check((0, LEFT) if text is None else read_failed(text), error)
 
@@ -221,13 +222,13 @@ class JointSave:
     # --- data for process 0 ---
 
     def give(self, data: bytes) -> None:
-        """Give bytes to process 0, before the step that they belong to is told."""
+        """Send bytes to process 0, before the result of their step is reported."""
         for number, start in enumerate(range(0, len(data), _PIECE)):
             text = base64.b64encode(data[start : start + _PIECE]).decode("ascii")
             self._set(f"data/{self.process}/{number}", text)
 
     def given(self, process: int, size: int) -> bytes:
-        """Return the bytes that a process has given."""
+        """Return the bytes that a process has sent."""
         texts = [
             self._wait(f"data/{process}/{number}", process) or ""
             for number in range(-(-size // _PIECE))
@@ -251,9 +252,9 @@ class JointSave:
     def _wait(
         self, key: str, process: int, *, deadline: float = math.inf, hold: bool = False
     ) -> str | None:
-        """Return what a process says, or None if it has left.
+        """Return the message of a process, or None if it has left.
 
-        An interrupt makes this process leave instead; with `hold` the second one does.
+        An interrupt makes this process leave the save. With `hold`, only a second interrupt does.
         """
         key = f"{self.number}/{key}"
         while True:
@@ -261,7 +262,7 @@ class JointSave:
             if text is not None:
                 return text
             if process in self._left():
-                return self.store.wait(key, 0.0)  # what it said before it left
+                return self.store.wait(key, 0.0)  # its message from before it left
             try:
                 if not hold or len(self.interrupt.received) > 1:
                     self.interrupt.check()

@@ -1,4 +1,4 @@
-"""The plan of a save: its files, where everything is in them, and what digests complete.
+"""The plan of a save: its files, where everything is in them, and where digests go.
 
 A plan is plain data, computed once and without I/O. A file, a folder, a stream and several processes
 carry out the same plan.
@@ -30,8 +30,8 @@ class FilePlan(NamedTuple):
 
     Attributes:
         name: Its name in the folder; "" if the save is one file.
-        head: The bytes before the data. With digests in it, `sealed` gives the final ones, which
-            are as many.
+        head: The bytes before the data. If they contain digests, these are placeholders, and
+            `sealed` returns the final bytes, which have the same length.
         tensors: The names of its tensors, in the order of their data.
         size: The size of the file in bytes.
     """
@@ -70,9 +70,9 @@ class SavePlan(NamedTuple):
         return sum(file.size for file in self.files)
 
     def sealed(self, digests: Mapping[str, str] | None = None) -> bytes:
-        """Return the head of the one file, or the index: what is complete with digests alone.
+        """Return the head of a single file, or the index, with digests.
 
-        Without digests, zeros stand in their places, so that the length is known in advance.
+        If no digests are given, zeros take their place, so that the length is known in advance.
         """
         metadata = dict(self.metadata)
         if self.checksum:
@@ -100,7 +100,7 @@ def plan_folder(contents: Contents, stem: str, limit: int, *, checksum: bool) ->
     infos, _, metadata = contents
     if TOTAL_SIZE in metadata:
         raise FileFormatError(
-            f"the metadata may not set {TOTAL_SIZE!r}, which an index of shards says itself; "
+            f"the metadata may not set {TOTAL_SIZE!r}, which the index of shards sets itself; "
             "choose another name"
         )
     own = {key: metadata[key] for key in metadata if key == "format"}  # of each shard

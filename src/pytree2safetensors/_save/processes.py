@@ -28,8 +28,8 @@ from pytree2safetensors._storage.remote_path import RemotePath, resolve
 from pytree2safetensors._storage.stream import Writable
 
 _PLACE: Final = (
-    "several processes save together into a regular file, or with max_shard_size= into a folder, "
-    "which each of them opens by its path; a file object or a device does not do"
+    "several processes can only save together to a regular file, or with max_shard_size= to a folder, "
+    "because each of them opens it by its path; pass a path, not a file object or a device"
 )
 
 _SCALARS: Final = frozenset({bool, int, float, complex})  # whose values must agree
@@ -63,7 +63,7 @@ def save_async(
     options: Options,
     progress: Progress | None,
 ) -> Future[None]:
-    """Agree with the other processes on a save of what the tree holds now, and save it later."""
+    """Agree with the other processes on a save of the current values, and write them later."""
     interrupt = Interrupt()
     with interrupt.also_outside():
         future = _begin(contents, path, options, progress, interrupt, background=True)
@@ -85,8 +85,8 @@ def _begin(
     where = resolve(path)
     if isinstance(where, RemotePath):
         raise FileFormatError(
-            f"several processes cannot save together to {where.label}: no store lets them write "
-            "parts of one file; save to a folder that all of them have, and copy it from there"
+            f"several processes cannot save together to {where.label}, because they cannot write "
+            "parts of the same object; save to a folder that all of them share, and copy it"
         )
     if not isinstance(where, str):
         raise FileFormatError(_PLACE)
@@ -102,16 +102,16 @@ def _begin(
 
 
 def _terms(contents: Contents, plan: SavePlan, target: Target, options: Options) -> Terms:
-    """Return what the processes must agree on: where, how and what they save, and who owns what.
+    """Return what the processes must agree on: the target, the options, the contents, and the owners.
 
-    The values of arrays are no part of it, as no process has all of them.
+    The values of arrays are not included, because no process has all of them.
     """
     name = os.path.basename(
         target.path.rstrip(os.sep)
     )  # the folders above may be mounted elsewhere
     terms = {"the name of the file": repr(name)}
     terms |= {f"the option {name}=": repr(value) for name, value in options._asdict().items()}
-    if target.folder is not None:  # for a single file, process 0 tells where the data begin
+    if target.folder is not None:  # in a single file, process 0 decides where the data start
         terms |= {
             f"the file {file.name}": f"{len(file.head)} bytes of {file.size}" for file in plan.files
         }
@@ -141,7 +141,7 @@ def _origin(name: str, leaf: Any) -> str:
         return ""
     if is_unreduced(leaf.sharding):
         raise UnsupportedLeafError(
-            f"the array at {shorten(name)} is unreduced: its shards are summands of its values; "
+            f"the array at {shorten(name)} is unreduced: its values are sums over its shards;  "
             "reduce it first"
         )
     return f" with shards {ownership(leaf.sharding, leaf.shape).digest[:32]}"

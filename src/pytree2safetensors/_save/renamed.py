@@ -1,4 +1,4 @@
-"""Saving with other names: what rules make of a tree's leaves.
+"""Saving with other names: the tensors that rules make of the leaves of a tree.
 
 Specification: *Rules*.
 """
@@ -23,17 +23,17 @@ from pytree2safetensors._tree.rule import Rule
 
 _PLAIN: Final = frozenset(
     {None, "weak", *SCALARS} - {"complex"}
-)  # kinds that a tensor has without a note
+)  # kinds of leaves that need no note
 _LISTED: Final = 20
 
 
 def place(
     rename: Rename, found: Sequence[tuple[str, Any, TensorInfo | None]]
 ) -> tuple[list[Placed], list[tuple[str, Any]]]:
-    """Find out where the leaves of a tree are to be stored, but for those that no file has.
+    """Find out where to store the leaves of a tree, except those that are not in the file.
 
     Args:
-        rename: What says it.
+        rename: Rules, names or a function.
         found: The paths and the leaves of the tree, and infos of those that a file can hold.
 
     Returns:
@@ -94,7 +94,7 @@ def tensors_of(placed: Sequence[Placed]) -> tuple[dict[str, TensorInfo], dict[st
     """Make the tensors of a file, and what they are made of: a leaf, or an `Assembled`.
 
     Raises:
-        UnsupportedLeafError: A leaf is more than a tensor tells.
+        UnsupportedLeafError: A leaf needs a note.
         FileFormatError: Two leaves that differ are stored as one tensor.
     """
     _check_kinds(placed)
@@ -109,18 +109,15 @@ def tensors_of(placed: Sequence[Placed]) -> tuple[dict[str, TensorInfo], dict[st
 
 
 def _check_kinds(placed: Iterable[Placed]) -> None:
-    """Raise an error for leaves that are more than a tensor."""
+    """Raise an error for leaves that need a note."""
     noted = [
         f"    {shorten(item.path)}: {kind[0] if isinstance(kind, list) else kind}"
         for item in placed
         if isinstance(kind := item.info.kind, list) or kind not in _PLAIN
     ]
     if noted:
-        first = f"{len(noted)} of the tree's leaves are more than a tensor tells:"
-        last = (
-            "A file with names of others has no note. Convert them, leave them out with "
-            "Rule(None, path), or save without rename=."
-        )
+        first = f"{len(noted)} of the tree's leaves need a note, which a file saved with rename= does not have:"
+        last = "Convert them, leave them out with Rule(None, path), or save without rename=."
         raise UnsupportedLeafError("\n".join([first, *_first(noted), last]))
 
 
@@ -137,26 +134,26 @@ def _check_equal(one: Copy, other: Copy) -> None:
 
 
 def _check_local(one: Copy, other: Copy) -> None:
-    """Refuse to compare what no process has all of."""
+    """Raise an error for arrays that cannot be compared, because no process has all of them."""
     members = [*one.tensor.members, *other.tensor.members]
     if any(is_global(leaf) for _, leaf in members):
         raise FileFormatError(
             f"{shorten(one.path)} and {shorten(other.path)} are both stored as "
-            f"{shorten(one.tensor.name)}, and several processes do not compare what they hold parts "
-            "of; leave one of them out with Rule(None, path)"
+            f"{shorten(one.tensor.name)}, but they are spread over several processes, which cannot "
+            "compare them; leave one of them out with Rule(None, path)"
         )
 
 
 def differ(one: str, other: str, name: str) -> FileFormatError:
     """Make the error for the leaves at two paths that would be one tensor."""
     return FileFormatError(
-        f"{shorten(one)} and {shorten(other)} are both stored as {shorten(name)}, and they differ; "
-        "give one of them a name of its own, or leave it out with Rule(None, path)"
+        f"{shorten(one)} and {shorten(other)} are both stored as {shorten(name)}, but they differ; "
+        "give one of them another name, or leave it out with Rule(None, path)"
     )
 
 
 def _is_same(one: Assembled, other: Assembled) -> bool:
-    """Return whether tensors are made of the very same leaves in the same way."""
+    """Return whether tensors are made of the same leaf objects in the same way."""
     pairs = [*zip(one.members, other.members, strict=False)]
     return len(one.members) == len(other.members) and all(
         a.leaf is b.leaf and a.view == b.view for a, b in pairs

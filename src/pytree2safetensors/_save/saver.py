@@ -19,11 +19,11 @@ _last: list[threading.Event] = []  # set when the last submitted save has ended
 
 
 class _Save(Future[None]):
-    """A future that warns of an error that nobody asked for."""
+    """A future that warns of an error that was never retrieved."""
 
     def __init__(self, where: str) -> None:
         super().__init__()
-        self._where, self._is_told = where, False
+        self._where, self._is_retrieved = where, False
         _saves.add(self)
 
     # The runtime checks of the tests tell ints from floats.
@@ -31,22 +31,22 @@ class _Save(Future[None]):
         try:
             super().result(timeout)
         finally:
-            self._is_told |= self.done()  # it is not if the time was up
+            self._is_retrieved |= self.done()  # not if the wait timed out
             del self  # the traceback would keep the error and its snapshot alive
 
     def exception(self, timeout: int | float | None = None) -> BaseException | None:  # noqa: PYI041
         error = super().exception(timeout)
-        self._is_told = True
+        self._is_retrieved = True
         return error
 
     def warn(self) -> None:
-        if self._is_told or not self.done() or self.cancelled():
+        if self._is_retrieved or not self.done() or self.cancelled():
             return
         error = self.exception()
         if error is not None:
             warnings.warn(
-                f"the background save of {self._where} failed, and nothing asked its future: "
-                f"{type(error).__name__}: {error}. Call result() or exception() of the future.",
+                f"the background save to {self._where} failed, and its error was never retrieved: "
+                f"{type(error).__name__}: {error}. Call result() or exception() on the future.",
                 stacklevel=1,
             )
 
@@ -66,7 +66,7 @@ def _warn_all() -> None:
 def submit(save: Callable[[], None], where: str) -> Future[None]:
     """Save on the saver's thread, after everything that was submitted before.
 
-    `where` is the path for a warning of an error that nobody asks for.
+    `where` is the path for a warning about an error that is never retrieved.
     """
     if not _savers:
         _savers.append(ThreadPoolExecutor(1, _NAME))
@@ -83,7 +83,7 @@ def _run(save: Callable[[], None], future: Future[None]) -> None:
         return
     try:
         save()
-    except BaseException as error:  # noqa: BLE001 - it is the future's
+    except BaseException as error:  # noqa: BLE001 - the future raises it
         future.set_exception(error)
         del save, future  # the traceback would keep them alive
     else:
@@ -103,8 +103,8 @@ def is_current() -> bool:
 
 
 def _forget() -> None:
-    for save in _saves:  # its parent is told
-        save._is_told = True  # noqa: SLF001 - a class of this module
+    for save in _saves:  # the parent process gets the errors
+        save._is_retrieved = True  # noqa: SLF001 - a class of this module
     _savers.clear()
     _last.clear()
 

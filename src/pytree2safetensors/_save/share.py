@@ -30,7 +30,7 @@ Share = Mapping[str, Any]
 
 
 def share_of(contents: Contents, process: int, *, copied: bool) -> Share:
-    """Return what a process saves; copied, it is safe from donation and changes."""
+    """Return what a process saves. If it is copied, donation and changes do not affect it."""
     parts: dict[int, Any] = {}  # by leaf: rules may make several tensors of one
     for leaf in whole_leaves(contents.leaves.values()):
         if process == 0 or is_global(leaf):
@@ -68,7 +68,7 @@ def _copied(parts: list[Any]) -> list[Any]:
 
 def _copy(leaf: Any) -> Any:
     values = host_array(leaf)
-    # What had to be copied from a device is nobody else's.
+    # A copy from a device is new memory already.
     return values if isinstance(leaf, jax.Array) and values.flags.owndata else values.copy()
 
 
@@ -82,7 +82,7 @@ def _arrays_of(parts: Sequence[Any]) -> list[Any]:
 
 
 def _with_arrays(parts: Iterable[Any], arrays: Iterator[Any]) -> Iterator[Any]:
-    """Give the same parts with other arrays."""
+    """Replace the arrays of parts."""
     for part in parts:
         if isinstance(part, Owned):
             yield Owned([(region, next(arrays)) for region, _ in part.shards])
@@ -106,7 +106,7 @@ def _size_of(part: Any, info: TensorInfo) -> int:
 def own_chunks(
     file: FilePlan, infos: Mapping[str, TensorInfo], share: Share, start: int
 ) -> Iterator[Chunk]:
-    """Give the bytes of a share that belong to a file whose data begin at `start`."""
+    """Yield the bytes of a share that belong to a file whose data start at `start`."""
     return _arranged(_own_chunks(file, infos, share, start - len(file.head)))
 
 
@@ -129,7 +129,7 @@ def _own_chunks(
 
 
 def _arranged(chunks: Iterable[Chunk]) -> Iterator[Chunk]:
-    """Give the same bytes in chunks of a good size: small neighbours together, large ones cut."""
+    """Yield the same bytes in chunks of a good size: join small neighbors, and split large chunks."""
     waiting = bytearray()
     start = 0
     for offset, piece in chunks:

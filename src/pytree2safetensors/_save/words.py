@@ -1,4 +1,4 @@
-"""What processes that save together say to each other, and what follows from it: data, no I/O.
+"""The messages of processes that save together, and the conclusions from them, without I/O.
 
 Specification: *Saving*.
 """
@@ -15,14 +15,14 @@ from pytree2safetensors._errors import (
     UnsupportedLeafError,
 )
 
-_TEXT: Final = 400  # characters of an error that the others hear of
+_TEXT: Final = 400  # characters of an error that are sent to the others
 _VALUE: Final = 100  # characters of a term that an error shows
 
-Terms = Mapping[str, str]  # what the processes must agree on, by what an error calls it
+Terms = Mapping[str, str]  # what the processes must agree on, by its name in errors
 
 
 class Failure(NamedTuple):
-    """An error, as the other processes hear of it."""
+    """An error, as it is sent to the other processes."""
 
     kind: str
     text: str
@@ -30,7 +30,7 @@ class Failure(NamedTuple):
 
 
 class Words(NamedTuple):
-    """What a process says when it begins a save."""
+    """The message of a process that begins a save."""
 
     call: int  # how many saves this process has begun
     digest: str  # of the terms
@@ -40,7 +40,7 @@ class Words(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What follows from the words of all processes."""
+    """The conclusion from the words of all processes."""
 
     call: int  # the highest
     behind: int | None  # the first process with a lower call
@@ -51,7 +51,7 @@ class Verdict(NamedTuple):
 
 
 def decide(said: Sequence[Words]) -> Verdict:
-    """Return what follows from the words of all processes."""
+    """Return the conclusion from the words of all processes."""
     call = max(words.call for words in said)
     behind = failed = differs = None
     for process, words in enumerate(said):
@@ -69,18 +69,18 @@ def judge(verdict: Verdict, call: int) -> Literal["go", "again", "explain"]:
 
     Raises:
         FileFormatError: This process has begun fewer saves than another.
-        Exception: An error like that of another process.
+        Exception: An error like the one on another process.
     """
     if call < verdict.call:
         raise FileFormatError(
-            f"this process begins save {call} of arrays that several processes hold, and another "
-            f"process save {verdict.call}; nothing was written; call save_pytree equally often on "
+            f"this process begins save number {call} of arrays of several processes, and another "
+            f"process number {verdict.call}; nothing was written; call save_pytree equally often on "
             "all processes"
         )
     if verdict.failed is not None:
         raise error_of(*verdict.failed)
     if verdict.behind is not None:
-        return "again"  # the one that is behind raises now, and comes to this save next
+        return "again"  # the process that is behind raises now, and reaches this save next
     return "go" if verdict.differs is None else "explain"
 
 
@@ -90,12 +90,12 @@ def digest_of(terms: Terms) -> str:
 
 
 def difference(first: Terms, other: Terms, process: int) -> str:
-    """Say in which term a process differs from process 0, and how."""
+    """Describe the first term in which a process differs from process 0."""
     for name in {**first, **other}:
         if first.get(name) != other.get(name):
             of_first, of_other = (_shorten(terms.get(name, "missing")) for terms in (first, other))
             return f"{name} is {of_first} on process 0 and {of_other} on process {process}"
-    return f"process {process} has other names, or another order"
+    return f"process {process} has other names, or the same names in another order"
 
 
 def _shorten(text: str) -> str:
@@ -104,7 +104,7 @@ def _shorten(text: str) -> str:
 
 # --- errors -----------------------------------------------------------------------------------
 
-LEFT: Final = Failure("left", "it was interrupted, or it waited in vain for the others")
+LEFT: Final = Failure("left", "it was interrupted, or waited too long for the others")
 
 _KINDS: Final[dict[str, type[Exception]]] = {
     kind.__name__: kind
@@ -113,7 +113,7 @@ _KINDS: Final[dict[str, type[Exception]]] = {
 
 
 def failure_of(error: BaseException) -> Failure:
-    """Return an error in the form in which the other processes hear of it."""
+    """Return an error in the form in which it is sent to the other processes."""
     if isinstance(error, OSError) and error.errno is not None:
         where = "" if error.filename is None else f": {error.filename!r}"
         return Failure("OSError", f"{error.strerror}{where}"[:_TEXT], error.errno)
@@ -150,7 +150,7 @@ def read_verdict(text: str) -> Verdict:
 
 
 def read_failure(text: str) -> Failure | None:
-    """Read from JSON how a step went on one process."""
+    """Read the result of a step on one process from JSON."""
     return _failure(json.loads(text))
 
 

@@ -94,7 +94,7 @@ def write(
     """Execute a plan.
 
     Raises:
-        OSError: The files cannot be written. The previous ones are still there.
+        OSError: The files cannot be written. The old files are unchanged.
     """
     hasher = Hashing(plan.infos) if plan.checksum else nullcontext()
     with closing_bar(progress), hasher as hashing:
@@ -119,7 +119,7 @@ def write(
 def _sealed(
     plan: SavePlan, file: FilePlan, leaves: Mapping[str, Any], hashing: Hashing | None
 ) -> FilePlan:
-    """Hash in a pass of its own, where what is written cannot be changed later."""
+    """Hash in a separate pass, if written bytes cannot be changed later."""
     if hashing is None:
         return file
     for _ in hashing.through(file, data_chunks(file, plan.infos, leaves)):
@@ -169,7 +169,7 @@ def _write_folder(
 def older_names(plan: SavePlan, target: Target) -> tuple[str, Callable[[Iterable[str]], list[str]]]:
     """Return the name to remove before the commit, and a function for those to remove after it.
 
-    They belong to an older save. A file and an index of one stem make a folder ambiguous.
+    They belong to an older save. A file and an index with the same stem make a folder ambiguous.
     """
     kept = {file.name for file in plan.files} | {plan.index_name}
     rival = target.stem + SUFFIX if plan.index_name else index_name(target.stem)
