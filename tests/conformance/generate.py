@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from conformance import accepted, refused, tables
-from conformance.writing import Kit
+from conformance.writing import OPTIONAL, Kit
 
 
 def main() -> None:
@@ -20,6 +20,7 @@ def main() -> None:
     kit = Kit(Path(__file__).parent / "kit")
     for add in (*accepted.PARTS, *refused.PARTS):
         add(kit)
+    kit.problems += [f"no message has: {part}" for part in OPTIONAL if part not in kit.optional]
     kit.write("accepted.json", kit.accepted)
     kit.write("refused.json", kit.refused)
     kit.write("keypaths.json", tables.key_paths())

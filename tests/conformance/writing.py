@@ -59,6 +59,8 @@ REASONS = (  # what a message says, and the word for it
     ("describes|gives|has the name", "tensor"),
     ("", "header"),
 )
+# Messages about what the format allows to refuse, and does not demand to.
+OPTIONAL = ("what memory can address", "dimensions, and", "the tree more than", "a packed dtype")
 
 
 class Seen:
@@ -83,6 +85,7 @@ class Kit:
         self.refused: list[dict[str, Any]] = []
         self.problems: list[str] = []
         self.contents: set[bytes] = set()  # of files that are refused
+        self.optional: set[str] = set()  # the messages that were found
         shutil.rmtree(folder, ignore_errors=True)
         for name in ("accepted", "refused"):
             (folder / name).mkdir(parents=True)
@@ -119,7 +122,9 @@ class Kit:
         if type(error) is not CLASSES.get(reason, FileFormatError):
             self.problems.append(f"{name} is refused with {error!r}; expected: {reason}, {why}")
         case = {"file": f"refused/{name}", "stage": stage, "reason": reason, "why": why}
-        self.refused.append(case)
+        optional = [part for part in OPTIONAL if part in why]
+        self.optional.update(optional)
+        self.refused.append({**case, "optional": True} if optional else case)
 
     def refuse_bytes(self, group: str, reason: str, content: bytes, why: str = "") -> None:
         """Add a file that is refused, if it is small and new."""
