@@ -62,6 +62,8 @@ def check_installed() -> None:
     import pytree2safetensors
 
     assert "site-packages" in pytree2safetensors.__file__, pytree2safetensors.__file__
+    for name in pytree2safetensors.__all__:
+        assert getattr(pytree2safetensors, name) is not None
     assert not UNUSED & {name.split(".")[0] for name in sys.modules}
     present = [name for name in sorted(OPTIONAL) if importlib.util.find_spec(name)]
     assert not present, f"the environment has {present}, so it proves nothing"

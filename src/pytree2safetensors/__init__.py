@@ -1,52 +1,24 @@
 """Save any JAX pytree to safetensors and load it back, losslessly and without pickle."""
 
-from safetensors.flax import load_file
+from typing import TYPE_CHECKING
 
-from pytree2safetensors._errors import (
-    FileFormatError,
-    KeyPathError,
-    Pytree2SafetensorsError,
-    TreeStructureError,
-    UnsupportedLeafError,
-    WeightsMismatchError,
-)
-from pytree2safetensors._load.api import load_abstract, load_metadata, load_pytree
-from pytree2safetensors._load.explaining import explain
-from pytree2safetensors._load.into_template import load_into_pytree, set_weights
-from pytree2safetensors._save.api import save_pytree
-from pytree2safetensors._save.background import save_pytree_async
-from pytree2safetensors._save.flat_dict import pytree2dict
-from pytree2safetensors._tree.containers import PyTreeContainer, UnkeyedContainer
-from pytree2safetensors._tree.flatten import dict2pytree
-from pytree2safetensors._tree.keypath import string2keypath
-from pytree2safetensors._tree.keys import Key, KeyPath
-from pytree2safetensors._tree.rule import Rule
-from pytree2safetensors._tree.spelling import keypath2string
 from pytree2safetensors._version import __version__ as __version__
 
-__all__ = [
-    "FileFormatError",
-    "Key",
-    "KeyPath",
-    "KeyPathError",
-    "PyTreeContainer",
-    "Pytree2SafetensorsError",
-    "Rule",
-    "TreeStructureError",
-    "UnkeyedContainer",
-    "UnsupportedLeafError",
-    "WeightsMismatchError",
-    "dict2pytree",
-    "explain",
-    "keypath2string",
-    "load_abstract",
-    "load_file",
-    "load_into_pytree",
-    "load_metadata",
-    "load_pytree",
-    "pytree2dict",
-    "save_pytree",
-    "save_pytree_async",
-    "set_weights",
-    "string2keypath",
-]
+if TYPE_CHECKING:
+    from pytree2safetensors._public import *  # noqa: F403 - checkers read its __all__
+    from pytree2safetensors._public import __all__ as __all__
+else:
+    # The names in `_public` need JAX. The command's help does not, so the first use imports them.
+    def __getattr__(name):
+        if name.startswith("_") and name != "__all__":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib import import_module
+
+        public = import_module("pytree2safetensors._public")
+        globals().update({key: getattr(public, key) for key in ("__all__", *public.__all__)})
+        if name not in globals():
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return globals()[name]
+
+    def __dir__():
+        return sorted({*globals(), *__getattr__("__all__")})

@@ -23,6 +23,20 @@ def test_options_may_stand_before_a_file_alone(run: Run) -> None:
     assert run("--all", "--prefix", "", "tree") == run("show", "tree", "--all")
 
 
+@pytest.mark.parametrize("arguments", [["-h"], ["show", "-h"], ["--version"], ["show"]])
+def test_what_needs_no_file_needs_no_jax(arguments: list[str]) -> None:
+    script = """
+import sys
+from pytree2safetensors.__main__ import main
+try:
+    main(sys.argv[1:])
+finally:
+    assert "pytree2safetensors" in sys.modules
+    sys.exit(100 if "jax" in sys.modules or "numpy" in sys.modules else 0)
+"""
+    subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, check=True)
+
+
 def pickled() -> bytes:
     return pickle.dumps(list(range(1000)))
 

@@ -152,7 +152,7 @@ def test_an_import_brings_the_dependencies_and_nothing_else() -> None:
 import sys
 import beartype, jax, jaxtyping, safetensors.flax
 before = {name.split(".")[0] for name in sys.modules}
-import pytree2safetensors
+from pytree2safetensors import *
 after = {name.split(".")[0] for name in sys.modules}
 print(*sorted(after - before - sys.stdlib_module_names))
 """
@@ -160,3 +160,20 @@ print(*sorted(after - before - sys.stdlib_module_names))
     # What jaxtyping, old or new, depends on and imports once there is something to check.
     own = {"wadler_lindig", "typeguard", "typing_extensions"}
     assert {*run.stdout.split()} - own == {"pytree2safetensors"}
+
+
+def test_public_names_are_listed_and_others_do_not_exist() -> None:
+    script = """
+import pytree2safetensors
+assert "save_pytree" not in vars(pytree2safetensors)
+assert {"__version__", *pytree2safetensors.__all__} <= {*dir(pytree2safetensors)}
+assert "save_pytree" in vars(pytree2safetensors)
+for name in "nonsense", "_nonsense", "__nonsense__":
+    try:
+        getattr(pytree2safetensors, name)
+    except AttributeError as error:
+        assert str(error) == f"module 'pytree2safetensors' has no attribute {name!r}", error
+    else:
+        raise AssertionError(name)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)

@@ -12,11 +12,12 @@ from functools import reduce
 from typing import Any
 
 from pytree2safetensors._cli.answer import Answer
-from pytree2safetensors._load.explaining import explain
 
 
 def fitting(file: str, prefix: str, template: Any, rules: Any) -> Answer:
     """Explain what loading a file into a template would do."""
+    from pytree2safetensors._load.explaining import explain
+
     tree = template() if inspect.isroutine(template) else template
 
     def lines() -> list[str]:

@@ -9,11 +9,8 @@ from functools import partial
 from typing import Final
 
 from pytree2safetensors._cli.answer import Answer
-from pytree2safetensors._cli.diff import diff
 from pytree2safetensors._cli.fitting import fitting, named_object
-from pytree2safetensors._cli.show import show
 from pytree2safetensors._cli.terminal import complain, plain, write
-from pytree2safetensors._cli.verify import verify
 from pytree2safetensors._errors import Pytree2SafetensorsError
 from pytree2safetensors._version import __version__
 
@@ -126,7 +123,12 @@ def _with_command(arguments: Sequence[str]) -> list[str]:
     return [*arguments] if named else ["show", *arguments]
 
 
+# The modules of the commands import JAX, which takes longer than all else. The help needs none.
+
+
 def _ask_show(command: argparse.ArgumentParser, options: argparse.Namespace) -> _Questions:
+    from pytree2safetensors._cli.show import show
+
     if options.template is not None:
         rules = [] if options.rules is None else options.rules
         return [
@@ -142,8 +144,12 @@ def _ask_show(command: argparse.ArgumentParser, options: argparse.Namespace) -> 
 
 
 def _ask_diff(options: argparse.Namespace) -> _Questions:
+    from pytree2safetensors._cli.diff import diff
+
     return [partial(diff, options.first, options.second, everything=options.all)]
 
 
 def _ask_verify(options: argparse.Namespace) -> _Questions:
+    from pytree2safetensors._cli.verify import verify
+
     return [partial(verify, file, everything=options.all) for file in options.files]

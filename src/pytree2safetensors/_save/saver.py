@@ -9,7 +9,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Final
+from typing import Any, Final
 from weakref import WeakSet
 
 _NAME: Final = "pytree2safetensors-save"
@@ -38,6 +38,10 @@ class _Save(Future[None]):
         error = super().exception(timeout)
         self._is_retrieved = True
         return error
+
+    def _get_snapshot(self) -> Any:  # what asyncio calls from Python 3.15 on
+        self._is_told = True
+        return super()._get_snapshot()  # type: ignore[misc] # unknown to older versions
 
     def warn(self) -> None:
         if self._is_retrieved or not self.done() or self.cancelled():
