@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, suppress
 from functools import partial
 from itertools import repeat
-from types import TracebackType
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -82,18 +81,17 @@ class OpenCheckpoint:
     def __enter__(self) -> "OpenCheckpoint":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        with ExitStack() as stack:  # close all of them, even if one raises an error
-            for source in self.sources:
-                stack.callback(source.close)
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with closing(self):
             if kind is None:
                 for source in self.sources:
                     source.verify()
+
+    def close(self) -> None:
+        """Close all sources, even if one of them raises an error."""
+        with ExitStack() as stack:
+            for source in self.sources:
+                stack.callback(source.close)
 
     @property
     def in_flight(self) -> int:
@@ -232,7 +230,7 @@ def _open_shards(path: str | RemotePath) -> OpenCheckpoint:
             else:
                 if index.is_current():
                     return store
-                store.__exit__(None, None, None)
+                store.close()
     raise _replaced_again(path)
 
 
@@ -273,7 +271,7 @@ def _opened(store: OpenCheckpoint, read: Callable[[], Any]) -> OpenCheckpoint:
     try:
         read()
     except BaseException:
-        store.__exit__(None, None, None)
+        store.close()
         raise
     return store
 

@@ -8,7 +8,6 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
 from typing import Any, Final
 
 from pytree2safetensors._format.digests import BLOCK, digest_tensor, hash_block
@@ -34,12 +33,7 @@ class Hashing:
     def __enter__(self) -> "Hashing":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._pool.shutdown(cancel_futures=True)
 
     def through(self, file: FilePlan, chunks: Iterable[Chunk]) -> Iterator[Chunk]:

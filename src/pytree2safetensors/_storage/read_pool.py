@@ -6,7 +6,6 @@ Specification: *Loading*.
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from types import TracebackType
 from typing import Final, TypeVar
 
 from pytree2safetensors._storage.byte_source import PIECE, JoinedRead, Read, joined_reads
@@ -33,13 +32,8 @@ class ReadPool:
     def __enter__(self) -> "ReadPool":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._stopped = error is not None  # running reads end soon, and waiting ones are cancelled
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._stopped = kind is not None  # running reads end soon, and waiting ones are cancelled
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=self._stopped)
 
