@@ -21,6 +21,8 @@ _last: list[threading.Event] = []  # set when the last submitted save has ended
 class _Save(Future[None]):
     """A future that warns of an error that was never retrieved."""
 
+    _is_told = True  # until `__init__` is done, which an interrupt may stop
+
     def __init__(self, where: str) -> None:
         super().__init__()
         self._where, self._is_retrieved = where, False
@@ -75,10 +77,14 @@ def submit(save: Callable[[], None], where: str) -> Future[None]:
     if not _savers:
         _savers.append(ThreadPoolExecutor(1, _NAME))
     ended = threading.Event()  # does not keep an error and its snapshot alive, unlike the future
-    _last[:] = [ended]
     future = _Save(where)
     future.add_done_callback(lambda _: ended.set())
-    _savers[0].submit(_run, save, future)
+    try:
+        _last[:] = [ended]
+        _savers[0].submit(_run, save, future)
+    except BaseException:  # an interrupt: nobody has the future, and later saves wait for its end
+        future.cancel()
+        raise
     return future
 
 

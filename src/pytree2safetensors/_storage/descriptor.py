@@ -20,11 +20,11 @@ _STEP: Final = 32 << 20  # bytes of one write, so that progress is reported ofte
 _PREALLOCATED: Final = 8 << 20  # bytes: reserving the space of larger files first is faster
 
 
-class Held:
-    """Holds at most one open descriptor, and closes it once."""
+class Held(list[int]):
+    """Holds at most one open descriptor, and closes it once.
 
-    def __init__(self) -> None:
-        self._open: list[int] = []
+    It is a list because an interrupt may come before any `__init__`.
+    """
 
     def __enter__(self) -> "Held":
         return self
@@ -39,12 +39,12 @@ class Held:
         """Open a file as `os.open` does."""
         flags |= getattr(os, "O_BINARY", 0)
         # No signal handler runs between `map` and `extend`, so an open descriptor is never lost.
-        self._open.extend(map(partial(os.open, mode=mode, dir_fd=dir_fd), (path,), (flags,)))
-        return self._open[-1]
+        self.extend(map(partial(os.open, mode=mode, dir_fd=dir_fd), (path,), (flags,)))
+        return self[-1]
 
     def close(self) -> None:
         """Close the descriptor if there is one."""
-        closing = map(os.close, map(self._open.pop, repeat(-1, len(self._open))))
+        closing = map(os.close, map(self.pop, repeat(-1, len(self))))
         any(closing)  # no signal handler runs in between, as in `open`
 
 

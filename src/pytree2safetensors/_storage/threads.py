@@ -32,9 +32,10 @@ def undisturbed(work: Callable[[], object]) -> None:
         if claim.acquire(blocking=False):  # the thread will never start
             raise
         interrupts.append(error)
-    while not done.is_set():
+    while True:
         try:
             done.wait()
+            break
         except BaseException as error:  # noqa: BLE001 - raised below
             interrupts.append(error)
     for found in [*errors, *interrupts]:

@@ -1,0 +1,207 @@
+"""A script that interrupts each operation, and prints what the interrupts left behind.
+
+    python tests/interrupts.py POSITIONS SEED
+
+It runs in a process of its own: the runtime type checks of the tests would take what a signal's handler
+raises for a wrong type.
+"""
+
+import contextlib
+import ctypes
+import gc
+import random
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+import pytree2safetensors
+from folders import names_in
+from pytree2safetensors import (
+    load_abstract,
+    load_into_pytree,
+    load_metadata,
+    load_pytree,
+    save_pytree,
+    save_pytree_async,
+)
+from pytree2safetensors._save.saver import wait_for_earlier
+from versions import assert_holds, litter, open_descriptors, version
+
+# Code whose every instruction counts: the package, and what runs the `with` statements in it.
+_OURS = (str(Path(pytree2safetensors.__file__).parent), contextlib.__file__)
+
+# Called in place of a trace function, it sets a flag, and nothing else: Python itself then delivers the
+# interrupt where it delivers any.
+_set_flag = ctypes.PYFUNCTYPE(None, *3 * [ctypes.py_object])(
+    ("PyErr_SetInterrupt", ctypes.pythonapi)
+)
+
+
+def interrupted(work: Callable[[], object], at: int = -1) -> int:
+    """Interrupt some work before its instruction of a number; how many instructions it has.
+
+    Raises:
+        KeyboardInterrupt: The interrupt came while the work was under way.
+    """
+    count = 0
+
+    def trace(frame: FrameType, event: str, argument: Any) -> Any:
+        if not frame.f_code.co_filename.startswith(_OURS):
+            return None
+        frame.f_trace_lines, frame.f_trace_opcodes = False, True
+        return trace_instruction
+
+    def trace_instruction(frame: FrameType, event: str, argument: Any) -> Any:
+        nonlocal count
+        count += event == "opcode"
+        if count - 1 == at and event == "opcode":
+            frame.f_trace = _set_flag
+            return None
+        return trace_instruction
+
+    def handle(_: int, __: FrameType | None) -> None:
+        sys.settrace(None)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, handle)
+    sys.settrace(trace)
+    try:
+        work()
+    finally:
+        sys.settrace(None)
+        signal.signal(signal.SIGINT, before)
+    return count
+
+
+# --- operations ---------------------------------------------------------------------------------
+
+
+class Operation(NamedTuple):
+    """What is interrupted, and how what was there before it was saved, if it was."""
+
+    run: Callable[[Path], object]
+    before: dict[str, Any] | None
+    saves: bool = True
+
+
+SHARDS, MORE, ONE = {"max_shard_size": 1000}, {"max_shard_size": 500}, {"max_shard_size": "1GB"}
+
+
+def saving(**options: Any) -> Callable[[Path], object]:
+    return lambda path: save_pytree(version(2), path, **options)
+
+
+def saving_in_the_background(**options: Any) -> Callable[[Path], object]:
+    return lambda path: save_pytree_async(version(2), path, **options).result()
+
+
+def loading_into(path: Path) -> object:
+    return load_into_pytree(version(1), path)
+
+
+OPERATIONS = {
+    "a new file": Operation(saving(), None),
+    "a file": Operation(saving(), {}),
+    "a file with digests": Operation(saving(checksum=True), {}),
+    "a new folder": Operation(saving(**SHARDS), None),
+    "a folder": Operation(saving(**SHARDS), SHARDS),
+    "a folder of other shards": Operation(saving(**MORE, checksum=True), SHARDS),
+    "a folder of one file": Operation(saving(**ONE), SHARDS),
+    "a file in the background": Operation(saving_in_the_background(), {}),
+    "a folder in the background": Operation(saving_in_the_background(**SHARDS), SHARDS),
+    "loading a file": Operation(load_pytree, {}, saves=False),
+    "mapping a file": Operation(lambda path: load_pytree(path, mmap=True), {}, saves=False),
+    "loading a folder": Operation(load_pytree, SHARDS, saves=False),
+    "verifying a folder": Operation(load_pytree, {**SHARDS, "checksum": True}, saves=False),
+    "mapping a folder": Operation(lambda path: load_pytree(path, mmap=True), SHARDS, saves=False),
+    "loading into a template": Operation(loading_into, SHARDS, saves=False),
+    "loading abstractly": Operation(load_abstract, SHARDS, saves=False),
+    "loading metadata": Operation(load_metadata, SHARDS, saves=False),
+}
+
+
+def problems_of(operation: Operation, folder: Path, positions: int, seed: str) -> list[str]:
+    """Interrupt an operation at many positions; what went wrong."""
+    path = folder / "model"
+    restore(operation, path)
+    interrupted(lambda: operation.run(path))  # what is done once in a process is done
+    restore(operation, path)
+    count = interrupted(lambda: operation.run(path))
+    chosen = random.Random(seed).sample(range(count), min(count, positions))
+    gc.collect()
+    gc.freeze()
+    found, hits, held = [], 0, open_descriptors()
+    for number in chosen:
+        restore(operation, path)
+        try:
+            interrupted(lambda: operation.run(path), number)
+        except KeyboardInterrupt as error:
+            hits += 1
+            where = place_of(error)
+            del error
+        else:
+            where = "nowhere"
+        for problem in problems_after(operation, path, held):
+            found.append(f"{problem}: {where} ({number})")
+            held = open_descriptors()
+            gc.enable()
+    assert hits > len(chosen) / 2, f"{hits} of {len(chosen)} interrupts came"
+    return found
+
+
+def restore(operation: Operation, path: Path) -> None:
+    """Make what was there before, if it is not there."""
+    if operation.before is None:
+        shutil.rmtree(path, ignore_errors=True)
+        path.unlink(missing_ok=True)
+    elif operation.saves or not path.exists():
+        save_pytree(version(1), path, durable=False, **operation.before)
+
+
+def problems_after(operation: Operation, path: Path, held: int) -> list[str]:
+    wait_for_earlier()  # what is under way in the background goes on
+    found = []
+    if not gc.isenabled():
+        found.append("the collector is off")
+    if path.exists():
+        try:
+            assert_holds(path, 1, 2)
+        except Exception as error:  # noqa: BLE001 # it is told
+            found.append(f"it holds something else, {error!r}")
+    elif operation.before is not None:
+        found.append("it is gone")
+    if left := [*litter(path.parent), *litter(path)]:
+        found.append(f"{len(left)} temporary files are left")
+        for file in left:
+            file.unlink()
+    if open_descriptors() > held:
+        gc.collect()  # a traceback may have them
+        if open_descriptors() > held:
+            found.append("a descriptor is left open")
+    if set(names_in(path.parent)) - {"model"}:
+        found.append(f"there is more: {names_in(path.parent)}")
+    return found
+
+
+def place_of(error: BaseException) -> str:
+    """Where the interrupt came, in the package's own lines."""
+    places, trace = [], error.__traceback__
+    while trace:
+        code = trace.tb_frame.f_code
+        if code.co_filename.startswith(_OURS):
+            places.append(f"{Path(code.co_filename).name}:{trace.tb_lineno} {code.co_name}")
+        trace = trace.tb_next
+    return " < ".join(places[:-4:-1])
+
+
+if __name__ == "__main__":
+    sys.unraisablehook = lambda _: None  # an interrupt in a `__del__`, which only prints it
+    for name, operation in OPERATIONS.items():
+        with tempfile.TemporaryDirectory() as temporary:
+            for problem in problems_of(operation, Path(temporary), int(sys.argv[1]), sys.argv[2]):
+                print(f"{name}: {problem}")
