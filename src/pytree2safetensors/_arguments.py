@@ -136,6 +136,7 @@ _RULES: Final[Mapping[str, tuple[Callable[[object], bool], str]]] = {
         "a number of bytes, or a str such as '5GB'",
     ),
     "progress": (lambda value: isinstance(value, bool) or callable(value), "a bool or a function"),
+    "separator": (lambda value: isinstance(value, str), "a str such as '.'"),
     "prefix": (lambda value: isinstance(value, str), "a spelled key path, which is a str"),
     "rename": (_is_rename, "a function, a mapping of strs to strs, or a sequence of Rules"),
     "dictionary": (_has_names, "a mapping of names, which are strs, to leaves"),

@@ -95,6 +95,10 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
         "load_pytree: prefix must be a spelled key path, which is a str, not tuple",
     ),
     (
+        lambda: p.load_pytree("model", separator=None),
+        "load_pytree: separator must be a str such as '.', not NoneType",
+    ),
+    (
         lambda: p.load_into_pytree(BIG, "model", rename="layers"),
         "load_into_pytree: rename must be a function, a mapping of strs to strs, or a sequence of "
         "Rules, not 'layers'",

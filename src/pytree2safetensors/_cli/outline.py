@@ -3,12 +3,13 @@
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 from pytree2safetensors._cli.summary import Leaf, kind_text
 from pytree2safetensors._errors import KeyPathError
 from pytree2safetensors._tree.keypath import split
 from pytree2safetensors._tree.paths import cut
+from pytree2safetensors._tree.separated import natural
 from pytree2safetensors._tree.spelling import join
 from pytree2safetensors._types import Kind
 
@@ -19,7 +20,6 @@ _RUNS: Final = 4  # of numbers that a folded row lists
 # The last number of a segment, at most what a 64-bit integer holds.
 _NUMBERED: Final = re.compile(r"(.*?)([0-9]{1,18})([^0-9]*)", re.DOTALL)
 _FOREIGN: Final = "="  # begins the segment of a name that is not a key path
-_DIGITS: Final = re.compile(r"([0-9]{1,18})")
 
 
 class Row(NamedTuple):
@@ -220,7 +220,7 @@ def _groups(node: _Node, fold: bool) -> list[_Group]:
         numbers = _ranges([number for number, _, _ in family])
         folded = segment[:start] + numbers + segment[start + len(number) :]
         found.append((segment, _Group(folded, len(family), child)))
-    found.sort(key=lambda group: _natural(group[0]))
+    found.sort(key=lambda group: natural(group[0]))
     return [group for _, group in found]
 
 
@@ -235,12 +235,6 @@ def _families(node: _Node, fold: bool) -> Iterable[list[tuple[str, str, _Node]]]
             key = found[1], found[3], child.whole
             families.setdefault(key, []).append((found[2], segment, child))
     return families.values()
-
-
-def _natural(segment: str) -> list[Any]:
-    """Order numbers in segments by value."""
-    parts = _DIGITS.split(segment)
-    return [(int(part), part) if place % 2 else (0, part) for place, part in enumerate(parts)]
 
 
 def _fits(numbers: Iterable[str]) -> bool:

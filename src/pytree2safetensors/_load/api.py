@@ -1,7 +1,7 @@
 """Loading: the tree in a file, without a template."""
 
-from collections.abc import Callable
-from typing import TypeAlias
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
 
 import jax
 
@@ -11,7 +11,7 @@ from pytree2safetensors._errors import (
     shorten,
 )
 from pytree2safetensors._leaves.spec import LeafSpec, abstract
-from pytree2safetensors._load.checkpoint import open_checkpoint
+from pytree2safetensors._load.checkpoint import OpenCheckpoint, open_checkpoint
 from pytree2safetensors._load.stored import load_stored, names_below, nodes_below
 from pytree2safetensors._storage.byte_source import (
     PathLike,
@@ -19,6 +19,7 @@ from pytree2safetensors._storage.byte_source import (
 )
 from pytree2safetensors._storage.progress import ProgressOption, reporter
 from pytree2safetensors._tree.flatten import PyTree
+from pytree2safetensors._tree.separated import build_separated
 from pytree2safetensors._tree.unflatten import build
 
 Shardings: TypeAlias = (
@@ -31,6 +32,7 @@ def load_pytree(
     path: PathLike | Readable,
     *,
     prefix: str = "",
+    separator: str = "",
     mmap: bool = False,
     progress: ProgressOption = False,
 ) -> PyTree:
@@ -39,6 +41,8 @@ def load_pytree(
     Args:
         path: A file, a binary file object, a folder of shards or its index.
         prefix: A spelled key path. Load only the subtree there.
+        separator: What joins the keys in the names of another program, such as "." in those of
+            PyTorch. The tree has dicts, and lists where all keys are indices.
         mmap: Map the file instead of reading it. The file must not change afterwards.
         progress: True for a progress bar, or a function of (done_bytes, total_bytes).
 
@@ -49,7 +53,8 @@ def load_pytree(
 
     Raises:
         FileFormatError: The file is damaged, or is not a safetensors file.
-        KeyPathError: A name in the file is not a key path. Load such a file into a template.
+        KeyPathError: A name in the file is not a key path, and there is no separator. Load such a
+            file into a template.
         TreeStructureError: The names do not form a tree.
         WeightsMismatchError: The file has nothing at `prefix`.
         ValueError: `mmap` is True, and `path` is a file object.
@@ -62,14 +67,12 @@ def load_pytree(
     {'steps': (1, 2), 'w': 1.5}
     """
     with open_checkpoint(path, mmap) as checkpoint:
-        names = names_below(checkpoint, prefix)
+        names = names_below(checkpoint, prefix, separator=separator)
         report = reporter(progress, "loading", jax.process_index)
         leaves = load_stored(checkpoint, names.values(), mmap=mmap, progress=report)
         with collector_paused():
-            kinds = nodes_below(checkpoint, prefix)
             found = {name: leaves[stored] for name, stored in names.items()}
-            where = f"{checkpoint.label} below {shorten(prefix)}" if prefix else checkpoint.label
-            return build(found, kinds, where)
+            return _built(checkpoint, found, prefix, separator)
 
 
 @checked
@@ -78,6 +81,7 @@ def load_abstract(
     *,
     flat: bool = False,
     prefix: str = "",
+    separator: str = "",
     sharding: Shardings | None = None,
 ) -> PyTree:
     """Load a tree with a `jax.ShapeDtypeStruct` in place of each array. The arrays are not read.
@@ -87,9 +91,11 @@ def load_abstract(
         flat: Return a flat dict from the names in the file to their leaves. The names do not have
             to form a tree.
         prefix: A spelled key path. Load only the subtree there.
+        separator: As for `load_pytree`.
         sharding: A sharding for all arrays, or a function that takes the spelled key path and the
-            `jax.ShapeDtypeStruct` of an array and returns its sharding or None. With shardings, the
-            result is a template that loads sharded arrays.
+            `jax.ShapeDtypeStruct` of an array and returns its sharding or None; with a separator,
+            it takes the name instead. With shardings, the result is a template that loads sharded
+            arrays.
 
     Returns:
         The tree that `load_pytree` would return, with shapes and dtypes in place of arrays. Python
@@ -97,7 +103,7 @@ def load_abstract(
 
     Raises:
         FileFormatError: The file is damaged, or is not a safetensors file.
-        KeyPathError: A name in the file is not a key path, and `flat` is False.
+        KeyPathError: A name in the file is not a key path, `flat` is False, and there is no separator.
         TreeStructureError: The names do not form a tree, and `flat` is False.
         WeightsMismatchError: The file has nothing at `prefix`.
         OSError: The file cannot be read.
@@ -109,7 +115,7 @@ def load_abstract(
     {'w': ShapeDtypeStruct(shape=(2, 3), dtype=float32)}
     """
     with collector_paused(), open_checkpoint(path) as checkpoint:
-        names = names_below(checkpoint, prefix)
+        names = names_below(checkpoint, prefix, separator=separator)
         found = {name: checkpoint.spec_of(stored) for name, stored in names.items()}
         scalars = [names[name] for name in names if found[name].kind not in {"array", "key"}]
         values = load_stored(checkpoint, scalars, mmap=False, progress=None)
@@ -117,7 +123,16 @@ def load_abstract(
             name: values[stored] if stored in values else _sharded(name, found[name], sharding)
             for name, stored in names.items()
         }
-        return leaves if flat else build(leaves, nodes_below(checkpoint, prefix), checkpoint.label)
+        return leaves if flat else _built(checkpoint, leaves, prefix, separator)
+
+
+def _built(
+    checkpoint: OpenCheckpoint, leaves: Mapping[str, Any], prefix: str, separator: str
+) -> Any:
+    where = f"{checkpoint.label} below {shorten(prefix)}" if prefix else checkpoint.label
+    if separator:
+        return build_separated(leaves, separator, where)
+    return build(leaves, nodes_below(checkpoint, prefix), where)
 
 
 def _sharded(name: str, leaf: LeafSpec, sharding: Shardings | None) -> jax.ShapeDtypeStruct:

@@ -23,6 +23,7 @@ from pytree2safetensors._load.template import PYTHON_NUMBERS, TemplateLeaf
 from pytree2safetensors._storage.progress import Progress
 from pytree2safetensors._tree.keypath import split, string2keypath
 from pytree2safetensors._tree.paths import strip_prefix
+from pytree2safetensors._tree.separated import names_with
 from pytree2safetensors._tree.spelling import join
 from pytree2safetensors._types import Kind
 
@@ -30,23 +31,28 @@ _COMPARED: Final = 2000  # names to search for the prefix that was meant
 
 
 def names_below(
-    checkpoint: OpenCheckpoint, prefix: str, wanted: Iterable[str] = ()
+    checkpoint: OpenCheckpoint, prefix: str, wanted: Iterable[str] = (), separator: str = ""
 ) -> dict[str, str]:
     """Map the names relative to `prefix` to the names in the file.
 
-    `wanted` are the key paths to report as missing if there is nothing.
+    `wanted` are the key paths to report as missing if there is nothing. With a separator, names and
+    prefix are not key paths.
     """
     if not prefix:
         return {name: name for name in sorted(checkpoint.infos)}
-    string2keypath(prefix)
     found = {}
-    for name in sorted(checkpoint.infos):
-        rest = strip_prefix(prefix, name)
-        if rest is not None:
-            found[rest] = name
-    if not found and not nodes_below(checkpoint, prefix):
+    if separator:
+        found = names_with(prefix, separator, sorted(checkpoint.infos))
+    else:
+        string2keypath(prefix)
+        for name in sorted(checkpoint.infos):
+            rest = strip_prefix(prefix, name)
+            if rest is not None:
+                found[rest] = name
+    if not found and (separator or not nodes_below(checkpoint, prefix)):
+        near = "" if separator else _nearest_node(checkpoint, prefix)
         raise WeightsMismatchError(
-            f"{checkpoint.label} has nothing at the prefix {shorten(prefix)}{_nearest_node(checkpoint, prefix)}; "
+            f"{checkpoint.label} has nothing at the prefix {shorten(prefix)}{near}; "
             f"its names begin with "
             f"{', '.join(map(shorten, sorted(checkpoint.infos)[:5])) or 'nothing, because it is empty'}",
             missing=tuple(wanted),

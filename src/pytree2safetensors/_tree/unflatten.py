@@ -48,7 +48,7 @@ def build(leaves: Mapping[str, Any], kinds: Mapping[str, Kind], file: str) -> An
     except (KeyPathError, TreeStructureError) as error:
         raise type(error)(
             f"the names in {file} do not form a tree: {error}; load_into_pytree loads them into a template, "
-            "and load_abstract(..., flat=True) lists them"
+            "load_pytree(..., separator='.') splits them at dots, and load_abstract(..., flat=True) lists them"
         ) from None
 
 
