@@ -103,6 +103,19 @@ def test_large_arrays_own_the_memory_that_was_read_into() -> None:
     assert alive() is None  # nothing stays behind
 
 
+@pytest.mark.filterwarnings("ignore:Some donated buffers")  # older JAX donates nothing on the CPU
+def test_a_copy_of_a_loaded_array_is_donated_like_any_array(tmp_path: Path) -> None:
+    def is_reused(array: jax.Array) -> bool:
+        before = array.unsafe_buffer_pointer()
+        after = jax.jit(jnp.negative, donate_argnums=0)(array).unsafe_buffer_pointer()
+        return bool(after == before)
+
+    save_pytree(jnp.ones(1_000_000), tmp_path / "file")
+    loaded = load_pytree(tmp_path / "file")
+    assert is_reused(jnp.copy(loaded)) == is_reused(jnp.ones(1_000_000))
+    assert not is_reused(loaded)  # whose memory JAX does not own
+
+
 @pytest.mark.parametrize("shape", [(), (3,), (0,), (16, 32), (1,) * 32])
 @pytest.mark.parametrize("dtype", ["float32", "int32", "float16", "bfloat16", "int8"])
 def test_equal_arrays_made_together_have_their_own_bits(
