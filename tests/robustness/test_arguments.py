@@ -215,5 +215,5 @@ def test_arguments_that_are_missing_or_unknown_are_pythons_errors() -> None:
 
 
 if __name__ == "__main__":
-    assert p.save_pytree  # the first use of a name imports JAX, which takes its time
+    _ = p.save_pytree  # the first use of a name imports JAX, which takes its time
     print(json.dumps([message_of(work) for work, _ in [*WRONG, *UNDECORATED]]))
