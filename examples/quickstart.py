@@ -132,6 +132,7 @@ def load_and_resume(file: str) -> dict[str, Any]:
 
 def main() -> None:
     """Train, save, load in a new process, and compare."""
+    print("Training a network ...", file=sys.stderr)
     training, test = digits()
     state = train(initial_state(), training, 600)
     here = outcome(state, test)
@@ -141,6 +142,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "digits.safetensors")
         save_pytree(state, file, metadata={"data": "scikit-learn digits"})
+        print("Loading it in a new process ...\n", file=sys.stderr)
         command = [sys.executable, __file__, str(file)]
         found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
         equal = found == expected
