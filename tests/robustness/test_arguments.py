@@ -16,6 +16,7 @@ BIG = {f"layer{number}": {"w": float(number)} for number in range(20_000)}
 BYTES = b"x" * 20_000_000
 PATH = "must be a path, as a str or an os.PathLike, or a binary file object, not"
 p: Any = p2s  # the mistakes below are none of its types
+used = p2s.save_pytree  # the first use of a name imports JAX, which takes its time
 
 WRONG: list[tuple[Callable[[], Any], str]] = [
     (
@@ -215,5 +216,4 @@ def test_arguments_that_are_missing_or_unknown_are_pythons_errors() -> None:
 
 
 if __name__ == "__main__":
-    _ = p.save_pytree  # the first use of a name imports JAX, which takes its time
     print(json.dumps([message_of(work) for work, _ in [*WRONG, *UNDECORATED]]))
