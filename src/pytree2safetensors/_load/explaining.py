@@ -47,8 +47,8 @@ def explain(
         rename: As for `load_into_pytree`. An empty list (`[]`) shows all dotted paths and names.
 
     Returns:
-        Text to print. It has a line for each leaf of the template: whether the leaf fits, its path,
-        its dotted path, its shape, its tensors with their shapes, and the pattern. Then it lists
+        Text to print. A line for each leaf of the template says whether the leaf fits, and shows its
+        path, its dotted path, its shape, its tensors with their shapes, and the pattern. Then come
         unused tensors and rules that match nothing.
 
     Raises:
