@@ -51,7 +51,7 @@ def outcome_of(folder: Any) -> str:
     try:
         loaded = load_pytree(folder)
     except FileFormatError as error:
-        if "and no index: a save was cut short" in str(error):
+        if "but no index: a save was interrupted" in str(error):
             return "cut short"
         if "is being replaced by another save" in str(error):
             return "cut short"

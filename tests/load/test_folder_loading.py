@@ -152,36 +152,36 @@ def test_numbers_in_the_metadata_of_other_programs_are_no_metadata(tmp_path: Pat
         (["config.json"], "has no safetensors file and no index"),
         (
             shard_names(2),
-            "has 'model-00001-of-00002.safetensors' and no index: a save was cut short or is under "
-            "way, or the index was not copied; save or copy it again",
+            "has 'model-00001-of-00002.safetensors' but no index: a save was interrupted or is in "
+            "progress, or the index was not copied; save or copy the folder again",
         ),
         (
             [".pytree2safetensors-0123456789abcdef.tmp"],
-            "has '.pytree2safetensors-0123456789abcdef.tmp' and no index: a save was cut short",
+            "has '.pytree2safetensors-0123456789abcdef.tmp' but no index: a save was interrupted",
         ),
         (
             [INDEX, "model.safetensors"],
-            f"has '{INDEX}', 'model.safetensors'; name the one to load",
+            f"has '{INDEX}', 'model.safetensors'; pass the path of the one to load",
         ),
         (
             ["a.safetensors.index.json", "model.safetensors"],
-            "has 'a.safetensors.index.json', 'model.safetensors'; name the one to load",
+            "has 'a.safetensors.index.json', 'model.safetensors'; pass the path of the one to load",
         ),
         (
             ["a.safetensors.index.json", "a.safetensors"],
-            "has 'a.safetensors.index.json', 'a.safetensors'; name the one to load",
+            "has 'a.safetensors.index.json', 'a.safetensors'; pass the path of the one to load",
         ),
         (
             [f"{stem}.safetensors.index.json" for stem in "abcdefg"],
             "has 'a.safetensors.index.json', 'b.safetensors.index.json', "
             "'c.safetensors.index.json', 'd.safetensors.index.json', 'e.safetensors.index.json' "
-            "and 2 more; name the one to load",
+            "and 2 more; pass the path of the one to load",
         ),
         (
             ["-00001-of-00002.safetensors"],
-            "has '-00001-of-00002.safetensors' and no index: a save was cut short",
+            "has '-00001-of-00002.safetensors' but no index: a save was interrupted",
         ),
-        (["a.safetensors", "b.safetensors"], "has 'a.safetensors', 'b.safetensors'; name the one"),
+        (["a.safetensors", "b.safetensors"], "has 'a.safetensors', 'b.safetensors'; pass the path"),
     ],
     ids=lambda value: "-".join(value)[:40] if isinstance(value, list) else "",
 )
@@ -203,7 +203,7 @@ def test_a_single_file_beside_shards_without_an_index_loads(tmp_path: Path) -> N
 def test_a_missing_index_beside_shards(tmp_path: Path) -> None:
     save_pytree(tree_of(1), tmp_path, max_shard_size=100)
     (tmp_path / INDEX).unlink()
-    with pytest.raises(FileFormatError, match="and no index: a save was cut short"):
+    with pytest.raises(FileFormatError, match="but no index: a save was interrupted"):
         load_pytree(tmp_path / INDEX)
     with pytest.raises(FileNotFoundError):
         load_pytree(tmp_path / "policy.safetensors.index.json")
@@ -393,6 +393,6 @@ def test_shards_of_another_naming_are_told(tmp_path: Path) -> None:
         load_pytree(tmp_path)
     assert str(caught.value) == (
         f"the folder {str(tmp_path)!r} has no safetensors file and no index; "
-        "'model.safetensors-00001-of-00002' is not the name of a shard, which is of the form "
-        "'model-00001-of-00002.safetensors': rename it, or copy the folder again, whole"
+        "'model.safetensors-00001-of-00002' is not the name of a shard, which has the form "
+        "'model-00001-of-00002.safetensors': rename it, or copy the complete folder again"
     )

@@ -53,14 +53,17 @@ BAD_INDEXES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "a surrogate": (replaced("@a", "\ud800"), NOT_PLAIN),
     "no such shard": (
         replaced("@a", "model-00004-of-00003.safetensors"),
-        "names the shard 'model-00004-of-00003.safetensors', which is missing; copy the folder",
+        "names the shard 'model-00004-of-00003.safetensors', which is missing; copy the complete folder",
     ),
     "a shard of another name": (replaced("@a", "x" * 10_000), "(10,000 characters), which is miss"),
     "a pipe": (replaced("@a", "pipe"), "names the shard 'pipe', which is missing"),
     "the index": (replaced("@a", INDEX), "is not a safetensors file"),
     "no safetensors file": (replaced("@a", "junk"), "is not a safetensors file"),
-    "another shard": (replaced("@a", SECOND), f"the shard '{SECOND}' lacks '@a', and "),
-    "a name that the shard lacks": (replaced("@x", FIRST), f"the shard '{FIRST}' lacks '@x', and"),
+    "another shard": (replaced("@a", SECOND), f"the shard '{SECOND}' lacks '@a', which "),
+    "a name that the shard lacks": (
+        replaced("@x", FIRST),
+        f"the shard '{FIRST}' lacks '@x', which",
+    ),
     "metadata a list": (lambda index: index | {"metadata": []}, "is not a JSON object"),
     "a note that is none": (said(pytree2safetensors=1), "has 'pytree2safetensors', which is no"),
     "digests that are none": (

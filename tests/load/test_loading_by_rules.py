@@ -76,17 +76,17 @@ def test_all_that_does_not_fit_is_listed() -> None:
         "    '@layers#0@gone': there is no 'gone.0'",
         "    '@layers#1@new', dotted 'layers.1.new': no rule has this path",
         "    '@layers#1@q': there is no 'h.1.q.weight' (nearest: 'h.1.qq.weight')",
-        "  unexpected (the template has no place for them):",
+        "  unexpected (the template does not have them):",
         "    'h.1.qq.weight'",
         "    'rest'",
         "  mismatched:",
-        "    '@layers#0@o': the template has float32[6,16], and stored is float32[16,6]; that is its "
-        f"transpose, which {rules[1]!r} makes with the pattern 'o i -> i o'",
+        "    '@layers#0@o': the template has float32[6,16], but the stored leaf is float32[16,6]; "
+        f"this is the transpose, so give {rules[1]!r} the pattern 'o i -> i o'",
         f"    '@layers#0@q': the template has float32[6,2,8]; by {rules[0]!r} the tensor 'h.0.q.weight' "
-        "would be [16,6], and it is float32[16,5]",
+        "would be [16,6], but it is float32[16,5]",
         "  rules that match no path of the template:",
         "    Rule('idle', 'idle')",
-        "Nothing fits, which strict=False does not allow either: rename= maps names; prefix= takes a subtree.",
+        "No leaf fits, which is an error even with strict=False: rename= maps names; prefix= takes a subtree.",
     ]
     assert error.missing == ("@layers#0@gone", "@layers#1@new", "@layers#1@q")
     assert error.unexpected == ("h.1.qq.weight", "rest")
@@ -104,8 +104,9 @@ def test_a_leaf_that_no_file_has_keeps_its_value_and_needs_one() -> None:
     for strict in (True, False):
         error = refusal(template, {"@w": numbers(2)}, rules, strict=strict)
         assert error.mismatched == (
-            "'@freqs': by Rule(None, 'freqs') no file has it, and the template's leaf has no value to keep; "
-            "give it one, or leave it out of the template, as nnx.split(model, nnx.Param, ...) and "
+            "'@freqs': Rule(None, 'freqs') says that it is not in the file, but the leaf of "
+            "the template has no value to keep; give it one, or leave it out of the template, as "
+            "nnx.split(model, nnx.Param, ...) and "
             "eqx.filter(model, eqx.is_array) do",
         )
 
@@ -120,21 +121,21 @@ STACK = Rule("w.{l}", "w", "o i -> l i o")
         (
             {"w.0": zeros(4, 3), "w.1": zeros(4, 3).astype(np.float16)},
             f"'@w': the template has float32[2,3,4]; by {STACK!r} the tensor 'w.1' would be "
-            "float32[4,3], and it is float16[4,3]",
+            "float32[4,3], but it is float16[4,3]",
         ),
         (
             {"w.0": zeros(4, 3), "w.1": 1.0},
             f"'@w': the template has float32[2,3,4]; by {STACK!r} the tensor 'w.1' would be "
-            "float32[4,3], and it is a Python float",
+            "float32[4,3], but it is a Python float",
         ),
         (
             {"w.0": zeros(4, 3), "w.1": object()},
             f"'@w': the template has float32[2,3,4]; by {STACK!r} the tensor 'w.1' would be "
-            "float32[4,3], and it is no array, or one without values",
+            "float32[4,3], but it is not an array, or an array without values",
         ),
         (
             {"w.0": zeros(4, 3).astype(np.float64), "w.1": zeros(4, 3).astype(np.float64)},
-            "'@w': the template has float32[2,3,4], and stored is float64[2,3,4]",
+            "'@w': the template has float32[2,3,4], but the stored leaf is float64[2,3,4]",
         ),
     ],
 )

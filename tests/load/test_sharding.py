@@ -241,7 +241,7 @@ def test_abstract_meshes_mean_the_mesh_in_force(tmp_path: Path) -> None:
     assert_in_place(found, values, NamedSharding(explicit, P("x", None)))
     with pytest.raises(
         p2s.WeightsMismatchError,
-        match=r"'#0': the sharding that the template has for it names no devices, as its mesh is "
+        match=r"'#0': the sharding that the template has for it names no devices, because its mesh is "
         r"abstract; load under jax\.set_mesh, or give the template concrete shardings",
     ):
         p2s.load_into_pytree(template, tmp_path / "file")

@@ -34,15 +34,15 @@ def test_verbose_tells_what_was_left(capfd: pytest.CaptureFixture[str], tmp_path
         "the dictionary does not fit the template: 1 missing, 1 unexpected, 1 mismatched\n"
         "  missing (the template has them):\n"
         "    '@c'\n"
-        "  unexpected (the template has no place for them):\n"
+        "  unexpected (the template does not have them):\n"
         "    '@d'\n"
         "  mismatched:\n"
-        "    '@b': the template has float64[2], and stored is float64[3]\n"
+        "    '@b': the template has float64[2], but the stored leaf is float64[3]\n"
     )
     assert capfd.readouterr() == ("", expected)
     save_pytree({"a": 5, "d": 2}, tmp_path / "file")
     load_into_pytree({"a": 0}, tmp_path / "file", verbose=True, strict=False)
-    assert capfd.readouterr().err.endswith("place for them):\n    '@d'\n")
+    assert capfd.readouterr().err.endswith("not have them):\n    '@d'\n")
 
 
 @pytest.mark.parametrize("load", [load_into_pytree, set_weights])
@@ -54,7 +54,7 @@ def test_unexpected_leaves_can_be_ignored(load: Any, tmp_path: Path) -> None:
     assert load({}, source, unexpected="skip") == {}
     with pytest.raises(
         WeightsMismatchError,
-        match=r'\nunexpected="skip" ignores what the template lacks; strict=False loads what fits\.$',
+        match=r'\nunexpected="skip" ignores leaves that the template does not have; strict=False loads what fits\.$',
     ):
         load({"a": 0, "b": 0}, source)
     with pytest.raises(
@@ -63,7 +63,7 @@ def test_unexpected_leaves_can_be_ignored(load: Any, tmp_path: Path) -> None:
         load({"a": 0, "b": "text", "mor": 0.0}, source, unexpected="skip")
     assert "'@mor' (nearest: '@more')" in str(caught.value)
     assert (caught.value.missing, caught.value.unexpected) == (("@mor",), ())
-    with pytest.raises(WeightsMismatchError, match="Nothing fits"):
+    with pytest.raises(WeightsMismatchError, match="No leaf fits"):
         load({"c": 0}, source, unexpected="skip", strict=False)
 
 
@@ -79,7 +79,9 @@ def test_a_logger_has_what_was_left(
     left: Any = record
     assert (record.name, record.levelname) == ("pytree2safetensors", "INFO")
     assert (left.missing, left.unexpected) == (["@new"], ["@more"])
-    assert left.mismatched == ["'@b': the template has a Python int, and stored is a Python str"]
+    assert left.mismatched == [
+        "'@b': the template has a Python int, but the stored leaf is a Python str"
+    ]
     text = record.getMessage()
     assert text.startswith(
         "the dictionary does not fit the template: 1 missing, 1 unexpected, 1 mis"

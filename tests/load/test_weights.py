@@ -250,7 +250,7 @@ def test_what_has_no_values_fits_nothing(leaf: Any, value: Any) -> None:
     with pytest.raises(WeightsMismatchError) as caught:
         set_weights({"a": leaf, "b": 1}, {"@a": value, "@b": 2})
     assert caught.value.mismatched == (
-        "'@a': what is given for it is no array, or one without values",
+        "'@a': the given value is not an array, or is an array without values",
     )
 
 
@@ -271,7 +271,7 @@ def test_a_traced_value_becomes_nothing_but_an_array_of_jax() -> None:
     with pytest.raises(WeightsMismatchError) as caught:
         jax.jit(traced)(values)
     assert caught.value.mismatched == tuple(
-        f"'@{name}': what is given for it is traced, and can only become an array that JAX holds here"
+        f"'@{name}': the given value is traced, so it can only replace a JAX array"
         for name in ("array", "foreign", "python", "scalar")
     )
     del template["foreign"], values["x.foreign"]  # which is abstract, so it cannot be kept

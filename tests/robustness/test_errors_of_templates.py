@@ -27,7 +27,7 @@ def changed(**leaves: Any) -> Any:
 
 
 STRUCT = jax.eval_shape(lambda: jnp.zeros(2))
-SKIP = 'unexpected="skip" ignores what the template lacks; '
+SKIP = 'unexpected="skip" ignores leaves that the template does not have; '
 MISMATCHES: list[tuple[Any, dict[str, Any], tuple[int, int, int], str]] = [
     (
         {**STORED, "rate": 0.1},
@@ -40,28 +40,28 @@ MISMATCHES: list[tuple[Any, dict[str, Any], tuple[int, int, int], str]] = [
         {"step": 3},
         {},
         (0, 2, 0),
-        "  unexpected (the template has no place for them):\n    '@layer@b'\n    '@layer@w'\n"
+        "  unexpected (the template does not have them):\n    '@layer@b'\n    '@layer@w'\n"
         f"{SKIP}{KEEP}",
     ),
     (
         changed(w=np.ones((3, 2), np.float32)),
         {},
         (0, 0, 1),
-        "  mismatched:\n    '@layer@w': the template has float32[3,2], and stored is float32[2,3]\n"
+        "  mismatched:\n    '@layer@w': the template has float32[3,2], but the stored leaf is float32[2,3]\n"
         f"{KEEP}",
     ),
     (
         changed(w=np.ones((2, 3), np.float16)),
         {},
         (0, 0, 1),
-        "  mismatched:\n    '@layer@w': the template has float16[2,3], and stored is float32[2,3]\n"
+        "  mismatched:\n    '@layer@w': the template has float16[2,3], but the stored leaf is float32[2,3]\n"
         f"cast=True converts dtypes; {KEEP}",
     ),
     (
         changed(w=np.ones((2, 3), np.int32)),
         {},
         (0, 0, 1),
-        "  mismatched:\n    '@layer@w': the template has int32[2,3], and stored is float32[2,3]\n"
+        "  mismatched:\n    '@layer@w': the template has int32[2,3], but the stored leaf is float32[2,3]\n"
         f"{KEEP}",
     ),
     (
@@ -69,19 +69,19 @@ MISMATCHES: list[tuple[Any, dict[str, Any], tuple[int, int, int], str]] = [
         {},
         (0, 0, 1),
         "  mismatched:\n"
-        f"    '@layer@w': the template has a Python str, and stored is float32[2,3]\n{KEEP}",
+        f"    '@layer@w': the template has a Python str, but the stored leaf is float32[2,3]\n{KEEP}",
     ),
     (
         changed(w=print),
         {},
         (0, 1, 0),
-        f"  unexpected (the template has no place for them):\n    '@layer@w'\n{SKIP}{KEEP}",
+        f"  unexpected (the template does not have them):\n    '@layer@w'\n{SKIP}{KEEP}",
     ),
     (
         {**STORED, "step": True},
         {},
         (0, 0, 1),
-        "  mismatched:\n    '@step': the template has a Python bool, and stored is a Python int\n"
+        "  mismatched:\n    '@step': the template has a Python bool, but the stored leaf is a Python int\n"
         f"{KEEP}",
     ),
     (
@@ -89,7 +89,7 @@ MISMATCHES: list[tuple[Any, dict[str, Any], tuple[int, int, int], str]] = [
         {},
         (0, 0, 1),
         "  mismatched:\n"
-        f"    '@step': the template has key<threefry2x32>[], and stored is a Python int\n{KEEP}",
+        f"    '@step': the template has key<threefry2x32>[], but the stored leaf is a Python int\n{KEEP}",
     ),
     # All kinds in one report.
     (
@@ -103,12 +103,12 @@ MISMATCHES: list[tuple[Any, dict[str, Any], tuple[int, int, int], str]] = [
         "  missing (the template has them):\n"
         "    '@layer@bias' (nearest: '@layer@b')\n"
         "    '@stepp' (nearest: '@step')\n"
-        "  unexpected (the template has no place for them):\n"
+        "  unexpected (the template does not have them):\n"
         "    '@layer@b'\n"
         "    '@step'\n"
         "  mismatched:\n"
-        "    '@layer@w': the template has float32[6], and stored is float32[2,3]\n"
-        "Nothing fits, which strict=False does not allow either: rename= maps names; prefix= takes "
+        "    '@layer@w': the template has float32[6], but the stored leaf is float32[2,3]\n"
+        "No leaf fits, which is an error even with strict=False: rename= maps names; prefix= takes "
         "a subtree.",
     ),
     # Nothing fits.
@@ -117,18 +117,18 @@ MISMATCHES: list[tuple[Any, dict[str, Any], tuple[int, int, int], str]] = [
         {"strict": False},
         (1, 3, 0),
         "  missing (the template has them):\n    '@x'\n"
-        "  unexpected (the template has no place for them):\n"
+        "  unexpected (the template does not have them):\n"
         "    '@layer@b'\n    '@layer@w'\n    '@step'\n"
-        "Nothing fits, which strict=False does not allow either: rename= maps names; prefix= takes "
+        "No leaf fits, which is an error even with strict=False: rename= maps names; prefix= takes "
         "a subtree.",
     ),
     (
         {},
         {"strict": False},
         (0, 3, 0),
-        "  unexpected (the template has no place for them):\n"
+        "  unexpected (the template does not have them):\n"
         "    '@layer@b'\n    '@layer@w'\n    '@step'\n"
-        "Nothing fits, which strict=False does not allow either.",
+        "No leaf fits, which is an error even with strict=False.",
     ),
     # What is abstract cannot be kept.
     (
@@ -136,7 +136,7 @@ MISMATCHES: list[tuple[Any, dict[str, Any], tuple[int, int, int], str]] = [
         {"strict": False},
         (1, 0, 0),
         "  missing (the template has them):\n    '@new'\n"
-        "strict=False keeps the template's leaves, and what is abstract or deleted has no value to keep.",
+        "strict=False keeps the leaves of the template, but an abstract or deleted leaf has no value to keep.",
     ),
 ]
 

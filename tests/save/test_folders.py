@@ -306,7 +306,7 @@ def test_shards_without_an_index_are_told_by_the_path_of_the_save(tmp_path: Path
     assert (tmp_path / INDEX).exists()
     (tmp_path / INDEX).unlink()
     for path in (tmp_path, tmp_path / INDEX, tmp_path / "model.safetensors"):
-        with pytest.raises(FileFormatError, match="and no index: a save was cut short"):
+        with pytest.raises(FileFormatError, match="but no index: a save was interrupted"):
             load_pytree(path)
 
 

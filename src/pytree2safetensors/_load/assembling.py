@@ -24,7 +24,7 @@ from pytree2safetensors._load.slots import Assembly, Piece
 
 
 class Assembler:
-    """Has the memory of leaves that are not complete yet."""
+    """Holds the memory of leaves that are not complete yet."""
 
     def __init__(self, checkpoint: OpenCheckpoint) -> None:
         self.checkpoint = checkpoint
@@ -47,10 +47,10 @@ class Assembler:
         return self._memory[number][piece.box], position * nbytes
 
     def found(self, piece: Piece, values: NDArray[Any]) -> NDArray[Any] | None:
-        """Say that a piece has been read; return what its assembly holds if it was the last one.
+        """Record that a piece has been read; return the values of its assembly if it was the last.
 
         Returns:
-            The values in the order of the file; in that of the leaf, if the leaf has several boxes.
+            The values in the order of the file, or in the order of the leaf if it has several boxes.
         """
         number, view, region, boxes, _, count, _ = piece.assembly
         if count == 1:
@@ -72,12 +72,12 @@ class Assembler:
     def joined(
         self, piece: Piece, use: int, shape: tuple[int, ...] | None, array: jax.Array
     ) -> jax.Array | None:
-        """Say what a piece is on a device; return the region of the leaf if it was the last one.
+        """Record the array of a piece on a device; return the region of the leaf if it was the last.
 
         Args:
             piece: The piece.
             use: Which of the uses of its assembly this is.
-            shape: The shape to give the region, if another than its own.
+            shape: The shape to give the region, if it is not its own.
             array: The piece, on the device of the use.
         """
         number, view, region, boxes, *_ = piece.assembly
@@ -114,12 +114,12 @@ class Assembler:
 def _join(
     parts: list[jax.Array], shape: tuple[int, ...], order: tuple[int, ...], final: tuple[int, ...]
 ) -> jax.Array:
-    """Stack parts, and show them as a region of a leaf, in one program."""
+    """Stack parts, and view them as a region of a leaf, in one program."""
     return jnp.stack(parts).reshape(shape).transpose(order).reshape(final)
 
 
 def rearranged(assembly: Assembly, values: Any) -> Any:
-    """Show what an assembly holds, an array of NumPy or JAX, as the region of the leaf."""
+    """View the values of an assembly, a NumPy or JAX array, as the region of the leaf."""
     if len(assembly.boxes) > 1:
         return values
     return to_leaf(assembly.view, assembly.boxes[0], values)

@@ -95,7 +95,7 @@ class OpenCheckpoint:
 
     @property
     def in_flight(self) -> int:
-        """Return how many reads are worth being under way at once; 0 if the machine tells."""
+        """Return how many reads to have in progress; 0 if the number of cores decides."""
         return max((source.in_flight for source in self.sources), default=0)
 
     @collector_paused()

@@ -1,4 +1,4 @@
-"""What to say where a template and what is stored do not fit.
+"""Messages about leaves that do not fit a template.
 
 Specification: *Loading into a template*.
 """
@@ -42,7 +42,7 @@ def check(
         f"{options.label} does not fit the template: {counts}",
         *_section("missing (the template has them)", missing_lines, len(missing)),
         *_section(
-            "unexpected (the template has no place for them)",
+            "unexpected (the template does not have them)",
             [shorten(name) for name in unexpected[:_LISTED]],
             len(unexpected),
         ),
@@ -63,7 +63,7 @@ def check(
 
 
 def unexpected_names(used: set[str], available: Mapping[str, Any], options: Options) -> list[str]:
-    """Return the names that nothing uses, and that ought to be used."""
+    """Return the names that are not used, except names that rules declare as unused."""
     found = [name for name in available if name not in used]
     rules = rules_in(options.rename)
     if rules is None:
@@ -107,12 +107,14 @@ def _section(title: str, lines: Iterable[str], count: int) -> list[str]:
 
 def _remedy(options: Options, missing: bool, castable: bool, nothing: bool, is_larger: bool) -> str:
     if not options.strict and not nothing:
-        return "strict=False keeps the template's leaves, and what is abstract or deleted has no value to keep."
+        return "strict=False keeps the leaves of the template, but an abstract or deleted leaf has no value to keep."
     remedies = ["rename= maps names", "prefix= takes a subtree"] if missing else []
     remedies += ["cast=True converts dtypes"] if castable else []
     if nothing:
-        return "Nothing fits, which strict=False does not allow either" + _listed(remedies)
-    remedies += ['unexpected="skip" ignores what the template lacks'] if is_larger else []
+        return "No leaf fits, which is an error even with strict=False" + _listed(remedies)
+    remedies += (
+        ['unexpected="skip" ignores leaves that the template does not have'] if is_larger else []
+    )
     return "; ".join([*remedies, "strict=False loads what fits"]) + "."
 
 

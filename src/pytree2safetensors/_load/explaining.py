@@ -25,7 +25,7 @@ from pytree2safetensors._storage.byte_source import PathLike, Readable
 from pytree2safetensors._tree.flatten import PyTree
 from pytree2safetensors._tree.paths import dotted
 
-_WIDEST: Final = 60  # characters of a column: what is longer is out of line
+_WIDEST: Final = 60  # characters of a column; longer cells are not aligned
 
 
 @jaxtyped(typechecker=beartype)
@@ -79,7 +79,7 @@ def explain(
             [
                 f"{checkpoint.label}: {len(found.found)} of {len(rows)} leaves fit",
                 *_aligned(rows),
-                *_listed("tensors that nothing uses", map(shorten, unexpected)),
+                *_listed("unused tensors", map(shorten, unexpected)),
                 *_listed("rules that match no path of the template", map(repr, found.routes.idle)),
             ]
         )
@@ -109,7 +109,7 @@ def _rows(
             lacks = ", ".join(missing[path])
             yield "missing", *row, f"there is no {lacks}" if lacks else "no rule has this path"
         else:
-            yield "kept", *row, "no file has it"
+            yield "kept", *row, "not in the file"
 
 
 def _tensors(route: Route, available: Mapping[str, LeafSpec | None]) -> str:

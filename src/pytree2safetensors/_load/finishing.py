@@ -29,11 +29,11 @@ _AT_ONCE: Final = 8 << 20  # bytes of assembled leaves that become arrays of JAX
 
 
 class _Pending(NamedTuple):
-    """Values that are to become an array of JAX, and what is to be done with that afterwards."""
+    """Values that will become a JAX array, and what to do with it afterwards."""
 
     use: Use
     host: NDArray[Any]
-    rearrange: Callable[[Any], Any] | None  # None is left of an array if it is not complete yet
+    rearrange: Callable[[Any], Any] | None  # returns None if the leaf is not complete yet
 
 
 class Finisher:
@@ -46,7 +46,7 @@ class Finisher:
         self._assembled = Assembler(self.checkpoint)
 
     def memory_for(self, slot: Slot) -> tuple[NDArray[np.uint8], int]:
-        """Return memory for a region that has its own, and where in it the region begins."""
+        """Return the memory of a region that does not share memory, and its offset in it."""
         piece = slot.piece
         if piece is None or piece.assembly.pieces == 1:
             return aligned(slot.nbytes), 0
@@ -60,7 +60,7 @@ class Finisher:
             return self._finish_runs(runs, is_staged) + self._finish(others, is_staged)
 
     def _finish_runs(self, places: Sequence[Place], is_staged: bool) -> list[jax.Array]:
-        """Make leaves of runs: rows of one array of NumPy are made sooner than arrays."""
+        """Make leaves of runs: rows of one NumPy array are faster to make than arrays."""
         positions: list[int] = []
         hosts: list[NDArray[Any]] = []
         for place in places:
@@ -100,7 +100,7 @@ class Finisher:
         return made + self._to_jax(pending, is_staged)
 
     def finish_empty(self) -> None:
-        """Make the leaves of which there is nothing to read."""
+        """Make the leaves that need no reading."""
         for position, (source, leaf) in enumerate(self.wanted):
             if isinstance(source, str) or 0 not in source.shape:
                 continue
@@ -145,7 +145,7 @@ class Finisher:
 
         if piece is None or not piece.assembly.is_far:
             return _Pending(use, rearrange(values), None)
-        return _Pending(use, values, rearrange)  # the device is quicker at it
+        return _Pending(use, values, rearrange)  # the device does this faster
 
     def _for_joining(self, piece: Piece, values: NDArray[Any]) -> Iterator[_Pending]:
         for number, use in enumerate(piece.assembly.uses):
@@ -154,7 +154,7 @@ class Finisher:
             yield _Pending(use, cast_array(values, leaf.leaf.dtype), join)
 
     def _shard_shape(self, use: Use) -> tuple[int, ...] | None:
-        """Return the shape of a part of a leaf, where it is one: pmap's shards lack an axis."""
+        """Return the shape of a part of a leaf. The shards of pmap lack an axis."""
         leaf = self.wanted[use.position].leaf
         if use.device is None or leaf.sharding is None:
             return None

@@ -1,4 +1,4 @@
-"""Templates and files side by side: what is asked for, and what is there.
+"""Flattened templates and open files: the leaves that are needed, and the leaves that are stored.
 
 Specification: *Loading into a template*.
 """
@@ -56,7 +56,7 @@ def flat_template(module: Any) -> FlatTemplate:
 class Stored(Mapping[str, LeafSpec | None]):
     """The leaves of a checkpoint under some names, described on demand.
 
-    So a tensor of an unknown dtype does no harm if it is not needed.
+    So a tensor of an unknown dtype raises no error if it is not needed.
     """
 
     def __init__(self, checkpoint: OpenCheckpoint, names: Iterable[str]) -> None:

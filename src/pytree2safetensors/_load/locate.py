@@ -30,7 +30,7 @@ from pytree2safetensors._storage.remote_file import RemoteSource
 from pytree2safetensors._storage.remote_folder import names_in
 from pytree2safetensors._storage.remote_path import RemotePath, hide_credentials
 
-# How other programs number shards, or did so.
+# How other programs number shards, or used to.
 _OTHER_SHARD: Final = re.compile(r".*\.safetensors-[0-9]+-of-[0-9]+", re.DOTALL)
 
 
@@ -66,7 +66,7 @@ class Index(NamedTuple):
                 return open_source(path, regular=True)
         raise FileFormatError(
             f"{self.label} names the shard {shorten(shard)}, which is missing; "
-            "copy the folder again, whole"
+            "copy the complete folder again"
         )
 
     def check(self, shard: str, names: Iterable[str]) -> None:
@@ -74,8 +74,8 @@ class Index(NamedTuple):
         missing = sorted(self.shards[shard].difference(names))
         if missing:
             raise FileFormatError(
-                f"the shard {shorten(shard)} lacks {shorten(missing[0])}, and {self.label} says "
-                "otherwise; copy the folder again, whole"
+                f"the shard {shorten(shard)} lacks {shorten(missing[0])}, which {self.label} places "
+                "in it; copy the complete folder again"
             )
 
 
@@ -113,7 +113,7 @@ def locate(path: str) -> str:
         try:
             return os.path.join(path, _chosen(path, names))
         except FileFormatError:
-            if names == seen:  # otherwise a save may be in progress, and the list a mixture
+            if names == seen:  # otherwise a save may be in progress, and the list may be a mixture
                 raise
             seen = names
 
@@ -136,14 +136,14 @@ def _chosen(folder: str, names: list[str]) -> str:
         more = f" and {len(found) - 5} more" if len(found) > 5 else ""
         raise FileFormatError(
             f"the folder {shorten(folder)} has {', '.join(map(shorten, found[:5]))}{more}; "
-            "name the one to load"
+            "pass the path of the one to load"
         )
     if not found:
         _check_not_cut_short(folder, [name for name in names if name.startswith(TEMPORARY)])
         other = next(filter(_OTHER_SHARD.fullmatch, names), None)
         hint = other and (
-            f"; {shorten(other)} is not the name of a shard, which is of the form "
-            "'model-00001-of-00002.safetensors': rename it, or copy the folder again, whole"
+            f"; {shorten(other)} is not the name of a shard, which has the form "
+            "'model-00001-of-00002.safetensors': rename it, or copy the complete folder again"
         )
         raise FileFormatError(
             f"the folder {shorten(folder)} has no safetensors file and no index{hint or ''}"
@@ -152,11 +152,11 @@ def _chosen(folder: str, names: list[str]) -> str:
 
 
 def locate_remotely(path: RemotePath) -> list[RemotePath]:
-    """Return what a path in a store may mean: the first of these that is there.
+    """Return the first of the files and indexes that a path in a store may mean.
 
     Raises:
         FileFormatError: It is a folder that has no checkpoint, or several.
-        OSError: The store cannot be asked.
+        OSError: The store cannot be reached.
     """
     if path.name.endswith(".json"):
         return [path]
@@ -187,8 +187,8 @@ def _check_not_cut_short(folder: str, shards: list[str]) -> None:
     """Raise an error if there are shards, finished or not, and no index."""
     if shards:
         raise FileFormatError(
-            f"the folder {shorten(folder)} has {shorten(shards[0])} and no index: a save was cut "
-            "short or is under way, or the index was not copied; save or copy it again"
+            f"the folder {shorten(folder)} has {shorten(shards[0])} but no index: a save was interrupted "
+            "or is in progress, or the index was not copied; save or copy the folder again"
         )
 
 
@@ -218,7 +218,7 @@ def read_index(path: str | RemotePath) -> Index:
 
 
 def _status(path: str) -> tuple[int, ...]:
-    """Return what tells a file from another that takes its place, or from its earlier content."""
+    """Return what distinguishes a file from one that replaces it, and from its earlier content."""
     status = os.stat(path)
     return *identity(status), status.st_ctime_ns
 

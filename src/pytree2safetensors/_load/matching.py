@@ -36,7 +36,7 @@ class Options(NamedTuple):
 
 
 class Comparison:
-    """What of a template was found, and what was not."""
+    """Which leaves of a template were found, and which were not."""
 
     def __init__(self, paths: Sequence[str], cast: bool, routes: Routes) -> None:
         self.paths, self.cast, self.routes = paths, cast, routes
@@ -67,12 +67,12 @@ class Comparison:
         return False
 
     def refuse(self, path: str, reason: str, slot: TemplateLeaf) -> None:
-        """Note why a leaf does not get its values."""
+        """Record why a leaf does not get its values."""
         self.mismatched.append((path, reason))
         self.lost = self.lost or slot.abstract
 
     def miss(self, path: str, name: str | None, slot: TemplateLeaf) -> None:
-        """Note that what a leaf needs is not there; without a name no rule has its path."""
+        """Record that the tensor of a leaf is missing. Without a name, no rule matches its path."""
         self.missing.append((path, name))
         self.lost = self.lost or slot.abstract
 
@@ -88,10 +88,10 @@ def compare(
 
     Args:
         paths: The spelled key paths of the template's leaves.
-        slots: What these ask for; None for what is no data.
-        available: What is stored under each name; None for what has no values.
-        values: Gives the Python scalars that are stored under names, for those whose fit depends
-            on it.
+        slots: What these leaves need; None for leaves that are not data.
+        available: The stored leaf under each name; None for a leaf without values.
+        values: Returns the Python scalars that are stored under names. It is called if the fit
+            depends on their values.
         options: How to match.
     """
     outcome = Comparison(paths, options.cast, _routed(paths, slots, options))
@@ -102,7 +102,7 @@ def compare(
     fitting: set[tuple[int, int]] = set()  # slots and stored leaves, by identity
     for position, (path, slot) in enumerate(zip(paths, slots, strict=True)):
         if slot is None:
-            name = add_prefix(options.prefix, path)  # `rename` knows the names of data alone
+            name = add_prefix(options.prefix, path)  # `rename` only has names for data
             if name in available and _is_empty(available, name):
                 outcome.used.add(name)  # neither of them is data
             continue
@@ -129,7 +129,7 @@ def compare(
 
 
 def _routed(paths: Sequence[str], slots: Sequence[TemplateLeaf | None], options: Options) -> Routes:
-    """Return where each leaf of the template is in the file; what is no data is nowhere."""
+    """Return where each leaf of the template is in the file; leaves that are not data are nowhere."""
     data = [position for position, slot in enumerate(slots) if slot is not None]
     shapes = [slot.leaf.shape if slot.leaf.kind == "array" else None for slot in slots if slot]
     found = renamed(
@@ -157,10 +157,10 @@ def _judge_by_rule(
     rule: Rule | None,
     available: Mapping[str, Any],
 ) -> None:
-    """Return whether the tensors fit of which a rule makes a leaf, or why it makes none."""
+    """Match a leaf with the tensors that a rule makes it of."""
     if route is None:
         if slot.abstract:
-            outcome.refuse(path, f"by {rule!r} no file has it, {_NO_VALUE}", slot)
+            outcome.refuse(path, f"{rule!r} says that it is not in the file, {_NO_VALUE}", slot)
     elif isinstance(route, Lost):
         if rule is None:
             outcome.miss(path, None, slot)
@@ -176,7 +176,7 @@ def _judge_by_rule(
 
 
 _NO_VALUE: Final = (
-    "and the template's leaf has no value to keep; give it one, or leave it out of the template, as "
+    "but the leaf of the template has no value to keep; give it one, or leave it out of the template, as "
     "nnx.split(model, nnx.Param, ...) and eqx.filter(model, eqx.is_array) do"
 )
 
@@ -198,12 +198,12 @@ def _judge_view(
             dtype = dtype or stored.dtype
             if stored.dtype == dtype:
                 continue
-        shown = "no array, or one without values" if stored is None else show(stored)
+        shown = "not an array, or an array without values" if stored is None else show(stored)
         of = f"{dtype}" if dtype is not None else ""
         outcome.refuse(
             path,
             f"the template has {show(slot.leaf)}; by {rule!r} the tensor {shorten(name)} would be "
-            f"{of}[{','.join(map(str, view.stored))}], and it is {shown}",
+            f"{of}[{','.join(map(str, view.stored))}], but it is {shown}",
             slot,
         )
         return
@@ -213,20 +213,20 @@ def _judge_view(
 
 
 def _hint(slot: TemplateLeaf, stored: LeafSpec | None, rule: Rule | None) -> str:
-    """Return what to say of a tensor by a rule without a pattern whose shape is the transpose of the leaf's."""
+    """Return a hint if a rule without a pattern finds a tensor with the reversed shape of the leaf."""
     shape = slot.leaf.shape
     if rule is None or stored is None or shape == stored.shape or shape != stored.shape[::-1]:
         return ""
     axes = "o i" if len(shape) == 2 else " ".join("abcdefghijklmnopqrstuvwxyz"[: len(shape)])
     pattern = f"{axes} -> {' '.join(reversed(axes.split()))}"
-    return f"; that is its transpose, which {rule!r} makes with the pattern {pattern!r}"
+    return f"; this is the transpose, so give {rule!r} the pattern {pattern!r}"
 
 
 def _is_empty(available: Mapping[str, Any], name: str) -> bool:
-    """Return whether what is given under a name has no values; every tensor of a file has."""
+    """Return whether the leaf under a name has no values. Every tensor of a file has values."""
     try:
         return available[name] is None
-    except FileFormatError:  # a tensor of a dtype that nothing here reads
+    except FileFormatError:  # a tensor of an unknown dtype
         return False
 
 
@@ -243,9 +243,9 @@ def _needs_value(slot: TemplateLeaf, stored: LeafSpec) -> bool:
 
 def _unfit(slot: TemplateLeaf, stored: LeafSpec | None, value: Any, cast: bool) -> str | None:
     if stored is None:
-        return "what is given for it is no array, or one without values"
+        return "the given value is not an array, or is an array without values"
     if isinstance(stored, TracedSpec) and slot.target != "jax":
-        return "what is given for it is traced, and can only become an array that JAX holds here"
+        return "the given value is traced, so it can only replace a JAX array"
     reason = misfit(slot, stored, value, cast=cast)
     if reason is None and slot.sharding is not None and slot.target == "jax":
         reason = misplaced(slot.sharding, slot.leaf.shape)

@@ -1,7 +1,7 @@
-"""The plan of a load: which regions of which tensors are read, in which batches, and for whom.
+"""The plan of a load: which regions of which tensors are read, in which batches, for which leaves.
 
-A plan is plain data, computed without I/O. A leaf that lives whole in one place is the plain case:
-its one region is its tensor.
+A plan is plain data, computed without I/O. In the simple case, a leaf is whole in one place, and its
+only region is the whole tensor.
 
 Specification: *Loading*, *Loading into a template*.
 """
@@ -52,8 +52,9 @@ def plan_batches(
         checkpoint: Where the leaves are.
         wanted: The leaves.
         limit: The bytes of a batch.
-        keeps_memory: Tells of a leaf whether it keeps the memory of its region for good.
-        is_far: Tells of a use whether its values go to another device than the host as they are.
+        keeps_memory: Returns whether a leaf keeps the memory of its region.
+        is_far: Returns whether the values of a use are transferred as they are to another device
+            than the host.
     """
     ranks = {name: rank for rank, name in enumerate(checkpoint.places)}
     is_small = is_small_plain(checkpoint, keeps_memory)
@@ -104,8 +105,8 @@ def plan_batches(
         yield Batch(slots, size)
 
 
-# A region of a tensor that somebody needs: the tensor's name and what is stored of it, the region,
-# its uses, what it is a part of, and whether it needs memory of its own.
+# A region of a tensor that is needed: the name and the info of the tensor, the region, its uses,
+# what it is a part of, and whether it needs memory of its own.
 _Request: TypeAlias = tuple[str, TensorInfo, Region | None, list[Use], Piece | None, bool]
 
 
@@ -128,7 +129,7 @@ def _requests(
     keeps_memory: Callable[[TemplateLeaf], bool],
     is_far: Callable[[Use], bool],
 ) -> Iterator[_Request]:
-    """Give what the leaves need that are not planned yet."""
+    """Yield the regions that the remaining leaves need."""
     assemblies = count()
     for position, (source, leaf) in enumerate(wanted):
         if position in planned:

@@ -80,13 +80,13 @@ def plan_reads(
         else:
             bands = bands_of(shape, BITS[mine[0].slot.info.dtype] // 8)
             tasks += [partial(_read_band, source, start, mine, band, report) for band in bands]
-    if checkpoint.in_flight:  # the regions of several devices may be neighbours: one request
+    if checkpoint.in_flight:  # one request reads adjacent regions of several devices
         return Work(sorted(reads.all(), key=lambda read: (id(read.source), read.offset)), tasks)
     return Work(reads.all(), tasks)
 
 
 class _Reads:
-    """Reads, of which those that are neighbours in file and memory become one."""
+    """Reads. Those that are adjacent in file and memory are joined."""
 
     def __init__(self) -> None:
         self._done: list[Read] = []
@@ -158,7 +158,7 @@ def _read_band(
     ranges: Iterable[tuple[int, int]] = [(origin, end)]
     if sum(place.slot.nbytes for place in places) < info.nbytes:  # something is left out
         wanted = sum(math.prod(shape_of(cut)) for _, cut in needed) * itemsize
-        # Where most would be gaps, only shorter ones are read: locally up to a page.
+        # If most bytes are gaps, only short gaps are read: locally, up to a page.
         gap = source.gap if 2 * wanted >= end - origin else source.gap // 4
         ranges = ranges_of((cut for _, cut in needed), info.shape, itemsize, gap)
     for first, last in ranges:

@@ -43,9 +43,9 @@ _BATCH: Final = 64 << 20  # bytes in memory that a single leaf can keep alive
 _COPIED_BATCH: Final = 8 << 20  # bytes, if JAX makes a copy of what rules rearrange
 _STAGED_BATCH: Final = 32 << 20  # bytes to transfer to other devices at once
 _AHEAD: Final = 16  # batches to read while another becomes leaves: with few, threads are idle
-_AHEAD_REMOTELY: Final = 5  # so that as many ranges are on their way as help
+_AHEAD_REMOTELY: Final = 5  # so that enough ranges are requested at the same time
 _READERS: Final = 4  # threads; more do not help with fresh memory
-_STAGED_READERS: Final = 12  # threads for reused memory; more get into each other's way
+_STAGED_READERS: Final = 12  # threads for reused memory; more threads slow each other down
 _STAGED_PIECE: Final = 16 << 20  # bytes of one read there, long enough for the threads to overlap
 
 
@@ -105,7 +105,7 @@ def _devices_of(leaf: TemplateLeaf) -> Iterable[jax.Device]:
 
 
 def far(staged: bool) -> Callable[[Use], bool]:
-    """Tell which uses are on devices that are quicker at moving axes than the host."""
+    """Return a function that says whether a device moves the axes of a use faster than the host."""
     known: dict[jax.Device | None, bool] = {}
 
     def is_far(use: Use) -> bool:
@@ -208,9 +208,9 @@ class _Ahead:
 
 
 class _Staged(_Ahead):
-    """The same for other devices: the memory is that of a ring, which is used again.
+    """The same for other devices. The memory is a ring, which is reused.
 
-    A batch that is larger than the ring has memory of its own, and is read when nothing else is.
+    A batch that is larger than the ring has memory of its own, and is read while nothing else is.
     """
 
     def __init__(
@@ -234,7 +234,7 @@ class _Staged(_Ahead):
             block_until_ready(self.large)  # one of these in memory, and one being read
             return memory_for(self.device, size)
         while (memory := self.ring.take(size)) is None:
-            # What is read is handed over first, so that the link has always something to do.
+            # Finished batches are handed over first, so that the link is always busy.
             if self.window and (self.window[0].is_read() or not self.ring.moving):
                 self.finish()
             else:

@@ -1,4 +1,4 @@
-"""Small tensors that are equal and follow each other in the file: they are read as one.
+"""Runs: small tensors of one dtype and shape that follow each other in the file are read as one.
 
 Specification: *Loading*.
 """
@@ -16,7 +16,7 @@ from pytree2safetensors._load.template import TemplateLeaf
 def is_small_plain(
     checkpoint: OpenCheckpoint, keeps_memory: Callable[[TemplateLeaf], bool]
 ) -> Callable[[str, TemplateLeaf], bool]:
-    """Tell which leaves are small plain arrays for the default device, which may be read in runs."""
+    """Return which leaves may be read in runs: small plain arrays for the default device."""
     known: dict[tuple[int, int], bool] = {}
     if checkpoint.digests is not None:  # of single tensors
         return lambda _, __: False

@@ -28,7 +28,7 @@ def misplaced(sharding: Sharding, shape: tuple[int, ...]) -> str | None:
     found = concrete(sharding)
     if found is None:
         return (
-            "the sharding that the template has for it names no devices, as its mesh is abstract; "
+            "the sharding that the template has for it names no devices, because its mesh is abstract; "
             "load under jax.set_mesh, or give the template concrete shardings"
         )
     try:

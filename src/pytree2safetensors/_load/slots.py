@@ -19,7 +19,7 @@ _LONG: Final = 1 << 16  # bytes: longer runs get a read of their own
 
 
 class Wanted(NamedTuple):
-    """A leaf to load: what it is in the file, and what it shall be; its sharding is concrete."""
+    """A leaf to load: its tensors in the file, and what it becomes. Its sharding is concrete."""
 
     source: str | View  # the tensor that it is, or what it is made of
     leaf: TemplateLeaf
@@ -34,7 +34,7 @@ class Use(NamedTuple):
     """The use of a region: a leaf, by its position, on one device or as JAX places it.
 
     Attributes:
-        position: That of the leaf among those wanted.
+        position: The position of the leaf among the wanted leaves.
         sharding: Where JAX puts the values; None for its default device, or for the host.
         device: The device, if the values are only a part of the leaf.
     """
@@ -48,11 +48,11 @@ class Assembly(NamedTuple):
     """A region of a leaf that is made of regions of tensors.
 
     Attributes:
-        number: What tells it from others.
+        number: The number that identifies it.
         view: What the leaf is made of.
         region: Of the leaf.
         boxes: What the region consists of, each with memory in the order of the file.
-        uses: Who gets the region.
+        uses: The uses of the region.
         pieces: How many regions of tensors make it.
         is_far: Whether the regions become arrays on their devices first, and are put together there.
     """

@@ -27,7 +27,7 @@ from pytree2safetensors._tree.separated import names_with
 from pytree2safetensors._tree.spelling import join
 from pytree2safetensors._types import Kind
 
-_COMPARED: Final = 2000  # names to search for the prefix that was meant
+_COMPARED: Final = 2000  # names to search for a similar prefix
 
 
 def names_below(
@@ -61,7 +61,7 @@ def names_below(
 
 
 def _nearest_node(checkpoint: OpenCheckpoint, prefix: str) -> str:
-    """Return a hint at the prefix that may have been meant."""
+    """Return a hint with the prefix that the caller may have meant."""
     count = len(split(prefix))
     nodes: dict[str, None] = {}
     for name in islice(checkpoint.infos, _COMPARED):

@@ -36,7 +36,7 @@ class TemplateLeaf(NamedTuple):
 
 
 class _Look(NamedTuple):
-    """What decides about a template leaf: equal looks give the same object."""
+    """What matters of a template leaf. Leaves that look the same share one object."""
 
     target: Target
     shape: tuple[int, ...]
@@ -78,7 +78,7 @@ def _looker(kind: type) -> Callable[[Any], _Look | None]:
         return _look_at_tracer
     if issubclass(kind, jax.Array):
         return _look_at_array
-    # An array of another library has values, and is no abstract array for having a shape.
+    # An array of another library has values, so it is not abstract although it has a shape.
     return (lambda _: None) if converts_to_arrays(kind) else _look_at_any
 
 
@@ -160,7 +160,7 @@ def misfit(slot: TemplateLeaf, stored: LeafSpec, value: Any, *, cast: bool) -> s
         cast and wanted.shape == stored.shape and {wanted.kind, stored.kind}.isdisjoint(_NO_NUMBERS)
     )
     why = ", which cast=True does not convert" if refused else ""
-    return f"the template has {show(wanted)}, and stored is {show(stored)}{of}{why}"
+    return f"the template has {show(wanted)}, but the stored leaf is {show(stored)}{of}{why}"
 
 
 def _dtype_fits(wanted: LeafSpec, stored: LeafSpec, value: Any, cast: bool) -> bool:
