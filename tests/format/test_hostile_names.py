@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 import sys
+import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
@@ -191,6 +192,21 @@ def test_many_names_take_time_and_memory_in_proportion() -> None:
     content = names(*(f"{long}@{i}" for i in range(300)))
     with no_hang(), bounded_memory(len(content)):
         load_pytree(io.BytesIO(content))
+
+
+@pytest.mark.parametrize("segment", ["@a", ".a", "#0", r"#\(0)"])
+def test_long_names_take_memory_in_proportion_to_their_tree(segment: str) -> None:
+    # The tree alone is up to 100 times as large as the names: a dict for every two characters.
+    content = names(*(f"@{number}{segment * 190}" for number in range(40)))
+    load_pytree(io.BytesIO(names("@a")))
+    tracemalloc.start()
+    try:
+        tree = load_pytree(io.BytesIO(content))
+        kept, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(tree) == 40
+    assert peak < 4 * kept
 
 
 def test_flat_dicts_and_strings_are_input_like_any_other() -> None:
