@@ -528,7 +528,7 @@ async function readHeader(source) {
   tensors.sort((a, b) => a.start - b.start || a.stop - b.stop);
   let position = 0;
   for (const tensor of tensors) {
-    if (tensor.start !== position) refuse(`has a hole or an overlap before the data of ${show(tensor.name)}`);
+    if (tensor.start !== position) refuse(`has a gap or an overlap before the data of ${show(tensor.name)}`);
     position = tensor.stop;
     Object.assign(tensor, { source, start: dataStart + tensor.start, stop: dataStart + tensor.stop });
   }

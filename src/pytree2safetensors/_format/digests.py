@@ -15,7 +15,7 @@ from pytree2safetensors._format.tensor import TensorInfo
 DIGESTS: Final = "pytree2safetensors.sha256"  # the entry of the metadata, for tensors,
 METADATA: Final = "pytree2safetensors.sha256.metadata"  # and for all other metadata
 BLOCK: Final = 16 << 20  # bytes of a tensor that are hashed together; the last block may be shorter
-_DIGITS: Final = 32  # hexadecimal: half of SHA-256, against accidents
+_DIGITS: Final = 32  # hexadecimal: half of SHA-256 is enough to detect accidents
 
 
 def block_bounds(nbytes: int) -> list[tuple[int, int]]:

@@ -124,7 +124,7 @@ def _without_holes(tensors: Tensors, file: str) -> Tensors:
     position = 0
     for name, info, start in rows:
         if start != position:
-            found = "a hole before" if start > position else "an overlap at"
+            found = "a gap before" if start > position else "an overlap at"
             raise FileFormatError(f"{file} has {found} the data of {shorten(name)}")
         position = start + info.nbytes
     names, infos, starts = map(list, zip(*rows, strict=True))

@@ -131,7 +131,7 @@ def read_weight_map(content: Any, label: str) -> dict[str, set[str]]:
 
 
 def _is_plain(name: str) -> bool:
-    """Return whether a name is that of a file in the same folder, on every system."""
+    """Return whether a name can only be that of a file in the same folder, on every system."""
     try:
         os.fsencode(name)
     except UnicodeEncodeError:

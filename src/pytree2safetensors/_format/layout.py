@@ -16,7 +16,7 @@ MAX_SHARD_HEADER: Final = 25_000_000  # bytes, as the Hub's own reader
 _BEST: Final = 256  # the alignment that GPUs and their copy engines want
 _GOOD: Final = 64  # the alignment that JAX needs to take memory over
 _PAGE: Final = 4096
-_PAGED: Final = 1 << 20  # bytes of data: from here on they begin on a page
+_PAGED: Final = 1 << 20  # bytes: data of at least this size start on a page
 
 
 class Plan(NamedTuple):
@@ -32,8 +32,8 @@ def plan(
 ) -> Plan:
     """Lay out a file. The same tensors and metadata always give the same bytes.
 
-    The header has `limit` bytes at most, or what the format allows. The head is as long with other
-    metadata of the same lengths, such as digests not known yet.
+    The header has at most `limit` bytes, or what the format allows. Other metadata of the same
+    lengths, such as placeholders for digests, give a head of the same length.
     """
     order = in_order(infos)
     pieces = _metadata_pieces(metadata)

@@ -1,4 +1,4 @@
-"""The note: what key paths and tensors do not say about a tree, as JSON in the metadata.
+"""The note: what key paths and tensors do not express about a tree, as JSON in the metadata.
 
 Specification: *The note*.
 """
@@ -30,7 +30,7 @@ def is_reserved(key: str) -> bool:
 
 
 class Note(NamedTuple):
-    """The kinds of nodes and leaves that names and tensors do not say."""
+    """The kinds of nodes and leaves that names and tensors do not express."""
 
     nodes: Mapping[str, Kind]
     leaves: Mapping[str, Kind]

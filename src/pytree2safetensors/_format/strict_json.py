@@ -18,8 +18,8 @@ def read_json(text: str, what: str, *, keep_pairs: bool = False, fractions: bool
     """Read JSON; raise a FileFormatError for duplicate names and numbers that are not integers.
 
     With `keep_pairs`, the text is an object, and objects become tuples of pairs, which cost much
-    less than dicts. With `fractions` any number is allowed, as programs write
-    them where nothing here reads them: whatever is not a plain integer of 64 bits is a float.
+    less than dicts. With `fractions`, any number is allowed, because other programs write members
+    with such numbers, which are ignored here. Numbers that are not 64-bit integers become floats.
     """
     hook: Any = tuple if keep_pairs else _object
     try:
@@ -49,7 +49,7 @@ def read_json_at(text: str, start: int) -> tuple[Pairs, int]:
             raise ValueError("no object")
         _object(pairs)
     except (ValueError, RecursionError):
-        raise FileFormatError(f"no object of JSON begins at {start}") from None
+        raise FileFormatError(f"no JSON object begins at {start}") from None
     return pairs, end
 
 

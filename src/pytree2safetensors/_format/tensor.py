@@ -27,7 +27,7 @@ DTYPE_NAMES: Final = {
 
 
 NUMPY: Final = {spelled: name for name, spelled in DTYPE_NAMES.items()}
-# Dtypes that it lacks: the note has their names, and each value takes a byte of this dtype.
+# Dtypes that the format lacks: the note has their names, and each value takes a byte of this dtype.
 NOTED_DTYPES: Final = {
     "int1": "I8", "int2": "I8", "int4": "I8", "uint1": "U8", "uint2": "U8", "uint4": "U8",
     "float4_e2m1fn": "U8", "float6_e2m3fn": "U8", "float6_e3m2fn": "U8", "float8_e3m4": "U8",

@@ -14,10 +14,10 @@ _CHILDREN = {"tuple": INDEX, "OrderedDict": ITEM}  # what follows the path of su
 
 
 def check_nodes(kinds: Mapping[str, Kind], leaves: Mapping[str, object], file: str) -> None:
-    """Raise an error if a note contradicts the names of its file, or has something else than paths.
+    """Raise an error if a note contradicts the names of its file, or if its names are not key paths.
 
-    The cost is that of sorting the names, however deep or many they are. Names that are not key
-    paths do not matter here.
+    This costs as much as sorting the names, however deep or many they are. Names in the file that
+    are not key paths are ignored.
     """
     if not kinds:
         return
@@ -30,11 +30,11 @@ def check_nodes(kinds: Mapping[str, Kind], leaves: Mapping[str, object], file: s
 
 
 def _check_names(kinds: Mapping[str, Kind], leaves: Mapping[str, object]) -> None:
-    """Compare each name with the nearest noted node above it, which stands for those above that."""
+    """Compare each name with the nearest noted node above it. Other nodes above need no comparison."""
     for name in kinds.keys() & leaves.keys():
         raise _at_a_leaf(name, name)
     segments: dict[str, set[str]] = {path: set() for path in kinds if isinstance(kinds[path], list)}
-    # Names that the next ones begin with, though these need not be below them; for each the
+    # Names with which the next names begin, although these may not be below them. Each has the
     # nearest noted node above it, and a leaf above it.
     prefixes: list[tuple[str, str | None, str | None]] = []
     names = sorted([*leaves, *kinds])
@@ -66,11 +66,11 @@ def _at_a_leaf(leaf: str, name: str) -> TreeStructureError:
 
 
 def _check_child(name: str, path: str, kind: Kind) -> None:
-    """Refuse a name below a node whose kind has no such children."""
+    """Raise an error for a name below a node whose kind has no such children."""
     word = kind[0] if isinstance(kind, list) else kind
     marker = (
         name[len(path)] if name[len(path)] in MARKERS else ATTR
-    )  # below the root it is left off
+    )  # below the root it is left out
     if marker != _CHILDREN.get(word) or name.startswith(UNKEYED, len(path)):
         raise TreeStructureError(f"{shorten(path)} is noted as {word}, and its children differ")
 

@@ -25,10 +25,10 @@ _STACK_OF_OTHERS: Final = 50
 
 
 class DepthCheck:
-    """Refuses the nodes of a tree that JAX cannot flatten because they are too deep.
+    """Raises an error for nodes of a tree that are too deep for JAX to flatten.
 
-    It finds the limit with lists: if a node with a Python function is too deep, JAX loses count of
-    the stack, and every later call in this thread is a RecursionError.
+    It finds the limit with lists. If a node with a Python function were too deep, JAX would lose
+    count of the stack, and every later call in this thread would raise a RecursionError.
     """
 
     def __init__(self) -> None:
@@ -44,9 +44,9 @@ class DepthCheck:
 
 
 def deep_structure(tree: Any) -> Any:
-    """Return the treedef of a tree that is as deep as JAX can flatten: no caller is on the stack.
+    """Return the treedef of a tree that is as deep as JAX can flatten, with an empty stack.
 
-    The thread is not one of `threading`, because those have frames of their own.
+    The thread does not come from `threading`, because such threads have frames of their own.
     """
     result: list[Any] = []
     ended = allocate_lock()

@@ -58,8 +58,8 @@ def open_once(node: Any) -> list[tuple[Any, Any]]:
     def is_leaf(part: Any) -> bool:
         nonlocal meetings
         meetings += part is node
-        # JAX may look twice, and would visit a node that is its own child for ever. An exception
-        # here would make it lose count of the stack.
+        # JAX may look twice, and would visit a node that is its own child forever. If this raised an
+        # exception, JAX would lose count of the stack.
         return part is not node or meetings > 2
 
     pairs, _ = jax.tree_util.tree_flatten_with_path(node, is_leaf=is_leaf)

@@ -10,7 +10,7 @@ r"""The grammar of key paths, and reading them; `spelling` writes them. Both for
     text     = *( any character but . @ # \  /  "\" ( "." / "@" / "#" / "\" ) )
     number   = "0" / ( "1"-"9" *( "0"-"9" ) )
 
-Only `spelling`, which defines the markers, and `paths`, which cuts strings, know them as well.
+The markers are defined in `spelling`. Apart from these two modules, only `paths` knows them.
 
 Specification: *Key paths*.
 """
@@ -92,7 +92,7 @@ def split(string: str) -> list[str]:
 
 
 def read_segment(segment: str) -> Key:
-    """Read one segment, its marker included."""
+    """Read one segment, including its marker."""
     try:
         if not segment.isascii() and (found := SURROGATE.search(segment)):
             raise Rejected(found.start(), _NO_UTF8)

@@ -51,13 +51,13 @@ def with_type(value: object) -> str:
     return f"{short_form(value)} of type {type(value).__module__}.{type(value).__qualname__}"
 
 
-_FIRST_ELEMENTS = reprlib.Repr()  # the whole of a large collection would take long
+_FIRST_ELEMENTS = reprlib.Repr()  # writing all of a large collection would take long
 _FIRST_ELEMENTS.maxstring = _FIRST_ELEMENTS.maxother = _FIRST_ELEMENTS.maxlong = 400
 _COLLECTIONS = (dict, list, tuple, set, frozenset)
 
 
 def short_form(value: object) -> str:
-    """Write a value, cut where it is long."""
+    """Write a value, and cut it if it is long."""
     try:
         if type(value) in _COLLECTIONS:
             first = _FIRST_ELEMENTS.repr(value)

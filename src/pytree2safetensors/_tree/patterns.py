@@ -21,7 +21,7 @@ _DIMS: Final = re.compile(r"\(([^()]*)\)|(\.\.\.|\w+|\S)")
 
 
 def read_pattern(text: str) -> tuple[Dims, Dims]:
-    """Read a pattern; raise a ValueError that says what cannot be read."""
+    """Read a pattern. Raise a ValueError if it is invalid."""
     sides = text.split("->")
     if len(sides) != 2:
         raise ValueError("a pattern has one arrow, as in '(h d) e -> e h d'")
@@ -46,7 +46,7 @@ def _read_dims(side: str) -> Dims:
 
 
 def spread(dims: Dims, rank: int) -> Dims | None:
-    """Put dimensions in place of "..." so that there are `rank`; None if that cannot be."""
+    """Replace "..." with dimensions so that there are `rank`; return None if this is impossible."""
     if REST not in dims:
         return dims if len(dims) == rank else None
     at = dims.index(REST)
@@ -56,7 +56,7 @@ def spread(dims: Dims, rank: int) -> Dims | None:
 
 
 def merged(left: Dims, right: Dims, told: Collection[str]) -> tuple[Dims, Dims]:
-    """Make one axis of two that are adjacent in groups on both sides, unless a size is told."""
+    """Join two axes that are adjacent in groups on both sides, unless a size is given for one."""
     for pair in (pair for dim in right for pair in pairwise(dim)):
         if not set(pair) & set(told) and any(pair in pairwise(dim) for dim in left):
             return merged(_joined(left, pair), _joined(right, pair), told)

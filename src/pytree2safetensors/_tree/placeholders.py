@@ -1,4 +1,4 @@
-"""Names with placeholders, the two sides of a rule: how they are read, matched and filled in.
+"""Names with placeholders, the two sides of a rule: reading, matching and filling in.
 
 side  : { text | "{{" | "}}" | hole }
 hole  : "{" sum [ ":" label { "," label } ] "}" | "{*}" | "{=}"
@@ -61,7 +61,7 @@ class Binding(NamedTuple):
 
 
 def read_side(text: str) -> Side:
-    """Read a name or a path; raise a ValueError that says what cannot be read."""
+    """Read a name or a path. Raise a ValueError if it is invalid."""
     parts: list[str | Hole] = []
     literal, end = "", 0
     for piece in _PIECES.finditer(text):
@@ -118,7 +118,7 @@ def with_labels(side: Side, labels: Mapping[str, tuple[str, ...]]) -> Side:
 
 
 def fill(side: Side, binding: Binding) -> str:
-    """Write what stands for the placeholders into a side."""
+    """Fill the placeholders of a side in."""
     indices, text = binding
     parts = []
     for part in side:
@@ -133,7 +133,7 @@ def fill(side: Side, binding: Binding) -> str:
 
 
 class Alternatives:
-    """Sides by number, of which the first that matches a text is found at once."""
+    """Numbered sides. One regular expression finds the first side that matches a text."""
 
     def __init__(self, sides: Mapping[int, Side]) -> None:
         self._found: dict[int, tuple[int, list[Hole]]] = {}  # by the number of a group

@@ -11,7 +11,7 @@ from pytree2safetensors._tree.literal import MAX_DIGITS
 
 
 class Rejected(Exception):
-    """Why a string is not a key path: where, why, and what would be right."""
+    """Why a string is not a key path: the position, the reason, and a correction."""
 
     def __init__(self, position: int, reason: str, fix: tuple[int, int, str] | None = None):
         self.position, self.reason, self.fix = position, reason, fix
@@ -27,7 +27,7 @@ def refuse(string: str, rejected: Rejected, read: Callable[[str], object]) -> No
 
 
 def _fixed(string: str, rejected: Rejected, read: Callable[[str], object]) -> str | None:
-    """Return the canonical spelling that a few local changes lead to, if there is one."""
+    """Return the canonical spelling that a few local changes give, if there is one."""
     for _ in range(16):
         if rejected.fix is None:
             return None

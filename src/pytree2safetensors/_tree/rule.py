@@ -79,7 +79,7 @@ class ParsedRule(NamedTuple):
     cut: tuple[str, ...]  # the axes that number leaves and belong to the tensor
 
     def dims(self, rank: int) -> tuple[Dims, Dims] | None:
-        """Return the axes of tensor and leaf for a leaf of so many dimensions; None if it cannot have."""
+        """Return the axes of tensor and leaf for a leaf of this rank; None if the rank does not fit."""
         right = spread(self.right, rank)
         if right is None:
             return None
@@ -100,7 +100,7 @@ def parse_rule(rule: Rule) -> ParsedRule:
     """Find out what a rule means.
 
     Raises:
-        ValueError: It means nothing. The message begins with the rule.
+        ValueError: The rule is invalid. The message begins with the rule.
     """
     try:
         return _parse(rule)
@@ -148,7 +148,7 @@ def _check_matched(name: Side | None, path: Side | None) -> None:
 def _labelled(
     name: Side | None, path: Side | None
 ) -> tuple[Side | None, Side | None, dict[str, int]]:
-    """Give each side the labels that only the other has; also how many there are."""
+    """Give each side the labels that only the other has. Also return their numbers."""
     labels = [{h.axis or "": h.labels for h in holes_of(s or ()) if h.labels} for s in (name, path)]
     for axis in labels[0].keys() & labels[1].keys():
         if len(labels[0][axis]) != len(labels[1][axis]):
@@ -165,7 +165,7 @@ def _labelled(
 
 
 def _axes(side: Side, dims: Dims, which: str) -> list[str]:
-    """All axes of one side; refuse one that is there twice."""
+    """Return all axes of one side. Raise an error if an axis is there twice."""
     found = axes_of(side)
     named = set(found)
     for axis in (axis for dim in dims for axis in dim):
@@ -202,7 +202,7 @@ def _check_sizes(sizes: Mapping[str, int], axes: list[str], labels: Mapping[str,
 
 
 def _check_told(right: Dims, counts: Mapping[str, int]) -> None:
-    """Refuse a dimension of the leaf that leaves open the sizes of its axes."""
+    """Raise an error if the sizes of the axes of a dimension of the leaf are ambiguous."""
     for dim in right:
         unknown = [axis for axis in dim if axis not in counts]
         if len(unknown) > 1:

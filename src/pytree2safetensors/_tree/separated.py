@@ -1,4 +1,4 @@
-"""Trees from names of other programs, which join the keys of a leaf with a separator.
+"""Trees from the names of other programs, which join the keys of a leaf with a separator.
 
 Specification: *Loading*.
 """
@@ -37,7 +37,7 @@ def build_separated(leaves: Mapping[str, Any], separator: str, file: str) -> Any
     """Build a tree of dicts, with lists where all keys are indices, from names with a separator.
 
     Raises:
-        TreeStructureError: Two names mean one place, or the tree is too deep or has too many gaps.
+        TreeStructureError: Two names have the same place, or the tree is too deep or has too many gaps.
     """
     try:
         return _build(leaves, separator)

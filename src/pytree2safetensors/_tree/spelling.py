@@ -74,7 +74,7 @@ def strip_leading_dot(segments: str) -> str:
 
 
 def spell_key(key: object) -> str:
-    """Spell one key as a segment, its marker included."""
+    """Spell one key as a segment, including its marker."""
     speller = _SPELLERS.get(type(key))
     if speller is None:
         instead = " (where the node type is registered, give a GetAttrKey instead of this str)"

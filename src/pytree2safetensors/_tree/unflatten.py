@@ -218,7 +218,7 @@ class _Trie:
             for node in {node.marker: node for node in sorted(self.nodes, key=_depth)}.values():
                 self.depth.check(node.depth, _TYPES[node.marker], self.name_of(node))
         self.parents.clear()
-        while self.nodes:  # children first, each gone once it is finished
+        while self.nodes:  # children first; finished nodes are removed
             node = self.nodes.pop()
             if node.parent is not None:
                 node.parent.entries[node.key] = self.finished(node)
