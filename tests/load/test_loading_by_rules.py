@@ -18,6 +18,7 @@ from pytree2safetensors import (
     save_pytree,
     set_weights,
 )
+from pytree2safetensors._load import plan, reading
 from pytree2safetensors._storage.byte_source import ByteSource
 
 P: Any = PartitionSpec  # whose constructor JAX leaves untyped
@@ -305,3 +306,25 @@ def test_a_stacked_leaf_is_read_in_shards(path: Path, counted: list[int], axes: 
     np.testing.assert_array_equal(found["w"], np.stack([values.T for values in file.values()]))
     assert found["w"].sharding == sharding
     assert sum(counted[1:]) <= 1.01 * 4 * file["w.0"].nbytes  # the first read is the header's
+
+
+def test_a_stacked_leaf_is_complete_before_the_next_is_read(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Otherwise all stacked leaves would be in memory until the last layer, and then once more.
+    names = [f"h.{l}.{n}" for l in range(5) for n in ("a", "b", "c")]
+    safetensors.numpy.save_file({name: numbers(LARGE, LARGE) for name in names}, path)
+    read: list[str] = []
+    plan_batches = plan.plan_batches
+
+    def planning(*arguments: Any) -> Any:
+        for batch in plan_batches(*arguments):
+            read.extend(slot.name for slot in batch.slots)
+            yield batch
+
+    monkeypatch.setattr(reading, "plan_batches", planning)
+    rules = [Rule("h.{l}.{n:a,b}", "{n}", "o i -> l i o"), Rule("h.{l}.c", "c.{l}", "o i -> i o")]
+    leaf = STRUCT((5, LARGE, LARGE), np.float32)
+    flat = [STRUCT((LARGE, LARGE), np.float32)] * 5
+    load_into_pytree({"a": leaf, "b": leaf, "c": flat}, path, rename=rules)
+    assert read == sorted(names, key=lambda name: (name[-1], name))

@@ -8,7 +8,7 @@ Specification: *Loading*, *Loading into a template*.
 
 import math
 import sys
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from itertools import count
 from typing import Final, TypeAlias
 
@@ -66,7 +66,8 @@ def plan_batches(
     yield from plan_runs(checkpoint, wanted, sorted(small), limit)
     planned = {position for _, position, _ in small}
     requests = list(_requests(checkpoint, wanted, planned, keeps_memory, is_far))
-    requests.sort(key=lambda request: ranks[request[0]])
+    first = _first_ranks(ranks, wanted)
+    requests.sort(key=lambda request: (first.get(request[0], ranks[request[0]]), ranks[request[0]]))
     digested = checkpoint.digests is not None  # of whole tensors
     slots: list[Slot] = []
     size = own = 0  # bytes of the memory that slots share, and of the memory of assemblies
@@ -108,6 +109,20 @@ def plan_batches(
 # A region of a tensor that is needed: the name and the info of the tensor, the region, its uses,
 # what it is a part of, and whether it needs memory of its own.
 _Request: TypeAlias = tuple[str, TensorInfo, Region | None, list[Use], Piece | None, bool]
+
+
+def _first_ranks(ranks: Mapping[str, int], wanted: Sequence[Wanted]) -> dict[str, int]:
+    """Rank the tensors of a leaf as the first of them.
+
+    Such leaves then become complete one after the other, and only one of them is in memory twice.
+    """
+    first: dict[str, int] = {}
+    for source, _ in wanted:
+        if not isinstance(source, str) and len(source.names) > 1:
+            rank = min(map(ranks.__getitem__, source.names))
+            for name in source.names:
+                first[name] = min(rank, first.get(name, rank))
+    return first
 
 
 def _bytes_together(requests: Sequence[_Request], digested: bool) -> int:
