@@ -1,0 +1,200 @@
+"""Mutation testing: change one thing in what decides, and see whether a test notices.
+
+    python tests/mutation/run.py [--seed 0] [--share 0.25] [MODULE ...]
+
+Each mutant of the sample is killed by a failing test, or survives. What survives is tested, removed, or
+listed in equivalent.json with the reason why it changes nothing that the specification promises. The run
+goes on where an earlier one with the same output folder stopped; delete the folder to start again.
+"""
+
+import argparse
+import functools
+import json
+import os
+import resource
+import sys
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+_HERE = Path(__file__).resolve().parent
+_ROOT = _HERE.parents[1]
+_PACKAGE = _ROOT / "src" / "pytree2safetensors"
+sys.path[:0] = [str(_HERE), str(_HERE.parent), str(_PACKAGE.parent)]
+os.chdir(_ROOT)
+os.environ |= {
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+    "HOSTILE_MUTATIONS": "100",
+}
+
+import jax  # noqa: E402, F401 # once, for all processes that this one forks
+import pytest  # noqa: E402
+from mutants import Mutant, mutants_of  # noqa: E402
+from worker import Baseline, Killer, Reached, import_mutant  # noqa: E402
+
+# What decides, and the tests that ask about it without processes of their own.
+MODULES = [
+    "_tree/*.py",
+    "_format/*.py",
+    "_load/[!aev]*.py",
+    "_load/assembling.py",
+    "_leaves/describe.py",
+    "_leaves/[defkv]*.py",
+    "_leaves/renaming.py",
+    "_leaves/spec.py",
+    "_save/chunks.py",
+    "_save/contents.py",
+    "_save/flat_dict.py",
+    "_save/plan.py",
+    "_save/renamed.py",
+    "_save/share.py",
+]
+TESTS = ["tree", "format", "laws", "load", "leaves", "save", "conformance"]
+TESTS += [f"robustness/test_{name}.py" for name in ("arguments", "errors", "fuzz")]
+_STALLED = 300.0  # seconds without a result after which a process is ended
+
+
+def pytest_run(plugin: object, tests: list[str]) -> None:
+    """Run pytest with a plugin, quietly."""
+    options = ["-q", "-s", "-n0", "--tb=no", "--assert=plain", "-m", "not multiprocess"]
+    options += ["-p", "no:cacheprovider", "-o", "tmp_path_retention_policy=none"]
+    pytest.main([*options, *tests], plugins=[plugin])
+
+
+def forked(work: Callable[[], None], log: Path, out: Path) -> None:
+    """Run something in a process of its own, until it ends or `out` stops growing."""
+    child = os.fork()
+    if not child:
+        descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+        resource.setrlimit(resource.RLIMIT_DATA, (6 << 30, 6 << 30))
+        try:
+            work()
+        except BaseException:  # noqa: BLE001 # nothing may go on in the child
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
+    size, since = -1, time.monotonic()
+    while os.waitpid(child, os.WNOHANG) == (0, 0):
+        time.sleep(0.2)
+        if out.exists() and out.stat().st_size != size:
+            size, since = out.stat().st_size, time.monotonic()
+        if size >= 0 and time.monotonic() - since > _STALLED:
+            os.kill(child, 9)
+
+
+def results(out: Path) -> dict[str, tuple[str, str]]:
+    """The last outcome of each mutant, and what killed it.
+
+    A mutant that twice ended its process, or twice left something behind, is killed.
+    """
+    found: dict[str, tuple[str, str]] = {}
+    started, broken = Counter[str](), Counter[str]()
+    for line in out.read_text().splitlines() if out.exists() else []:
+        name, outcome, killer = json.loads(line)
+        started[name] += outcome == "started"
+        broken[name] += outcome == "broken"
+        if outcome == "started" and started[name] > 1 and not broken[name]:
+            outcome, killer = "killed", "its process ended"
+        if outcome == "broken" and broken[name] > 1:
+            outcome = "killed"
+        found[name] = outcome, killer
+    return found
+
+
+def kill(sample: list[Mutant], baseline: dict[str, Reached], folder: Path) -> None:
+    """Try all mutants of the sample that have no result yet."""
+    out, tests = folder / "results.jsonl", [f"tests/{name}" for name in TESTS]
+    while True:
+        done = results(out)
+        todo = [m for m in sample if done.get(m.id, ("started",))[0] in {"started", "broken"}]
+        print(f"{len(sample) - len(todo)} of {len(sample)}", flush=True)
+        if not todo:
+            return
+        in_place = [mutant for mutant in todo if not mutant.imported]
+        if in_place:
+            plugin = Killer(_PACKAGE, in_place, baseline, out)
+            forked(functools.partial(pytest_run, plugin, tests), folder / "log", out)
+            continue
+        for mutant in todo:
+            near = [f"tests/{mutant.module.partition('/')[0].strip('_')}", "tests/laws"]
+            for where in (near, tests):
+                forked(functools.partial(alone, mutant, baseline, out, where), folder / "log", out)
+                if mutant.id not in results(out):  # the tests cannot be imported with it
+                    Killer(_PACKAGE, [], {}, out).say(mutant, "killed", "import")
+                if results(out)[mutant.id][0] != "survived":
+                    break
+            print(mutant.id, *results(out)[mutant.id], flush=True)
+
+
+def alone(mutant: Mutant, baseline: dict[str, Reached], out: Path, tests: list[str]) -> None:
+    import_mutant(_PACKAGE, mutant)
+    pytest_run(Killer(_PACKAGE, [mutant], baseline, out), tests)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("modules", nargs="*", default=MODULES, help="patterns below the package")
+    parser.add_argument("--seed", type=int, default=0, help="chooses the sample")
+    parser.add_argument("--share", type=float, default=0.25, help="of all mutants in the sample")
+    parser.add_argument("--out", type=Path, default=_ROOT / ".mutation", help="folder of results")
+    parser.add_argument("--figures", type=Path, help="a JSON file to write the figures to")
+    options = parser.parse_args()
+    options.out.mkdir(exist_ok=True)
+    modules = sorted({path for name in options.modules for path in _PACKAGE.glob(name)})
+    mutants = [m for path in modules for m in mutants_of(_PACKAGE, str(path.relative_to(_PACKAGE)))]
+    sample = [mutant for mutant in mutants if mutant.is_drawn(options.seed, options.share)]
+    file = options.out / "baseline.json"
+    if not file.exists():
+        plugin = Baseline(_PACKAGE, file)
+        tests = [f"tests/{name}" for name in TESTS]
+        forked(functools.partial(pytest_run, plugin, tests), options.out / "log", file)
+    baseline = {name: Reached(*reached) for name, reached in json.loads(file.read_text()).items()}
+    kill(sample, baseline, options.out)
+    sys.exit(not report(sample, results(options.out / "results.jsonl"), options))
+
+
+def report(
+    sample: list[Mutant], done: dict[str, tuple[str, str]], options: argparse.Namespace
+) -> bool:
+    """Print the figures and what survived; whether each survivor is known to be equivalent."""
+    known = {tuple(entry[key] for key in _KEYS) for entry in json.loads(EQUIVALENT.read_text())}
+    survived = [mutant for mutant in sample if done[mutant.id][0] == "survived"]
+    for mutant in survived:
+        if not is_known(mutant, known):
+            print(f"{mutant.module}:{mutant.line} {mutant.function} ({mutant.kind})")
+            print(f"  - {mutant.before}\n  + {mutant.after}")
+    figures = {
+        "seed": options.seed,
+        "share": options.share,
+        "mutants": len(sample),
+        "killed": len(sample) - len(survived),
+        "equivalent": sum(is_known(mutant, known) for mutant in survived),
+        "versions": {name: version(name) for name in ("jax", "numpy", "hypothesis", "pytest")}
+        | {"python": sys.version.split()[0]},
+    }
+    print(json.dumps(figures, indent=2))
+    if options.figures:
+        options.figures.write_text(json.dumps(figures, indent=2) + "\n")
+    return all(is_known(mutant, known) for mutant in survived)
+
+
+EQUIVALENT = _HERE / "equivalent.json"
+_KEYS = ("module", "function", "before", "after")
+
+
+def is_known(mutant: Mutant, known: set[tuple[str, ...]]) -> bool:
+    return tuple(getattr(mutant, key) for key in _KEYS) in known
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,256 @@
+"""A pytest plugin that runs tests on mutants, within one process that has collected all tests.
+
+A mutant of a function takes its place by its code alone, so nothing is imported again. A mutant of
+what runs on import needs a process of its own, in which it is there from the start.
+"""
+
+import contextlib
+import functools
+import gc
+import json
+import signal
+import sys
+import time
+import types
+from collections.abc import Iterator
+from importlib.machinery import SourceFileLoader
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import coverage
+import pytest
+from _pytest.runner import SetupState, runtestprotocol
+from hypothesis import HealthCheck, Phase, settings
+from mutants import Mutant
+
+_BUDGET = 10.0  # seconds that the tests of one mutant take together without it
+_LONGEST = 5.0  # seconds of a test that is of use
+_EXAMPLES = 20
+
+
+class Reached(NamedTuple):
+    """What a test of the baseline does: its seconds, and the lines of each module that it runs."""
+
+    seconds: float
+    lines: dict[str, list[int]]
+
+
+class TimeUp(BaseException):
+    """A test took much longer on a mutant."""
+
+
+class _Plugin:
+    """What both kinds of runs share."""
+
+    def pytest_collection(self) -> None:
+        settings.register_profile(
+            "mutation",
+            derandomize=True,
+            deadline=None,
+            database=None,
+            max_examples=_EXAMPLES,
+            phases=[Phase.explicit, Phase.generate],
+            suppress_health_check=list(HealthCheck),
+        )
+        settings.load_profile("mutation")
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        self.run({item.nodeid: item for item in session.items})
+        return True
+
+    def run(self, items: dict[str, pytest.Item]) -> None:
+        raise NotImplementedError
+
+
+def passes(item: pytest.Item, seconds: float) -> bool:
+    """Run one test, as often as one likes; it fails if it takes much longer than some seconds."""
+    item._initrequest()  # type: ignore[attr-defined] # as reruns do
+    signal.signal(signal.SIGVTALRM, _time_is_up)
+    signal.setitimer(signal.ITIMER_VIRTUAL, _LONGEST + 10 * seconds, 5)
+    try:
+        reports = runtestprotocol(item, nextitem=None, log=False)
+    except BaseException:  # noqa: BLE001 # pytest lets interrupts through
+        item.session._setupstate = SetupState()  # what was set up is not torn down
+        return False
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+    return all(report.passed for report in reports)
+
+
+class Baseline(_Plugin):
+    """Finds which tests reach which lines."""
+
+    def __init__(self, package: Path, out: Path) -> None:
+        self.package, self.out = package, out
+
+    def run(self, items: dict[str, pytest.Item]) -> None:
+        measured = coverage.Coverage(
+            data_file=None, include=[f"{self.package}/*"], config_file=False
+        )
+        measured.start()
+        seconds: dict[str, float] = {}
+        for name, item in items.items():
+            measured.switch_context(name)
+            start = time.process_time()
+            if passes(item, 0):
+                seconds[name] = time.process_time() - start
+            print(f"{time.process_time() - start:.2f} {name}", flush=True)
+        measured.stop()
+        lines: dict[str, dict[str, list[int]]] = {name: {} for name in seconds}
+        for file in measured.get_data().measured_files():
+            module = str(Path(file).relative_to(self.package))
+            for line, names in measured.get_data().contexts_by_lineno(file).items():
+                for name in names:
+                    if name in lines:
+                        lines[name].setdefault(module, []).append(line)
+        found = {name: Reached(seconds[name], lines[name]) for name in seconds}
+        self.out.write_text(json.dumps(found))
+
+
+class Killer(_Plugin):
+    """Runs the tests that reach a mutant, until one fails."""
+
+    def __init__(
+        self, package: Path, todo: list[Mutant], baseline: dict[str, Reached], out: Path
+    ) -> None:
+        self.package, self.todo, self.baseline, self.out = package, todo, baseline, out
+        self.last: dict[str, None] = {}  # what killed mutants, the latest last
+
+    def run(self, items: dict[str, pytest.Item]) -> None:
+        self.items = items
+        for mutant in self.todo:
+            self.say(mutant, "started")
+            with exchanged(self.package, mutant):
+                killer = self.killer(mutant)
+            if not killer:
+                self.say(mutant, "survived")
+            elif mutant.imported or self.check(killer):
+                self.say(mutant, "killed", killer)
+            else:  # the mutant left something behind
+                self.say(mutant, "broken", killer)
+                return
+
+    def say(self, mutant: Mutant, outcome: str, killer: str = "") -> None:
+        with self.out.open("a") as file:
+            file.write(json.dumps([mutant.id, outcome, killer]) + "\n")
+
+    def killer(self, mutant: Mutant) -> str:
+        """The test that fails on a mutant, or none."""
+        for name in self.order(mutant):
+            if not self.check(name):
+                self.last.pop(name, None)
+                self.last[name] = None
+                return name
+        return ""
+
+    def check(self, name: str) -> bool:
+        return passes(self.items[name], self.baseline[name].seconds)
+
+    def order(self, mutant: Mutant) -> list[str]:
+        names = [name for name in reaching(mutant, self.baseline) if name in self.items]
+        latest = {name: number for number, name in enumerate(self.last)}
+        names.sort(key=lambda name: -latest.get(name, -1))
+        budget, chosen = _BUDGET, []
+        for name in names:
+            budget -= self.baseline[name].seconds
+            if budget > 0:
+                chosen.append(name)
+        return chosen
+
+
+def reaching(mutant: Mutant, baseline: dict[str, Reached]) -> list[str]:
+    """The tests that run the line of a mutant, the quick ones first."""
+    by_line: dict[int, list[str]] = {}
+    for name, reached in sorted(baseline.items(), key=lambda pair: pair[1].seconds):
+        for line in reached.lines.get(mutant.module, []):
+            by_line.setdefault(line, []).append(name)
+    if mutant.imported:
+        return list(dict.fromkeys(name for names in by_line.values() for name in names))
+    # Some lines are part of a statement that starts above them.
+    line = max((line for line in by_line if line <= mutant.line), default=0)
+    return by_line.get(line, [])
+
+
+def _time_is_up(*_: object) -> None:
+    raise TimeUp
+
+
+# --- mutants in place --------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def exchanged(package: Path, mutant: Mutant) -> Iterator[None]:
+    """Let the functions of a module run a mutant's code."""
+    if mutant.imported:  # it is there
+        yield
+        return
+    path = str(package / mutant.module)
+    dotted = f"{package.name}.{mutant.module.removesuffix('.py').replace('/', '.')}"
+    loader = sys.modules[dotted].__loader__
+    assert isinstance(loader, SourceFileLoader)
+    changed = _codes(loader.source_to_code(mutant.source.encode(), path))
+    before = []
+    for function in _functions(path):
+        code = changed[_key(function.__code__)]
+        if len(code.co_freevars) == len(function.__code__.co_freevars):
+            before.append((function, function.__code__))
+            function.__code__ = code
+    _forget(package.name)
+    try:
+        yield
+    finally:
+        for function, code in before:
+            function.__code__ = code
+        _forget(package.name)
+
+
+@functools.cache
+def _functions(path: str) -> list[types.FunctionType]:
+    """The functions of a module, whatever is wrapped around them."""
+    return [
+        thing
+        for thing in gc.get_objects()
+        if isinstance(thing, types.FunctionType) and thing.__code__.co_filename == path
+    ]
+
+
+def _key(code: types.CodeType) -> tuple[str, int]:
+    return getattr(code, "co_qualname", code.co_name), code.co_firstlineno
+
+
+def _codes(code: types.CodeType) -> dict[tuple[str, int], types.CodeType]:
+    found = {_key(code): code}
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            found |= _codes(constant)
+    return found
+
+
+@functools.cache
+def _caches(package: str) -> list[Any]:
+    things = (thing for thing in gc.get_objects() if hasattr(type(thing), "cache_clear"))
+    return [thing for thing in things if str(thing.__module__).startswith(package)]
+
+
+def _forget(package: str) -> None:
+    """Clear what functions remember."""
+    for cache in _caches(package):
+        cache.cache_clear()
+
+
+def import_mutant(package: Path, mutant: Mutant) -> None:
+    """Make the import of a module read a mutant's source."""
+    target = str(package / mutant.module)
+    loader: Any = SourceFileLoader
+    stats, data = loader.path_stats, loader.get_data
+
+    def path_stats(self: SourceFileLoader, path: str) -> Any:
+        # No compiled file is that old.
+        return {"mtime": 1, "size": 0} if path == target else stats(self, path)
+
+    def get_data(self: SourceFileLoader, path: str) -> Any:
+        return mutant.source.encode() if path == target else data(self, path)
+
+    loader.path_stats, loader.get_data = path_stats, get_data
+    sys.dont_write_bytecode = True
