@@ -35,7 +35,7 @@ class Assembled(NamedTuple):
 
 
 def whole_leaves(leaves: Iterable[Any]) -> Iterator[Any]:
-    """Give leaves as they are in a tree, those that tensors are made of included."""
+    """Yield leaves as they are in a tree, including those that tensors are made of."""
     for leaf in leaves:
         if isinstance(leaf, Assembled):
             yield from (member.leaf for member in leaf.members)
@@ -44,7 +44,7 @@ def whole_leaves(leaves: Iterable[Any]) -> Iterator[Any]:
 
 
 class Copy(NamedTuple):
-    """A tensor as the leaves of one rule make it."""
+    """A tensor that leaves make by one rule."""
 
     tensor: Assembled
     rule: Rule | None

@@ -26,7 +26,7 @@ _INT: Final = TensorInfo("I64", (), 8, "int")
 def describe(leaves: Iterable[Any]) -> list[TensorInfo | None]:
     """Describe the tensor of each leaf; None if a file cannot hold it or its values are gone."""
     describers: dict[type, Callable[[Any], TensorInfo | None]] = {**PYTHON_SCALARS}
-    # By the identity of an aval, which many arrays share. The avals are kept alive for that.
+    # By the identity of an aval, which many arrays share. The avals are kept alive for this.
     known: dict[int, tuple[Any, TensorInfo | None]] = {}
 
     def describe_array(leaf: jax.Array) -> TensorInfo | None:
@@ -57,11 +57,11 @@ def _describer(
 
 
 class DeletedLeaf(UnsupportedLeafError, RuntimeError):  # JAX raises this for it, too
-    """An array whose values are gone."""
+    """An array was deleted or donated."""
 
 
 def is_deleted(leaf: Any) -> bool:
-    """Return whether a leaf is an array whose values are gone."""
+    """Return whether a leaf is an array that was deleted or donated."""
     traced = isinstance(leaf, jax.core.Tracer)
     return isinstance(leaf, jax.Array) and not traced and leaf.is_deleted()
 
@@ -70,14 +70,14 @@ _CONVERSIONS: Final = ("__array__", "__dlpack__", "__jax_array__")
 
 
 def converts_to_arrays(kind: type) -> bool:
-    """Return whether objects of a type convert themselves to arrays, as those of libraries do."""
+    """Return whether objects of a type convert themselves to arrays, as arrays of other libraries do."""
     return any(hasattr(kind, name) for name in _CONVERSIONS)
 
 
 def holds_array(leaf: Any) -> bool:
-    """Return whether a leaf that no file holds has the values of an array, in a way of its own."""
+    """Return whether a leaf that a file cannot hold can convert itself to an array."""
     if isinstance(leaf, np.ndarray | np.generic | jax.Array | type):
-        return False  # what NumPy or JAX holds, and a file cannot
+        return False  # an array of NumPy or JAX that a file cannot hold
     held = getattr(leaf, "value", None)
     return converts_to_arrays(type(leaf)) or isinstance(held, np.ndarray | np.generic | jax.Array)
 

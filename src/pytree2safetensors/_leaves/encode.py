@@ -73,12 +73,12 @@ _BUFFERS: Final = frozenset(
 
 
 def host_shard(data: jax.Array) -> NDArray[Any]:
-    """Return the values of an array on one device, without keeping a large copy inside it."""
+    """Return the values of an array on one device. No large copy stays inside the array."""
     if is_key_dtype(data.dtype):
         data = _key_data(data)
     if is_in_place(data):
         return np.asarray(data)
-    with jax.transfer_guard("allow"):  # it guards a program's transfers, not those of a save
+    with jax.transfer_guard("allow"):  # users guard the transfers of programs, not those of saves
         if data.nbytes >= TAKEN_OVER:
             # Another array with the same memory, which keeps the copy instead.
             data = jax.make_array_from_single_device_arrays(data.shape, data.sharding, [data])
@@ -86,11 +86,11 @@ def host_shard(data: jax.Array) -> NDArray[Any]:
 
 
 def host_part(data: Any, index: tuple[slice, ...]) -> NDArray[Any]:
-    """The values of a region of an array on one device, which alone is copied from there."""
+    """The values of a region of an array on one device. Only the region is copied from there."""
     if isinstance(data, jax.Array) and not is_in_place(data):
         return host_shard(part_of(data, index))
     values = host_shard(data) if isinstance(data, jax.Array) else data
-    whole: Any = (*index, ...)  # which gives an array, not a scalar, if there are no axes
+    whole: Any = (*index, ...)  # returns an array, not a scalar, if there are no axes
     part: NDArray[Any] = values[whole]
     return part
 
@@ -104,7 +104,7 @@ def part_of(data: jax.Array, index: tuple[slice, ...]) -> jax.Array:
 
 
 def _key_data(keys: jax.Array) -> jax.Array:
-    # They have values, even if the caller is being traced, or watches for transfers.
+    # The arrays have values, even if the caller is being traced or guards transfers.
     with jax.ensure_compile_time_eval(), jax.transfer_guard("allow"):
         return jax.random.key_data(keys)
 
@@ -113,7 +113,7 @@ _BLOCK = 1 << 22
 
 
 def blocks(values: NDArray[Any], info: TensorInfo) -> Iterator[NDArray[np.uint8]]:
-    """Yield the bytes of a tensor in order, at once if that needs no copy."""
+    """Yield the bytes of a tensor in order, in one piece if this needs no copy."""
     plain = _plain(values, info)
     if values.flags.c_contiguous and plain:
         yield values.reshape(-1).view(np.uint8)

@@ -13,19 +13,19 @@ from pytree2safetensors._leaves.jax_versions import pinned_sharding
 from pytree2safetensors._leaves.keys import is_key_dtype
 from pytree2safetensors._leaves.placement import has_other_devices, is_in_place
 
-# Measured on an H100: 128 MiB on their way reach the speed of the link, which is ten times that of
-# the writes. So large arrays need not be copied ahead.
+# Measured on an H100: copies of 128 MiB at a time reach the speed of the link, which is ten times the
+# speed of the writes. So large arrays need not be copied ahead.
 _BATCH: Final = 64 << 20  # bytes that are copied by one call
-_MOST: Final = 192 << 20  # bytes of copies that live at once, where one is not larger
+_MOST: Final = 192 << 20  # bytes of copies that exist at a time, unless one copy is larger
 
 
 def copied_ahead(leaves: Sequence[Any]) -> Iterator[Any]:
-    """Give leaves in order; device arrays as copies on the host, started while others are used."""
+    """Yield leaves in order. Copies of device arrays to the host start while others are used."""
     if not _has_device_arrays(leaves):
         yield from leaves
         return
     window: deque[list[Any]] = deque()
-    held = 0  # bytes of the batch that was given last: its user may still have them
+    held = 0  # bytes of the last batch, which the caller may still hold
     for batch in _batches(leaves):
         while window and (len(window) > 1 or held + _nbytes(window[0]) + _nbytes(batch) > _MOST):
             held = _nbytes(window[0])
@@ -40,13 +40,13 @@ def _nbytes(batch: Sequence[Any]) -> int:
 
 
 def _size(leaf: Any) -> int:
-    """Return the bytes of an array; those of keys are few, and not every JAX tells them."""
+    """Return the bytes of an array. Keys count as small: not every version of JAX has their size."""
     return leaf.nbytes if isinstance(leaf, jax.Array) and not is_key_dtype(leaf.dtype) else 0
 
 
 def _has_device_arrays(leaves: Sequence[Any]) -> bool:
-    """Return whether there may be arrays elsewhere than on the host; quick where there are none."""
-    # To ask for devices starts them, which a tree of NumPy's arrays does not need.
+    """Return whether there may be arrays on other devices than the host; fast if there are none."""
+    # Asking for devices starts them, which a tree of NumPy arrays does not need.
     kinds = set(map(type, leaves))
     return any(issubclass(kind, jax.Array) for kind in kinds) and has_other_devices()
 
@@ -66,9 +66,9 @@ def _batches(leaves: Sequence[Any]) -> Iterator[list[Any]]:
 
 
 def to_host(leaves: Sequence[Any]) -> list[Any]:
-    """Start to copy device arrays to the host, all by one call; other leaves stay as they are.
+    """Start to copy all device arrays to the host in one call. Other leaves stay as they are.
 
-    The arrays may be donated as soon as this returns. The copies are arrays of JAX in host memory.
+    The arrays may be donated as soon as this returns. The copies are JAX arrays in host memory.
     """
     found = list(leaves)
     if not _has_device_arrays(leaves):

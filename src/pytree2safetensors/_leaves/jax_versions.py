@@ -87,7 +87,7 @@ _PREFIX: Final = "pytree2safetensors/"
 
 
 def coordination_client() -> Any:
-    """Return the client of `jax.distributed`; None if that is not initialized."""
+    """Return the client of `jax.distributed`; None if it is not initialized."""
     from jax._src import distributed  # no public module has the client
 
     return distributed.global_state.client
@@ -111,15 +111,15 @@ def pinned_sharding(sharding: Any) -> Any:
 def pinned_memory(device: jax.Device, size: int) -> NDArray[np.uint8] | None:
     """Return host memory that a device reads without a further copy; None if there is none.
 
-    JAX has no call for it, but arrays that live there, whose memory is written to through NumPy.
+    JAX has no function for this. So a JAX array is created there, and NumPy writes to its memory.
     """
     try:
         sharding = jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host")
-        # Waited for, as the zeros must not arrive after what is read into the memory.
+        # Wait, because the zeros must not arrive after the data that are read into the memory.
         owner: Any = block_until_ready(jax.device_put(np.zeros(size, np.uint8), sharding))
         address = owner.unsafe_buffer_pointer()
     except Exception:  # noqa: BLE001 - backends and versions without it differ in what they raise
         return None
     buffer: Any = (ctypes.c_uint8 * size).from_address(address)
-    buffer.owner = owner  # NumPy's array keeps the buffer, and this the memory
+    buffer.owner = owner  # the NumPy array keeps the buffer alive, and the buffer keeps the memory
     return np.frombuffer(buffer, np.uint8)

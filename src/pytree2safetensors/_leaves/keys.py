@@ -32,7 +32,7 @@ def implementation_name(leaf: Any) -> str | None:
 
 
 class UnknownHere(FileFormatError):
-    """A stored leaf that may be sound, but that the installed libraries do not know."""
+    """A stored leaf that may be valid, but is unknown to the installed libraries."""
 
 
 def key_shape(impl: str, name: str) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ _HOST_MEMORY: Final = frozenset({"pinned_host", "unpinned_host"})
 
 
 def is_on_host(device: jax.Device) -> bool:
-    """Return whether a device's arrays are host memory, so that it takes NumPy's over."""
+    """Return whether a device keeps arrays in host memory, so that it can use memory of NumPy."""
     return str(device.platform) == "cpu"
 
 
@@ -21,7 +21,7 @@ def has_other_devices() -> bool:
 
 
 def is_in_place(array: jax.Array) -> bool:
-    """Return whether the host reads an array where it is; types of a byte or less may be packed."""
+    """Return whether the host reads an array in place. Types of a byte or less may be packed."""
     if array.dtype.kind == "V" and array.dtype.itemsize == 1:
         return False
     sharding: Any = array.sharding
@@ -31,7 +31,7 @@ def is_in_place(array: jax.Array) -> bool:
 
 
 def computes(array: jax.Array) -> bool:
-    """Return whether JAX computes with an array where it is, and not only keeps it there."""
+    """Return whether JAX computes with an array in place, and does not only keep it there."""
     sharding: Any = array.sharding
     is_kept = sharding.memory_kind in _HOST_MEMORY
     return not is_kept or is_on_host(next(iter(sharding.device_set)))

@@ -44,7 +44,7 @@ def renamed(
         paths: The spelled key paths of all leaves.
         shapes: The shapes of the leaves; None for leaves that are not arrays.
         complete: Whether leaves that a rule cuts from one tensor must all be there.
-        prefix: What the names begin with that `rename` does not give.
+        prefix: The prefix of names that `rename` does not give.
 
     Raises:
         TypeError: `rename` gives a name that is not a str.

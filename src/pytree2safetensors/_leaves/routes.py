@@ -39,7 +39,7 @@ def routes_of(
     """Find out where each leaf is in a file.
 
     Args:
-        rules: The rules, of which the first that matches counts.
+        rules: The rules. The first one that matches is used.
         paths: The spelled key paths of all leaves.
         shapes: The shapes of the leaves; None for leaves that are not arrays.
         complete: Whether leaves that a rule cuts from one tensor must all be there.
@@ -81,7 +81,7 @@ def routes_of(
 
 
 class _Maker:
-    """Makes routes by one rule. Leaves of the same shapes share what does not depend on names."""
+    """Makes routes by one rule. Leaves of the same shapes share all that does not depend on names."""
 
     def __init__(self, rule: Rule, parsed: ParsedRule) -> None:
         self.rule, self.parsed = rule, parsed

@@ -127,6 +127,6 @@ def _holds(dtype: np.dtype[Any]) -> bool:
             jax.device_put(np.zeros((), dtype)).block_until_ready()
     except Exception as error:  # a backend may raise anything
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-            raise  # which says nothing of the dtype, and passes
+            raise  # a temporary error, which does not depend on the dtype
         return False
     return True

@@ -41,8 +41,8 @@ _LARGE: Final = 1 << 16  # bytes: copying smaller arrays whole is faster
 def tensor_chunks(leaf: Any, info: TensorInfo) -> Iterator[Chunk]:
     """Yield the bytes of a tensor in order. A piece is valid until the next one.
 
-    Of a large array that is spread over devices, only what the host cannot read in place is copied:
-    a shard at a time where these follow each other in the file.
+    If a large array is spread over devices, only parts that the host cannot read in place are copied:
+    one shard at a time if the shards follow each other in the file.
     """
     if isinstance(leaf, Assembled):
         yield from assembled_chunks(leaf)
@@ -115,11 +115,11 @@ def assembled_chunks(tensor: Assembled) -> Iterator[Chunk]:
 def _parts_of(
     data: Any, region: Region, shared: Region, view: View, info: TensorInfo
 ) -> Iterator[tuple[Source, NDArray[Any]]]:
-    """Yield what belongs where in tensors of the values of a region of a leaf, in units of one item."""
+    """Yield the parts of tensors that a region of a leaf makes, in units of one item."""
     unit = f"u{BITS[info.dtype] // 8}"
     is_moved = view.order != tuple(range(len(view.order)))
     if is_moved and isinstance(data, jax.Array) and computes(data):
-        with own_programs():  # JAX is quicker at moving axes than NumPy
+        with own_programs():  # JAX moves axes faster than NumPy
             for source, moved in file_parts(view, shared, part_of(data, within(shared, region))):
                 values = host_shard(moved)
                 yield source, np.ndarray(values.shape, unit, to_bytes(values, info))

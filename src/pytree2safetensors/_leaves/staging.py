@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from pytree2safetensors._leaves.jax_versions import block_until_ready, pinned_memory
 from pytree2safetensors._leaves.to_jax import own_programs
 
-# Measured on an H100: in pinned memory, batches of 32 MiB that 12 threads read come near to what the
-# page cache gives. Three of the tensors of usual models fit in. JAX keeps pinned memory for good, and
-# doubles what it asks for: the smaller piece first costs 384 MiB, and last 512.
+# Measured on an H100: in pinned memory, batches of 32 MiB that 12 threads read come close to the
+# speed of the page cache. Three tensors of usual models fit in. JAX never frees pinned memory, and
+# doubles its requests: the smaller piece costs 384 MiB in all if it comes first, and 512 if last.
 RING: Final = (128 << 20, 256 << 20)  # bytes
 ALIGNMENT: Final = 256  # bytes: JAX takes over memory that is aligned to 64
 
@@ -51,7 +51,7 @@ class Ring:
         self.moving: deque[list[Any]] = deque()  # the arrays that are made of the oldest batches
 
     def take(self, size: int) -> NDArray[np.uint8] | None:
-        """Return memory for a batch; None if the others leave no room for it."""
+        """Return memory for a batch; None if there is no room for it now."""
         size = -(-size // ALIGNMENT) * ALIGNMENT
         for piece in self._pieces():
             start = piece.place(size)
@@ -68,29 +68,29 @@ class Ring:
             yield self.pieces[-1]
 
     def transferred(self, arrays: list[Any]) -> None:
-        """Say which arrays are made of the oldest batch that is not being transferred yet."""
+        """Record which arrays are made of the oldest batch that is not being transferred yet."""
         self.moving.append(arrays)
 
     def release(self) -> None:
-        """Wait until the oldest batch has been transferred, and let others have its memory."""
+        """Wait until the oldest batch has been transferred, and free its memory for others."""
         block_until_ready(self.moving.popleft())
         self.taken.popleft().taken.popleft()
 
 
 class _Piece:
-    """Memory in one piece, and what of it is taken."""
+    """Memory in one piece, and which parts of it are in use."""
 
     def __init__(self, memory: NDArray[np.uint8]) -> None:
         self.memory = memory
         self.taken: deque[tuple[int, int]] = deque()  # where each batch starts, and its bytes
 
     def place(self, size: int) -> int | None:
-        """Return where so many bytes are free; None if nowhere."""
+        """Return the offset of this number of free bytes; None if there are not enough."""
         if not self.taken:
             return 0 if size <= len(self.memory) else None
         first, (last, length) = self.taken[0][0], self.taken[-1]
         end = last + length
-        if last >= first:  # free are the bytes after the last, and those before the first
+        if last >= first:  # the bytes after the last batch and those before the first are free
             if end + size <= len(self.memory):
                 return end
             return 0 if size <= first else None
@@ -98,6 +98,6 @@ class _Piece:
 
 
 def memory_for(device: jax.Device, size: int) -> NDArray[np.uint8]:
-    """Return memory to transfer to a device from: pinned, if it can be had."""
+    """Return memory to transfer to a device from, pinned if possible."""
     pinned = pinned_memory(device, size)
     return aligned(size) if pinned is None else pinned

@@ -40,13 +40,13 @@ def to_jax(
 ) -> list[jax.Array]:
     """Make JAX arrays, which are uncommitted if no sharding is given.
 
-    Creating an array takes JAX some 20 us, or 4 us as a result of a compiled call.
+    JAX needs some 20 us to create an array, but only 4 us if a compiled call returns it.
 
     Args:
         arrays: The values.
-        shardings: Where each shall live; None for JAX's default device.
-        keeps_memory: Whether the memory of large arrays may become JAX's. If not, the arrays must
-            be ready before that memory is used again.
+        shardings: The sharding of each array; None for JAX's default device.
+        keeps_memory: Whether JAX may take over the memory of large arrays. If not, the arrays must
+            be ready before the memory is used again.
     """
     found: list[Any] = list(arrays)
     placements = shardings or [None] * len(arrays)
@@ -72,8 +72,8 @@ def to_jax(
                 made = _identity(members) if keeps_memory else _unstacked(np.stack(members))
                 for position, made_array in zip(chunk, made, strict=True):
                     found[position] = made_array
-            # Copies, as JAX may take these over too, and the memory they are in with them. Not by
-            # jnp.array, which compiles a program for each shape.
+            # These must be copies, because JAX may take over the memory that they are in. jnp.array
+            # would copy, too, but compiles a program for each shape.
             alone.extend(positions[compiled:])
             values.extend(
                 arrays[position].copy() if keeps_memory else arrays[position]
@@ -91,11 +91,11 @@ def to_jax(
 
 @contextmanager
 def own_programs() -> Iterator[None]:
-    """Let JAX run the programs of a load whatever its settings are.
+    """Let JAX run the programs of a load, whatever its settings are.
 
-    NaNs and transfers are what a load is about, not what a user looks for when he looks for them.
-    Without jit a program may give its arguments back, which are no arrays of JAX, and under a mesh
-    it spreads its results over the devices.
+    A user who checks for NaNs or transfers does not mean those of a load. Without jit, a program may
+    return its arguments, which are not JAX arrays. Under a mesh, it spreads its results over the
+    devices.
     """
     with (
         jax.debug_nans(False),
@@ -112,7 +112,7 @@ def weaken(array: jax.Array) -> jax.Array:
     dtype = np.dtype(array.dtype)
     for wide in (False, True):
         with enable_x64(wide), own_programs():  # it decides which dtypes are weak
-            if dtype == np.bool_:  # which only comparisons make
+            if dtype == np.bool_:  # only comparisons return weak bools
                 return jax.lax.ne(jax.lax.full_like(0, array), jax.lax.full_like(0, 0))
             for prototype in (0, 0.0, 0j):
                 if jnp.result_type(prototype) == dtype:

@@ -1,7 +1,8 @@
 """Views: a leaf as regions of tensors, with axes in another order.
 
-A view is the same for both directions. Reading fills memory that lies in the order of the file and
-gives it to the leaf as `to_leaf` shows it; writing takes from the leaf what `to_file` shows.
+A view works in both directions. Reading fills memory in the order of the file, and `to_leaf` turns it
+into a region of the leaf. Writing takes a region of the leaf, which `to_file` turns into the order of
+the file.
 
 Specification: *Rules*.
 """
@@ -17,9 +18,9 @@ from pytree2safetensors._leaves.extents import Region, Shape, shape_of, within
 class View(NamedTuple):
     """How a leaf is made of tensors.
 
-    In NumPy's terms: take the tensors, each reshaped to `fine` and cut to `region`, and stack them
-    on axes of the sizes `stacked`. Each axis of the leaf merges some of the axes that this has, in
-    the order that `axes` gives. Axes that no axis of the leaf merges have length 1.
+    In terms of NumPy: reshape each tensor to `fine`, cut it to `region`, and stack the tensors on axes
+    of the sizes `stacked`. Each axis of the leaf merges some axes of the result, in the order that
+    `axes` gives. All other axes of the result have length 1.
     """
 
     names: tuple[str, ...]  # the last of the stacked axes changes fastest
@@ -47,7 +48,7 @@ class View(NamedTuple):
 
     @property
     def order(self) -> tuple[int, ...]:
-        """Return the axes in the order of the leaf, after those that it does not have."""
+        """Return the axes in the order of the leaf, after the axes that the leaf does not have."""
         mine = [axis for merged in self.axes for axis in merged]
         others = [axis for axis in range(len(self.sizes)) if axis not in mine]
         return (*others, *mine)
@@ -80,7 +81,7 @@ def plain_view(name: str, shape: Shape) -> View:
 
 
 def boxes_of(view: View, region: Region) -> list[Box]:
-    """Split a region of the leaf into boxes: none if it is empty, many if it cuts merged axes."""
+    """Split a region of the leaf into boxes: none if it is empty, several if it cuts merged axes."""
     sizes = view.sizes
     cuts = [
         list(_cut([sizes[axis] for axis in merged], *bounds))
@@ -141,15 +142,15 @@ def sources_of(view: View, box: Box) -> Iterator[Source]:
 
 
 def to_leaf(view: View, box: Box, memory: Any) -> Any:
-    """Show memory of a box as a region of the leaf, without a copy unless axes are merged.
+    """View the memory of a box as a region of the leaf. This copies only if axes are merged.
 
-    `memory` is an array of NumPy or JAX, and so is the result.
+    `memory` is an array of NumPy or JAX, and the result is of the same kind.
     """
     return memory.transpose(view.order).reshape(shape_of(box.region))
 
 
 def to_file(view: View, box: Box, values: Any) -> Any:
-    """Show a region of the leaf in the order of the file, without a copy: inverts `to_leaf`."""
+    """View a region of the leaf in the order of the file, without a copy. This inverts `to_leaf`."""
     shape, order = box.shape, view.order
     back = sorted(range(len(order)), key=order.__getitem__)
     return values.reshape([shape[axis] for axis in order]).transpose(back)
@@ -168,7 +169,7 @@ def file_parts(view: View, region: Region, values: Any) -> Iterator[tuple[Source
 
 
 def region_of_tensor(view: View, name: str) -> Region:
-    """Return the smallest region of the leaf that contains a tensor's whole part of it."""
+    """Return the smallest region of the leaf that contains the whole part of a tensor in it."""
     place = view.names.index(name)
     region = []
     for merged, size in zip(view.axes, view.shape, strict=True):
@@ -181,7 +182,7 @@ def region_of_tensor(view: View, name: str) -> Region:
 
 
 def leaf_of(view: View, tensors: Mapping[str, Any], stack: Any) -> Any:
-    """Make the leaf from whole tensors; `stack` is that of NumPy or JAX."""
+    """Make the leaf from whole tensors; `stack` is the function of NumPy or JAX."""
     index = tuple(slice(*bounds) for bounds in view.region)
     parts = [tensors[name].reshape(view.fine)[index] for name in view.names]
     memory = (parts[0] if len(parts) == 1 else stack(parts)).reshape(view.sizes)

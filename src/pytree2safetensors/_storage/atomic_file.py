@@ -36,9 +36,9 @@ def write_file(
 
 @contextmanager
 def replacing(path: LocalPath, *, durable: bool, name: str | None = None) -> Iterator[int]:
-    """Yield a descriptor whose content takes the place of the file if all goes well.
+    """Yield a descriptor of a new file, which replaces the old file if no error occurs.
 
-    Until then the file has the given name, beside the one it replaces.
+    Until then, the new file has the given name, in the folder of the old one.
     """
     given = os.fsdecode(path)
     with naming(path), ExitStack() as stack:
@@ -90,7 +90,7 @@ def _split(path: str) -> tuple[str, str]:
 
 @contextmanager
 def _explaining(parent: str, durable: bool) -> Iterator[None]:
-    """Say what to do if a folder cannot be opened."""
+    """Add to an error what to do if a folder cannot be opened."""
     try:
         yield
     except FileNotFoundError as error:

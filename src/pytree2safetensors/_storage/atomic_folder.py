@@ -47,8 +47,8 @@ def replace_together(
         progress: Called with the bytes written and the bytes in total.
 
     Raises:
-        OSError: Nothing changed; or everything did, and a flush or a removal failed after that; or
-            it could not be changed back, and the last file is missing.
+        OSError: Nothing was changed. Or everything was changed, and a flush or a removal failed
+            afterwards. Or a change could not be undone, and the last file is missing.
     """
     temporaries = {part.name: temporary_name(parts[-1].name) for part in parts}
     with replacing_together(path, temporaries, rival, stale, durable=durable) as creating:
@@ -70,8 +70,8 @@ def replacing_together(
 ) -> Iterator[Callable[[str, bool], AbstractContextManager[int]]]:
     """Yield a function that creates one of the files, and flushes it if asked.
 
-    All files take their places if all goes well. Until then they have the given temporary names,
-    by which other processes can open them.
+    All files get their names if no error occurs. Until then, they have the given temporary names, by
+    which other processes can open them.
     """
     with ExitStack() as undo:
         missing = _missing(path)
@@ -136,7 +136,7 @@ def _remove_empty(folders: Iterable[str]) -> None:
 
 
 def _replaced(folder: Folder, name: str) -> os.stat_result | None:
-    """Return the status of a file that another is to replace; None if there is none."""
+    """Return the status of a file that will be replaced; None if it does not exist."""
     status = folder.status(name)
     if status is not None and not stat.S_ISREG(status.st_mode):
         code = errno.EISDIR if stat.S_ISDIR(status.st_mode) else errno.EEXIST
@@ -147,9 +147,9 @@ def _replaced(folder: Folder, name: str) -> os.stat_result | None:
 def _commit(folder: Folder, temporaries: Mapping[str, str], rival: str, durable: bool) -> None:
     """Give the files their names, the last one last.
 
-    If other names are taken, the last of the older files goes first, and so does the rival before
-    the last file comes: nobody finds some files of each, or two that could be meant. The older
-    files live on under temporary names until all is done.
+    If other names are in use, the last of the older files is moved away first, and the rival just
+    before the last file appears. So a reader never finds files of both saves, or two files to choose
+    from. The older files keep temporary names until everything is done.
     """
     *others, last = temporaries
     taken = [name for name in others if folder.has(name)]

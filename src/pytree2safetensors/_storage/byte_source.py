@@ -70,7 +70,7 @@ class ByteSource:
     Attributes:
         piece: The bytes of one read; 0 if the caller decides.
         gap: Two ranges of a tensor with fewer bytes between them are read as one.
-        in_flight: How many reads to have under way at once; 0 if the number of cores decides.
+        in_flight: How many reads to have in progress; 0 if the number of cores decides.
     """
 
     piece: int = 0
@@ -89,10 +89,10 @@ class ByteSource:
         raise NotImplementedError
 
     def verify(self) -> None:
-        """Raise a FileFormatError if another file has taken the place of this one."""
+        """Raise a FileFormatError if another file has replaced this one."""
 
     def close(self) -> None:
-        """Close the file, if it is not the caller's."""
+        """Close the file, unless it belongs to the caller."""
 
     def measure(self, end: int) -> int:  # noqa: ARG002 - for streams
         """Return the size; for a stream of more than `end` bytes, any number larger than `end`."""

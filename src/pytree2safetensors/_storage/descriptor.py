@@ -33,7 +33,7 @@ class Held(list[int]):
         with suppress(OSError):
             self.close()
 
-    __del__ = __exit__  # of what an interrupt takes from its owner
+    __del__ = __exit__  # closes it even if an interrupt takes it from its owner
 
     def open(self, path: str, flags: int, mode: int = 0o777, dir_fd: int | None = None) -> int:
         """Open a file as `os.open` does."""

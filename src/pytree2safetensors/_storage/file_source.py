@@ -132,7 +132,7 @@ def shut(source: ByteSource) -> None:
 
 
 def identity(status: os.stat_result) -> tuple[int, ...]:
-    """Return what tells a file from another that takes its place."""
+    """Return what distinguishes a file from one that replaces it."""
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 

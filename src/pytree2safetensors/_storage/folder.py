@@ -42,7 +42,7 @@ class Folder:
         except PermissionError:
             if self._listed:
                 raise
-            looked_up = getattr(os, "O_PATH", None)  # on Linux: to look names up alone
+            looked_up = getattr(os, "O_PATH", None)  # on Linux: only to look up names
             if looked_up is not None:
                 self._descriptor = self._held.open(self.path, looked_up | os.O_DIRECTORY)
             else:
@@ -192,7 +192,7 @@ def _unlock(descriptor: int) -> None:
 def absolute(path: str) -> str:
     """Return the path from the root, unless only the relative one leads there.
 
-    A path that ends in "/" still does, and an empty one stays what no file has.
+    A path that ends in "/" still ends in "/". An empty path stays empty, because no file has it.
     """
     if not path or os.path.isabs(path):
         return path

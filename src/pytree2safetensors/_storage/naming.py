@@ -25,7 +25,7 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
 
 @contextmanager
 def foreign() -> Iterator[None]:
-    """Mark errors of the caller's own code, which are not about the file."""
+    """Mark errors that the caller's own code raises, because they are not about the file."""
     try:
         yield
     except OSError as error:

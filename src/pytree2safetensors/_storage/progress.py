@@ -66,7 +66,7 @@ def closing_bar(progress: Progress | None) -> Iterator[None]:
 
 
 def progress_of_part(progress: Progress | None, before: int, total: int) -> Progress | None:
-    """Return what a part of the work calls, which begins when `before` of all bytes are done."""
+    """Return a progress function for a part of the work that begins after `before` bytes."""
     if progress is None:
         return None
 

@@ -16,7 +16,7 @@ from pytree2safetensors._types import Chunk
 
 _HEAD: Final = 100_000  # bytes that are read first: nearly always the whole header
 _PINNED: Final = {"s3", "s3a"}  # whose files fsspec reads with If-Match
-# What tells an object from its successor, under the names that the stores give it.
+# What distinguishes an object from its successor, under the names that the stores use.
 _VERSION: Final = (
     "ETag", "etag", "generation", "version_id", "VersionId", "md5Hash", "Content-MD5", "Digest",
     "blob_id", "Last-Modified", "LastModified", "last_modified", "updated", "mtime", "modified",
@@ -132,7 +132,7 @@ class RemoteSource(ByteSource):
         return (info.get("size"), _version_of(info)) == (self.size, self._version)
 
     def verify(self) -> None:
-        # One request gives no mixture.
+        # The answer to one request is never a mixture.
         if self._fetched > 1 and not self._is_pinned and not self.is_current():
             raise _changed(self.path)
 
@@ -154,7 +154,7 @@ def _opened(path: RemotePath) -> tuple[Any, dict[str, Any]]:
     if info.get("partial") is False:
         raise _without_ranges(path)
     etag = info.get("ETag", "W/")
-    own = getattr(path.fs, "kwargs", {}).get("headers", {})  # such as who logs in
+    own = getattr(path.fs, "kwargs", {}).get("headers", {})  # such as credentials
     options = {} if etag.startswith("W/") else {"headers": {**own, "If-Match": etag}}
     if not info["size"]:
         return None, info
@@ -172,7 +172,7 @@ def _version_of(info: dict[str, Any]) -> tuple[str, ...]:
 class Pending:
     """A file in a store that is being written.
 
-    It takes its name with `commit`. Stores that write in place give it its name from the start.
+    It gets its name with `commit`. In stores that write in place, it has its name from the start.
     """
 
     def __init__(self, path: RemotePath) -> None:
@@ -185,7 +185,7 @@ class Pending:
         with told(path):
             self._file = path.fs.open(path.path, "wb", **options)
         if transaction is not None:
-            with suppress(ValueError):  # it is ours alone to commit
+            with suppress(ValueError):  # only this class commits it
                 path.fs.transaction.files.remove(self._file)
 
     def write(self, piece: memoryview) -> None:
@@ -229,7 +229,7 @@ def _commits(file: Any) -> bool:
 def write_remote(
     path: RemotePath, chunks: Iterable[Chunk], size: int, progress: Progress | None
 ) -> None:
-    """Write a file that appears whole or not at all, where the store can do that."""
+    """Write a file that appears whole or not at all, if the store can do that."""
     report = Report(progress, size)
     pending = Pending(path)
     try:

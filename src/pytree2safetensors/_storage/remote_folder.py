@@ -7,7 +7,7 @@ from pytree2safetensors._storage.progress import Progress, Report
 from pytree2safetensors._storage.remote_file import Pending, told, write_pending
 from pytree2safetensors._storage.remote_path import RemotePath
 
-# Stores without folders: a name with slashes is all there is to one.
+# Stores without folders. There, a folder is only a part of a name.
 _FLAT = frozenset(
     ["s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oci", "hf", "http", "https", "memory"]
 )
@@ -33,8 +33,8 @@ def replace_remotely(
 ) -> None:
     """Write files that become valid with the last of them, then remove stale files.
 
-    A store has no renames and no lock. So the old index goes before any shard is replaced. In
-    between, and after a failure there, a reader gets the error that the save was cut short.
+    A store has no renames and no locks. So the old index is removed before any shard is replaced.
+    Until the new index is written, a reader gets the error that a save was interrupted.
     """
     report = Report(progress, sum(part.size for part in parts))
     *others, last = parts

@@ -26,7 +26,7 @@ class RemotePath(NamedTuple):
     Attributes:
         fs: The file system of fsspec.
         path: The path in it.
-        url: What the caller gave, which may hold credentials.
+        url: The URL that the caller passed, which may contain credentials.
     """
 
     fs: Any
@@ -81,11 +81,10 @@ class RemotePath(NamedTuple):
 
 
 def resolve(path: PathLike | T) -> str | RemotePath | T:
-    """Return the local path, or the path in a store, that a caller means; a file object as it is.
+    """Return the local path, or the path in a store, that a caller means. Return file objects as they are.
 
     Raises:
-        ValueError: It is a URL that cannot be opened here, or a path that no file can have been
-            meant to have.
+        ValueError: It is a URL that cannot be opened here, or a path that is probably a mistake.
     """
     if isinstance(path, str | os.PathLike):  # asked first, as some paths have a method `write`
         return _resolved(os.fsdecode(path))
@@ -117,7 +116,7 @@ def _local(path: str) -> str:
 
 
 def check_created(folder: str) -> None:
-    """Refuse to make a folder called `~`, which only a shell replaces."""
+    """Raise an error for a new folder called `~`, which only a shell replaces."""
     first = folder.partition("/")[0]
     if first.startswith("~") and not os.path.lexists(first):
         raise ValueError(

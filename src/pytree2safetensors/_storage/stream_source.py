@@ -16,7 +16,7 @@ _PIECE: Final = 8 << 20  # bytes of one read
 
 
 class ForwardSource(ByteSource):
-    """A stream that cannot seek. What was read of it is kept in memory."""
+    """A stream that cannot seek. All that was read from it is kept in memory."""
 
     def __init__(self, label: str, file: Any) -> None:
         super().__init__(label, 0)
