@@ -16,6 +16,12 @@ TITLES = {
     FOLDER: "The same, a folder of shards",
     SMALL: "Small leaves of float32",
 }
+LOADED = {  # in the titles of the chart
+    MODEL: "one file onto the GPU",
+    FOLDER: "a folder of shards onto the GPU",
+    SMALL: "{leaves:,} small arrays onto the GPU",
+}
+NAMES = {"orbax": "Orbax"}
 Table = tuple[str, tuple[str, ...], list[list[str]]]  # title, head, rows
 
 
@@ -156,9 +162,9 @@ def draw(result: dict[str, Any]) -> str:
         for run in result["runs"]
         if run["op"] in {"load", "save"}
     ]
-    systems = {run["system"]: run["system"] for run in runs}
+    systems = {run["system"]: NAMES.get(run["system"], run["system"]) for run in runs}
     panels = []
-    for workload, title in TITLES.items():
+    for workload in TITLES:
         mine = [run for run in runs if (run["workload"], run["op"]) == (workload, "load")]
         limit = limits_of(result).get("load", 0) if workload != SMALL else 0
         if mine:
@@ -167,5 +173,6 @@ def draw(result: dict[str, Any]) -> str:
                 if limit
                 else None
             )
-            panels.append(Panel(f"{title}: seconds", workload, "load", line, "wall", systems))
+            title = f"Load {LOADED[workload].format(**result)}: seconds"
+            panels.append(Panel(title, workload, "load", line, "wall", systems))
     return chart.draw(panels, runs)

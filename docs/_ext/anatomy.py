@@ -13,7 +13,7 @@ import pytree2safetensors as p2s
 from pytree2safetensors._format.digests import digest_tensor, hash_blocks
 from pytree2safetensors._format.tensor import TensorInfo
 
-WIDTH, LINE = 560, 30
+WIDTH, LINE = 420, 28
 VECTORS = (
     ("@w", "U8", (0,)),
     ("@w", "F32", (2, 3)),
@@ -67,14 +67,14 @@ def layout() -> str:
     for number, part in enumerate(parts):
         y = 4 + LINE * number
         lines += [
-            f'<text x="52" y="{y + 20}" text-anchor="end" class="code">{part.start}</text>',
-            f'<rect x="60" y="{y}" width="{WIDTH - 160}" height="{LINE}" class="box"/>',
-            f'<text x="72" y="{y + 20}" class="code">{escape(part.what)}</text>',
-            f'<text x="{WIDTH - 90}" y="{y + 20}" class="code">{part.size} bytes</text>',
+            f'<text x="30" y="{y + 19}" text-anchor="end" class="code">{part.start}</text>',
+            f'<rect x="38" y="{y}" width="{WIDTH - 126}" height="{LINE}" class="box"/>',
+            f'<text x="46" y="{y + 19}" class="code">{escape(part.what)}</text>',
+            f'<text x="{WIDTH - 80}" y="{y + 19}" class="code">{part.size} bytes</text>',
         ]
     height = 8 + LINE * len(parts)
     lines.append(
-        f'<text x="52" y="{height + 16}" text-anchor="end" class="code">{len(content)}</text>'
+        f'<text x="30" y="{height + 15}" text-anchor="end" class="code">{len(content)}</text>'
     )
     label = "The parts of a file: " + "; ".join(f"{part.what}, {part.size} bytes" for part in parts)
     return (

@@ -101,13 +101,14 @@ def described() -> dict[str, tuple[str, list[str]]]:
 def layers() -> list[str]:
     """List the layers of the import contract, the highest first, each folder with its first line."""
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["importlinter"]
-    lines = ["| layer | what it is |", "|---|---|"]
+    lines = ["| layer | folder or module | what it is |", "|---|---|---|"]
     said = described()
-    for layer in contracts["contracts"][0]["layers"]:
-        names = [name.strip().removeprefix("pytree2safetensors.") for name in layer.split("|")]
-        texts = [said.get(f"{name}/__init__.py") or said.get(f"{name}.py") for name in names]
-        shown = " ".join(text[0] for text in texts if text)
-        lines.append(f"| {', '.join(f'`{name}`' for name in names)} | {shown} |")
+    layers = contracts["contracts"][0]["layers"]
+    for number, layer in zip(range(len(layers), 0, -1), layers, strict=True):
+        for name in layer.split("|"):
+            short = name.strip().removeprefix("pytree2safetensors.")
+            found = said.get(f"{short}/__init__.py") or said[f"{short}.py"]
+            lines.append(f"| {number} | `{short}` | {found[0]} |")
     return lines
 
 
