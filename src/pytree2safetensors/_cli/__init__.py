@@ -1,1 +1,1 @@
-"""The command: what is in a file, how two differ, and whether one is sound."""
+"""The command: it shows, compares and verifies files."""

@@ -1,4 +1,4 @@
-"""Answers: what each command gives to `main`, for people and for programs."""
+"""Answers: what each command returns to `main`, for people and for programs."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, Final, NamedTuple
@@ -10,8 +10,8 @@ class Answer(NamedTuple):
     """What a command found.
 
     Attributes:
-        lines: Gives the lines for people.
-        content: Gives the object for programs.
+        lines: Returns the lines for people.
+        content: Returns the object for programs.
         complaint: The line for stderr. If there is one, the exit code is 1.
     """
 

@@ -25,7 +25,7 @@ class Values(NamedTuple):
         elements: How many elements an array has.
         differing: How many of them differ in any bit.
         largest: The largest finite absolute difference.
-        not_finite: How many differ by no finite number, as NaN does from everything.
+        not_finite: How many differences are not finite, such as those of NaN.
     """
 
     elements: int
@@ -66,7 +66,7 @@ class Difference(NamedTuple):
 
 
 class Change(NamedTuple):
-    """A metadata entry, or a node in the note, that differs; None if a file does not have it."""
+    """A metadata entry or a noted node that differs. A value is None if a file does not have it."""
 
     name: str
     before: str | None
@@ -145,7 +145,7 @@ def _compare_values(name: str, old: OpenCheckpoint, new: OpenCheckpoint) -> Valu
     info = old.infos[name]
     found = Values(math.prod(info.shape[:-1] if info.kind in COMPLEX128 else info.shape))
     if _is_packed(info):
-        found = Values(info.nbytes)  # only its bytes can be compared
+        found = Values(info.nbytes)  # only bytes can be compared
     for piece, other in zip(old.pieces(name), new.pieces(name), strict=True):
         if not np.array_equal(piece, other):
             found = found.plus(_compare_pieces(name, info, piece, other))
@@ -159,7 +159,7 @@ def _compare_pieces(
     differ = (piece.reshape(len(a), -1) != other.reshape(len(b), -1)).any(axis=1)
     a, b = a[differ], b[differ]
     if a.dtype.kind == "b" or isinstance(info.kind, list) or _is_packed(info):
-        return Values(0, len(a))  # distances mean nothing for bools and keys
+        return Values(0, len(a))  # bools and keys have no distance
     distances = _distances(a, b)
     finite = distances[np.isfinite(distances)]
     largest = finite.max().item() if finite.size else None
@@ -182,7 +182,7 @@ def items(name: str, info: TensorInfo, piece: NDArray[np.uint8]) -> NDArray[Any]
 
 
 def _is_packed(info: TensorInfo) -> bool:
-    """Return whether the format knows the dtype, and NumPy does not."""
+    """Return whether the format has the dtype, but NumPy does not."""
     try:
         spec_of(info, "")
     except FileFormatError:

@@ -27,7 +27,7 @@ def fitting(file: str, prefix: str, template: Any, rules: Any) -> Answer:
 
 
 def named_object(text: str) -> Any:
-    """Import what MODULE:NAME names; modules may be in the current folder.
+    """Import the object MODULE:NAME. The module may be in the current folder.
 
     Raises:
         argparse.ArgumentTypeError: The module or the name does not exist.

@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _print_answer(ask: Callable[[], Answer], as_json: bool, between: str | None) -> int:
-    """Print one answer, after the line that separates it from the one before."""
+    """Print one answer, and before it a line that separates it from the previous one."""
     try:
         answer = ask()
         lines: Iterable[str] = (

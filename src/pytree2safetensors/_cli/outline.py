@@ -13,8 +13,8 @@ from pytree2safetensors._tree.separated import natural
 from pytree2safetensors._tree.spelling import join
 from pytree2safetensors._types import Kind
 
-_MOST_ROWS: Final = 200  # of an outline that `clip` leaves
-_ALIKE: Final = 3  # from here on siblings that differ in a number alone are folded
+_MOST_ROWS: Final = 200  # of an outline after `clip`
+_ALIKE: Final = 3  # so many siblings that differ only in a number are folded into one row
 _RUNS: Final = 4  # of numbers that a folded row lists
 
 # The last number of a segment, at most what a 64-bit integer holds.
@@ -28,10 +28,10 @@ class Row(NamedTuple):
     Attributes:
         depth: How many rows are above it in the tree.
         name: The spelled name, with ranges such as `0..31` in folded rows.
-        label: What the name adds to that of the row above it in the tree.
+        label: The part of the name that the row above in the tree does not have.
         times: How many nodes or leaves the row represents.
         leaf: The leaf, or the first of them.
-        kind: The kind of a node, as the note has it.
+        kind: The kind of a node in the note.
         leaves: How many leaves each of the nodes has.
         parameters: How many elements the arrays of each have.
         nbytes: How many bytes each of them has.
@@ -64,7 +64,7 @@ class _Node:
 
 
 class _Group(NamedTuple):
-    """Siblings in one row: their segments, how many they are, and the first of them."""
+    """Siblings in one row: their segments, their number, and the first of them."""
 
     segment: str
     times: int
@@ -86,10 +86,10 @@ def outline(leaves: Iterable[Leaf], nodes: Mapping[str, Kind], *, fold: bool = T
 
 
 def clip(rows: list[Row]) -> tuple[list[Row], int]:
-    """Leave out rows until the others fit on some screens: the deepest levels first.
+    """Leave out the deepest levels until the remaining rows fit on a few screens.
 
     Returns:
-        The rows that are left, and how many rows of the first level are not.
+        The remaining rows, and how many rows of the first level are left out.
     """
     levels = Counter(row.depth for row in rows)
     deepest, total = 0, levels[0]
@@ -187,7 +187,7 @@ def _rows(root: _Node, fold: bool) -> Iterator[Row]:
 
 
 def _follow(group: _Group, fold: bool) -> tuple[list[str], int, _Node, list[_Group]]:
-    """Go down from a group to where the tree first branches or ends, and find what is below."""
+    """Go down from a group to where the tree first branches or ends, and return what is below."""
     segment, times, node = group
     segments = [segment]
     below = _groups(node, fold)
@@ -208,7 +208,7 @@ def _row(depth: int, name: str, label: str, times: int, node: _Node) -> Row:
 
 
 def _groups(node: _Node, fold: bool) -> list[_Group]:
-    """Group the children that are alike but for a number; all in natural order."""
+    """Group the children that differ only in a number. Return them in natural order."""
     found: list[tuple[str, _Group]] = []  # each with the first of its segments
     for family in _families(node, fold):
         if len(family) < _ALIKE or not _fits(number for number, _, _ in family):
@@ -225,7 +225,7 @@ def _groups(node: _Node, fold: bool) -> list[_Group]:
 
 
 def _families(node: _Node, fold: bool) -> Iterable[list[tuple[str, str, _Node]]]:
-    """Find children that are alike but for the last number of their segments, with that number."""
+    """Find children that differ only in the last number of their segments, with this number."""
     families: dict[tuple[str, str, int], list[tuple[str, str, _Node]]] = {}
     for segment, child in node.children.items():
         found = _NUMBERED.fullmatch(segment) if fold else None
@@ -238,13 +238,13 @@ def _families(node: _Node, fold: bool) -> Iterable[list[tuple[str, str, _Node]]]
 
 
 def _fits(numbers: Iterable[str]) -> bool:
-    """Return whether a range is unambiguous: all numbers as wide, or none with a leading zero."""
+    """Return whether a range is unambiguous: all numbers are equally wide, or have no leading zero."""
     texts = list(numbers)
     return len({*map(len, texts)}) == 1 or not any(len(t) > 1 and t[0] == "0" for t in texts)
 
 
 def _ranges(numbers: list[str]) -> str:
-    """Write sorted numbers as ranges, `0..31` or `0,2,4..7`, without the middle of a long list."""
+    """Write sorted numbers as ranges, `0..31` or `0,2,4..7`. Leave out the middle of a long list."""
     runs: list[list[str]] = []
     for number in numbers:
         if runs and int(number) == int(runs[-1][-1]) + 1:

@@ -28,7 +28,7 @@ _LONGEST_VALUE: Final = 32
 
 
 def show(file: str, prefix: str, *, everything: bool, paths: bool) -> Answer:
-    """Show what a file holds, below `prefix`; with `paths`, whole key paths in each row."""
+    """Show what a file has below `prefix`. With `paths`, each row has the whole key path."""
     return Answer(
         lambda: _lines(file, prefix, everything, paths),
         lambda: _content(file, prefix),
@@ -130,12 +130,12 @@ def leaves_text(number: int) -> str:
 
 
 def leaf_text(leaf: Leaf) -> str:
-    """Write the type of a leaf, and its value if that is known."""
+    """Write the type of a leaf, and its value if it is known."""
     return leaf.type if leaf.value is None else f"{leaf.type} = {value_text(leaf)}"
 
 
 def value_text(leaf: Leaf) -> str:
-    """Write the value of a leaf in a few characters: a str as a literal, all else as it is."""
+    """Write the value of a leaf in a few characters: a str as a literal, other values as they are."""
     value = leaf.value or ""
     start = value[:_LONGEST_VALUE]
     more = f"... ({len(value):,} characters)" if len(start) < len(value) else ""

@@ -1,4 +1,4 @@
-"""Summaries: what a file holds, from its header."""
+"""Summaries: what is in a file, from its header."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -58,14 +58,14 @@ class Leaf(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """What a file holds, from its header.
+    """What is in a file, from its header.
 
     Attributes:
         leaves: The leaves, sorted by name.
         nodes: The nodes that are in the note.
         metadata: The metadata, without the entries of this package.
-        files: How many files these are.
-        file_bytes: Their size.
+        files: The number of files.
+        file_bytes: Their size in bytes.
         digests: Whether there is a digest of each tensor.
     """
 
@@ -78,7 +78,7 @@ class Summary(NamedTuple):
 
 
 def summarise(store: OpenCheckpoint, prefix: str = "") -> Summary:
-    """Summarise a checkpoint, or what is below `prefix`.
+    """Summarize a checkpoint, or what is below `prefix`.
 
     Raises:
         Pytree2SafetensorsError: The file has nothing at `prefix`, or `prefix` is not a key path.
@@ -115,7 +115,7 @@ def leaves_of(store: OpenCheckpoint) -> Iterator[Leaf]:
 
 def _describe(name: str, info: TensorInfo) -> Leaf:
     try:
-        # Without the name, which is for messages alone and would defeat the caches.
+        # Without the name, which is only for messages and would defeat the caches.
         found = spec_of(info, "")
     except FileFormatError:  # JAX cannot load it here: show what is stored and noted
         noted = " ".join(map(plain, info.kind)) if isinstance(info.kind, list) else info.kind
@@ -127,7 +127,7 @@ def _describe(name: str, info: TensorInfo) -> Leaf:
 
 
 def with_value(leaf: Leaf, store: OpenCheckpoint) -> Leaf:
-    """Read the value of a small leaf; leave other leaves and unreadable values out."""
+    """Read the value of a small leaf. Other leaves and unreadable values stay as they are."""
     if leaf.value is not None or not leaf.is_small:
         return leaf
     info = store.infos[leaf.name]

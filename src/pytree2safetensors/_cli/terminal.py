@@ -1,4 +1,4 @@
-"""Text for terminals: escaped, in columns, in colours, for a screen of any width."""
+"""Text for terminals: escaped, in columns, in colors, for a screen of any width."""
 
 import os
 import shutil
@@ -38,7 +38,7 @@ class Cells(NamedTuple):
 
 
 def plain(text: str) -> str:
-    """Return a text itself if it is safe and unmistakable, and otherwise a Python literal."""
+    """Return a text as it is if it is safe and unambiguous, or else as a Python literal."""
     safe = text.isprintable() and text.strip() == text and text[:1] not in {"", "'", '"'}
     return text if safe and len(text) <= _LONGEST_NAME else shorten(text, _LONGEST_NAME)
 
@@ -69,14 +69,14 @@ def plural(number: int, singular: str, plural: str) -> str:
 
 
 def line(text: str, style: Style = "") -> str:
-    """Make a line for the terminal: escape control characters, then add the colour."""
+    """Make a line for the terminal: escape control characters, then add the color."""
     if not text.isprintable():
         text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
     return f"\x1b[{_CODES[style]}m{text}\x1b[0m" if style and _has_colours() else text
 
 
 def _has_colours() -> bool:
-    """Return whether stdout is a terminal whose user wants colours (https://no-color.org)."""
+    """Return whether stdout is a terminal whose user wants colors (https://no-color.org)."""
     if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
         return False
     if sys.platform == "win32" and "WT_SESSION" not in os.environ:  # older consoles print codes
@@ -102,7 +102,7 @@ def _screen() -> int:
 
 
 def table(rows: Sequence[Cells]) -> Iterator[str]:
-    """Print rows in columns; a detail that does not fit beside its name goes below it."""
+    """Print rows in columns. A detail that does not fit beside its name goes below it."""
     if not rows:
         return
     screen = _screen()
@@ -114,7 +114,7 @@ def table(rows: Sequence[Cells]) -> Iterator[str]:
         middle = min(middle, max(room // 2, room - first))
         first = room - middle
     for name, detail, amounts, style in rows:
-        width = middle if any(amounts) else screen - first - 2  # or all that is left of the line
+        width = middle if any(amounts) else screen - first - 2  # or the rest of the line
         indent, left = first, name
         if _columns(name) > first or _columns(detail) > width:
             yield line(name, style)
@@ -135,7 +135,7 @@ def labelled(label: str, text: str) -> Iterator[str]:
 
 
 def write(lines: Iterable[str]) -> None:
-    """Print lines on stdout, and stop quietly when nobody reads them any more."""
+    """Print lines on stdout, and stop quietly when nobody reads them anymore."""
     out = sys.stdout  # None if it was closed before the start
     try:
         for text in lines:

@@ -1,4 +1,4 @@
-"""`verify`: whether a file is sound, judged from all of its bytes."""
+"""`verify`: whether a file is sound. This reads all of its bytes."""
 
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
@@ -30,10 +30,10 @@ class Verdict(NamedTuple):
     Attributes:
         opened: Whether the header is sound, so that the data could be read.
         tensors: How many tensors were read.
-        nbytes: How many bytes these have.
+        nbytes: How many bytes they have.
         digests: Whether each tensor has a digest.
         problems: What is damaged.
-        remarks: What is not damaged, but good to know.
+        remarks: What is good to know, but not damage.
     """
 
     opened: bool
@@ -101,7 +101,7 @@ def verify_file(path: PathLike) -> Verdict:
 
 
 def _tree_remarks(store: OpenCheckpoint) -> Iterable[str]:
-    """Remark if names and note do not form a tree, which is no damage."""
+    """Yield a remark if names and note do not form a tree. This is not damage."""
     leaves = dict.fromkeys(store.infos, 0)
     try:
         build_tree(leaves, store.note.nodes)
