@@ -1,20 +1,32 @@
-"""How fast the standard library digests memory, on this machine.
+"""What digests cost: saves and loads with and without them, against hashing the data on one core.
 
-`checksum=True` takes SHA-256, for which most processors have instructions of their own.
+`checksum=True` takes SHA-256, for which most processors have instructions of their own. The second
+part shows the other digests of the standard library. Files are in the page cache.
 
-    python benchmarks/digests.py
+    python benchmarks/digests.py [--small]
 """
 
+import argparse
 import hashlib
+import os
+import shutil
 import statistics
 import sys
+import tempfile
 import time
 import zlib
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
+
+import jax
 import numpy as np
 
-SIZE = 256 << 20
+from pytree2safetensors import load_pytree, save_pytree
+
 ROUNDS = 5
 DIGESTS: dict[str, Callable[[memoryview], object]] = {
     "sha256": hashlib.sha256,
@@ -25,17 +37,74 @@ DIGESTS: dict[str, Callable[[memoryview], object]] = {
 }
 
 
-def main() -> None:
-    data = np.random.default_rng(0).integers(0, 256, SIZE, np.uint8).data
-    rates: dict[str, list[float]] = {name: [] for name in DIGESTS}
-    for _ in range(ROUNDS):  # interleaved, so that what else runs disturbs all alike
-        for name, digest in DIGESTS.items():
+def seconds(works: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
+    """Measure works in turn, so that what else runs disturbs all alike."""
+    found: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(ROUNDS):
+        for name, work in works.items():
             start = time.perf_counter()
-            digest(data)
-            rates[name].append(SIZE / 1e9 / (time.perf_counter() - start))
-    print(f"Python {sys.version.split()[0]}, {SIZE >> 20} MiB, median of {ROUNDS} (range), GB/s")
-    for name, found in rates.items():
-        print(f"{name:8} {statistics.median(found):5.2f} ({min(found):.2f} to {max(found):.2f})")
+            jax.block_until_ready(work())
+            found[name].append(time.perf_counter() - start)
+    return found
+
+
+def saves_and_loads(tree: Any, folder: Path) -> dict[str, Callable[[], object]]:
+    """Return saves to a file, a folder and a stream, and the loads of what they save."""
+
+    def save(target: Path, how: str, checksum: bool) -> None:
+        options: dict[str, Any] = {"durable": False, "checksum": checksum}
+        if how == "stream":
+            with target.open("wb") as stream:
+                save_pytree(tree, stream, checksum=checksum)
+        elif how == "folder":
+            shutil.rmtree(target, ignore_errors=True)
+            save_pytree(tree, target, max_shard_size="200MB", **options)
+        else:
+            target.unlink(missing_ok=True)
+            save_pytree(tree, target, **options)
+
+    def load(target: Path, how: str) -> Any:
+        if how != "stream":
+            return load_pytree(target)
+        with target.open("rb") as stream:
+            return load_pytree(stream)
+
+    works: dict[str, Callable[[], object]] = {}
+    for how in ("file", "folder", "stream"):
+        for checksum in (False, True):
+            target = folder / f"{how}-{checksum}"
+            works[f"save {how} {checksum}"] = lambda t=target, h=how, c=checksum: save(t, h, c)
+            works[f"load {how} {checksum}"] = lambda t=target, h=how: load(t, h)
+    return works
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--small", action="store_true", help="data of some megabytes")
+    size = (8 << 20) if parser.parse_args().small else (1 << 30)
+    data = np.random.default_rng(0).integers(0, 256, size, np.uint8)
+    tree = {f"w{n}": jax.numpy.asarray(part) for n, part in enumerate(np.split(data, 8))}
+    one_core = min(seconds({"": lambda: hashlib.sha256(data.data)})[""])
+    print(f"Python {sys.version.split()[0]}, {os.cpu_count()} processors, {size >> 20} MiB")
+    print(f"median of {ROUNDS} (best); hashing the data on one core: {one_core:.2f} s\n")
+    print("| what | without, s | with digests, s | what they cost / one core |\n|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        found = seconds(saves_and_loads(tree, Path(folder)))
+    for how in ("file", "folder", "stream"):
+        for what in ("save", "load"):
+            pair = [found[f"{what} {how} {checksum}"] for checksum in (False, True)]
+            cells = [f"{statistics.median(times):.2f} ({min(times):.2f})" for times in pair]
+            cost = (min(pair[1]) - min(pair[0])) / one_core
+            print(f"| {what} a {how} | {' | '.join(cells)} | {cost:.2f} |")
+    print("\n| digest | GB/s | range |\n|---|---|---|")
+    part = data[: 256 << 20].data
+    rates = seconds({name: lambda d=digest: d(part) for name, digest in DIGESTS.items()})
+    for name, times in rates.items():
+        gigabytes = [len(part) / 1e9 / second for second in times]
+        spread = f"{min(gigabytes):.2f} to {max(gigabytes):.2f}"
+        print(f"| {name} | {statistics.median(gigabytes):.2f} | {spread} |")
 
 
 if __name__ == "__main__":

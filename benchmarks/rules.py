@@ -7,6 +7,8 @@ what guides for such models do: `safetensors.flax.load_file`, then transpose, re
 """
 
 import argparse
+import json
+import math
 import os
 import subprocess
 import sys
@@ -28,12 +30,13 @@ import safetensors.flax
 import safetensors.numpy
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from pytree2safetensors import Rule, load_into_pytree, save_pytree
+from pytree2safetensors import Rule, explain, load_into_pytree, save_pytree
 from pytree2safetensors._leaves.routes import routes_of
 from pytree2safetensors._tree.rule_index import RuleIndex
 
-FULL = {"E": 2048, "H": 16, "D": 128, "F": 5632, "L": 8, "V": 32000}
-SMALL = {"E": 256, "H": 4, "D": 64, "F": 704, "L": 4, "V": 2000}
+FULL = {"E": 2048, "H": 16, "K": 16, "D": 128, "F": 5632, "L": 8, "V": 32000}
+SMALL = {"E": 256, "H": 4, "K": 4, "D": 64, "F": 704, "L": 4, "V": 2000}
+LLAMA_3_8B = {"E": 4096, "H": 32, "K": 8, "D": 128, "F": 14336, "L": 32, "V": 128256}
 
 
 class Model:
@@ -42,20 +45,38 @@ class Model:
     def __init__(self, sizes: dict[str, int]) -> None:
         self.sizes = sizes
 
-    def file(self) -> dict[str, Any]:
-        E, H, D, F, L, V = self.sizes.values()  # noqa: N806 - as papers write them
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        E, H, K, D, F, L, V = self.sizes.values()  # noqa: N806 - as papers write them
         shapes = {"model.embed_tokens": (V, E), "model.norm": (E,), "lm_head": (V, E)}
         for l in range(L):
             layer = f"model.layers.{l}."
-            shapes |= {f"{layer}self_attn.{p}_proj": (H * D, E) for p in "qkvo"}
+            shapes |= {
+                f"{layer}self_attn.{p}_proj": (n * D, E)
+                for p, n in zip("qkv", (H, K, K), strict=True)
+            }
+            shapes |= {f"{layer}self_attn.o_proj": (E, H * D)}
             shapes |= {f"{layer}mlp.{m}_proj": (F, E) for m in ("gate", "up")}
             shapes |= {f"{layer}mlp.down_proj": (E, F)}
             shapes |= {f"{layer}{n}_layernorm": (E,) for n in ("input", "post_attention")}
+        return {f"{name}.weight": shape for name, shape in shapes.items()}
+
+    def file(self) -> dict[str, Any]:
         rng = np.random.default_rng(0)
         return {
-            f"{name}.weight": rng.integers(0, 1 << 15, shape, np.uint16).view(ml_dtypes.bfloat16)
-            for name, shape in shapes.items()
+            name: rng.integers(0, 1 << 15, shape, np.uint16).view(ml_dtypes.bfloat16)
+            for name, shape in self.shapes().items()
         }
+
+    def save_empty(self, path: Path) -> None:
+        """Save a file whose data takes no room on the disk: all of it is a hole."""
+        header, end = {}, 0
+        for name, shape in self.shapes().items():
+            start, end = end, end + 2 * math.prod(shape)
+            header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+        text = json.dumps(header).encode()
+        with path.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.truncate(8 + len(text) + end)
 
     def rules(self, scanned: bool) -> list[Rule]:
         layer, l = ("layers", "l ") if scanned else ("layers.{l}", "")
@@ -71,7 +92,7 @@ class Model:
         ]
 
     def template(self, scanned: bool, sharded: bool) -> Any:
-        E, H, D, F, L, V = self.sizes.values()  # noqa: N806 - as papers write them
+        E, H, K, D, F, L, V = self.sizes.values()  # noqa: N806 - as papers write them
         mesh = Mesh(np.array(jax.devices()), ("x",))
 
         def leaf(*shape: int) -> Any:
@@ -83,7 +104,8 @@ class Model:
             return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding)
 
         lead = (L,) if scanned else ()
-        shapes = dict.fromkeys("qkv", (E, H, D)) | {"o": (H, D, E), "gate": (E, F), "up": (E, F)}
+        shapes = {"q": (E, H, D), "k": (E, K, D), "v": (E, K, D), "o": (H, D, E)}
+        shapes |= {"gate": (E, F), "up": (E, F)}
         shapes |= {"down": (F, E), "input": (E,), "post_attention": (E,)}
         layers = [
             {n: leaf(*lead, *s) for n, s in shapes.items()} for _ in range(1 if scanned else L)
@@ -92,7 +114,7 @@ class Model:
         return tree | {"layers": layers[0] if scanned else layers}
 
     def by_hand(self, path: Path, scanned: bool, sharded: bool) -> Any:
-        E, H, D, _, L, _ = self.sizes.values()  # noqa: N806 - as papers write them
+        E, H, _, D, _, L, _ = self.sizes.values()  # noqa: N806 - as papers write them
         file = safetensors.flax.load_file(path)
 
         def layer(l: int) -> dict[str, Any]:
@@ -100,7 +122,7 @@ class Model:
                 return file[f"model.layers.{l}.{name}.weight"]
 
             found = {
-                p: get(f"self_attn.{p}_proj").reshape(H, D, E).transpose(2, 0, 1) for p in "qkv"
+                p: get(f"self_attn.{p}_proj").reshape(-1, D, E).transpose(2, 0, 1) for p in "qkv"
             }
             found["o"] = get("self_attn.o_proj").reshape(E, H, D).transpose(1, 2, 0)
             found |= {m: get(f"mlp.{m}_proj").T for m in ("gate", "up", "down")}
@@ -118,8 +140,8 @@ class Model:
         )
 
 
-def measured(work: Callable[[], Any]) -> tuple[float, float]:
-    """Return seconds, and the peak memory in GB beyond what was there before."""
+def measured(work: Callable[[], Any]) -> tuple[float, float, float]:
+    """Return seconds, those of processors, and the peak memory in GB beyond what was there before."""
 
     def status(field: str) -> float:
         lines = Path("/proc/self/status").read_text().splitlines()
@@ -127,9 +149,10 @@ def measured(work: Callable[[], Any]) -> tuple[float, float]:
 
     jax.block_until_ready(jnp.ones((2, 2)).T)
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak
-    before, start = status("VmRSS"), time.perf_counter()
+    before, start, used = status("VmRSS"), time.perf_counter(), time.process_time()
     jax.block_until_ready(work())
-    return time.perf_counter() - start, status("VmHWM") - before
+    seconds = time.perf_counter() - start, time.process_time() - used
+    return *seconds, status("VmHWM") - before
 
 
 def run(kind: str, how: str, path: Path, model: Model) -> None:
@@ -155,6 +178,19 @@ def matching(model: Model) -> float:
     return min(times) / len(paths) * 1e6
 
 
+def explaining(scanned: bool, folder: Path) -> float:
+    """Return the milliseconds of a processor that explaining a load of Llama 3 8B costs."""
+    model = Model(LLAMA_3_8B)
+    template, rules = model.template(scanned, False), model.rules(scanned)
+    model.save_empty(folder / "empty.safetensors")
+    times = []
+    for _ in range(5):
+        start = time.process_time()
+        explain(template, folder / "empty.safetensors", rename=rules)
+        times.append(time.process_time() - start)
+    return min(times) * 1e3
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -173,7 +209,9 @@ def main() -> None:
         safetensors.numpy.save_file(file, path)
         del file
         print(f"A checkpoint of {size:.2f} GB; the best of 3\n")
-        print("| tree | how | s | peak, GB | peak / model |\n|---|---|---|---|---|")
+        print(
+            "| tree | how | s | processor, s | peak, GB | peak / model |\n|---|---|---|---|---|---|"
+        )
         for kind in ("list", "scanned", "sharded"):
             for how in ("rules", "by hand"):
                 small = ["--small"] if options.small else []
@@ -182,16 +220,16 @@ def main() -> None:
                     tuple(map(float, subprocess.check_output(command, text=True).split()))
                     for _ in range(3)
                 ]
-                seconds, peak = min(r[0] for r in runs), min(r[1] for r in runs)
-                print(
-                    f"| {kind} | {how} | {seconds:.2f} | {peak:.2f} | {peak / size:.2f} |",
-                    flush=True,
-                )
+                seconds, used, peak = map(min, zip(*runs, strict=True))
+                cells = f"{seconds:.2f} | {used:.2f} | {peak:.2f} | {peak / size:.2f}"
+                print(f"| {kind} | {how} | {cells} |", flush=True)
         template, rules = model.template(True, False), model.rules(True)
         tree = load_into_pytree(template, path, rename=rules)
         start = time.perf_counter()
         save_pytree(tree, path, rename=rules, durable=False)
         print(f"\nSaving the scanned tree: {time.perf_counter() - start:.2f} s")
+        listed, stacked = (explaining(scanned, Path(folder)) for scanned in (False, True))
+        print(f"Explaining Llama 3 8B: {listed:.1f} ms as a list, {stacked:.1f} ms stacked")
     print(f"Matching: {matching(model):.1f} us a leaf")
 
 

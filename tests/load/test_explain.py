@@ -1,10 +1,13 @@
 """Explaining a load: the text, and that no data are read."""
 
+import json
+import math
 import os
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -79,3 +82,78 @@ def test_data_are_not_read(path: Path) -> None:
     path.write_bytes(raw[: 8 + int.from_bytes(raw[:8], "little")])
     os.truncate(path, size)  # the data are a hole now
     assert "1 of 1 leaves fit" in explain(template, path, rename=RULES)
+
+
+LLAMA_3_8B = {
+    "model.embed_tokens": (128256, 4096),
+    "lm_head": (128256, 4096),
+    "model.norm": (4096,),
+    **{
+        f"model.layers.{l}.{name}": shape
+        for l in range(32)
+        for name, shape in {
+            "self_attn.q_proj": (4096, 4096),
+            "self_attn.k_proj": (1024, 4096),
+            "self_attn.v_proj": (1024, 4096),
+            "self_attn.o_proj": (4096, 4096),
+            "mlp.gate_proj": (14336, 4096),
+            "mlp.up_proj": (14336, 4096),
+            "mlp.down_proj": (4096, 14336),
+            "input_layernorm": (4096,),
+            "post_attention_layernorm": (4096,),
+        }.items()
+    },
+}
+
+
+@pytest.mark.parametrize("stacked", [False, True], ids=["list", "stacked"])
+def test_eight_billion_parameters_are_explained_from_the_header(
+    tmp_path: Path, stacked: bool
+) -> None:
+    header, end = {}, 0
+    for name, shape in LLAMA_3_8B.items():
+        start, end = end, end + 2 * math.prod(shape)
+        header[f"{name}.weight"] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+    os.truncate(path, 8 + len(text) + end)  # 16 GB of a hole
+    layer = {
+        "q": (4096, 32, 128), "k": (4096, 8, 128), "v": (4096, 8, 128), "o": (32, 128, 4096),
+        "gate": (4096, 14336), "up": (4096, 14336), "down": (14336, 4096),
+        "input_norm": (4096,), "post_attention_norm": (4096,),
+    }  # fmt: skip
+    lead = (32,) if stacked else ()
+    layers = {name: STRUCT((*lead, *shape), jnp.bfloat16) for name, shape in layer.items()}
+    template = {
+        "embed": STRUCT((128256, 4096), jnp.bfloat16),
+        "head": STRUCT((4096, 128256), jnp.bfloat16),
+        "norm": STRUCT((4096,), jnp.bfloat16),
+        "layers": layers if stacked else [layers] * 32,
+    }
+    l, n = ("l ", "") if stacked else ("", ".{l}")
+    rules = [
+        Rule("model.embed_tokens.weight", "embed"),
+        Rule("lm_head.weight", "head", "v e -> e v"),
+        Rule("model.norm.weight", "norm"),
+        Rule("model.layers.{l}.self_attn.o_proj.weight", f"layers{n}.o", f"e (h d) -> {l}h d e"),
+        Rule(
+            "model.layers.{l}.self_attn.{p:q,k,v}_proj.weight",
+            f"layers{n}.{{p}}",
+            f"(h d) e -> {l}e h d",
+        ),
+        Rule(
+            "model.layers.{l}.mlp.{m:gate,up,down}_proj.weight",
+            f"layers{n}.{{m}}",
+            f"o i -> {l}i o",
+        ),
+        Rule(
+            "model.layers.{l}.{n:input,post_attention}_layernorm.weight",
+            f"layers{n}.{{n}}_norm",
+            f"e -> {l}e",
+        ),
+    ]
+    lines = explain(template, path, rename=rules).splitlines()
+    count = 12 if stacked else 291
+    assert lines[0] == f"{str(path)!r}: {count} of {count} leaves fit"
+    assert len(lines) == 1 + count
