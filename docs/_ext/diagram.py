@@ -76,10 +76,11 @@ def text(x: float, y: float, content: str, style: str) -> str:
 def draw(steps: Sequence[Step], label: str) -> str:
     """Return the drawing, to stand inside a page."""
     parts: list[str] = []
+    tip = f"tip-{label.lower().replace(' ', '-')}"  # unique in the page
     y = 4
     for function, title, lines in steps:
         if function:
-            parts.append(f'<path d="M60 {y}v30" class="arrow" marker-end="url(#tip)"/>')
+            parts.append(f'<path d="M60 {y}v30" class="arrow" marker-end="url(#{tip})"/>')
             parts.append(text(74, y + 20, function, "call"))
             y += 37
         height = 38 + LINE * len(lines)
@@ -91,7 +92,7 @@ def draw(steps: Sequence[Step], label: str) -> str:
         y += height + 4
     return f"""<svg class="path" viewBox="0 0 {WIDTH} {y}" role="img" aria-label="{label}"
  xmlns="http://www.w3.org/2000/svg">
-<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="8" markerHeight="8" orient="auto">
+<defs><marker id="{tip}" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="8" markerHeight="8" orient="auto">
 <path d="M0 0 8 4 0 8z" class="tip"/></marker></defs>
 {chr(10).join(parts)}
 </svg>"""

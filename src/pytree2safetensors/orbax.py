@@ -29,7 +29,7 @@ class SafetensorsHandler(ocp.AsyncCheckpointHandler):
     The folder of an item has the file `model.safetensors`, or shards and their index. Each function
     that loads a file takes the path of this folder, too.
 
-    Processes save the arrays that they share together. Process 0 saves a tree without such arrays.
+    Several processes save global arrays together. If a tree has none, only process 0 saves it.
     """
 
     async def async_save(
@@ -80,7 +80,7 @@ class SafetensorsHandler(ocp.AsyncCheckpointHandler):
         )
 
     def metadata(self, directory: os.PathLike[str]) -> PyTree:
-        """Load the tree with a `jax.ShapeDtypeStruct` in place of each array; read no arrays."""
+        """Load the tree with a `jax.ShapeDtypeStruct` in place of each array."""
         return load_abstract(os.fspath(directory))
 
 

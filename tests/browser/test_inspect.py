@@ -257,11 +257,11 @@ def test_a_foreign_file_shows_the_parts_of_its_names(page: Page, tmp_path: Path)
     assert "80\n81\n82\n83" in page.show("10.norm").replace(" ", "\n")
 
 
-def test_names_that_make_no_tree_are_cut_at_their_dots(page: Page, tmp_path: Path) -> None:
+def test_names_that_do_not_form_a_tree_are_split_at_their_dots(page: Page, tmp_path: Path) -> None:
     page.open(
         write(tmp_path / "odd.safetensors", tensors({"a.b": [1], "a": [1], "x\\y": [1]}), bytes(12))
     )
-    assert "make no tree" in page.one("").text
+    assert "do not form a tree" in page.one("").text
     assert {"x\\y float32[1] 1 4 B", "b float32[1] 1 4 B"} <= set(page.rows())
 
 

@@ -41,8 +41,8 @@ def load_pytree(
     Args:
         path: A file, a binary file object, a folder of shards or its index.
         prefix: A spelled key path. Load only the subtree there.
-        separator: What joins the keys in the names of another program, such as "." in those of
-            PyTorch. The tree has dicts, and lists where all keys are indices.
+        separator: The text that joins keys in names from another program, such as "." in PyTorch.
+            The tree has lists where all keys are indices, and dicts elsewhere.
         mmap: Map the file instead of reading it. The file must not change afterwards.
         progress: True for a progress bar, or a function of (done_bytes, total_bytes).
 
