@@ -3,11 +3,11 @@
 import base64
 import hashlib
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from loopback import QuietHandler, serving
 
 REPOSITORY = "someone/model"
 _API = f"/api/models/{REPOSITORY}"
@@ -19,21 +19,18 @@ class HubServer:
     Attributes:
         files: The contents, by path in the repository.
         requests: What was asked, in order.
+        commits: Whether the server accepts commits.
     """
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
         self.requests: list[str] = []
-        self.unknown: list[str] = []
+        self.commits = True
         self.url = ""
 
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+class _Handler(QuietHandler):
     state: HubServer
-
-    def log_message(self, *_: object) -> None:
-        pass
 
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
@@ -61,7 +58,7 @@ class _Handler(BaseHTTPRequestHandler):
                     ]
                 }
             )
-        elif path == f"{_API}/commit/main":
+        elif path == f"{_API}/commit/main" and self.state.commits:
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "file":
                     content = base64.b64decode(line["value"]["content"])
@@ -93,28 +90,14 @@ class _Handler(BaseHTTPRequestHandler):
         self.answer(content[int(first) : int(last) + 1], status=206)
 
     def answer(self, content: Any, status: int = 200) -> None:
-        raw = content if isinstance(content, bytes) else json.dumps(content).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(raw)))
-        self.end_headers()
-        self.wfile.write(raw)
+        self.reply(status, content if isinstance(content, bytes) else json.dumps(content).encode())
 
     def missing(self) -> None:
-        self.state.unknown.append(self.path)
-        self.send_response(404)
-        self.send_header("X-Error-Code", "EntryNotFound")
-        self.send_header("Content-Length", "0")
-        self.end_headers()
+        self.reply(404, X_Error_Code="EntryNotFound")
 
 
 @contextmanager
 def hub_server() -> Iterator[HubServer]:
     state = HubServer()
-    handler = type("Handler", (_Handler,), {"state": state})
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        state.url = f"http://127.0.0.1:{server.server_port}"
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
+    with serving(_Handler, state):
         yield state
-        server.shutdown()
-        thread.join()

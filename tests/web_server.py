@@ -4,8 +4,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import NamedTuple
+
+from loopback import QuietHandler, serving
 
 
 class Request(NamedTuple):
@@ -51,20 +52,16 @@ def etag_of(content: bytes) -> str:
     return f'"{hash(content) & 0xFFFFFFFF:x}-{len(content)}"'
 
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+class _Handler(QuietHandler):
     state: WebServer
 
-    def log_message(self, *_: object) -> None:
-        pass
-
     def do_HEAD(self) -> None:
-        self.answer(with_content=False)
+        self.answer()
 
     def do_GET(self) -> None:
-        self.answer(with_content=True)
+        self.answer()
 
-    def answer(self, *, with_content: bool) -> None:
+    def answer(self) -> None:
         state = self.state
         with state.lock:
             number = len(state.requests)
@@ -74,7 +71,7 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             time.sleep(state.delay)
             state.before(number)
-            self.respond(number, with_content)
+            self.respond(number)
         except ConnectionError:
             self.close_connection = True
             self.connection.close()
@@ -82,47 +79,33 @@ class _Handler(BaseHTTPRequestHandler):
             with state.lock:
                 state.at_once -= 1
 
-    def respond(self, number: int, with_content: bool) -> None:
+    def respond(self, number: int) -> None:
         state = self.state
         content = state.files.get(self.path.partition("?")[0])
         if content is None or state.key not in {"", self.headers.get("X-Key")}:
-            self.send_response(404)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
+            self.reply(404)
             return
         etag, wanted = etag_of(content), self.headers.get("If-Match")
         if wanted is not None and wanted != etag:
-            self.send_response(412)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
+            self.reply(412)
             return
         size, ranges = len(content), self.headers.get("Range")
+        headers = {"Accept_Ranges": "none" if state.has_ranges == "no" else "bytes"}
+        if state.has_etags:
+            headers["ETag"] = etag
         status = 200
         if ranges and state.has_ranges == "yes":
             first, last = ranges.removeprefix("bytes=").split("-")
             content = content[int(first) : int(last) + 1]
+            headers["Content_Range"] = f"bytes {first}-{last}/{size}"
             status = 206
-        self.send_response(status)
-        if status == 206:
-            self.send_header("Content-Range", f"bytes {first}-{last}/{size}")
-        if state.has_etags:
-            self.send_header("ETag", etag)
-        self.send_header("Accept-Ranges", "none" if state.has_ranges == "no" else "bytes")
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        if with_content:
+        if self.command == "GET":
             state.requests[number] = Request(self.command, self.path, len(content))
-            self.wfile.write(content)
+        self.reply(status, content, **headers)
 
 
 @contextmanager
 def web_server() -> Iterator[WebServer]:
     state = WebServer()
-    handler = type("Handler", (_Handler,), {"state": state})
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        state.url = f"http://127.0.0.1:{server.server_port}"
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
+    with serving(_Handler, state):
         yield state
-        server.shutdown()
-        thread.join()

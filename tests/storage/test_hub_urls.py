@@ -66,16 +66,25 @@ def test_a_folder_is_committed_to_the_hub(hub: HubServer) -> None:
         assert is_same(tree_of(seed), load_pytree(URL))
 
 
-def test_a_save_that_fails_commits_nothing(hub: HubServer) -> None:
+@pytest.mark.parametrize("at", ["first", "last", "commit"])
+def test_a_save_that_fails_commits_nothing_and_leaves_no_local_file(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
     save_pytree(tree_of(1), f"{URL}/m.safetensors")
     before = dict(hub.files)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
 
     def fail(done: int, total: int) -> None:
-        raise RuntimeError("no more")
+        if at == "first" or (at == "last" and done == total):
+            raise OSError("no more")
 
-    with pytest.raises(RuntimeError, match="no more"):
-        save_pytree(tree_of(2), f"{URL}/m.safetensors", progress=fail)
-    assert hub.files == before
+    hub.commits = False
+    large = {"w": jnp.full(3 << 20, 1, jnp.float32)}  # more than is collected in memory
+    for tree in tree_of(2), large:
+        with pytest.raises(OSError, match="no more" if at != "commit" else "m.safetensors"):
+            save_pytree(tree, f"{URL}/m.safetensors", progress=fail)
+        assert hub.files == before
+        assert not [*tmp_path.iterdir()]
 
 
 def test_what_is_missing_is_told(hub: HubServer) -> None:

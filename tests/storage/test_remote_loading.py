@@ -1,16 +1,22 @@
 """Loading from URLs: how much is asked, and what happens when a server misbehaves."""
 
+import io
 import re
+import threading
+import time
 import zipfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import fsspec
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fsspec.spec import AbstractFileSystem
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from upath import UPath
 
@@ -352,3 +358,80 @@ def test_a_request_is_recorded(server: WebServer) -> None:
     server.files["/x"] = b"1234"
     assert fsspec.filesystem("http").cat_file(server.url + "/x", 1, 3) == b"23"
     assert server.requests == [Request("GET", "/x", 2)]
+
+
+class OneAtATime(AbstractFileSystem):  # type: ignore[misc] # fsspec has no types
+    """A file system with one connection, as those of SFTP and FTP."""
+
+    protocol = "onebyone"
+    contents: ClassVar[dict[str, bytes]] = {}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.busy = threading.Lock()
+
+    @contextmanager
+    def connection(self) -> Iterator[None]:
+        assert self.busy.acquire(blocking=False), "two requests at once"
+        try:
+            time.sleep(0.01)
+            yield
+        finally:
+            self.busy.release()
+
+    def info(self, path: str, **_: Any) -> dict[str, Any]:
+        with self.connection():
+            if path not in self.contents:
+                raise FileNotFoundError(path)
+            return {"name": path, "size": len(self.contents[path]), "type": "file"}
+
+    def _open(self, path: str, mode: str = "rb", **_: Any) -> Any:
+        file = io.BytesIO(self.contents[path])
+        file.close = self.close  # type: ignore[method-assign] # which is a request, too
+        return file
+
+    def close(self) -> None:
+        with self.connection():
+            pass
+
+    def cat_file(self, path: str, start: Any = None, end: Any = None, **_: Any) -> bytes:
+        with self.connection():
+            return self.contents[path][start:end]
+
+
+def test_a_file_system_with_one_connection_is_asked_one_thing_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsspec.register_implementation("onebyone", OneAtATime, clobber=True)
+    monkeypatch.setattr(OneAtATime, "contents", {})
+    tree = large(20, 2 * MIB)
+    save_pytree(tree, tmp_path / "run", max_shard_size="4MB")
+    for file in (tmp_path / "run").iterdir():
+        OneAtATime.contents[f"run/{file.name}"] = file.read_bytes()
+    with ThreadPoolExecutor(2) as pool:
+        for found in pool.map(load_pytree, [f"onebyone://run/{INDEX}"] * 2):
+            assert is_same(tree, found)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "text"),
+    [
+        (AttributeError("is retired"), ValueError, "cannot be opened with fsspec: is retired"),
+        (ConnectionRefusedError("no"), ConnectionRefusedError, ": ConnectionRefusedError: no"),
+        (KeyError("login"), OSError, ": KeyError: 'login'"),
+    ],
+)
+def test_a_file_system_that_cannot_be_made_is_told(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, kind: type[Exception], text: str
+) -> None:
+    class Unreachable(AbstractFileSystem):  # type: ignore[misc] # fsspec has no types
+        protocol = "unreachable"
+        cachable = False
+
+        def __init__(self, **_: Any) -> None:
+            raise error
+
+    fsspec.register_implementation("unreachable", Unreachable, clobber=True)
+    with pytest.raises(kind) as caught:
+        load_pytree("unreachable://host/m")
+    assert str(caught.value) == f"'unreachable://host/m'{' ' * (kind is ValueError)}{text}"

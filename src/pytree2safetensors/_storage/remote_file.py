@@ -4,17 +4,18 @@ import errno
 import os
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, Final
 
 from pytree2safetensors._errors import FileFormatError
 from pytree2safetensors._storage.byte_source import ByteSource
 from pytree2safetensors._storage.descriptor import cut
 from pytree2safetensors._storage.progress import Progress, Report
-from pytree2safetensors._storage.remote_path import RemotePath, hide_credentials
+from pytree2safetensors._storage.remote_path import RemotePath, hide_credentials, raise_with_url
 from pytree2safetensors._types import Chunk
 
 _HEAD: Final = 100_000  # bytes that are read first: nearly always the whole header
+_LOCK: Final = "_lock_of_pytree2safetensors"
 _PINNED: Final = {"s3", "s3a"}  # whose files fsspec reads with If-Match
 # What distinguishes an object from its successor, under the names that the stores use.
 _VERSION: Final = (
@@ -23,11 +24,21 @@ _VERSION: Final = (
 )  # fmt: skip
 
 
+def _turn(fs: Any) -> AbstractContextManager[Any]:
+    """Return a lock if a file system can only do one thing at a time, as with one connection."""
+    if fs.async_impl or "hf" in fs.protocol:
+        return nullcontext()
+    # With the instance, as other instances may be equal.
+    lock: AbstractContextManager[Any] = vars(fs).setdefault(_LOCK, threading.RLock())
+    return lock
+
+
 @contextmanager
 def told(path: RemotePath) -> Iterator[None]:
     """Put the URL into the errors of a store, without its credentials."""
     try:
-        yield
+        with _turn(path.fs):
+            yield
     except FileFormatError:
         raise
     except FileNotFoundError:
@@ -35,20 +46,12 @@ def told(path: RemotePath) -> Iterator[None]:
         raise FileNotFoundError(code, os.strerror(code), hide_credentials(path.url)) from None
     except NotImplementedError:
         raise ValueError(f"{path.label} cannot be written to: its store is only read") from None
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - it is raised
         if _says_changed(error):
             raise _changed(path) from None
         if isinstance(error, ValueError) and "range requests" in str(error):
             raise _without_ranges(path) from None
-        text, shown = str(error), hide_credentials(str(error))
-        if text == shown and path.url in text:
-            raise
-        kind = type(error) if type(error).__module__ == "builtins" else OSError
-        if not issubclass(kind, OSError):
-            kind = OSError
-        name = type(error).__name__
-        safe = error if text == shown and hide_credentials(path.url) == path.url else None
-        raise kind(f"{path.label}: {name}: {shown}") from safe
+        raise_with_url(error, path.url)
 
 
 def _says_changed(error: Exception) -> bool:
@@ -139,7 +142,8 @@ class RemoteSource(ByteSource):
     def close(self) -> None:
         close = getattr(self._file, "close", None)
         if close is not None:
-            close()
+            with _turn(self.path.fs):
+                close()
 
 
 def _opened(path: RemotePath) -> tuple[Any, dict[str, Any]]:
@@ -215,6 +219,11 @@ class Pending:
             file.closed = True
         with suppress(Exception):
             file.discard()
+        local = getattr(file, "temp_file", None)  # where the Hub's client collects what it sends
+        if local is not None:
+            with suppress(OSError):
+                local.close()
+                os.remove(local.name)
 
 
 def _commits(file: Any) -> bool:

@@ -6,7 +6,7 @@ A store is what a URL names: an object store, a model hub, a web server.
 import os
 import re
 from collections.abc import Callable
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple, NoReturn, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from pytree2safetensors._errors import shorten
@@ -135,10 +135,24 @@ def _remote(url: str) -> RemotePath:
         ) from None
     try:
         fs, path = url_to_fs(url)
-    except (ImportError, ValueError) as error:  # a package is missing, or the scheme is unknown
+    except (ImportError, ValueError, AttributeError) as error:  # no package, or an unknown scheme
         reason = hide_credentials(str(error))
         raise ValueError(f"{label} cannot be opened with fsspec: {reason}") from None
+    except Exception as error:  # noqa: BLE001 - of a server, which some connect to now; it is raised
+        raise_with_url(error, url)
     return RemotePath(fs, path, url)
+
+
+def raise_with_url(error: Exception, url: str) -> NoReturn:
+    """Raise the error of a store with the URL in it, without credentials."""
+    text, shown = str(error), hide_credentials(str(error))
+    if text == shown and url in text:
+        raise error
+    is_os_error = isinstance(error, OSError)
+    kind = type(error) if is_os_error and type(error).__module__ == "builtins" else OSError
+    message = f"{shorten(hide_credentials(url))}: {type(error).__name__}: {shown}"
+    safe = error if text == shown and hide_credentials(url) == url else None
+    raise kind(message) from safe
 
 
 def hide_credentials(text: str) -> str:
