@@ -5,22 +5,25 @@ import http.server
 import json
 import threading
 from pathlib import Path
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from folders import INDEX, is_same, names_in, shard_names, tree_of
-from pytree2safetensors import (
-    load_pytree,
-    save_pytree,
-)
+from pytree2safetensors import Rule, load_into_pytree, load_pytree, save_pytree
 from pytree2safetensors._format import index as index_format
 from pytree2safetensors._format.layout import in_order
 from pytree2safetensors._format.tensor import TensorInfo
+
+P: Any = PartitionSpec  # whose constructor JAX leaves untyped
+STRUCT: Any = jax.ShapeDtypeStruct
 
 
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=30), st.integers(1, 60))
@@ -43,9 +46,8 @@ def test_sizes_are_those_of_huggingface_hub(size: str) -> None:
     assert index_format.parse_size(size) == theirs.parse_size_to_int(size)
 
 
-def test_what_huggingface_hub_splits_loads(tmp_path: Path) -> None:
-    theirs = pytest.importorskip("huggingface_hub")
-    tensors = {f"@layers#{i}@w": np.full((5, 5), i, np.float32) for i in range(7)}
+def split_by(theirs: Any, tensors: dict[str, Any], folder: Path) -> None:
+    """Save tensors in a folder of shards, as the hub's library divides them."""
     split = theirs.split_state_dict_into_shards_factory(
         tensors,
         get_storage_size=lambda tensor: tensor.nbytes,
@@ -55,9 +57,48 @@ def test_what_huggingface_hub_splits_loads(tmp_path: Path) -> None:
     assert split.is_sharded
     for shard, names in split.filename_to_tensors.items():
         part = {name: tensors[name] for name in names}
-        safetensors.numpy.save_file(part, tmp_path / shard, metadata={"format": "pt"})
+        safetensors.numpy.save_file(part, folder / shard, metadata={"format": "pt"})
     index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-    (tmp_path / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def test_what_huggingface_hub_splits_loads_by_rules_and_is_exported(tmp_path: Path) -> None:
+    theirs = pytest.importorskip("huggingface_hub")
+    names = ["k", "q", "v"]  # sorted, as tensors of one size are saved
+    tensors = {
+        f"model.layers.{i}.{p}_proj.weight": np.arange(24, dtype=np.float32).reshape(8, 3) + i
+        for i in range(5)
+        for p in names
+    }
+    split_by(theirs, tensors, tmp_path)
+    rules = [
+        Rule("model.layers.{l}.{p:q,k,v}_proj.weight", "layers.{p}", "(h d) e -> l e h d"),
+    ]
+    mesh = Mesh(np.array(jax.devices()[:4]), ("x",))
+    template = {
+        "layers": {
+            "q": STRUCT((5, 3, 4, 2), np.float32),
+            "k": np.zeros((5, 3, 4, 2), np.float32),
+            "v": STRUCT((5, 3, 4, 2), np.float32, sharding=NamedSharding(mesh, P(None, None, "x"))),
+        }
+    }
+    loaded = load_into_pytree(template, tmp_path, rename=rules)
+    for p in names:
+        expected = [tensors[f"model.layers.{i}.{p}_proj.weight"] for i in range(5)]
+        whole = np.stack(expected).reshape(5, 4, 2, 3).transpose(0, 3, 1, 2)
+        np.testing.assert_array_equal(np.asarray(loaded["layers"][p]), whole)
+    other = tmp_path / "other"
+    save_pytree(loaded, other, rename=rules, metadata={"format": "pt"}, max_shard_size="0.25KB")
+    weight_map = json.loads((other / INDEX).read_text())["weight_map"]
+    assert weight_map == json.loads((tmp_path / INDEX).read_text())["weight_map"]
+    for name, shard in weight_map.items():
+        found = safetensors.numpy.load_file(other / shard)[name]
+        np.testing.assert_array_equal(found, tensors[name])
+
+
+def test_what_huggingface_hub_splits_loads(tmp_path: Path) -> None:
+    theirs = pytest.importorskip("huggingface_hub")
+    split_by(theirs, {f"@layers#{i}@w": np.full((5, 5), i, np.float32) for i in range(7)}, tmp_path)
     loaded = load_pytree(tmp_path)
     assert is_same({"layers": [{"w": jnp.full((5, 5), i, jnp.float32)} for i in range(7)]}, loaded)
     # Saved here, the index has the same text, but for the format and for the shards of names.
