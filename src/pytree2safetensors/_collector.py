@@ -58,7 +58,7 @@ class _Pause:
     def __exit__(self, *_: object) -> None:
         _pauses.end(self)
 
-    __del__ = __exit__  # of what an interrupt takes from its owner
+    __del__ = __exit__  # ends the pause even if an interrupt takes it from its owner
 
 
 @contextmanager

@@ -230,7 +230,7 @@ def test_a_click_shows_values_and_statistics(page: Page, tmp_path: Path) -> None
         assert line in text, text
 
 
-def test_a_damaged_tensor_is_told(page: Page, tmp_path: Path) -> None:
+def test_a_damaged_tensor_is_reported(page: Page, tmp_path: Path) -> None:
     path = tmp_path / "damaged.safetensors"
     save_pytree({"w": np.ones(3, np.float32)}, path, checksum=True)
     content = bytearray(path.read_bytes())

@@ -84,7 +84,7 @@ NAMES: list[tuple[tuple[str, ...], type[Pytree2SafetensorsError], str]] = [
         (b"PK\3\4" + b"x" * 30, "a zip archive"),
     ],
 )
-def test_what_looks_like_something_else_is_told(content: bytes, kind: str) -> None:
+def test_what_looks_like_something_else_is_reported(content: bytes, kind: str) -> None:
     with pytest.raises(FileFormatError, match=f"looks like {kind}"):
         load_pytree(io.BytesIO(content))
 

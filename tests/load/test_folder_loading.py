@@ -387,7 +387,7 @@ def test_a_listing_that_is_a_mixture_is_not_believed(
         assert not listings
 
 
-def test_shards_of_another_naming_are_told(tmp_path: Path) -> None:
+def test_shards_of_another_naming_are_reported(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors-00001-of-00002").write_bytes(b"")
     with pytest.raises(FileFormatError) as caught:
         load_pytree(tmp_path)

@@ -343,7 +343,7 @@ def test_rename_gives_strs(rename: Any, kind: str) -> None:
     assert where in str(caught.value) or "jaxtyping" in type(caught.value).__module__
 
 
-def test_a_mapping_that_renames_nothing_is_told() -> None:
+def test_a_mapping_that_renames_nothing_is_reported() -> None:
     template, found = {"a": 1, "b": 2}, {"x.a": 3, "x.b": 4}
     with pytest.raises(WeightsMismatchError) as caught:
         set_weights(template, found, rename={"x.a": "@a", "@b": "x.c"})
@@ -353,7 +353,7 @@ def test_a_mapping_that_renames_nothing_is_told() -> None:
     assert caught.value.missing == ("@a", "@b")
 
 
-def test_what_cast_does_not_convert_is_told() -> None:
+def test_what_cast_does_not_convert_is_reported() -> None:
     template = {"a": np.zeros(3, np.int32)}
     for shape, told in ((3, True), (4, False)):
         with pytest.raises(WeightsMismatchError) as caught:

@@ -215,7 +215,7 @@ TREES: list[tuple[Any, type[Exception], str]] = [
 
 
 @pytest.mark.parametrize(("tree", "error", "text"), TREES, ids=range(len(TREES)))
-def test_a_tree_that_cannot_be_saved_is_told(
+def test_a_tree_that_cannot_be_saved_is_reported(
     tree: Any, error: type[Exception], text: str, tmp_path: Path
 ) -> None:
     with pytest.raises(error) as caught:
@@ -225,7 +225,7 @@ def test_a_tree_that_cannot_be_saved_is_told(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_traced_value_is_told() -> None:
+def test_a_traced_value_is_reported() -> None:
     with pytest.raises(UnsupportedLeafError) as caught:
         jax.jit(lambda x: save_pytree({"a": x}, io.BytesIO()))(1.0)
     assert "'@a': jax._src" in str(caught.value)
@@ -260,7 +260,7 @@ METADATA: list[tuple[dict[str, str], str]] = [
 
 
 @pytest.mark.parametrize(("metadata", "text"), METADATA)
-def test_metadata_that_cannot_be_saved_are_told(metadata: dict[str, str], text: str) -> None:
+def test_metadata_that_cannot_be_saved_are_reported(metadata: dict[str, str], text: str) -> None:
     with pytest.raises(FileFormatError) as caught:
         save_pytree(1, io.BytesIO(), metadata=metadata)
     assert str(caught.value) == text
@@ -330,7 +330,7 @@ DICTS: list[tuple[dict[str, Any], type[Exception], str]] = [
 
 
 @pytest.mark.parametrize(("found", "error", "text"), DICTS, ids=range(len(DICTS)))
-def test_names_that_make_no_tree_are_told(
+def test_names_that_make_no_tree_are_reported(
     found: dict[str, Any], error: type[Exception], text: str
 ) -> None:
     with pytest.raises(error) as caught:
@@ -357,7 +357,7 @@ KEYPATHS: list[tuple[Callable[[], Any], str]] = [
 
 
 @pytest.mark.parametrize(("work", "text"), KEYPATHS, ids=range(len(KEYPATHS)))
-def test_what_is_no_key_path_is_told(work: Callable[[], Any], text: str) -> None:
+def test_what_is_no_key_path_is_reported(work: Callable[[], Any], text: str) -> None:
     with pytest.raises(KeyPathError) as caught:
         work()
     assert str(caught.value) == text
@@ -410,7 +410,7 @@ def test_arguments_of_wrong_types_are_type_errors(work: Callable[[], Any]) -> No
         work()
 
 
-def test_a_prefix_that_leads_nowhere_is_told(tmp_path: Path) -> None:
+def test_a_prefix_that_leads_nowhere_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "model"
     save_pytree({f"k{i}": i for i in range(9)}, path)
     loads: list[Callable[[], Any]] = [

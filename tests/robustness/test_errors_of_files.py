@@ -126,7 +126,7 @@ def test_what_is_no_safetensors_file_is_told_in_one_line(
 
 
 @pytest.mark.skipif(superuser, reason="the superuser may read everything")
-def test_a_file_that_may_not_be_read_is_told(tmp_path: Path) -> None:
+def test_a_file_that_may_not_be_read_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "model"
     save_pytree(1, path)
     path.chmod(0)
@@ -155,7 +155,7 @@ for work in (
 @pytest.mark.skipif(
     not superuser or not hasattr(os, "setuid"), reason="giving up rights is for the superuser"
 )
-def test_what_may_not_be_read_or_written_is_told() -> None:
+def test_what_may_not_be_read_or_written_is_reported() -> None:
     with tempfile.TemporaryDirectory() as scratch:  # pytest's own folders are closed to others
         folder = Path(scratch)
         folder.chmod(0o755)

@@ -295,16 +295,16 @@ def test_progress_is_told_at_least_every_64_mib_and_at_the_end(tmp_path: Path) -
     told: list[tuple[int, int]] = []
     save_pytree(tree, tmp_path / "file", durable=False, progress=lambda *both: told.append(both))
     total = (tmp_path / "file").stat().st_size
-    check_told(told, total)
+    check_reports(told, total)
     told.clear()
     load_pytree(tmp_path / "file", progress=lambda *both: told.append(both))
-    check_told(told, 5 * 40_000_000)
+    check_reports(told, 5 * 40_000_000)
     told.clear()
     load_into_pytree(tree, tmp_path / "file", progress=lambda *both: told.append(both))
-    check_told(told, 5 * 40_000_000)
+    check_reports(told, 5 * 40_000_000)
 
 
-def check_told(told: list[tuple[int, int]], total: int) -> None:
+def check_reports(told: list[tuple[int, int]], total: int) -> None:
     assert told[-1] == (total, total)
     assert {whole for _, whole in told} == {total}
     done = [0, *(part for part, _ in told)]

@@ -87,7 +87,7 @@ def test_a_save_that_fails_commits_nothing_and_leaves_no_local_file(
         assert not [*tmp_path.iterdir()]
 
 
-def test_what_is_missing_is_told(hub: HubServer) -> None:
+def test_what_is_missing_is_reported(hub: HubServer) -> None:
     hub.files["other"] = b""
     with pytest.raises(FileNotFoundError) as caught:
         load_pytree(f"{URL}/m.safetensors")

@@ -136,7 +136,7 @@ def test_an_object_that_changes_in_the_middle_is_an_error(
         load_pytree(url)
 
 
-def test_what_is_missing_is_told(calls: Counter[str]) -> None:
+def test_what_is_missing_is_reported(calls: Counter[str]) -> None:
     for url in ("s3://bucket/none.safetensors", "s3://bucket/none", "s3://nowhere/none"):
         with pytest.raises(FileNotFoundError) as caught:
             load_pytree(url)

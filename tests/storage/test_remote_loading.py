@@ -164,7 +164,7 @@ def test_the_headers_of_a_file_system_are_sent(server: WebServer, tmp_path: Path
 
 
 @pytest.mark.parametrize("gone", [True, False])
-def test_an_object_that_goes_at_the_end_is_told(
+def test_an_object_that_goes_at_the_end_is_reported(
     server: WebServer, tmp_path: Path, gone: bool
 ) -> None:
     url = publish(server, "/m.safetensors", tmp_path, large())
@@ -193,7 +193,7 @@ def test_the_command_takes_urls(
 # --- what goes wrong --------------------------------------------------------------------------
 
 
-def test_what_is_missing_is_told(server: WebServer, tmp_path: Path) -> None:
+def test_what_is_missing_is_reported(server: WebServer, tmp_path: Path) -> None:
     for path in ("/m.safetensors", "/run", "/run/", f"/{INDEX}"):
         with pytest.raises(FileNotFoundError) as caught:
             load_pytree(server.url + path)
@@ -205,13 +205,15 @@ def test_what_is_missing_is_told(server: WebServer, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ranges", ["no", "ignored"])
-def test_a_server_without_ranges_is_told(server: WebServer, tmp_path: Path, ranges: str) -> None:
+def test_a_server_without_ranges_is_reported(
+    server: WebServer, tmp_path: Path, ranges: str
+) -> None:
     url = publish(server, "/m.safetensors", tmp_path, large())
     server.has_ranges = ranges
     with pytest.raises(FileFormatError) as caught:
         load_pytree(url, prefix="@w2")
     assert str(caught.value) == (
-        f"the server of '{url}' has no ranges; copy the file, and load that"
+        f"the server of '{url}' does not support ranges; copy the file, and load the copy"
     )
 
 
@@ -316,7 +318,7 @@ def test_a_file_url_is_a_local_path(tmp_path: Path) -> None:
         load_pytree("file://server/model")
 
 
-def test_unknown_schemes_and_missing_packages_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_schemes_and_missing_packages_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     for url, text in (
         ("foo://bucket/x", "'foo://bucket/x' cannot be opened with fsspec: Protocol not known"),
         ("adl://bucket/x", "'adl://bucket/x' cannot be opened with fsspec: "),

@@ -122,7 +122,7 @@ def test_a_load_that_keeps_the_template_is_found_out(monkeypatch: pytest.MonkeyP
         (lambda _: [None, None], "'@node#0' is gone"),
     ],
 )
-def test_nodes_that_are_rebuilt_as_others_are_told(
+def test_nodes_that_are_rebuilt_as_others_are_reported(
     rebuild: Callable[[Any], Any], difference: str
 ) -> None:
     class Faulty(list[Any]):

@@ -12,7 +12,7 @@ from pytree2safetensors._tree.rule_index import RuleIndex
 
 STACK = "; to stack or cut arrays, give a pattern such as "
 GIVE = "; give sizes, as in "
-UNTOLD = "the size of the leaf's axis "
+SIZE = "the size of the leaf's axis "
 
 # Arguments, sizes, and what the message says after the rule.
 BAD = [
@@ -55,9 +55,9 @@ BAD = [
     (("w", "w", "a -> a"), {"a": 0}, "a= is a positive int, not 0"),
     (("w", "w", "a -> a"), {"a": True}, "a= is a positive int, not True"),
     (("w.{p:x,y}", "w", "a -> p a"), {"p": 3}, "p=3, and 'p' has 2 labels"),
-    (("w", "w", "h d -> (h d)"), {}, UNTOLD + "(h d) does not tell those of h and d" + GIVE + "d=2"),
-    (("w", "w", "(h d) e -> (e h d)"), {}, UNTOLD + "(e h d) does not tell those of e and h d" + GIVE + "h=2, d=2"),
-    (("w", "w", "h e f -> (f e h)"), {}, UNTOLD + "(f e h) does not tell those of f, e and h" + GIVE + "e=2, h=2"),
+    (("w", "w", "h d -> (h d)"), {}, SIZE + "(h d) does not determine those of h and d" + GIVE + "d=2"),
+    (("w", "w", "(h d) e -> (e h d)"), {}, SIZE + "(e h d) does not determine those of e and h d" + GIVE + "h=2, d=2"),
+    (("w", "w", "h e f -> (f e h)"), {}, SIZE + "(f e h) does not determine those of f, e and h" + GIVE + "e=2, h=2"),
 ]  # fmt: skip
 
 

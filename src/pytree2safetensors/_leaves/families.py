@@ -192,14 +192,14 @@ def _sizes_of(rule: Rule, parsed: ParsedRule, shape: Shape | None) -> Mapping[st
         return f"it has {len(shape)} axes, and {rule!r} gives it {least}{fixed}"
     found: dict[str, int] = {}
     for dim, size in zip(dims[1], shape, strict=True):
-        told = {axis: parsed.counts[axis] for axis in dim if axis in parsed.counts}
-        count = math.prod(told.values())
-        rest = [axis for axis in dim if axis not in told]
+        given = {axis: parsed.counts[axis] for axis in dim if axis in parsed.counts}
+        count = math.prod(given.values())
+        rest = [axis for axis in dim if axis not in given]
         if size % count if rest else size != count:
-            listed = ", ".join(f"{axis}={number}" for axis, number in told.items()) or "1"
+            listed = ", ".join(f"{axis}={number}" for axis, number in given.items()) or "1"
             return (
                 f"it has shape {list(shape)}, and by {rule!r} an axis of {size} is made of {listed}"
             )
-        found |= told
+        found |= given
         found |= dict.fromkeys(rest, size // count)
     return found

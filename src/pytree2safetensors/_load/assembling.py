@@ -35,7 +35,7 @@ class Assembler:
         ] = {}  # by assembly and use
 
     def memory_for(self, piece: Piece, nbytes: int) -> tuple[NDArray[np.uint8], int]:
-        """Return the memory of a piece's box, and where the piece of so many bytes begins in it."""
+        """Return the memory of the box of a piece, and the offset of the piece in it."""
         number, view, _, boxes, *_ = piece.assembly
         if number not in self._memory:
             itemsize = BITS[self.checkpoint.infos[view.names[0]].dtype] // 8

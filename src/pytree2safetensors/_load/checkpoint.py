@@ -174,7 +174,7 @@ def open_checkpoint(path: PathLike | Readable, mmap: bool = False) -> OpenCheckp
 
 
 def _open_remotely(path: RemotePath) -> OpenCheckpoint:
-    """Open what a path in a store means."""
+    """Open the checkpoint that a path in a store means."""
     *others, last = locate_remotely(path)
     for found in others:
         with suppress(FileNotFoundError):
@@ -192,7 +192,7 @@ def _open_found(path: RemotePath) -> OpenCheckpoint:
 
 
 def _open_path(path: str) -> OpenCheckpoint:
-    """Open what a path means; try again if a save has replaced it."""
+    """Open the checkpoint that a path means. Try again if a save has replaced it."""
     found = locate(path)
     for _ in range(_ATTEMPTS):
         try:

@@ -32,8 +32,8 @@ def check(
     nothing = not outcome.found and (wanted or bool(unexpected))
     left = bool(missing or unexpected or mismatched)
     fails = (options.strict and left) or outcome.lost or nothing
-    told = options.verbose or _LOGGER.isEnabledFor(logging.INFO)
-    if not fails and not (told and left):
+    is_reported = options.verbose or _LOGGER.isEnabledFor(logging.INFO)
+    if not fails and not (is_reported and left):
         return
     counts = f"{len(missing)} missing, {len(unexpected)} unexpected, {len(mismatched)} mismatched"
     candidates = _up_to(_COMPARED, unused)

@@ -160,7 +160,7 @@ def locate_remotely(path: RemotePath) -> list[RemotePath]:
     """
     if path.name.endswith(".json"):
         return [path]
-    if path.name.endswith(SUFFIX):  # or what was saved as this path, and took several shards
+    if path.name.endswith(SUFFIX):  # or the index of shards that were saved as this path
         return [path, path.beside(path.name + ".index.json")]
     if path.is_web:
         whole = [path] if path.name else []

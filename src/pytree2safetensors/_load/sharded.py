@@ -19,7 +19,7 @@ def concrete(sharding: Sharding) -> Sharding | None:
     current: Any = getattr(jax.sharding, "get_mesh", lambda: None)()
     if current is None or current.empty or current.shape_tuple != mesh.shape_tuple:
         return None
-    found: Any = sharding  # what has a mesh has a spec
+    found: Any = sharding  # a sharding with a mesh also has a spec
     return jax.sharding.NamedSharding(current, found.spec, memory_kind=found.memory_kind)
 
 

@@ -21,7 +21,7 @@ _LONG: Final = 1 << 16  # bytes: longer runs get a read of their own
 class Wanted(NamedTuple):
     """A leaf to load: its tensors in the file, and what it becomes. Its sharding is concrete."""
 
-    source: str | View  # the tensor that it is, or what it is made of
+    source: str | View  # its tensor, or the view that it is made of
     leaf: TemplateLeaf
 
     @property
@@ -83,7 +83,7 @@ class Slot(NamedTuple):
     offset: int  # in the batch's memory, or -1 for its own memory
     nbytes: int
     uses: list[Use]
-    piece: Piece | None = None  # what it is a part of, by a rule
+    piece: Piece | None = None  # its part of a leaf, by a rule
     run: Sequence[int] = ()  # the positions of the leaves, if the slot is a run of equal tensors
 
 

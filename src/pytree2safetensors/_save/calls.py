@@ -49,7 +49,7 @@ def announced(save: Callable[Params, T]) -> Callable[Params, T]:
             try:
                 return save(*args, **kwargs)
             except BaseException as error:
-                if processes.told < processes.calls:
+                if processes.announced < processes.calls:
                     _refuse(processes, error)
                 raise
 

@@ -68,13 +68,13 @@ class Processes:
 
     Attributes:
         calls: How many saves of global arrays this process has begun.
-        told: The last of them that the others know about.
-        rounds: How many times this process has told the others that it begins a save.
+        announced: The last of them that the others know about.
+        rounds: How many times this process has announced a save.
     """
 
     def __init__(self, store: KeyStore, process: int, count: int, client: object = None) -> None:
         self.store, self.process, self.count, self.client = store, process, count, client
-        self.calls = self.told = self.rounds = 0
+        self.calls = self.announced = self.rounds = 0
         self._deleted = 0  # rounds below this one have no keys any more
 
     def agree(
@@ -110,7 +110,7 @@ class Processes:
             judge(verdict, words.call)
 
     def _begin(self, words: Words, interrupt: Interrupt) -> "JointSave":
-        number, self.rounds, self.told = self.rounds, self.rounds + 1, words.call
+        number, self.rounds, self.announced = self.rounds, self.rounds + 1, words.call
         return JointSave(self, number, words.call, interrupt)
 
     def delete_before(self, number: int) -> None:

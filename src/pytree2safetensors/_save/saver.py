@@ -21,14 +21,14 @@ _last: list[threading.Event] = []  # set when the last submitted save has ended
 class _Save(Future[None]):
     """A future that warns of an error that was never retrieved."""
 
-    _is_told = True  # until `__init__` is done, which an interrupt may stop
+    _is_retrieved = True  # until `__init__` is done, which an interrupt may stop
 
     def __init__(self, where: str) -> None:
         super().__init__()
         self._where, self._is_retrieved = where, False
         _saves.add(self)
 
-    # The runtime checks of the tests tell ints from floats.
+    # The runtime checks of the tests distinguish ints from floats.
     def result(self, timeout: int | float | None = None) -> None:  # noqa: PYI041
         try:
             super().result(timeout)
@@ -41,8 +41,8 @@ class _Save(Future[None]):
         self._is_retrieved = True
         return error
 
-    def _get_snapshot(self) -> Any:  # what asyncio calls from Python 3.15 on
-        self._is_told = True
+    def _get_snapshot(self) -> Any:  # asyncio calls this from Python 3.15 on
+        self._is_retrieved = True
         return super()._get_snapshot()  # type: ignore[misc] # unknown to older versions
 
     def warn(self) -> None:

@@ -81,7 +81,7 @@ class Report:
 
     def __init__(self, progress: Progress | None, total: int) -> None:
         self.progress, self.total = progress, total
-        self.done, self.told = 0, 0
+        self.done, self.reported = 0, 0
         self.lock = threading.Lock()
 
     def add(self, count: int) -> None:
@@ -89,14 +89,14 @@ class Report:
             return
         with self.lock:
             self.done += count
-            if self.done - self.told >= _STEP and self.done < self.total:
-                self.told = self.done
-                self._tell(self.progress, self.done)
+            if self.done - self.reported >= _STEP and self.done < self.total:
+                self.reported = self.done
+                self._report(self.progress, self.done)
 
     def finish(self) -> None:
         if self.progress is not None:
-            self._tell(self.progress, self.total)
+            self._report(self.progress, self.total)
 
-    def _tell(self, progress: Progress, done: int) -> None:
+    def _report(self, progress: Progress, done: int) -> None:
         with foreign():
             progress(done, self.total)

@@ -34,7 +34,7 @@ def _turn(fs: Any) -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def told(path: RemotePath) -> Iterator[None]:
+def naming_url(path: RemotePath) -> Iterator[None]:
     """Put the URL into the errors of a store, without its credentials."""
     try:
         with _turn(path.fs):
@@ -65,7 +65,7 @@ def _changed(path: RemotePath) -> FileFormatError:
 
 def _without_ranges(path: RemotePath) -> FileFormatError:
     return FileFormatError(
-        f"the server of {path.label} has no ranges; copy the file, and load that"
+        f"the server of {path.label} does not support ranges; copy the file, and load the copy"
     )
 
 
@@ -78,7 +78,7 @@ class RemoteSource(ByteSource):
 
     def __init__(self, path: RemotePath) -> None:
         self.path = path
-        with told(path):
+        with naming_url(path):
             file, info = _opened(path)
         super().__init__(path.label, info["size"])
         self._file = file
@@ -110,24 +110,26 @@ class RemoteSource(ByteSource):
         if start >= stop:
             return b""
         self._fetched += 1
-        with told(self.path):
+        with naming_url(self.path):
             cache = getattr(self._file, "cache", None)
             if cache is None:
                 found = self.path.fs.cat_file(self.path.path, start=start, end=stop)
             else:
-                found = cache.fetcher(start, stop)  # with what the store has to pin the object
+                found = cache.fetcher(
+                    start, stop
+                )  # with the arguments by which the store pins the object
         content = bytes(found)
         if len(content) != stop - start:
             raise FileFormatError(
                 f"{self.label} gave {len(content):,} bytes for a range of {stop - start:,}: it was "
-                "replaced while it was read, or its server has no ranges; load it again, or copy it"
+                "replaced while it was read, or its server does not support ranges; load it again, or load a copy"
             )
         return content
 
     def is_current(self) -> bool:
         """Return whether the store still has the file that was opened."""
         try:
-            with told(self.path):
+            with naming_url(self.path):
                 self.path.fs.invalidate_cache()
                 info = self.path.fs.info(self.path.path)
         except FileNotFoundError:
@@ -147,14 +149,16 @@ class RemoteSource(ByteSource):
 
 
 def _opened(path: RemotePath) -> tuple[Any, dict[str, Any]]:
-    """Open a file with one request; return it, and what the store says about it."""
+    """Open a file with one request. Return it with the information of the store about it."""
     if not path.is_web:
         file = path.fs.open(path.path, "rb", cache_type="none")
         details = getattr(file, "details", None)
         return file, details if isinstance(details, dict) else path.fs.info(path.path)
     info = path.fs.info(path.path)
     if info.get("size") is None:
-        raise FileFormatError(f"the server of {path.label} does not tell its size; copy it")
+        raise FileFormatError(
+            f"the server of {path.label} does not report its size; copy the file, and load the copy"
+        )
     if info.get("partial") is False:
         raise _without_ranges(path)
     etag = info.get("ETag", "W/")
@@ -186,7 +190,7 @@ class Pending:
         except NotImplementedError:  # of the Hub, where closing a file commits it
             transaction = None
         options = {} if transaction is None else {"autocommit": False}
-        with told(path):
+        with naming_url(path):
             self._file = path.fs.open(path.path, "wb", **options)
         if transaction is not None:
             with suppress(ValueError):  # only this class commits it
@@ -194,27 +198,27 @@ class Pending:
 
     def write(self, piece: memoryview) -> None:
         """Write bytes."""
-        with told(self.path):
+        with naming_url(self.path):
             self._file.write(piece)
 
     def finish(self) -> None:
         """Send the rest now, unless that would already give the file its name."""
         if _commits(self._file):
-            with told(self.path):
+            with naming_url(self.path):
                 self._file.close()
 
     def commit(self) -> None:
         """Give the file its name."""
-        with told(self.path):
+        with naming_url(self.path):
             self._file.close()
             if _commits(self._file):
                 self._file.commit()
             self.path.fs.invalidate_cache()
 
     def discard(self) -> None:
-        """Remove what was written, as far as the store can."""
+        """Remove the written bytes, as far as the store can."""
         file = self._file
-        # Files of fsspec send what they have when they are collected, unless they are closed.
+        # Files of fsspec send their bytes when they are garbage-collected, unless they are closed.
         with suppress(AttributeError):
             file.closed = True
         with suppress(Exception):

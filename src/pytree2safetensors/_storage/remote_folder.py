@@ -1,10 +1,10 @@
-"""Several files of one folder in a store, the last of which says what the others are."""
+"""Several files of one folder in a store. The last one is the index of the others."""
 
 from collections.abc import Callable, Iterable
 
 from pytree2safetensors._storage.atomic_folder import Part
 from pytree2safetensors._storage.progress import Progress, Report
-from pytree2safetensors._storage.remote_file import Pending, told, write_pending
+from pytree2safetensors._storage.remote_file import Pending, naming_url, write_pending
 from pytree2safetensors._storage.remote_path import RemotePath
 
 # Stores without folders. There, a folder is only a part of a name.
@@ -16,7 +16,7 @@ _FLAT = frozenset(
 def names_in(folder: RemotePath) -> list[str]:
     """Return the names in a folder; none if it is not there."""
     try:
-        with told(folder):
+        with naming_url(folder):
             folder.fs.invalidate_cache()
             found = folder.fs.ls(folder.path, detail=False)
     except FileNotFoundError:
@@ -40,7 +40,7 @@ def replace_remotely(
     *others, last = parts
     names = names_in(folder)
     if not names and not folder.protocols & _FLAT:
-        with told(folder):
+        with naming_url(folder):
             folder.fs.makedirs(folder.path, exist_ok=True)
     written: list[Pending] = []
     try:
@@ -68,5 +68,5 @@ def replace_remotely(
 def _remove(folder: RemotePath, name: str, names: list[str]) -> None:
     if name in names:
         path = folder.joined(name)
-        with told(path):
+        with naming_url(path):
             path.fs.rm_file(path.path)

@@ -32,7 +32,7 @@ else:
 
 
 class Flat(NamedTuple):
-    """A flattened tree: a spelled name for each leaf, and what the names do not say."""
+    """A flattened tree: a spelled name for each leaf, and what the names do not express."""
 
     names: list[str]
     leaves: list[Any]
@@ -126,7 +126,9 @@ class _Walk:
         if opener is not None:
             return opener(node, name)
         if jax.tree_util.all_leaves([node]):
-            self.leaf_types.add(type(node))  # JAX tells leaves from nodes by type alone
+            self.leaf_types.add(
+                type(node)
+            )  # for JAX, only the type distinguishes leaves from nodes
             return None
         self.openers[type(node)] = self.open_registered
         children = self.open_registered(node, name)

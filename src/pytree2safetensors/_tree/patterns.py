@@ -55,11 +55,11 @@ def spread(dims: Dims, rank: int) -> Dims | None:
     return (*dims[:at], *more, *dims[at + 1 :]) if count >= 0 else None
 
 
-def merged(left: Dims, right: Dims, told: Collection[str]) -> tuple[Dims, Dims]:
+def merged(left: Dims, right: Dims, given: Collection[str]) -> tuple[Dims, Dims]:
     """Join two axes that are adjacent in groups on both sides, unless a size is given for one."""
     for pair in (pair for dim in right for pair in pairwise(dim)):
-        if not set(pair) & set(told) and any(pair in pairwise(dim) for dim in left):
-            return merged(_joined(left, pair), _joined(right, pair), told)
+        if not set(pair) & set(given) and any(pair in pairwise(dim) for dim in left):
+            return merged(_joined(left, pair), _joined(right, pair), given)
     return left, right
 
 

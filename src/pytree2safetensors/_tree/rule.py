@@ -74,7 +74,7 @@ class ParsedRule(NamedTuple):
     path: Side | None
     left: Dims  # the axes of the tensor
     right: Dims  # the axes of the leaf
-    counts: Mapping[str, int]  # the sizes that labels and `sizes` tell
+    counts: Mapping[str, int]  # the sizes from labels and `sizes`
     stacked: tuple[str, ...]  # the axes that number tensors and belong to the leaf
     cut: tuple[str, ...]  # the axes that number leaves and belong to the tensor
 
@@ -125,7 +125,7 @@ def _parse(rule: Rule) -> ParsedRule:
     _check_sizes(rule.sizes, in_file, labels)
     counts = {**labels, **rule.sizes}
     left, right = merged(left, right, counts)
-    _check_told(right, counts)
+    _check_sizes_given(right, counts)
     named, numbered = axes_of(name), axes_of(path)
     stacked = tuple(axis for axis in named if axis not in numbered)
     cut = tuple(axis for axis in numbered if axis not in named)
@@ -201,13 +201,13 @@ def _check_sizes(sizes: Mapping[str, int], axes: list[str], labels: Mapping[str,
             raise ValueError(f"{axis}={size}, and {axis!r} has {labels[axis]} labels")
 
 
-def _check_told(right: Dims, counts: Mapping[str, int]) -> None:
+def _check_sizes_given(right: Dims, counts: Mapping[str, int]) -> None:
     """Raise an error if the sizes of the axes of a dimension of the leaf are ambiguous."""
     for dim in right:
         unknown = [axis for axis in dim if axis not in counts]
         if len(unknown) > 1:
             example = ", ".join(f"{axis}=2" for axis in " ".join(unknown[1:]).split())
             raise ValueError(
-                f"the size of the leaf's axis ({' '.join(dim)}) does not tell those of "
+                f"the size of the leaf's axis ({' '.join(dim)}) does not determine those of "
                 f"{', '.join(unknown[:-1])} and {unknown[-1]}; give sizes, as in {example}"
             )
