@@ -89,7 +89,7 @@ def measure(driver: Driver, workload: str, systems: list[str], rounds: int) -> N
     for name, path in files.items():
         driver.run(Cell(workload, name, "save"), path, 0, watch=True)
     for turn in range(rounds + 1):
-        first = turn % len(mine)  # nobody always follows the same one, and what it leaves to write
+        first = turn % len(mine)  # the order differs, because each leaves data to write to the next
         for name in mine[first:] + mine[:first]:
             system = SYSTEMS[name]
             file = files[system.written_by or name]

@@ -1,4 +1,4 @@
-"""Files that nobody's saver wrote: built by hand, mutated, and what loading may do with them."""
+"""Files that no save would write: built by hand or mutated, and what loading may do with them."""
 
 import copy
 import io

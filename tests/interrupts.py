@@ -171,7 +171,7 @@ def problems_after(operation: Operation, path: Path, held: int) -> list[str]:
     if path.exists():
         try:
             assert_holds(path, 1, 2)
-        except Exception as error:  # noqa: BLE001 # it is told
+        except Exception as error:  # noqa: BLE001 # it is reported
             found.append(f"it holds something else, {error!r}")
     elif operation.before is not None:
         found.append("it is gone")

@@ -54,7 +54,7 @@ def raw(array: Any) -> bytes:
 def assert_in_place(found: Any, expected: Any, sharding: Sharding) -> None:
     """The very sharding, dtype and shape, and on each device the bits of its slice."""
     assert isinstance(found, jax.Array)
-    if is_key(found):  # JAX spells the shardings of keys anew
+    if is_key(found):  # JAX writes the shardings of keys differently
         assert found.sharding.is_equivalent_to(sharding, found.ndim)
     else:
         assert found.sharding == sharding

@@ -30,7 +30,7 @@ class Process(NamedTuple):
     """A process: its step, and what it knows."""
 
     at: str = "idle"
-    failed: bool = False  # in this step, of which it has told nobody yet
+    failed: bool = False  # in this step, and the others do not know it yet
     number: int = 0  # of the save in its script
     call: int = 0  # saves that it has begun
     round: int = 0  # the number of the next first meeting
@@ -159,7 +159,7 @@ class Model:
         process, state = state.processes[number], state._replace(**changes)
         save = self.scripts[number][process.number]
         if outcome == "S" and (save.tag, save.path) not in state.committed:
-            raise Broken(f"process {number} is told that {save} is saved")
+            raise Broken(f"process {number} is informed that {save} is saved")
         outcome = "X" if outcome == "S" and process.held else outcome
         if number == 0:
             state = state._replace(temporaries=without(state.temporaries, str(process.call)))
@@ -204,7 +204,7 @@ class Model:
         elif at == "written: wait":
             answers = self.answers(state, number, process.save, "written")
             if answers == "gone":
-                yield f"{number} waits in vain", self.end(state, number, "R")
+                yield f"{number} waits too long", self.end(state, number, "R")
             elif answers is not None:
                 keys = state.keys
                 if number == 0:
@@ -228,7 +228,7 @@ class Model:
         if "kill" in self.kinds:
             yield f"{number} is killed in {at}", self.to(state, number, process._replace(at="dead"))
         if at == "idle":
-            if "silent" in self.kinds:  # interrupted when it has counted the call, told nobody
+            if "silent" in self.kinds:  # interrupted after counting the call, without a message
                 counted = self.to(state, number, process._replace(call=process.call + 1))
                 yield f"{number} raises silently", self.end(counted, number, "R")
             return
@@ -406,7 +406,7 @@ class Model:
                 raise Broken("committed without a vote")
             yield f"{number} hears {failure}", self.end(state, number, raised if failure else "S")
         elif (process.save, "left", 0) in found or self.is_gone(state, 0):
-            yield f"{number} waits in vain", self.end(state, number, raised)
+            yield f"{number} waits too long", self.end(state, number, raised)
 
 
 class Background(Model):

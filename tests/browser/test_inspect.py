@@ -340,13 +340,13 @@ def test_an_address_is_read_by_ranges(page: Page, site: tuple[str, Path]) -> Non
 def test_an_address_that_is_not_there_shows_its_status(page: Page, site: tuple[str, Path]) -> None:
     page.one("[type=url]").send_keys(f"{site[0]}/none.safetensors", Keys.ENTER)
     assert page.one("[role=alert]").text.endswith("answers with status 404")
-    page.browser.get_log("browser")  # where the browser tells of the 404, too
+    page.browser.get_log("browser")  # the browser logs the 404, too
 
 
 def test_an_address_that_cannot_be_read_says_what_may_be_wrong(page: Page) -> None:
     page.one("[type=url]").send_keys("http://127.0.0.1:9/model.safetensors", Keys.ENTER)
     assert "does not allow other pages to read it" in page.one("[role=alert]").text
-    page.browser.get_log("browser")  # where the browser tells of the failure, too
+    page.browser.get_log("browser")  # the browser logs the failure, too
 
 
 def test_unusual_keys_and_texts_are_shown(page: Page, tmp_path: Path) -> None:

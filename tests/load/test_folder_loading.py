@@ -372,7 +372,7 @@ def test_a_folder_that_changes_after_it_was_listed_is_listed_again(
 def test_a_listing_that_is_a_mixture_is_not_believed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A listing is no snapshot: what is renamed meanwhile may be missing, or there twice."""
+    """A listing is not a snapshot: a file that is renamed in the meantime may be missing or listed twice."""
     save_pytree(tree_of(1), tmp_path, max_shard_size=100)
     for mixture in ([], shard_names(3), [INDEX, "model.safetensors"]):
         listings = [mixture]

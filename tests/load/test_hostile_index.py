@@ -65,7 +65,10 @@ BAD_INDEXES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         f"the shard '{FIRST}' lacks '@x', which",
     ),
     "metadata a list": (lambda index: index | {"metadata": []}, "is not a JSON object"),
-    "a note that is none": (said(pytree2safetensors=1), "has 'pytree2safetensors', which is no"),
+    "a note that is not a string": (
+        said(pytree2safetensors=1),
+        "has 'pytree2safetensors', which is no",
+    ),
     "digests that are none": (
         said(**{"pytree2safetensors.sha256": {}}),
         "has 'pytree2safetensors.sha256', which is not a string",

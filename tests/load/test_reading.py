@@ -218,7 +218,7 @@ def test_a_header_beyond_the_limit_is_refused_before_anything_is_written(tmp_pat
     assert not list(tmp_path.iterdir())
 
 
-def test_a_packed_tensor_that_nobody_asks_for_is_in_nobodys_way(tmp_path: Path) -> None:
+def test_a_packed_tensor_that_is_not_needed_raises_no_error(tmp_path: Path) -> None:
     header = (
         b'{"@a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},'
         b'"@p":{"dtype":"F4","shape":[2],"data_offsets":[4,5]}}'

@@ -134,7 +134,7 @@ def test_templates_of_all_kinds_load_the_same(link: Link, tmp_path: Path) -> Non
         assert np.asarray(found[name]).tobytes() == tree[name].tobytes()
     for name in tree.keys() - specs.keys():
         assert_same(found[name], tree[name])
-    found["numpy"][:] = 0  # which is nobody else's memory
+    found["numpy"][:] = 0  # no one else uses this memory
     again = load_into_pytree(template, tmp_path / "file")
     assert np.asarray(again["numpy"]).tobytes() == values.tobytes()
 

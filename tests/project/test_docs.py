@@ -84,7 +84,7 @@ def run_session(page: Path, block: Block, namespace: dict[str, object]) -> None:
 
 
 def free_address() -> str:
-    """Find a port that nobody listens on."""
+    """Find a port that is not in use."""
     with socket.create_server(("localhost", 0)) as server:
         return f"localhost:{server.getsockname()[1]}"
 

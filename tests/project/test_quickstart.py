@@ -13,7 +13,7 @@ SCRIPT = Path(__file__).parents[2] / "examples" / "quickstart.py"
 def test_the_quickstart_loads_what_it_saved(tmp_path: Path) -> None:
     pytest.importorskip("optax")
     pytest.importorskip("sklearn")
-    # With one device, as on the machine of whoever runs it first.
+    # With one device, as on the machine of a new user.
     environment = {**os.environ, "XLA_FLAGS": ""}
     run = subprocess.run(
         [sys.executable, str(SCRIPT)],

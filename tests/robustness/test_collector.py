@@ -1,4 +1,4 @@
-"""The garbage collector is as it was found, whatever threads, forks and signals do meanwhile."""
+"""The garbage collector is restored, whatever threads, forks and signals do in the meantime."""
 
 import gc
 import os

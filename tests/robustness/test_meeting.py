@@ -225,7 +225,7 @@ def test_an_error_before_the_meeting_is_raised_on_all(where: int) -> None:
 
 
 @pytest.mark.parametrize("where", [0, 1])
-def test_a_call_that_told_nobody_fails_on_all_and_the_next_one_succeeds(where: int) -> None:
+def test_a_call_without_a_message_fails_on_all_and_the_next_one_succeeds(where: int) -> None:
     group = Group(2)
     group.processes[where].calls += 1  # and raised something
 
@@ -260,7 +260,7 @@ def test_an_interrupt_while_a_process_waits_ends_the_save_on_all(where: int) -> 
     assert all(isinstance(save, JointSave) for save in group.run(group.agree))
 
 
-def test_nobody_waits_for_ever_until_the_others_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_process_waits_forever_for_the_others_to_begin(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(meeting, "_PATIENCE", 0.1)
     for process in range(2):
         group = Group(2)

@@ -299,7 +299,7 @@ def check_death(group: Group, path: Path, where: int, count: int, options: dict[
     if answers[where] == {"result": None}:  # it did less than that
         return 2
     assert answers[where] == {"ended": -9}
-    # The other one is told by JAX, or ended by it, unless the save was done.
+    # JAX informs or ends the other process, unless the save was finished.
     number = number_in(path)
     assert number == 2 or answers[1 - where] != {"result": None}
     # A temporary may be there, which does not hinder the next save.

@@ -139,7 +139,7 @@ class Checkpoints(RuleBasedStateMachine):
                 save_pytree(held.tree(), self.root / path, **how.options(path))
         except (OSError, KeyboardInterrupt):
             call = recorder.calls[at].name
-            if call == "open" and fault.after:  # nobody can close it
+            if call == "open" and fault.after:  # it cannot be closed
                 self.descriptors += 1
             if call == "unlink":  # nothing else could remove it
                 for file in self.litter():

@@ -180,7 +180,7 @@ def warned(
     return [str(warning.message) for warning in caught]
 
 
-def test_an_error_that_nobody_asks_for_is_a_warning(tmp_path: Path) -> None:
+def test_an_error_that_is_never_retrieved_is_a_warning(tmp_path: Path) -> None:
     path = str(tmp_path / "missing" / "file")
     with pytest.raises(FileNotFoundError) as caught:
         save_pytree({"a": 1}, path)

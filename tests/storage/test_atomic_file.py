@@ -175,14 +175,14 @@ def test_a_save_that_fails_at_any_call_changes_nothing(
         else:
             assert not path.exists()
         assert not litter(tmp_path), call
-        # What an interrupt takes from `os.open` nobody can close.
+        # If an interrupt takes a descriptor from `os.open`, it cannot be closed.
         lost = fault.after and call.name == "open"
         held += lost
         assert open_descriptors() == held, call
 
 
 def check_error(error: BaseException | None, fault: Fault, call: Told, path: Path) -> None:
-    """Every fault is told, and an error of the system names the path.
+    """Every fault raises an error, and an error of the system names the path.
 
     Only that nothing looks for what killed savers left is no fault of the save.
     """

@@ -319,14 +319,14 @@ def test_a_reader_beside_a_saver_never_finds_a_mixture(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a system without locks")
-def test_a_lock_ends_with_its_save_whoever_has_the_folder_open(
+def test_a_lock_ends_with_its_save_even_if_others_have_the_folder_open(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened, copies = os.open, list[int]()
 
     def open_twice(
         *arguments: Any, **options: Any
-    ) -> int:  # as a process has that is forked meanwhile
+    ) -> int:  # as in a process that is forked in the meantime
         descriptor = opened(*arguments, **options)
         copies.append(os.dup(descriptor))
         return descriptor

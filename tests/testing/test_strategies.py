@@ -132,7 +132,7 @@ def test_key_paths_keep_to_their_sizes_and_can_be_spelled(path: Any) -> None:
 
 
 def storable_dtypes() -> dict[str, np.dtype[Any]]:
-    """Every numeric dtype of NumPy and of ml_dtypes but what no file holds."""
+    """Every numeric dtype of NumPy and ml_dtypes, except those that a file cannot hold."""
     own = {np.dtype(code) for code in np.typecodes["All"]}
     others = {
         np.dtype(kind)

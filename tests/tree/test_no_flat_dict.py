@@ -243,7 +243,7 @@ jax.tree_util.register_pytree_node(
 
 
 class Unprintable:
-    """What a registration keeps apart from the children, and nobody may print."""
+    """Auxiliary data of a node that must not be printed."""
 
     def __repr__(self) -> str:
         raise RuntimeError
