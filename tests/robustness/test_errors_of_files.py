@@ -138,6 +138,7 @@ def test_a_file_that_may_not_be_read_is_reported(tmp_path: Path) -> None:
 UNPRIVILEGED = """
 import os, sys
 import pytree2safetensors
+pytree2safetensors.__all__  # imports the modules while they can be read
 os.setgid(65534), os.setuid(65534)
 os.chdir(sys.argv[1])
 for work in (
