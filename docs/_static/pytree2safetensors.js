@@ -115,27 +115,16 @@ function splitKeyPath(string) {
 }
 
 function readSegment(segment) {
-  const refuse = (reason) => {
-    throw new KeyPathError(`the segment ${show(segment)} spells no key: ${reason}`);
-  };
-  const number = (text) => {
-    if (!/^(?:0|[1-9][0-9]{0,9})$/.test(text) || Number(text) > MAX_INDEX) refuse("its index is not canonical");
-    return Number(text);
-  };
-  const text = segment.slice(1);
-  if (!text.startsWith("\\(") || segment[0] === ".") {
-    if (segment[0] === "#") return new Key("index", number(text));
-    return new Key(segment[0] === "@" ? "item" : "attr", unescapeText(text));
-  }
-  if (!text.endsWith(")")) refuse("its parenthesis is not closed");
-  const inside = text.slice(2, -1);
-  if (segment[0] === "#") return new Key("flat", number(inside));
-  const key = new Key("item", readLiteral(unescapeText(inside)));
-  if (spellKey(key) !== segment) refuse("it is not written as Python's ascii() writes it");
+  const isWrapped = segment.startsWith("\\(", 1);
+  const text = segment.slice(isWrapped ? 3 : 1, isWrapped ? -1 : undefined).replace(/\\(.)/gsu, "$1");
+  const key =
+    segment[0] === "#"
+      ? new Key(isWrapped ? "flat" : "index", Number(text))
+      : new Key(segment[0] === "@" ? "item" : "attr", isWrapped ? readLiteral(text) : text);
+  const spelling = spellKey(key);
+  if (spelling !== segment) throw new KeyPathError(`${show(segment)} is not a key; the spelling is ${show(spelling)}`);
   return key;
 }
-
-const unescapeText = (text) => (text.includes("\\") ? text.replace(/\\(.)/gsu, "$1") : text);
 
 // --- Dict keys that are not strings --------------------------------------------------------------
 
@@ -260,8 +249,7 @@ function identity(value) {
 /** A JSON number that is not written as an integer. */
 class Fraction {}
 
-const NUMBER = /-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?/y;
-const WORD = /true|false|null/y;
+const ATOM_OF_JSON = /true|false|null|-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?/y;
 
 /** Read JSON: objects become Maps, a name twice is an error, integers beyond 2^53 are BigInts. */
 function parseJSON(text, what) {
@@ -272,71 +260,60 @@ function parseJSON(text, what) {
   const space = () => {
     for (let code; (code = text.charCodeAt(at)) === 32 || code === 10 || code === 13 || code === 9; ) at++;
   };
+  const take = (mark) => {
+    space();
+    return text[at] === mark && ++at > 0;
+  };
   const string = () => {
-    let stop = text.indexOf('"', at + 1);
-    for (let back = stop; stop >= 0; back = stop) {
+    const start = at;
+    for (let stop = at; ; ) {
+      stop = text.indexOf('"', stop) + 1 || refuse();
+      let back = stop - 1;
       while (text[back - 1] === "\\") back--;
-      if ((stop - back) % 2 === 0) break;
-      stop = text.indexOf('"', stop + 1);
+      if ((stop - back) % 2) {
+        at = stop;
+        break;
+      }
     }
-    if (stop < 0) refuse();
-    const inside = text.slice(at + 1, stop);
+    const inside = text.slice(start, at - 1);
     try {
       return /[\\\x00-\x1f]/.test(inside) ? JSON.parse(`"${inside}"`) : inside;
     } catch {
       return refuse();
-    } finally {
-      at = stop + 1;
     }
   };
   const items = (close, item) => {
-    at++;
-    space();
-    if (text[at] === close) {
-      at++;
-      return;
-    }
-    for (;;) {
-      space();
-      item();
-      space();
-      const mark = text[at++];
-      if (mark === close) return;
-      if (mark !== ",") refuse();
-    }
+    if (take(close)) return;
+    do item();
+    while (take(","));
+    if (!take(close)) refuse();
   };
   const value = (depth) => {
     if (depth > MAX_DEPTH) refuse("is nested too deep");
-    const mark = text[at];
-    if (mark === '"') return string();
-    if (mark === "{") {
+    if (take('"')) return string();
+    if (take("{")) {
       const found = new Map();
       items("}", () => {
-        if (text[at] !== '"') refuse();
-        const name = string();
-        space();
-        if (text[at++] !== ":") refuse();
-        space();
+        const name = take('"') ? string() : refuse();
+        if (!take(":")) refuse();
         if (found.has(name)) refuse(`has ${show(name)} twice`);
         found.set(name, value(depth + 1));
       });
       return found;
     }
-    if (mark === "[") {
+    if (take("[")) {
       const found = [];
       items("]", () => found.push(value(depth + 1)));
       return found;
     }
-    const pattern = mark === "t" || mark === "f" || mark === "n" ? WORD : NUMBER;
-    pattern.lastIndex = at;
-    const [word] = pattern.exec(text) ?? refuse();
-    at = pattern.lastIndex;
-    if (pattern === WORD) return { true: true, false: false, null: null }[word];
+    ATOM_OF_JSON.lastIndex = at;
+    const [word] = ATOM_OF_JSON.exec(text) ?? refuse();
+    at = ATOM_OF_JSON.lastIndex;
+    if (/^[tfn]/.test(word)) return JSON.parse(word);
     if (/[.eE]/.test(word) || word === "-0") return new Fraction();
     const number = Number(word);
     return Number.isSafeInteger(number) ? number : word.length > 4301 ? refuse() : BigInt(word);
   };
-  space();
   const found = value(0);
   space();
   return at === text.length ? found : refuse();
