@@ -1,4 +1,4 @@
-"""The command as its tests run it, and a tree that has some of everything."""
+"""Runs the command for its tests; and a tree with leaves and nodes of many kinds."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What every test runs under: eight CPU devices, and one of three Hypothesis profiles."""
+"""The settings of all tests: eight CPU devices, and one of three Hypothesis profiles."""
 
 # The package itself is not imported here: what a conftest imports can escape the runtime type checks.
 import os

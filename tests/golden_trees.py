@@ -1,4 +1,4 @@
-"""The trees in the golden files of the present format: every kind of leaf and node, fixed for ever.
+"""The trees in the golden files of the present format: every kind of leaf and node. They never change.
 
 A tree that is here stays as it is, and so does its file. What is new gets a file of its own.
 """

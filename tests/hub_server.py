@@ -1,4 +1,4 @@
-"""As much of the Hugging Face Hub as huggingface_hub's file system asks for, on this machine."""
+"""A server on this machine with the part of the Hugging Face Hub that huggingface_hub's file system uses."""
 
 import base64
 import hashlib

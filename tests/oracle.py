@@ -1,4 +1,4 @@
-"""What the tests mean by the same tree: structure, types, dtypes, shapes, weak types and bits.
+"""Equality of trees in tests: structure, types, dtypes, shapes, weak types and bits.
 
 Written apart from the comparison inside the package, so that neither can hide the other's mistakes.
 """
@@ -17,7 +17,7 @@ _PARTIAL = {  # bits that count, of dtypes that do not fill their byte
 
 
 def assert_same(found: Any, expected: Any) -> None:
-    """Assert that two trees cannot be told apart, whatever is asked of their leaves."""
+    """Assert that two trees are equal, including all properties of their leaves."""
     treedef: Any
     pairs, treedef = jax.tree_util.tree_flatten_with_path(found)
     expected_pairs, expected_treedef = jax.tree_util.tree_flatten_with_path(expected)
@@ -32,7 +32,7 @@ def assert_loaded(found: Any, saved: Any) -> None:
 
 
 def is_same(found: Any, expected: Any) -> bool:
-    """Whether two trees cannot be told apart."""
+    """Return whether two trees are equal."""
     try:
         assert_same(found, expected)
     except AssertionError:
@@ -41,7 +41,7 @@ def is_same(found: Any, expected: Any) -> bool:
 
 
 def identity(leaf: Any) -> tuple[Any, ...]:
-    """All that tells one leaf from another."""
+    """Return all that distinguishes one leaf from another."""
     if isinstance(leaf, jax.Array):
         if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):  # type: ignore[attr-defined] # public, and not exported
             data = np.asarray(jax.random.key_data(leaf))
@@ -72,7 +72,7 @@ def bits(values: Any) -> bytes:
 
 
 def canonical(tree: Any) -> Any:
-    """What a tree is once it has been in a file: of NumPy's arrays, the values stay."""
+    """Return what a tree becomes when it is saved and loaded: NumPy arrays keep only their values."""
     return jax.tree_util.tree_map(canonical_bools, tree)
 
 

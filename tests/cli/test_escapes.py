@@ -1,4 +1,4 @@
-"""Text from a file reaches a terminal escaped, wherever in the file it stands."""
+"""Text from any part of a file is escaped before it is printed on a terminal."""
 
 import json
 from collections.abc import Iterator, Mapping

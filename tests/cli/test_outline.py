@@ -1,4 +1,4 @@
-"""Outlines: one row for each node and leaf, similar siblings in one."""
+"""Outlines: one row for each node and leaf, and one row for similar siblings."""
 
 import io
 from pathlib import Path

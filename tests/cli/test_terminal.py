@@ -1,4 +1,4 @@
-"""Text for terminals: escaped, in columns, in colours."""
+"""Text for terminals: escaped, in columns, in colors."""
 
 import io
 import re

@@ -1,4 +1,4 @@
-"""The library passes its own conformance kit, through its public interface alone."""
+"""The library passes its own conformance kit, with only its public interface."""
 
 import json
 import warnings

@@ -1,4 +1,4 @@
-"""Write the golden files that are not there yet. Those that are there stay as they are for ever."""
+"""Write the golden files that do not exist yet. Existing files never change."""
 
 import sys
 import tempfile

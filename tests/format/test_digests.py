@@ -1,4 +1,4 @@
-"""Digests: blocks, and what is known of a header before them."""
+"""Digests: blocks, and headers whose digests are not known yet."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Damage that digests find, and what another reader's own tests try."""
+"""Damage that digests detect, and cases from the tests of another reader."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""Lengths and headers that lie, each with what loading them says."""
+"""Wrong lengths and headers, each with the message of the error."""
 
 import inspect
 import io

@@ -1,4 +1,4 @@
-"""Names that lie, and names of which nothing may be run."""
+"""Wrong names, and names that must not be run as code."""
 
 import copy
 import io

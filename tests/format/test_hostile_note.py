@@ -1,4 +1,4 @@
-"""Notes that lie, each with what loading their files says."""
+"""Wrong notes, each with the message of the error."""
 
 import io
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Where tensors stand in a file, and how long its header is."""
+"""Where tensors are in a file, and how long its header is."""
 
 import json
 import math

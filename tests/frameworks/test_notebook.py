@@ -1,4 +1,4 @@
-"""Containers in IPython and Jupyter: through treescope where it is asked, as text elsewhere."""
+"""Containers in IPython and Jupyter: shown by treescope if it is active, or else as text."""
 
 import io
 from collections.abc import Iterator

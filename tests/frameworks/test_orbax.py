@@ -1,4 +1,4 @@
-"""Orbax's `CheckpointManager` with this library's handler: what it keeps, restores and survives."""
+"""Orbax's `CheckpointManager` with this library's handler: keeping, restoring, and failures."""
 
 import subprocess
 import sys

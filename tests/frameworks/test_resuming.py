@@ -1,4 +1,4 @@
-"""Training that is saved and resumed in each framework gives the losses of training without a break."""
+"""In each framework, training that is saved and resumed has the same losses as without interruption."""
 
 from collections.abc import Callable
 from pathlib import Path

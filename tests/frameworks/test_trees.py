@@ -1,4 +1,4 @@
-"""Every tree of every framework: saved, loaded without a template, loaded into a fresh one."""
+"""Every tree of every framework: saved, loaded without a template, and loaded into a new one."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Real trees of real frameworks, each made from a seed."""
+"""Trees of other libraries, each made from a seed."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""Rules at random, with files and trees that they relate one element at a time.
+"""Random rules, with files and trees that correspond element by element.
 
 A correspondence is drawn as its axes. The rule is spelled from them for the library, and the oracle
 here works with the axes alone: it knows neither patterns nor placeholders.

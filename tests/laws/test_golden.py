@@ -1,4 +1,4 @@
-"""Files of today load for ever, and are written byte for byte as they were."""
+"""Files of the present format always load, and saving writes the same bytes."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""Who saves which region of an array."""
+"""Which device saves which region of an array."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Memory that a device reads by itself."""
+"""Host memory that a device can read directly."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""An index is not trusted, whatever it holds."""
+"""An index is never trusted, whatever it contains."""
 
 import json
 import os

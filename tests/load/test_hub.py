@@ -1,4 +1,4 @@
-"""Folders of shards and huggingface_hub, both ways."""
+"""Folders of shards and huggingface_hub, in both directions."""
 
 import functools
 import http.server

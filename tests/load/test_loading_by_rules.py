@@ -1,4 +1,4 @@
-"""Loading by rules: what fails, what the messages say, and what is read. The law is in laws/test_rules."""
+"""Loading by rules: errors, their messages, and what is read. The law is in laws/test_rules."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""What loading reads, what it keeps, and how it leaves the process."""
+"""What loading reads and keeps, and that it leaves nothing behind in the process."""
 
 import gc
 import json

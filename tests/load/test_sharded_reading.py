@@ -1,4 +1,4 @@
-"""Loading into shardings: what is read, what is kept, and what a file says of devices."""
+"""Loading into shardings: what is read and kept, and that files do not depend on devices."""
 
 import json
 import tracemalloc

@@ -1,4 +1,4 @@
-"""Loading into shardings: every device has its slices, bit for bit."""
+"""Loading into shardings: every device gets its slices, bit for bit."""
 
 import io
 import math

@@ -1,4 +1,4 @@
-"""Loads to other devices: CPU devices stand in for them, and transfers end as late as they may."""
+"""Loads to other devices. CPU devices replace them here, and transfers end as late as possible."""
 
 import weakref
 from itertools import pairwise

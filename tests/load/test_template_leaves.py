@@ -1,4 +1,4 @@
-"""What a template's leaves ask for: each case once went wrong, or no test noticed that it could."""
+"""What the leaves of a template need. Each case was a bug, or no other test would notice one."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Templates and skipped leaves: what once went wrong, each case a test."""
+"""Templates and skipped leaves: a test for each bug that was fixed."""
 
 import io
 from contextlib import suppress

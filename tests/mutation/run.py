@@ -1,4 +1,4 @@
-"""Mutation testing: change one thing in what decides, and see whether a test notices.
+"""Mutation testing: change a condition or a constant, and see whether a test fails.
 
     python tests/mutation/run.py [--seed 0] [--share 0.25] [MODULE ...]
 

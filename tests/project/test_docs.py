@@ -1,4 +1,4 @@
-"""Every code block of the README and of the documentation runs, and says what really happens.
+"""Every code block of the README and of the documentation runs, and its output is correct.
 
 `UPDATE_SCREENS=1 pytest tests/test_docs.py` writes what commands print into the pages.
 """

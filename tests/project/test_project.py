@@ -1,4 +1,4 @@
-"""The project's files agree with one another: versions, environments, commands."""
+"""The files of the project agree with each other: versions, environments, commands."""
 
 import configparser
 import re

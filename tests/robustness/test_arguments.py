@@ -1,4 +1,4 @@
-"""Wrong arguments of public functions: a short TypeError at once, also where type checks are off."""
+"""Wrong arguments of public functions raise a short TypeError, even if type checks are off."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What the errors say of trees, names and leaves: the text of each message."""
+"""The messages of errors about trees, names and leaves."""
 
 import io
 import os

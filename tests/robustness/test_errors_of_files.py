@@ -1,4 +1,4 @@
-"""What the errors say of paths that are not safetensors files: the text of each message."""
+"""The messages of errors about paths that are not safetensors files."""
 
 import io
 import os

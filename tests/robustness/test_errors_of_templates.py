@@ -1,4 +1,4 @@
-"""What the errors say of templates: the text of each message."""
+"""The messages of errors about templates."""
 
 from pathlib import Path
 from typing import Any

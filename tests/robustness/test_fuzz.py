@@ -1,4 +1,4 @@
-"""Whatever a file says, loading it gives a correct tree or a documented exception."""
+"""Whatever a file contains, loading it returns a correct tree or raises a documented exception."""
 
 import io
 import json

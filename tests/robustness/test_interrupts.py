@@ -1,4 +1,4 @@
-"""An interrupt may come anywhere: files stay whole, nothing is left behind, and saves go on working."""
+"""An interrupt may occur anywhere: files stay whole, nothing is left behind, and later saves work."""
 
 import os
 import random

@@ -1,4 +1,4 @@
-"""The law: any number of processes writes the very bytes that one writes."""
+"""The law: any number of processes writes the same bytes as one process."""
 
 import shutil
 import tempfile

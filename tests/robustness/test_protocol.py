@@ -1,4 +1,4 @@
-"""The model of the protocol, run small; and models with a mistake, each of which must be found."""
+"""A small run of the model of the protocol, and models with mistakes, which it must find."""
 
 from typing import Any
 

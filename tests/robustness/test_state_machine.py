@@ -1,4 +1,4 @@
-"""Saves and loads of every kind, in any order: after each, every path holds what a dict says."""
+"""Saves and loads of every kind, in any order. After each of them, all paths agree with a dict."""
 
 import gc
 import shutil

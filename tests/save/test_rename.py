@@ -1,4 +1,4 @@
-"""Saving under other names: ties, what is refused, and what the messages say. The law is in test_rules."""
+"""Saving under other names: ties, errors and their messages. The law is in test_rules."""
 
 from pathlib import Path
 from typing import Any

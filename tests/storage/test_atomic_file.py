@@ -1,4 +1,4 @@
-"""A file appears whole or not at all, whatever fails on the way."""
+"""A file appears whole or not at all, whatever fails during the save."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""A folder of shards changes whole or not at all, or says that it was cut short."""
+"""A folder of shards changes completely or not at all, or loading it raises an error."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""Savers that are killed, several savers at once, and readers beside them."""
+"""Saves that are killed, concurrent saves, and concurrent loads."""
 
 import os
 import random

@@ -1,4 +1,4 @@
-"""Folders that files are in: relative paths, what may not be read, and what killed savers left."""
+"""The folders of files: relative paths, missing permissions, and files that killed saves left."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""URLs of the Hugging Face Hub, through huggingface_hub's own client and a stand-in of the Hub."""
+"""URLs of the Hugging Face Hub, with the client of huggingface_hub and a simulated server."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Loading from URLs: how much is asked, and what happens when a server misbehaves."""
+"""Loading from URLs: the number of requests, and servers that misbehave."""
 
 import io
 import re

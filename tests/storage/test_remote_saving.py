@@ -1,4 +1,4 @@
-"""Saving to stores: objects that are whole or not there, and folders that are never a mixture."""
+"""Saving to stores: objects appear whole or not at all, and folders are never a mixture."""
 
 import io
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Signals lose no descriptor and no checkpoint, and a save may come into another."""
+"""Signals never leak a descriptor or lose a checkpoint, and a signal handler may save."""
 
 import os
 import signal

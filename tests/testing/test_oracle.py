@@ -1,4 +1,4 @@
-"""The oracle of the other tests tells apart what differs, and nothing else."""
+"""The equality of trees that other tests use finds all differences, and nothing else."""
 
 from collections import OrderedDict, defaultdict
 from typing import Any

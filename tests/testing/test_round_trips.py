@@ -1,4 +1,4 @@
-"""`assert_round_trips` fails where it must."""
+"""`assert_round_trips` fails if a tree does not round-trip."""
 
 import subprocess
 import sys

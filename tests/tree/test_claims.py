@@ -1,4 +1,4 @@
-"""What a note claims of nodes, compared with a slow check that looks at every pair of names."""
+"""What a note says about nodes, compared with a slow check of every pair of names."""
 
 from typing import Any
 

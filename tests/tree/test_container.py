@@ -1,4 +1,4 @@
-"""The two containers are real pytree nodes, and no attribute changes how they behave."""
+"""The two containers are pytree nodes, and attributes never change how they behave."""
 
 import copy
 import inspect

@@ -1,4 +1,4 @@
-"""Key paths: tables of what is accepted and rejected, both ways. The laws are in test_laws."""
+"""Key paths: tables of accepted and rejected spellings. The laws are in test_laws."""
 
 import ast
 import enum

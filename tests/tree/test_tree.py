@@ -1,4 +1,4 @@
-"""Trees and flat dicts: what is accepted and refused, as tables. The laws are in test_laws."""
+"""Trees and flat dicts: tables of accepted and rejected input. The laws are in test_laws."""
 
 from collections import OrderedDict, defaultdict
 from typing import Any
