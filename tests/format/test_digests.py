@@ -56,6 +56,11 @@ def test_the_digest_in_a_file_is_that_of_its_blocks(tmp_path: Path, size: int) -
     assert found == {"@é": digest_of("@é", "U8", [size], values.tobytes())}
 
 
+def test_the_digests_are_compact_json_with_sorted_names() -> None:
+    metadata = digests.add_digests({}, {"b": "1", "a": "2"})
+    assert metadata[digests.DIGESTS] == '{"a":"2","b":"1"}'
+
+
 @pytest.mark.parametrize(
     ("name", "dtype", "shape", "digest"),
     [

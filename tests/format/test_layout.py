@@ -96,6 +96,15 @@ def test_the_length_of_a_header_is_known_without_its_text(
 def test_a_shard_ends_before_its_header_exceeds_the_limit(
     widths: list[int], metadata: dict[str, str]
 ) -> None:
+    check_shards(widths, metadata)
+
+
+def test_a_shard_ends_at_the_last_byte_of_the_limit() -> None:
+    for width in range(1800, 2100):
+        check_shards([3000, 2000, width], {})
+
+
+def check_shards(widths: list[int], metadata: dict[str, str]) -> None:
     infos = {f"{i:02}" + "w" * width: TensorInfo("U8", (9,), 9) for i, width in enumerate(widths)}
     limit = 4096
     with pytest.MonkeyPatch.context() as patch:

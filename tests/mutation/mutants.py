@@ -124,6 +124,8 @@ def _decisive(node: ast.AST) -> Iterator[ast.AST]:
         return
     if isinstance(node, ast.Call) and _name_of(node.func) in _WORDS:
         return
+    if isinstance(node, ast.keyword) and node.arg == "strict":  # as `assert`
+        return
     if isinstance(node, ast.If) and _name_of(node.test) == "TYPE_CHECKING":
         return
     if isinstance(node, ast.Assign) and _name_of(node.targets[0]) in _UNSEEN:
@@ -181,7 +183,9 @@ def _changed_calls(call: ast.Call) -> Iterator[tuple[str, ast.AST, ast.AST]]:
         return
     if len(args) > 1 and not any(isinstance(arg, ast.Starred) for arg in args[:2]):
         yield "swapped arguments", call, _with(call, "args", [args[1], args[0], *args[2:]])
-    for number in range(len(call.keywords)):
+    for number, keyword in enumerate(call.keywords):
+        if keyword.arg == "strict":
+            continue
         rest = call.keywords[:number] + call.keywords[number + 1 :]
         yield "no argument", call, _with(call, "keywords", rest)
     if name in _NAMES:

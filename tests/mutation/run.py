@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 _HERE = Path(__file__).resolve().parent
 _ROOT = _HERE.parents[1]
@@ -58,10 +59,12 @@ TESTS += [f"robustness/test_{name}.py" for name in ("arguments", "errors", "fuzz
 _STALLED = 300.0  # seconds without a result after which a process is ended
 
 
-def pytest_run(plugin: object, tests: list[str]) -> None:
+def pytest_run(plugin: object, tests: list[str], folder: Path) -> None:
     """Run pytest with a plugin, quietly."""
     options = ["-q", "-s", "-n0", "--tb=no", "--assert=plain", "-m", "not multiprocess"]
-    options += ["-p", "no:cacheprovider", "-o", "tmp_path_retention_policy=none"]
+    options += ["-p", "no:cacheprovider", "-o", "tmp_path_retention_policy=failed"]
+    options += ["-W", "ignore::SyntaxWarning"]  # of tests that ask for what it warns of
+    options += [f"--basetemp={folder / 'tmp'}"]
     pytest.main([*options, *tests], plugins=[plugin])
 
 
@@ -72,7 +75,7 @@ def forked(work: Callable[[], None], log: Path, out: Path) -> None:
         descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
-        resource.setrlimit(resource.RLIMIT_DATA, (6 << 30, 6 << 30))
+        resource.setrlimit(resource.RLIMIT_DATA, (14 << 30, 14 << 30))
         try:
             work()
         except BaseException:  # noqa: BLE001 # nothing may go on in the child
@@ -99,7 +102,7 @@ def results(out: Path) -> dict[str, tuple[str, str]]:
     started, broken = Counter[str](), Counter[str]()
     for line in out.read_text().splitlines() if out.exists() else []:
         name, outcome, killer = json.loads(line)
-        started[name] += outcome == "started"
+        started[name] = started[name] + 1 if outcome == "started" else 0
         broken[name] += outcome == "broken"
         if outcome == "started" and started[name] > 1 and not broken[name]:
             outcome, killer = "killed", "its process ended"
@@ -109,34 +112,53 @@ def results(out: Path) -> dict[str, tuple[str, str]]:
     return found
 
 
-def kill(sample: list[Mutant], baseline: dict[str, Reached], folder: Path) -> None:
-    """Try all mutants of the sample that have no result yet."""
-    out, tests = folder / "results.jsonl", [f"tests/{name}" for name in TESTS]
-    while True:
-        done = results(out)
-        todo = [m for m in sample if done.get(m.id, ("started",))[0] in {"started", "broken"}]
-        print(f"{len(sample) - len(todo)} of {len(sample)}", flush=True)
-        if not todo:
-            return
-        in_place = [mutant for mutant in todo if not mutant.imported]
-        if in_place:
-            plugin = Killer(_PACKAGE, in_place, baseline, out)
-            forked(functools.partial(pytest_run, plugin, tests), folder / "log", out)
-            continue
-        for mutant in todo:
-            near = [f"tests/{mutant.module.partition('/')[0].strip('_')}", "tests/laws"]
-            for where in (near, tests):
-                forked(functools.partial(alone, mutant, baseline, out, where), folder / "log", out)
-                if mutant.id not in results(out):  # the tests cannot be imported with it
-                    Killer(_PACKAGE, [], {}, out).say(mutant, "killed", "import")
-                if results(out)[mutant.id][0] != "survived":
-                    break
-            print(mutant.id, *results(out)[mutant.id], flush=True)
+class Run(NamedTuple):
+    """What all steps of a run need."""
 
+    sample: list[Mutant]
+    baseline: dict[str, Reached]
+    folder: Path
 
-def alone(mutant: Mutant, baseline: dict[str, Reached], out: Path, tests: list[str]) -> None:
-    import_mutant(_PACKAGE, mutant)
-    pytest_run(Killer(_PACKAGE, [mutant], baseline, out), tests)
+    @property
+    def out(self) -> Path:
+        return self.folder / "results.jsonl"
+
+    def kill(self) -> None:
+        """Try all mutants: those without a result quickly, and then those that survived."""
+        for survivor, budget in (("", 2.0), ("survived", 20.0)):
+            tried: set[str] = set()
+            while todo := self.todo(survivor, tried):
+                print(f"{len(todo)} of {len(self.sample)}", flush=True)
+                in_place = [mutant for mutant in todo if not mutant.imported]
+                if in_place:
+                    tried |= self.attempt(in_place, TESTS, budget)
+                    continue
+                for mutant in todo:
+                    near = [mutant.module.partition("/")[0].strip("_"), "laws"]
+                    tried |= self.attempt([mutant], TESTS if survivor else near, budget)
+
+    def todo(self, survivor: str, tried: set[str]) -> list[Mutant]:
+        """The mutants that have no result, or that survived and were not tried with this budget."""
+        done = results(self.out)
+        wanted = {"started", "broken", survivor}
+        found = [m for m in self.sample if done.get(m.id, ("started",))[0] in wanted]
+        return [m for m in found if m.id not in tried or done[m.id][0] != survivor]
+
+    def attempt(self, mutants: list[Mutant], tests: list[str], budget: float) -> set[str]:
+        """Run tests on mutants in a process of their own; which of them it has tried."""
+        killer = Killer(_PACKAGE, mutants, self.baseline, self.out, budget)
+        before = len(self.out.read_text().splitlines()) if self.out.exists() else 0
+
+        def work() -> None:
+            if mutants[0].imported:
+                import_mutant(_PACKAGE, mutants[0])
+            pytest_run(killer, [f"tests/{name}" for name in tests], self.folder)
+
+        forked(work, self.folder / "log", self.out)
+        lines = self.out.read_text().splitlines()[before:] if self.out.exists() else []
+        if not lines and mutants[0].imported:  # the tests cannot be imported with it
+            killer.say(mutants[0], "killed", "import")
+        return {json.loads(line)[0] for line in lines}
 
 
 def main() -> None:
@@ -157,9 +179,9 @@ def main() -> None:
     if not file.exists():
         plugin = Baseline(_PACKAGE, file)
         tests = [f"tests/{name}" for name in TESTS]
-        forked(functools.partial(pytest_run, plugin, tests), options.out / "log", file)
+        forked(functools.partial(pytest_run, plugin, tests, options.out), options.out / "log", file)
     baseline = {name: Reached(*reached) for name, reached in json.loads(file.read_text()).items()}
-    kill(sample, baseline, options.out)
+    Run(sample, baseline, options.out).kill()
     sys.exit(not report(sample, results(options.out / "results.jsonl"), options))
 
 

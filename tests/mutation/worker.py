@@ -23,7 +23,6 @@ from _pytest.runner import SetupState, runtestprotocol
 from hypothesis import HealthCheck, Phase, settings
 from mutants import Mutant
 
-_BUDGET = 10.0  # seconds that the tests of one mutant take together without it
 _LONGEST = 5.0  # seconds of a test that is of use
 _EXAMPLES = 20
 
@@ -112,9 +111,15 @@ class Killer(_Plugin):
     """Runs the tests that reach a mutant, until one fails."""
 
     def __init__(
-        self, package: Path, todo: list[Mutant], baseline: dict[str, Reached], out: Path
+        self,
+        package: Path,
+        todo: list[Mutant],
+        baseline: dict[str, Reached],
+        out: Path,
+        budget: float,
     ) -> None:
         self.package, self.todo, self.baseline, self.out = package, todo, baseline, out
+        self.budget = budget  # seconds that the tests of one mutant take together without it
         self.last: dict[str, None] = {}  # what killed mutants, the latest last
 
     def run(self, items: dict[str, pytest.Item]) -> None:
@@ -151,7 +156,7 @@ class Killer(_Plugin):
         names = [name for name in reaching(mutant, self.baseline) if name in self.items]
         latest = {name: number for number, name in enumerate(self.last)}
         names.sort(key=lambda name: -latest.get(name, -1))
-        budget, chosen = _BUDGET, []
+        budget, chosen = self.budget, []
         for name in names:
             budget -= self.baseline[name].seconds
             if budget > 0:

@@ -45,7 +45,7 @@ def header_length(head: bytes, file: str) -> int:
     """Read the length of the header in bytes, from the first eight bytes of a file."""
     if len(head) < LENGTH_BYTES:
         raise FileFormatError(f"{file} has {len(head)} bytes and is not a safetensors file")
-    length = int.from_bytes(head[:LENGTH_BYTES], "little")
+    length = int.from_bytes(head, "little")
     if length > MAX_HEADER:
         raise FileFormatError(
             f"{file} is not a safetensors file{_guess(head)}: it begins with a header length of "

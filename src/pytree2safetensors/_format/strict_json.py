@@ -4,7 +4,8 @@ Specification: *Files*.
 """
 
 import json
-from collections.abc import Collection, Iterable
+from collections import Counter
+from collections.abc import Collection
 from typing import Any, Final, TypeAlias
 
 from pytree2safetensors._errors import FileFormatError, shorten
@@ -60,7 +61,8 @@ class _Duplicate(ValueError):
 def _object(pairs: Collection[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise _Duplicate(_first_repeated(name for name, _ in pairs))
+        counts = Counter(name for name, _ in pairs)
+        raise _Duplicate(next(name for name in counts if counts[name] > 1))
     return found
 
 
@@ -80,15 +82,6 @@ def _check_unique(pairs: Pairs) -> None:
             others.extend(inner for _, inner in value)
         elif type(value) is list:
             others.extend(value)
-
-
-def _first_repeated(names: Iterable[str]) -> str:
-    seen: set[str] = set()
-    for name in names:
-        if name in seen:
-            return name
-        seen.add(name)
-    return ""
 
 
 def _integer(digits: str) -> int:

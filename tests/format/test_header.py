@@ -1,0 +1,64 @@
+"""Headers of the usual form, which are read without a parser of JSON."""
+
+import json
+
+import pytest
+
+from pytree2safetensors import FileFormatError
+from pytree2safetensors._format import header
+from pytree2safetensors._format.header import Tensors
+from pytree2safetensors._format.tensor import TensorInfo
+
+A = '"a":{"dtype":"U8","shape":[2,3],"data_offsets":[0,6]}'
+B = '"b":{"dtype":"I8","shape":[],"data_offsets":[6,7]}'
+INFOS = [TensorInfo("U8", (2, 3), 6), TensorInfo("I8", (), 1)]
+
+
+@pytest.mark.parametrize("count", range(3))
+@pytest.mark.parametrize("metadata", [None, {}, {"format": "pt", "é": "ü"}])
+@pytest.mark.parametrize("padding", ["", "   "])
+def test_a_header_of_the_usual_form_is_read_quickly(
+    count: int, metadata: dict[str, str] | None, padding: str
+) -> None:
+    entries = [A, B][:count]
+    if metadata is not None:
+        entries = [f'"__metadata__":{json.dumps(metadata)}', *entries]
+    found = header._read_compact(f"{{{','.join(entries)}}}{padding}")
+    if metadata is None and not count:  # the other way reads a header of nothing
+        assert found is None
+        return
+    tensors = Tensors(["a", "b"][:count], INFOS[:count], [0, 6][:count])
+    assert found == (tensors, metadata or {})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"{{{A},x{B}}}",
+        f"{{{A}x,{B}}}",
+        f"{{x,{A},{B}}}",
+        f"{{{A},{B},}}",
+        f"{{{A},{B}}}x",
+        f"{{{A},{A}}}",
+        f"{{{A},{B.replace('6,7', '6,8')}}}",
+    ],
+)
+def test_no_other_text_is_read_quickly(text: str) -> None:
+    assert header._read_compact(text) is None
+
+
+def parse(entry: str) -> TensorInfo:
+    tensors, _ = header.parse(f'{{"a":{entry}}}'.encode(), "the file")
+    return tensors.infos[0]
+
+
+def entry(dtype: str, shape: list[int]) -> str:
+    return f'{{"dtype":"{dtype}","shape":{json.dumps(shape)},"data_offsets":[0,0]}}'
+
+
+def test_an_empty_tensor_has_a_shape_that_memory_could_hold() -> None:
+    assert parse(entry("U8", [0, 2**63 - 1])) == TensorInfo("U8", (0, 2**63 - 1), 0)
+    assert parse(entry("F32", [2**61 - 1, 0])) == TensorInfo("F32", (2**61 - 1, 0), 0)
+    for dtype, size in (("U8", 2**63), ("F32", 2**61)):
+        with pytest.raises(FileFormatError, match="beyond what memory can address"):
+            parse(entry(dtype, [size, 0]))
