@@ -15,6 +15,8 @@ from pytree2safetensors._leaves.extents import (
     bands_of,
     common,
     gather,
+    ranges_of,
+    region_of,
     runs_in,
     span_of,
     starts_of,
@@ -96,3 +98,28 @@ def test_common_is_none_where_regions_do_not_meet() -> None:
     assert common(((0, 2), (0, 4)), ((1, 3), (2, 6))) == ((1, 2), (2, 4))
     assert common(((0, 2),), ((2, 3),)) is None
     assert common((), ()) == ()
+
+
+@given(shapes_and_regions(), st.lists(st.integers(0, 5), max_size=4), st.integers(0, 30))
+def test_ranges_are_the_bytes_of_regions_joined_across_gaps(
+    case: tuple[tuple[int, ...], Region], cuts: list[int], gap: int
+) -> None:
+    shape, region = case
+    regions = [region, tuple((min(cut, a), a) for (a, _), cut in zip(region, cuts, strict=False))]
+    regions = [found for found in regions if len(found) == len(shape)]
+    item = np.arange(2 * math.prod(shape)).reshape(*shape, 2)
+    there = sorted({int(byte) for found in regions for byte in select(item, found).reshape(-1)})
+    expected: list[tuple[int, int]] = []
+    for byte in there:
+        if expected and byte <= expected[-1][1] + gap:
+            expected[-1] = expected[-1][0], byte + 1
+        else:
+            expected.append((byte, byte + 1))
+    assert list(ranges_of(regions, shape, 2, gap)) == expected
+
+
+def test_a_region_is_whole_on_axes_that_its_index_lacks() -> None:
+    assert region_of((), (2, 3)) == ((0, 2), (0, 3))
+    assert region_of((1,), (2, 3)) == ((1, 2), (0, 3))
+    assert region_of((slice(1, None), slice(2)), (2, 3)) == ((1, 2), (0, 2))
+    assert region_of((slice(5, 4),), (6,)) == ((5, 5),)

@@ -77,6 +77,16 @@ def test_the_tensors_of_a_rule(
     assert tensors == {name: view.stored for view in found.values() for name in view.names}
 
 
+def test_leaves_of_unequal_size_are_joined_in_the_order_of_their_numbers() -> None:
+    rule = Rule("w", "w.{p}", "(p a) -> a")
+    found = route([rule], {"w.1": (2,), "w.2": (4,), "w.0": (3,)}, complete=True)
+    assert {path: view.region for path, view in found.items()} == {
+        "w.0": ((0, 3),),
+        "w.1": ((3, 5),),
+        "w.2": ((5, 9),),
+    }
+
+
 def test_leaves_that_need_no_view() -> None:
     rules = [
         Rule("a", "x"),

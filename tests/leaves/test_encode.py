@@ -1,0 +1,54 @@
+"""Leaves as bytes and back: scalars, and tensors that are converted block by block."""
+
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pytree2safetensors._format.tensor import TensorInfo
+from pytree2safetensors._leaves import encode
+from pytree2safetensors._leaves.decode import holds_value, scalar_array
+from pytree2safetensors._leaves.describe import describe
+from pytree2safetensors._leaves.keys import implementation_of
+
+
+@given(st.lists(st.integers(0, 7), max_size=4).map(tuple), st.integers(2, 40), st.data())
+def test_blocks_are_the_bytes_in_order(
+    shape: tuple[int, ...], limit: int, data: st.DataObject
+) -> None:
+    order = data.draw(st.permutations(range(len(shape))))
+    values = np.arange(np.prod(shape, dtype=int), dtype=">u2").reshape(shape).transpose(order)
+    info = TensorInfo("U16", values.shape, values.nbytes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encode, "_BLOCK", limit)
+        blocks = list(encode.blocks(values, info))
+    assert b"".join(block.tobytes() for block in blocks) == values.astype("<u2").tobytes()
+    assert all(len(block) <= limit for block in blocks)
+
+
+def test_a_contiguous_tensor_is_one_block_without_a_copy() -> None:
+    values = np.arange(6, dtype=np.float32).reshape(2, 3)
+    [block] = encode.blocks(values, TensorInfo("F32", (2, 3), 24))
+    assert np.shares_memory(block, values)
+
+
+@pytest.mark.parametrize(
+    ("leaf", "kind"), [(2**63, ["int", "0x8000000000000000"]), ("text", ["str", "text"])]
+)
+def test_what_the_note_holds_has_no_tensor(leaf: Any, kind: list[str]) -> None:
+    assert describe([leaf]) == [TensorInfo("", (), 0, kind)]
+
+
+@pytest.mark.parametrize(("value", "dtype"), [(256, "u1"), (-1, "u4"), (2**63, "i8")])
+def test_an_integer_does_not_wrap(value: int, dtype: str) -> None:
+    with pytest.raises((OverflowError, DeprecationWarning)):  # NumPy 2 and 1
+        scalar_array(value, np.dtype(dtype))
+    assert not holds_value(np.dtype(dtype), value)
+
+
+def test_the_implementation_of_keys_is_found_by_their_dtype() -> None:
+    for name in ("threefry2x32", "rbg", "unsafe_rbg"):
+        assert implementation_of(jax.random.key(0, impl=name).dtype) == name
