@@ -70,14 +70,16 @@ _Questions = list[Callable[[], Answer]]  # one for each answer to print
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "pytree2safetensors",
-        description="Look into safetensors files, from this library or any other program.",
-        epilog="Exit codes: 0 fine, 1 different or broken, 2 wrong usage.",
+        description="Show, compare and verify safetensors files from any program.",
+        epilog="Exit codes: 0 fine, 1 different or damaged, 2 wrong usage.",
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="show | diff | verify")
     a_file = "a file, a folder of shards or its index"
 
-    command = commands.add_parser("show", help="list what files hold; reads no large array")
+    command = commands.add_parser(
+        "show", help="list what is in files, without reading large arrays"
+    )
     command.add_argument("files", metavar="FILE", nargs="+", help=a_file)
     command.add_argument("--prefix", default="", help="show only what is below this key path")
     command.add_argument("--paths", action="store_true", help="print whole key paths in each row")
@@ -86,13 +88,13 @@ def _parser() -> argparse.ArgumentParser:
         "--template",
         metavar="MODULE:NAME",
         type=named_object,
-        help="a template, or a function that gives one: explain how files fit it",
+        help="a template, or a function that returns one: show how files fit it",
     )
     command.add_argument(
         "--rules",
         metavar="MODULE:NAME",
         type=named_object,
-        help="the rules by which files fit the template",
+        help="rules for names and axes, as for rename=",
     )
     command.set_defaults(questions=partial(_ask_show, command))
     _add_json(command)
@@ -104,7 +106,9 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(questions=_ask_diff)
     _add_json(command)
 
-    command = commands.add_parser("verify", help="check files for damage; reads all of them")
+    command = commands.add_parser(
+        "verify", help="check files for damage, which reads all of their data"
+    )
     command.add_argument("files", metavar="FILE", nargs="+", help=a_file)
     command.add_argument("--all", action="store_true", help="print every problem")
     command.set_defaults(questions=_ask_verify)
@@ -123,7 +127,7 @@ def _with_command(arguments: Sequence[str]) -> list[str]:
     return [*arguments] if named else ["show", *arguments]
 
 
-# The modules of the commands import JAX, which takes longer than all else. The help needs none.
+# The modules of the commands import JAX, which takes most of the time. The help does not need them.
 
 
 def _ask_show(command: argparse.ArgumentParser, options: argparse.Namespace) -> _Questions:
