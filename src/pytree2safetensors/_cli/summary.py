@@ -40,7 +40,7 @@ class Leaf(NamedTuple):
 
     @property
     def type(self) -> str:
-        """The printed form of the type: `float32[3,4]`."""
+        """Return the printed form of the type: `float32[3,4]`."""
         if self.kind not in {"array", "key"}:
             return self.kind
         dtype = f"key<{self.dtype}>" if self.kind == "key" else self.dtype
@@ -48,12 +48,12 @@ class Leaf(NamedTuple):
 
     @property
     def parameters(self) -> int:
-        """How many elements an array has; 0 for everything else."""
+        """Return how many elements an array has; 0 for everything else."""
         return math.prod(self.shape) if self.kind == "array" else 0
 
     @property
     def is_small(self) -> bool:
-        """Whether the value fits on a line: a str, a Python scalar or an array without axes."""
+        """Return whether the value fits on a line: a str, a Python scalar or a 0-d array."""
         return self.kind in {"str", *SCALARS} or (self.kind == "array" and not self.shape)
 
 

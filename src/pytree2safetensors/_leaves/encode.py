@@ -86,7 +86,7 @@ def host_shard(data: jax.Array) -> NDArray[Any]:
 
 
 def host_part(data: Any, index: tuple[slice, ...]) -> NDArray[Any]:
-    """The values of a region of an array on one device. Only the region is copied from there."""
+    """Return the values of a region of an array on one device. Only the region is copied from there."""
     if isinstance(data, jax.Array) and not is_in_place(data):
         return host_shard(part_of(data, index))
     values = host_shard(data) if isinstance(data, jax.Array) else data

@@ -99,7 +99,7 @@ class Processes:
                 raise FileFormatError(save.explain(verdict.differs, terms))
 
     def refuse(self, error: BaseException, interrupt: Interrupt) -> None:
-        """Tell the others that this process cannot begin its save, so that they do not either.
+        """Send an error to the others if this process cannot begin its save, so that they raise it, too.
 
         Raises:
             Exception: An error like the one on the first process that failed.

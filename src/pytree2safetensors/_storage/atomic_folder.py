@@ -145,7 +145,7 @@ def _replaced(folder: Folder, name: str) -> os.stat_result | None:
 
 
 def _commit(folder: Folder, temporaries: Mapping[str, str], rival: str, durable: bool) -> None:
-    """Give the files their names, the last one last.
+    """Rename the files to their final names, the last one last.
 
     If other names are in use, the last of the older files is moved away first, and the rival just
     before the last file appears. So a reader never finds files of both saves, or two files to choose

@@ -208,7 +208,7 @@ class Pending:
                 self._file.close()
 
     def commit(self) -> None:
-        """Give the file its name."""
+        """Rename the file to its final name."""
         with naming_url(self.path):
             self._file.close()
             if _commits(self._file):

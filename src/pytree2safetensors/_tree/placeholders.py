@@ -108,7 +108,7 @@ def axes_of(side: Side) -> list[str]:
 
 
 def with_labels(side: Side, labels: Mapping[str, tuple[str, ...]]) -> Side:
-    """Give placeholders without labels those of their axis."""
+    """Add to placeholders without labels the labels of their axis."""
     return tuple(
         part._replace(labels=labels.get(part.axis or "", ()))
         if isinstance(part, Hole) and not part.labels

@@ -148,7 +148,7 @@ def _check_matched(name: Side | None, path: Side | None) -> None:
 def _labelled(
     name: Side | None, path: Side | None
 ) -> tuple[Side | None, Side | None, dict[str, int]]:
-    """Give each side the labels that only the other has. Also return their numbers."""
+    """Copy to each side the labels that only the other has. Also return the number of labels."""
     labels = [{h.axis or "": h.labels for h in holes_of(s or ()) if h.labels} for s in (name, path)]
     for axis in labels[0].keys() & labels[1].keys():
         if len(labels[0][axis]) != len(labels[1][axis]):
