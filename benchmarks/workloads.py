@@ -81,7 +81,7 @@ def many(scale: float) -> Any:
 
 
 def train_state(scale: float) -> Any:
-    """A train state of namedtuples, 20,000 small leaves at scale 1."""
+    """Describe a train state of namedtuples, with 20,000 small leaves at scale 1."""
     layer = Layer(kernel=spec(16, 32), bias=spec(32), scale=spec(16))
     blocks = max(1, round(1111 * scale))
     weights = {"blocks": [{"attention": layer, "mlp": layer} for _ in range(blocks)]}
