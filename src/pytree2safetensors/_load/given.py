@@ -36,18 +36,18 @@ def fitted(slot: TemplateLeaf, value: Any) -> Any:
     if slot.target == "python":
         return value if type(value) is str else to_python(value, slot.leaf)
     if slot.target in {"numpy", "scalar"}:
-        copy = np.array(to_host(value, slot.leaf.dtype))
+        copy = np.array(to_host(value, slot.leaf.dtype), order="C")
         return copy if slot.target == "numpy" else copy[()]
     if not isinstance(value, jax.Array):
         # A copy, because JAX would use the memory of the caller's array.
-        host = np.array(to_host(value, slot.leaf.dtype))
+        host = np.array(to_host(value, slot.leaf.dtype), order="C")
         if slot.target == "foreign":
             return host
         value = to_jax([host])[0]
         if slot.leaf.weak:
             value = weaken(value)
     elif slot.target == "foreign" and value.dtype != slot.leaf.dtype:
-        return np.array(to_host(value, slot.leaf.dtype))  # JAX would narrow it
+        return np.array(to_host(value, slot.leaf.dtype), order="C")  # JAX would narrow it
     elif slot.leaf.dtype is not None and value.dtype != slot.leaf.dtype:
         value = value.astype(slot.leaf.dtype)
     if slot.leaf.kind == "key" and value.dtype == np.uint32:

@@ -1,0 +1,95 @@
+"""What a leaf of a template becomes, from files and from dictionaries."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pytree2safetensors import Rule, load_into_pytree, save_pytree, set_weights
+from pytree2safetensors._load import complaints
+
+Struct: Any = jax.ShapeDtypeStruct
+WIDE = np.array([1.0, 1 + 2.0**-50])  # not what float32 holds
+KERNEL = np.arange(6, dtype=np.float32).reshape(2, 3)
+
+
+def from_file(template: Any, tree: Any, path: Path, **options: Any) -> Any:
+    save_pytree(tree, path)
+    return load_into_pytree(template, path, **options)
+
+
+def from_dict(template: Any, tree: Any, path: Path, **options: Any) -> Any:
+    return set_weights(template, {f"@{name}": leaf for name, leaf in tree.items()}, **options)
+
+
+@pytest.fixture(params=[from_file, from_dict])
+def load(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+@pytest.mark.filterwarnings("ignore:JAX does not support the dtypes")
+def test_64_bits_stay_numpys_without_x64(load: Any, tmp_path: Path) -> None:
+    found = load({"a": Struct((2,), np.float64)}, {"a": WIDE}, tmp_path / "file")["a"]
+    assert type(found) is np.ndarray
+    assert found.dtype == np.float64
+    assert found.tobytes() == WIDE.tobytes()
+    assert not np.shares_memory(found, WIDE)
+
+
+@pytest.mark.filterwarnings("ignore:JAX does not support the dtypes")
+def test_an_array_of_jax_is_cast_to_64_bits_by_numpy() -> None:
+    found = set_weights(
+        {"a": Struct((2,), np.float64)}, {"@a": jnp.ones(2, jnp.float32)}, cast=True
+    )["a"]
+    assert (type(found), found.dtype) == (np.ndarray, np.float64)
+
+
+def test_what_jax_cannot_hold_is_a_warning_that_names_it(tmp_path: Path) -> None:
+    save_pytree({"a": WIDE, "b": KERNEL}, tmp_path / "file")
+    template = {"a": Struct((2,), np.float64), "b": Struct((2, 3), np.float32)}
+    with pytest.warns(UserWarning, match="does not support the dtypes of 1 leaves") as caught:
+        load_into_pytree(template, tmp_path / "file")
+    assert len(caught) == 1
+    assert "'@a'" in str(caught[0].message)
+    assert "'@b'" not in str(caught[0].message)
+
+
+def test_scalars_of_numpy_and_python_stay_what_they_are(load: Any, tmp_path: Path) -> None:
+    template = {"f": np.float32(0), "i": np.int8(0), "p": 0.0, "b": False, "a": np.zeros(())}
+    tree = {"f": np.float32(1.5), "i": np.int8(-3), "p": 2.5, "b": True, "a": np.ones(())}
+    found = load(template, tree, tmp_path / "file")
+    assert {name: type(leaf) for name, leaf in found.items()} == {
+        "f": np.float32, "i": np.int8, "p": float, "b": bool, "a": np.ndarray,
+    }  # fmt: skip
+    assert found == tree
+
+
+def test_rearranged_leaves_of_numpy_are_contiguous_and_their_own(load: Any, tmp_path: Path) -> None:
+    for template in ({"a": np.zeros((3, 2), np.float32)}, {"a": jnp.zeros((3, 2))}):
+        rename = [Rule("@a", "@a", "o i -> i o")]
+        found = load(template, {"a": KERNEL}, tmp_path / "file", rename=rename)["a"]
+        assert type(found) is type(template["a"])
+        assert np.array_equal(found, KERNEL.T)
+        if isinstance(found, np.ndarray):
+            assert found.flags.c_contiguous
+            assert not np.shares_memory(found, KERNEL)
+
+
+def test_keys_come_back_from_their_data(load: Any, tmp_path: Path) -> None:
+    key = jax.random.key(3)
+    found = load({"k": jax.random.key(0)}, {"k": key}, tmp_path / "file")["k"]
+    assert jax.dtypes.issubdtype(found.dtype, jax.dtypes.prng_key)  # type: ignore[attr-defined] # public, and not exported
+    assert jax.random.key_data(found).tolist() == jax.random.key_data(key).tolist()
+
+
+def test_a_long_mismatch_is_told_in_part() -> None:
+    count = complaints._LISTED + 5
+    template = {f"{n:03}": np.zeros(2) for n in range(count)}
+    with pytest.raises(Exception, match="mismatched") as caught, warnings.catch_warnings():
+        set_weights(template, {f"@{name}": np.zeros(3) for name in template})
+    assert str(caught.value).count("'@0") == complaints._LISTED
+    assert f"{count} mismatched" in str(caught.value)
