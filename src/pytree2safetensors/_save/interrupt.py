@@ -31,9 +31,10 @@ class Interrupt:
 
     def wait_for(self, future: Future[T]) -> T:
         """Return the result of a future, and keep interrupts that occur while waiting."""
-        while not future.done():
+        while True:
             try:
-                wait([future], _SLICE)
+                if wait([future], _SLICE).done:
+                    break
             except BaseException as error:  # noqa: BLE001 - signal handlers may raise anything
                 self.received.append(error)
         return future.result()
@@ -43,13 +44,26 @@ class Interrupt:
         future: Future[T] = Future()
 
         def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
             try:
                 future.set_result(work())
             except BaseException as error:  # noqa: BLE001 - the caller's thread raises it
                 future.set_exception(error)
 
-        threading.Thread(target=run, name="pytree2safetensors-agree").start()
-        return self.wait_for(future)
+        try:
+            threading.Thread(target=run, name="pytree2safetensors-agree").start()
+        except BaseException as error:
+            if future.cancel():  # the work will never start
+                raise
+            self.received.append(error)
+        while True:
+            try:
+                return self.wait_for(future)
+            except BaseException as error:
+                if future.done():
+                    raise
+                self.received.append(error)  # before the waiting began
 
     @contextmanager
     def also_outside(self) -> Iterator[None]:
