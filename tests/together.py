@@ -76,6 +76,10 @@ class Group:
             if "lacks" in ready:
                 self.end()
                 pytest.skip(ready["lacks"])
+            if "ready" not in ready:
+                said = self.said()
+                self.end()
+                pytest.fail(f"a process did not start: {ready}\n{said}", pytrace=False)
 
     def hear(self) -> list[Any]:
         """What each process answers; {"ended": ...} where it has ended."""

@@ -1,11 +1,13 @@
 """A small run of the model of the protocol, and models with mistakes, which it must find."""
 
-from typing import Any
+import re
+from typing import Any, get_args
 
 import pytest
 from hypothesis import settings
 
-from protocol import FAULTS, Background, Model, Save, explore
+from protocol import FAULTS, Background, Model, Save, State, explore
+from pytree2safetensors._save import joint, meeting
 from pytree2safetensors._save.words import Failure, Words
 
 # The larger ones take a minute altogether.
@@ -62,6 +64,25 @@ def test_three_processes() -> None:
 def test_more_saves_and_faults(kind: type[Model]) -> None:
     _, problem, way = explore(kind([THREE, THREE], 2))
     assert problem is None, way
+
+
+def test_the_steps_have_the_names_of_the_code() -> None:
+    seen = set[str]()
+
+    class Watched(Model):
+        def check(self, state: State) -> None:
+            super().check(state)
+            seen.update(re.split("[: ]", process.at)[0] for process in state.processes)
+
+    explore(Watched([TWO, TWO], 1, folder=True, checksum=True))
+    listed = re.search("The steps are (.*?)[.]", (joint.__doc__ or "").replace("\n", " "))
+    assert listed is not None
+    steps = set(re.split(", | and ", listed[1]))
+    assert seen == steps | {"idle", "dead"}
+    keys = {"agree", *get_args(meeting.Step), "outcome"}  # what is said in each meeting
+    assert keys <= steps
+    for step in steps - keys:
+        assert hasattr(joint.Work, f"_{step}") or step in joint.Work.__annotations__
 
 
 # --- mistakes ---------------------------------------------------------------------------------
