@@ -38,6 +38,10 @@ class FileFormatError(Pytree2SafetensorsError, ValueError):
     __module__ = "pytree2safetensors"
 
 
+class ReplacedError(FileFormatError):
+    """Another file has taken the place of one that was not open. Loads start again."""
+
+
 class WeightsMismatchError(Pytree2SafetensorsError, ValueError):
     """The stored leaves do not fit the template.
 

@@ -11,7 +11,7 @@ from pytree2safetensors._errors import (
     shorten,
 )
 from pytree2safetensors._leaves.spec import LeafSpec, abstract
-from pytree2safetensors._load.checkpoint import OpenCheckpoint, open_checkpoint
+from pytree2safetensors._load.checkpoint import OpenCheckpoint, again_if_replaced, open_checkpoint
 from pytree2safetensors._load.stored import load_stored, names_below, nodes_below
 from pytree2safetensors._storage.byte_source import (
     PathLike,
@@ -27,6 +27,7 @@ Shardings: TypeAlias = (
 )
 
 
+@again_if_replaced
 @checked
 def load_pytree(
     path: PathLike | Readable,
@@ -75,6 +76,7 @@ def load_pytree(
             return _built(checkpoint, found, prefix, separator)
 
 
+@again_if_replaced
 @checked
 def load_abstract(
     path: PathLike | Readable,

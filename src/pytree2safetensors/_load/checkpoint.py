@@ -7,15 +7,21 @@ import errno
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, suppress
-from functools import partial
+from functools import partial, wraps
 from itertools import repeat
-from typing import Any, TypeAlias
+from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pytree2safetensors._collector import collector_paused
-from pytree2safetensors._errors import FileFormatError, KeyPathError, errors_of, shorten
+from pytree2safetensors._errors import (
+    FileFormatError,
+    KeyPathError,
+    ReplacedError,
+    errors_of,
+    shorten,
+)
 from pytree2safetensors._format.digests import read_digests
 from pytree2safetensors._format.header import (
     LENGTH_BYTES,
@@ -52,7 +58,9 @@ from pytree2safetensors._tree.keypath import string2keypath
 _PIECE = 8 << 20  # bytes to read at once; a multiple of every item size
 _HEAD = 1 << 16  # bytes: the first read has nearly every header
 _KEPT = descriptors_to_keep()  # shards that stay open
-_ATTEMPTS = 5  # to open shards; only savers in a loop need more than two
+_ATTEMPTS = 5  # to open shards, or to load; only savers in a loop need more than two
+Params = ParamSpec("Params")
+R = TypeVar("R")
 Place: TypeAlias = tuple[ByteSource, int]  # of the bytes of a tensor
 
 
@@ -157,6 +165,22 @@ def _check_path(name: str, label: str) -> None:
         string2keypath(name)
     except KeyPathError as error:
         raise FileFormatError(f"the note of {label} has an impossible leaf: {error}") from None
+
+
+def again_if_replaced(load: Callable[Params, R]) -> Callable[Params, R]:
+    """Start a load again if a save replaces a shard that could not be kept open."""
+
+    @wraps(load)
+    def call(*args: Any, **kwargs: Any) -> R:  # beartype 0.17 knows no Params.args
+        for _ in range(_ATTEMPTS - 1):
+            with suppress(ReplacedError):
+                return load(*args, **kwargs)
+        try:
+            return load(*args, **kwargs)
+        except ReplacedError as error:
+            raise FileFormatError(str(error)) from None
+
+    return call
 
 
 def open_checkpoint(path: PathLike | Readable, mmap: bool = False) -> OpenCheckpoint:

@@ -9,7 +9,7 @@ from pytree2safetensors._arguments import checked
 from pytree2safetensors._collector import collector_paused
 from pytree2safetensors._leaves.renaming import Rename, rules_in
 from pytree2safetensors._leaves.views import View
-from pytree2safetensors._load.checkpoint import open_checkpoint
+from pytree2safetensors._load.checkpoint import again_if_replaced, open_checkpoint
 from pytree2safetensors._load.flat_template import Stored, flat_template
 from pytree2safetensors._load.given import fitted, given_spec, seen_through
 from pytree2safetensors._load.matching import Options
@@ -87,6 +87,7 @@ def set_weights(
     return loaded
 
 
+@again_if_replaced
 @checked
 def load_into_pytree(
     module: T,

@@ -13,7 +13,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from pytree2safetensors._errors import FileFormatError, shorten
+from pytree2safetensors._errors import FileFormatError, ReplacedError, shorten
 from pytree2safetensors._storage.byte_source import ByteSource, LocalPath
 from pytree2safetensors._storage.descriptor import Held
 from pytree2safetensors._storage.folder import absolute
@@ -76,7 +76,7 @@ class FileSource(ByteSource):
             except FileNotFoundError:
                 found = ()
             if found != self.identity:
-                raise FileFormatError(f"{self.label} was replaced while it was read; load it again")
+                raise ReplacedError(f"{self.label} was replaced while it was read; load it again")
             yield descriptor
 
     def close(self) -> None:
