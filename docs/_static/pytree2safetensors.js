@@ -153,14 +153,9 @@ function spellFloat(value) {
   if (!Number.isFinite(value)) throw new KeyPathError(`a dict key is the float ${value}, which is not finite`);
   const sign = value < 0 || Object.is(value, -0) ? "-" : "";
   const [mantissa, power] = Math.abs(value).toExponential().split("e");
-  const digits = mantissa.replace(".", "");
   const exponent = Number(power);
-  if (exponent < -4 || exponent >= 16) {
-    return `${sign}${mantissa}e${exponent < 0 ? "-" : "+"}${String(Math.abs(exponent)).padStart(2, "0")}`;
-  }
-  if (exponent < 0) return `${sign}0.${"0".repeat(-exponent - 1)}${digits}`;
-  const padded = digits.padEnd(exponent + 2, "0");
-  return `${sign}${padded.slice(0, exponent + 1)}.${padded.slice(exponent + 1)}`;
+  if (exponent >= -4 && exponent < 16) return `${sign}${Math.abs(value)}${Number.isInteger(value) ? ".0" : ""}`;
+  return `${sign}${mantissa}e${exponent < 0 ? "-" : "+"}${String(Math.abs(exponent)).padStart(2, "0")}`;
 }
 
 const NAMED = { 9: "\\t", 10: "\\n", 13: "\\r", 92: "\\\\" };
