@@ -88,7 +88,7 @@ def mutants_of(package: Path, module: str) -> list[Mutant]:
         for kind, old, new in _changes(spot.node):
             changed, before, after = _splice(lines, old, new)
             mutant = Mutant(
-                module, spot.function, spot.line, kind, before, after, changed, spot.imported
+                module, spot.function, old.lineno, kind, before, after, changed, spot.imported
             )
             found.setdefault(mutant.id, mutant)
     return sorted(found.values(), key=lambda mutant: mutant.line)

@@ -52,11 +52,12 @@ MODULES = [
     "_save/flat_dict.py",
     "_save/plan.py",
     "_save/renamed.py",
-    "_save/share.py",
 ]
 TESTS = ["tree", "format", "laws", "load", "leaves", "save", "conformance"]
 TESTS += [f"robustness/test_{name}.py" for name in ("arguments", "errors", "fuzz")]
-_STALLED = 300.0  # seconds without a result after which a process is ended
+TESTS += [f"robustness/test_errors_of_{name}.py" for name in ("files", "templates")]
+TESTS += [f"storage/test_{name}.py" for name in ("progress", "remote_loading")]
+_STALLED = 120.0  # seconds without a result after which a process is ended
 
 
 def pytest_run(plugin: object, tests: list[str], folder: Path) -> None:
@@ -125,38 +126,42 @@ class Run(NamedTuple):
 
     def kill(self) -> None:
         """Try all mutants: those without a result quickly, and then those that survived."""
-        for survivor, budget in (("", 2.0), ("survived", 20.0)):
+        for survivor in ("", "survived"):
             tried: set[str] = set()
             while todo := self.todo(survivor, tried):
                 print(f"{len(todo)} of {len(self.sample)}", flush=True)
-                in_place = [mutant for mutant in todo if not mutant.imported]
+                done = results(self.out)
+                in_place = [m for m in todo if done.get(m.id, ("",))[0] != "alone"]
                 if in_place:
-                    tried |= self.attempt(in_place, TESTS, budget)
+                    tried |= self.attempt(in_place, TESTS, thorough=bool(survivor))
                     continue
                 for mutant in todo:
                     near = [mutant.module.partition("/")[0].strip("_"), "laws"]
-                    tried |= self.attempt([mutant], TESTS if survivor else near, budget)
+                    tests = TESTS if survivor else near
+                    tried |= self.attempt([mutant], tests, thorough=bool(survivor), alone=True)
 
     def todo(self, survivor: str, tried: set[str]) -> list[Mutant]:
-        """The mutants that have no result, or that survived and were not tried with this budget."""
+        """The mutants that have no result, or that survived and were not tried again."""
         done = results(self.out)
-        wanted = {"started", "broken", survivor}
+        wanted = {"started", "broken", "alone", survivor}
         found = [m for m in self.sample if done.get(m.id, ("started",))[0] in wanted]
         return [m for m in found if m.id not in tried or done[m.id][0] != survivor]
 
-    def attempt(self, mutants: list[Mutant], tests: list[str], budget: float) -> set[str]:
+    def attempt(
+        self, mutants: list[Mutant], tests: list[str], *, thorough: bool, alone: bool = False
+    ) -> set[str]:
         """Run tests on mutants in a process of their own; which of them it has tried."""
-        killer = Killer(_PACKAGE, mutants, self.baseline, self.out, budget)
+        killer = Killer(_PACKAGE, mutants, self.baseline, self.out, thorough, alone)
         before = len(self.out.read_text().splitlines()) if self.out.exists() else 0
 
         def work() -> None:
-            if mutants[0].imported:
+            if alone:
                 import_mutant(_PACKAGE, mutants[0])
             pytest_run(killer, [f"tests/{name}" for name in tests], self.folder)
 
         forked(work, self.folder / "log", self.out)
         lines = self.out.read_text().splitlines()[before:] if self.out.exists() else []
-        if not lines and mutants[0].imported:  # the tests cannot be imported with it
+        if not lines and alone:  # the tests cannot be imported with it
             killer.say(mutants[0], "killed", "import")
         return {json.loads(line)[0] for line in lines}
 
@@ -189,7 +194,8 @@ def report(
     sample: list[Mutant], done: dict[str, tuple[str, str]], options: argparse.Namespace
 ) -> bool:
     """Print the figures and what survived; whether each survivor is known to be equivalent."""
-    known = {tuple(entry[key] for key in _KEYS) for entry in json.loads(EQUIVALENT.read_text())}
+    groups = json.loads(EQUIVALENT.read_text())
+    known = {tuple(entry[key] for key in _KEYS) for group in groups for entry in group["changes"]}
     survived = [mutant for mutant in sample if done[mutant.id][0] == "survived"]
     for mutant in survived:
         if not is_known(mutant, known):

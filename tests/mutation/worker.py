@@ -8,6 +8,7 @@ import contextlib
 import functools
 import gc
 import json
+import re
 import signal
 import sys
 import time
@@ -25,6 +26,7 @@ from mutants import Mutant
 
 _LONGEST = 5.0  # seconds of a test that is of use
 _EXAMPLES = 20
+_BUDGETS = (2.0, 5.0)  # seconds that the tests of a mutant take without it, quickly and thoroughly
 
 
 class Reached(NamedTuple):
@@ -32,6 +34,11 @@ class Reached(NamedTuple):
 
     seconds: float
     lines: dict[str, list[int]]
+
+    @property
+    def breadth(self) -> int:
+        """How many lines it runs: tests of little code say more about it."""
+        return sum(map(len, self.lines.values()))
 
 
 class TimeUp(BaseException):
@@ -65,7 +72,9 @@ class _Plugin:
 def passes(item: pytest.Item, seconds: float) -> bool:
     """Run one test, as often as one likes; it fails if it takes much longer than some seconds."""
     item._initrequest()  # type: ignore[attr-defined] # as reruns do
-    signal.signal(signal.SIGVTALRM, _time_is_up)
+    for number in (signal.SIGVTALRM, signal.SIGALRM):
+        signal.signal(number, _time_is_up)
+    signal.setitimer(signal.ITIMER_REAL, 60 + 10 * seconds, 5)  # of a test that waits for ever
     signal.setitimer(signal.ITIMER_VIRTUAL, _LONGEST + 10 * seconds, 5)
     try:
         reports = runtestprotocol(item, nextitem=None, log=False)
@@ -74,6 +83,7 @@ def passes(item: pytest.Item, seconds: float) -> bool:
         return False
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
     return all(report.passed for report in reports)
 
 
@@ -116,21 +126,23 @@ class Killer(_Plugin):
         todo: list[Mutant],
         baseline: dict[str, Reached],
         out: Path,
-        budget: float,
+        thorough: bool = False,
+        alone: bool = False,
     ) -> None:
         self.package, self.todo, self.baseline, self.out = package, todo, baseline, out
-        self.budget = budget  # seconds that the tests of one mutant take together without it
+        self.alone = alone  # in a process that has imported the one mutant
+        self.thorough = thorough
         self.last: dict[str, None] = {}  # what killed mutants, the latest last
 
     def run(self, items: dict[str, pytest.Item]) -> None:
         self.items = items
         for mutant in self.todo:
             self.say(mutant, "started")
-            with exchanged(self.package, mutant):
-                killer = self.killer(mutant)
+            with exchanged(self.package, mutant, self.alone) as is_there:
+                killer = self.killer(mutant) if is_there else ""
             if not killer:
-                self.say(mutant, "survived")
-            elif mutant.imported or self.check(killer):
+                self.say(mutant, "alone" if mutant.imported and not self.alone else "survived")
+            elif self.alone or self.check(killer):
                 self.say(mutant, "killed", killer)
             else:  # the mutant left something behind
                 self.say(mutant, "broken", killer)
@@ -154,9 +166,11 @@ class Killer(_Plugin):
 
     def order(self, mutant: Mutant) -> list[str]:
         names = [name for name in reaching(mutant, self.baseline) if name in self.items]
+        if self.thorough:
+            names.sort(key=lambda name: self.baseline[name].breadth)
         latest = {name: number for number, name in enumerate(self.last)}
         names.sort(key=lambda name: -latest.get(name, -1))
-        budget, chosen = self.budget, []
+        budget, chosen = _BUDGETS[self.thorough], []
         for name in names:
             budget -= self.baseline[name].seconds
             if budget > 0:
@@ -185,29 +199,56 @@ def _time_is_up(*_: object) -> None:
 
 
 @contextlib.contextmanager
-def exchanged(package: Path, mutant: Mutant) -> Iterator[None]:
-    """Let the functions of a module run a mutant's code."""
-    if mutant.imported:  # it is there
-        yield
+def exchanged(package: Path, mutant: Mutant, alone: bool) -> Iterator[bool]:
+    """Let a module be its mutant; whether that was possible."""
+    if alone:  # it is there
+        yield True
         return
     path = str(package / mutant.module)
-    dotted = f"{package.name}.{mutant.module.removesuffix('.py').replace('/', '.')}"
-    loader = sys.modules[dotted].__loader__
-    assert isinstance(loader, SourceFileLoader)
-    changed = _codes(loader.source_to_code(mutant.source.encode(), path))
-    before = []
-    for function in _functions(path):
-        code = changed[_key(function.__code__)]
-        if len(code.co_freevars) == len(function.__code__.co_freevars):
-            before.append((function, function.__code__))
-            function.__code__ = code
-    _forget(package.name)
-    try:
-        yield
-    finally:
-        for function, code in before:
-            function.__code__ = code
+    module = sys.modules[f"{package.name}.{mutant.module.removesuffix('.py').replace('/', '.')}"]
+    assert isinstance(module.__loader__, SourceFileLoader)
+    code = module.__loader__.source_to_code(mutant.source.encode(), path)
+    with contextlib.ExitStack() as undo:
+        undo.callback(_forget, package.name)
+        try:
+            count = _rebind(module, code, undo) if mutant.imported else _recode(path, code, undo)
+        except Exception:  # noqa: BLE001 # a second import may be refused
+            count = 0
         _forget(package.name)
+        yield count > 0
+
+
+def _recode(path: str, code: types.CodeType, undo: contextlib.ExitStack) -> int:
+    """Give the functions of a module the code of its mutant."""
+    changed, count = _codes(code), 0
+    for function in _functions(path):
+        new, old = changed[_key(function.__code__)], function.__code__
+        if len(new.co_freevars) == len(old.co_freevars):
+            undo.callback(setattr, function, "__code__", old)
+            function.__code__ = new
+            count += 1
+    return count
+
+
+_DATA = (bool, int, float, str, bytes, tuple, list, dict, set, frozenset, re.Pattern)
+
+
+def _rebind(module: types.ModuleType, code: types.CodeType, undo: contextlib.ExitStack) -> int:
+    """Give a module the constants of its mutant, and all modules that import them by name."""
+    other = types.ModuleType(module.__name__)
+    exec(code, vars(other))
+    package = module.__name__.partition(".")[0]
+    places = [vars(found) for name, found in sys.modules.items() if name.startswith(package)]
+    count = 0
+    for name, new in vars(other).items():
+        old = vars(module).get(name)
+        if not name.startswith("__") and isinstance(new, _DATA) and new != old:
+            for place in places:
+                if name in place and place[name] is old:
+                    undo.callback(place.__setitem__, name, old)
+                    place[name] = new
+                    count += 1
+    return count
 
 
 @functools.cache
