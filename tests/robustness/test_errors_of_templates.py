@@ -111,7 +111,7 @@ MISMATCHES: list[tuple[Any, dict[str, Any], tuple[int, int, int], str]] = [
         "No leaf fits, which is an error even with strict=False: rename= maps names; prefix= takes "
         "a subtree.",
     ),
-    # Nothing fits.
+    # No leaf fits.
     (
         {"x": 1},
         {"strict": False},

@@ -100,7 +100,7 @@ def number_or_none(path: Path) -> int | None:
     try:
         return number_in(path)
     except p2s.FileFormatError as error:
-        assert "and no index: a save was cut short" in str(error)
+        assert "but no index: a save was interrupted" in str(error)
         return None
 
 
