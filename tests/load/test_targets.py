@@ -9,7 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pytree2safetensors import Rule, load_into_pytree, save_pytree, set_weights
+from pytree2safetensors import (
+    Rule,
+    WeightsMismatchError,
+    load_into_pytree,
+    load_pytree,
+    save_pytree,
+    set_weights,
+)
 from pytree2safetensors._load import complaints
 
 Struct: Any = jax.ShapeDtypeStruct
@@ -93,3 +100,52 @@ def test_a_long_mismatch_is_told_in_part() -> None:
         set_weights(template, {f"@{name}": np.zeros(3) for name in template})
     assert str(caught.value).count("'@0") == complaints._LISTED
     assert f"{count} mismatched" in str(caught.value)
+
+
+@pytest.mark.parametrize(("count", "more"), [(20, ""), (21, " and 1 more")])
+def test_the_warning_names_twenty_leaves(count: int, more: str, tmp_path: Path) -> None:
+    save_pytree([WIDE] * count, tmp_path / "file")
+    with pytest.warns(UserWarning, match=f"{more or '.'}. Enable jax_enable_x64") as caught:
+        load_pytree(tmp_path / "file")
+    assert str(caught[0].message).count("(float64)") == 20
+    assert (" more" in str(caught[0].message)) is bool(more)
+
+
+def test_data_of_keys_fits_a_key_of_its_shape(load: Any, tmp_path: Path) -> None:
+    keys = jax.random.split(jax.random.key(3), 4)
+    data = jax.random.key_data(keys)
+    found = load({"k": keys}, {"k": data}, tmp_path / "file")["k"]
+    assert jax.random.key_data(found).tolist() == data.tolist()
+    for wrong in (data[0], data[:3], data.astype(np.int32)):
+        with pytest.raises(WeightsMismatchError, match=r"the template has .*key"):
+            load({"k": keys}, {"k": wrong}, tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    ("leaf", "stored", "fits"),
+    [
+        (np.zeros((), np.uint8), 255, True),
+        (np.zeros((), np.uint8), 256, False),
+        (np.zeros((), np.uint8), -1, False),
+        (np.zeros((), np.int8), -128, True),
+        (np.zeros((), np.int8), 128, False),
+        (0, np.uint8(7), True),
+        (0, np.int8(-7), True),
+        (0, np.float32(7), False),
+        (0.0, np.float32(7), True),
+        (0.0, 7, False),
+        (np.zeros((), np.float32), 7, False),
+        (False, 1, False),
+        (0, True, False),
+    ],
+)
+def test_a_number_fits_a_number_of_its_kind_that_holds_it(
+    leaf: Any, stored: Any, fits: bool, load: Any, tmp_path: Path
+) -> None:
+    if not fits:
+        with pytest.raises(WeightsMismatchError, match="1 mismatched"):
+            load({"a": leaf}, {"a": stored}, tmp_path / "file")
+        return
+    found = load({"a": leaf}, {"a": stored}, tmp_path / "file")["a"]
+    assert type(found) is type(leaf)
+    assert found == stored
