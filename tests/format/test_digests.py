@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytree2safetensors import save_pytree
+from pytree2safetensors import FileFormatError, save_pytree
 from pytree2safetensors._format import digests, layout
 from pytree2safetensors._format.tensor import TensorInfo
 
@@ -59,6 +59,14 @@ def test_the_digest_in_a_file_is_that_of_its_blocks(tmp_path: Path, size: int) -
 def test_the_digests_are_compact_json_with_sorted_names() -> None:
     metadata = digests.add_digests({}, {"b": "1", "a": "2"})
     assert metadata[digests.DIGESTS] == '{"a":"2","b":"1"}'
+
+
+@pytest.mark.parametrize("entry", ["[]", '{"a":1}', "1", "null"])
+def test_digests_that_are_none_are_refused(entry: str) -> None:
+    metadata = {digests.DIGESTS: entry}
+    metadata[digests.METADATA] = digests.digest_metadata(metadata)
+    with pytest.raises(FileFormatError, match="the digests of x do not map names to digests"):
+        digests.read_digests(metadata, ["a"], "x")
 
 
 @pytest.mark.parametrize(

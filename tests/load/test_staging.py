@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from oracle import assert_same
-from pytree2safetensors import load_into_pytree, load_pytree, save_pytree
+from pytree2safetensors import Rule, load_into_pytree, load_pytree, save_pytree
 from pytree2safetensors._leaves import jax_versions, placement, staging
 from pytree2safetensors._leaves.staging import Ring
-from pytree2safetensors._load import reading
+from pytree2safetensors._load import plan, reading
 
 P: Any = PartitionSpec  # whose constructor JAX leaves untyped
 Struct: Any = jax.ShapeDtypeStruct
@@ -137,6 +137,23 @@ def test_templates_of_all_kinds_load_the_same(link: Link, tmp_path: Path) -> Non
     found["numpy"][:] = 0  # no one else uses this memory
     again = load_into_pytree(template, tmp_path / "file")
     assert np.asarray(again["numpy"]).tobytes() == values.tobytes()
+
+
+@pytest.mark.parametrize("spec", [P(), P("x"), P(("x", "y"))])
+def test_regions_that_rules_make_of_several_boxes_load_the_same(
+    spec: Any, link: Link, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "_CUT_BY_JAX", 0)
+    mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("x", "y"))
+    values = np.arange(3 * 8 * 40, dtype=np.float32).reshape(3 * 8, 40)
+    layers = {f"w.{n}": values.reshape(3, 8, 40)[:, n] for n in range(8)}
+    save_pytree(layers, tmp_path / "file")
+    struct = Struct((24, 40), np.float32, sharding=NamedSharding(mesh, spec))
+    rule = Rule("@w\\.{l}", "@w", "a b -> (a l) b", l=8)
+    found = load_into_pytree({"w": struct}, tmp_path / "file", rename=[rule])["w"]
+    link.finish()
+    assert found.sharding == struct.sharding
+    assert np.asarray(found).tobytes() == values.tobytes()
 
 
 def test_a_tensor_larger_than_the_ring_has_memory_of_its_own(link: Link, tmp_path: Path) -> None:
