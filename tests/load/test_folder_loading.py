@@ -178,6 +178,15 @@ def test_numbers_in_the_metadata_of_other_programs_are_no_metadata(tmp_path: Pat
             "'c.safetensors.index.json', 'd.safetensors.index.json', 'e.safetensors.index.json' "
             "and 2 more; pass the path of the one to load",
         ),
+        *[
+            (
+                [f"{stem}.safetensors" for stem in "abcdef"[:count]],
+                "has 'a.safetensors', 'b.safetensors', 'c.safetensors', 'd.safetensors', "
+                f"'e.safetensors'{more}; pass the path of the one to load",
+            )
+            for count, more in ((5, ""), (6, " and 1 more"))
+        ],
+        (["config.json", "weights.bin"], "has no safetensors file and no index"),
         (
             ["-00001-of-00002.safetensors"],
             "has '-00001-of-00002.safetensors' but no index: a save was interrupted",

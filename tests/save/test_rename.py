@@ -254,3 +254,10 @@ def test_a_sequence_of_something_else_than_rules_is_refused() -> None:
     wrong: Any = [TRANSPOSED, 3]
     with pytest.raises(TypeError, match="a function, a mapping of names or a sequence of Rules"):
         rules_in(wrong)
+
+
+def test_leaves_on_two_devices_make_one_tensor() -> None:
+    first, second = (jax.device_put(KERNEL + n, jax.devices()[n]) for n in range(2))
+    for tree in ({"w.0": first, "w.1": second}, {"w.0": first, "w.1": jnp.asarray(KERNEL + 1)}):
+        [found] = pytree2dict(tree, rename=[Rule("w", "@w\\.{p}", "(p a) b -> a b")]).values()
+        assert_same_values(found, np.concatenate([KERNEL, KERNEL + 1]))

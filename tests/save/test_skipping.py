@@ -1,0 +1,53 @@
+"""Leaves that are left out: what remains is a tree, whose other leaves keep their places."""
+
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+from oracle import assert_loaded
+from pytree2safetensors import PyTreeContainer, UnkeyedContainer, load_pytree, save_pytree
+
+X, Y = np.array([1, 2], np.float32), np.array([3], np.int32)
+
+
+class Pair(NamedTuple):
+    first: Any
+    second: Any
+
+
+CASES: dict[str, tuple[Any, Any]] = {
+    "the root": (print, None),
+    "of a dict": ({"a": X, "f": print}, {"a": X}),
+    "all of a dict": ({"m": {"f": print}, "a": X}, {"m": {}, "a": X}),
+    "all of the root": ({"f": print}, {}),
+    "of a list": ([X, print, Y], [X, None, Y]),
+    "the last of a list": ([X, print], [X, None]),
+    "all of a list": ({"m": [print, print]}, {"m": [None, None]}),
+    "of a tuple": ((print, X), (None, X)),
+    "of attributes": (PyTreeContainer({"a": X, "f": print}), PyTreeContainer({"a": X})),
+    "all attributes": ([PyTreeContainer({"f": print})], [PyTreeContainer()]),
+    "of a namedtuple": ({"p": Pair(print, X)}, {"p": PyTreeContainer({"second": X})}),
+    "of children without keys": (
+        UnkeyedContainer([X, print, Y]),
+        UnkeyedContainer([X, None, Y]),
+    ),
+    "of an OrderedDict": (
+        OrderedDict(z=X, f=print, a=Y, g=print),
+        OrderedDict(z=X, a=Y),
+    ),
+    "all of an OrderedDict": ({"o": OrderedDict(f=print)}, {"o": OrderedDict()}),
+    "deep below": (
+        {"a": {"b": {"c": print}}, "d": OrderedDict(e=[{"f": print}], g=X)},
+        {"a": {"b": {}}, "d": OrderedDict(e=[{}], g=X)},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_remains_is_a_tree(case: str, tmp_path: Path) -> None:
+    tree, expected = CASES[case]
+    save_pytree(tree, tmp_path / "file", unsupported="skip")
+    assert_loaded(load_pytree(tmp_path / "file"), expected)
