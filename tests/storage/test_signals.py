@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -16,7 +17,8 @@ import pytest
 
 import system_calls
 from folders import is_same, names_in, outcome, tree_of
-from pytree2safetensors import load_pytree, save_pytree
+from pytree2safetensors import load_pytree, save_pytree, save_pytree_async
+from pytree2safetensors._save import saver
 from pytree2safetensors._storage import folder as folder_module
 from pytree2safetensors._storage import threads
 from pytree2safetensors._storage.folder import Folder
@@ -148,6 +150,9 @@ def again(when):
     p2s.save_pytree(tree, {str(tmp_path)!r} + "/" + when, max_shard_size=100)
     found = p2s.load_pytree({str(tmp_path)!r} + "/" + when)
     assert np.array_equal(found["w"], tree["w"])
+    p2s.save_pytree(tree, {str(tmp_path)!r} + "/" + when, max_shard_size="8MB", checksum=True)
+    p2s.save_pytree_async(tree, {str(tmp_path)!r} + "/file", checksum=True).result()
+    assert p2s.load_metadata({str(tmp_path)!r} + "/file") == {{}}
     print(when, flush=True)
 
 def later():
@@ -161,6 +166,50 @@ atexit.register(again, "exit")
         [sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=300
     )
     assert run.stdout.split() == ["thread", "exit"], run.stderr
+
+
+def test_a_signal_handler_that_interrupts_the_start_of_a_task_waits_for_no_thread(
+    tmp_path: Path,
+) -> None:
+    """It would wait for the locks that the interrupted call holds."""
+    with ThreadPoolExecutor(1) as pool, threads.starting():
+        assert threads.start(pool, threading.get_ident).result(0) == threading.get_ident()
+        save_pytree_async(tree_of(1), tmp_path / "a").result(0)
+        save_pytree(tree_of(2), tmp_path / "b", checksum=True)
+        assert is_same(tree_of(1), load_pytree(tmp_path / "a"))
+        assert is_same(tree_of(2), load_pytree(tmp_path / "b"))
+    assert not threads.is_starting()
+
+
+def test_a_signal_handler_that_would_wait_for_ever_is_told_what_to_do(tmp_path: Path) -> None:
+    going_on = threading.Event()
+
+    def save() -> None:
+        going_on.wait()
+
+    future = saver.submit(save, "'a'")
+    try:
+        with threads.starting():
+            for call in save_pytree, save_pytree_async:
+                with pytest.raises(RuntimeError) as caught:
+                    call(tree_of(1), tmp_path / "a")
+                assert str(caught.value) == (
+                    "this signal handler cannot wait for the background save that is under way; "
+                    "set a flag in the handler, and save after it"
+                )
+    finally:
+        going_on.set()
+    future.result()
+    assert not [*tmp_path.iterdir()]
+
+
+def test_an_error_of_a_signal_handler_is_not_taken_for_a_lack_of_threads() -> None:
+    class Pool(ThreadPoolExecutor):
+        def submit(self, *_: Any, **__: Any) -> Any:
+            raise RuntimeError("out of time")
+
+    with pytest.raises(RuntimeError, match="out of time"):
+        threads.start(Pool(1), threading.get_ident)
 
 
 # --- locks ------------------------------------------------------------------------------------

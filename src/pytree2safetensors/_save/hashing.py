@@ -8,11 +8,13 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any, Final
 
 from pytree2safetensors._format.digests import BLOCK, digest_tensor, hash_block
 from pytree2safetensors._format.tensor import TensorInfo
 from pytree2safetensors._save.plan import FilePlan
+from pytree2safetensors._storage.threads import start
 from pytree2safetensors._types import Chunk
 
 _ALONE: Final = 1 << 18  # bytes: threads are slower for smaller blocks
@@ -63,7 +65,7 @@ class Hashing:
             return
         state = hashlib.sha256() if self._partial is None else self._partial.result()
         # One piece at a time, so that only one piece stays in memory.
-        self._partial = self._pool.submit(_updated, state, piece)
+        self._partial = start(self._pool, partial(_updated, state, piece))
         if is_last:
             self._hashes.setdefault(name, []).append(self._partial.result().digest())
             self._partial = None
@@ -73,7 +75,7 @@ class Hashing:
             return hash_block(block)
         if len(self._running) >= self._most:
             self._running.popleft().result()
-        future = self._pool.submit(hash_block, block)
+        future = start(self._pool, partial(hash_block, block))
         self._running.append(future)
         return future
 
@@ -90,5 +92,6 @@ class Hashing:
 
 
 def _updated(state: Any, piece: memoryview) -> Any:
-    state.update(piece)
-    return state
+    found = state.copy()
+    found.update(piece)
+    return found

@@ -12,6 +12,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Final
 from weakref import WeakSet
 
+from pytree2safetensors._storage.threads import is_starting, starting
+
 _NAME: Final = "pytree2safetensors-save"
 
 _savers: list[ThreadPoolExecutor] = []  # None before the first save
@@ -72,16 +74,23 @@ def _warn_all() -> None:
 def submit(save: Callable[[], None], where: str) -> Future[None]:
     """Save on the saver's thread, after everything that was submitted before.
 
-    `where` is the path for a warning about an error that is never retrieved.
+    If no thread can start, because the interpreter is exiting or this is a signal handler, save
+    before this returns. `where` is the path for a warning about an error that is never retrieved.
     """
+    if not threading.main_thread().is_alive() or is_starting():
+        wait_for_earlier()
+        future = _Save(where)
+        _run(save, future)
+        return future
     if not _savers:
         _savers.append(ThreadPoolExecutor(1, _NAME))
     ended = threading.Event()  # does not keep an error and its snapshot alive, unlike the future
     future = _Save(where)
     future.add_done_callback(lambda _: ended.set())
     try:
-        _last[:] = [ended]
-        _savers[0].submit(_run, save, future)
+        with starting():
+            _last[:] = [ended]
+            _savers[0].submit(_run, save, future)
     except BaseException:  # an interrupt: nobody has the future, and later saves wait for its end
         future.cancel()
         raise
@@ -101,9 +110,18 @@ def _run(save: Callable[[], None], future: Future[None]) -> None:
 
 
 def wait_for_earlier() -> None:
-    """Wait for all submitted saves. Their futures have the errors."""
+    """Wait for all submitted saves. Their futures have the errors.
+
+    Raises:
+        RuntimeError: This is a signal handler, and the saves wait for what it has interrupted.
+    """
     if not is_current():  # a thread cannot wait for itself
         for ended in _last:
+            if is_starting() and not ended.is_set():
+                raise RuntimeError(
+                    "this signal handler cannot wait for the background save that is under way; "
+                    "set a flag in the handler, and save after it"
+                )
             ended.wait()
 
 

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Final, TypeVar
 
 from pytree2safetensors._storage.byte_source import PIECE, JoinedRead, Read, joined_reads
+from pytree2safetensors._storage.threads import start
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -75,11 +76,6 @@ class ReadPool:
             report(size)
 
     def _submit(self, task: Callable[[], R]) -> Future[R]:
-        try:
-            if self._pool is None:
-                self._pool = ThreadPoolExecutor(self._workers, "pytree2safetensors-read")
-            return self._pool.submit(task)
-        except RuntimeError:  # the interpreter is exiting, or cannot start threads
-            done: Future[R] = Future()
-            done.set_result(task())
-            return done
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(self._workers, "pytree2safetensors-read")
+        return start(self._pool, task)

@@ -1,7 +1,47 @@
-"""Work that no signal handler may interrupt."""
+"""Work in other threads, or in this one if no thread can start."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Final, TypeVar
+
+T = TypeVar("T")
+
+
+_NO_THREADS: Final = ("shutdown", "new thread")  # in Python's errors when no thread can start
+
+_starting = set[int]()  # the threads that start a task, by their idents
+
+
+@contextmanager
+def starting() -> Iterator[None]:
+    """Note that this thread starts a task, with locks that a signal handler cannot wait for."""
+    here = threading.get_ident()
+    try:
+        _starting.add(here)
+        yield
+    finally:
+        _starting.discard(here)
+
+
+def is_starting() -> bool:
+    """Return whether this is a signal handler that has interrupted the start of a task."""
+    return threading.get_ident() in _starting
+
+
+def start(pool: ThreadPoolExecutor, task: Callable[[], T]) -> Future[T]:
+    """Start a task, which may run twice, or do it now if no thread can start it."""
+    if not is_starting():
+        try:
+            with starting():
+                return pool.submit(task)
+        except RuntimeError as error:
+            if not any(reason in str(error) for reason in _NO_THREADS):
+                raise
+    done: Future[T] = Future()
+    done.set_result(task())
+    return done
 
 
 def undisturbed(work: Callable[[], object]) -> None:
