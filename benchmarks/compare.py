@@ -50,6 +50,7 @@ def cpu():
 import jax, safetensors.flax, jaxtyping, beartype
 start = cpu()
 import pytree2safetensors
+pytree2safetensors.save_pytree
 print(cpu() - start)
 """
 
