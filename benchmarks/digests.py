@@ -24,9 +24,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 
 import jax
 import numpy as np
+from rst import plain, table
 
 from pytree2safetensors import load_pytree, save_pytree
 
+OUTPUT = Path(__file__).parent.parent / "docs" / "benchmarks" / "digests.rst"
 ROUNDS = 5
 DIGESTS: dict[str, Callable[[memoryview], object]] = {
     "sha256": hashlib.sha256,
@@ -78,33 +80,43 @@ def saves_and_loads(tree: Any, folder: Path) -> dict[str, Callable[[], object]]:
     return works
 
 
+def spread(values: list[float]) -> str:
+    """Write the median of some values, and their range."""
+    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--small", action="store_true", help="data of some megabytes")
-    size = (8 << 20) if parser.parse_args().small else (1 << 30)
+    parser.add_argument(
+        "--small", action="store_true", help="data of some megabytes; write no table"
+    )
+    small = parser.parse_args().small
+    size = (8 << 20) if small else (1 << 30)
     data = np.random.default_rng(0).integers(0, 256, size, np.uint8)
     tree = {f"w{n}": jax.numpy.asarray(part) for n, part in enumerate(np.split(data, 8))}
-    one_core = min(seconds({"": lambda: hashlib.sha256(data.data)})[""])
-    print(f"Python {sys.version.split()[0]}, {os.cpu_count()} processors, {size >> 20} MiB")
-    print(f"median of {ROUNDS} (best); hashing the data on one core: {one_core:.2f} s\n")
-    print("| what | without, s | with digests, s | what they cost / one core |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
-        found = seconds(saves_and_loads(tree, Path(folder)))
+        works = saves_and_loads(tree, Path(folder))
+        found = seconds({"hash": lambda: hashlib.sha256(data.data), **works})
+    one_core = statistics.median(found["hash"])
+    rows = [["hash on one core", "", spread(found["hash"]), ""]]
     for how in ("file", "folder", "stream"):
         for what in ("save", "load"):
-            pair = [found[f"{what} {how} {checksum}"] for checksum in (False, True)]
-            cells = [f"{statistics.median(times):.2f} ({min(times):.2f})" for times in pair]
-            cost = (min(pair[1]) - min(pair[0])) / one_core
-            print(f"| {what} a {how} | {' | '.join(cells)} | {cost:.2f} |")
-    print("\n| digest | GB/s | range |\n|---|---|---|")
+            without, digested = (found[f"{what} {how} {checksum}"] for checksum in (False, True))
+            cost = (statistics.median(digested) - statistics.median(without)) / one_core
+            rows.append([f"{what} a {how}", spread(without), spread(digested), f"{cost:.2f}"])
+    head = ["", "seconds", "with digests", "cost / hashing on one core"]
+    versions = (
+        f"Python {sys.version.split()[0]}, {os.cpu_count()} cores, median of {ROUNDS} (range)"
+    )
+    print(versions, plain(head, rows), sep="\n\n")
+    if not small:
+        OUTPUT.write_text(table(f"Digests of 1 GiB; {versions}", head, rows))
     part = data[: 256 << 20].data
     rates = seconds({name: lambda d=digest: d(part) for name, digest in DIGESTS.items()})
-    for name, times in rates.items():
-        gigabytes = [len(part) / 1e9 / second for second in times]
-        spread = f"{min(gigabytes):.2f} to {max(gigabytes):.2f}"
-        print(f"| {name} | {statistics.median(gigabytes):.2f} | {spread} |")
+    gigabytes = {name: [len(part) / 1e9 / second for second in rates[name]] for name in rates}
+    print("", plain(["digest", "GB/s"], [[n, spread(v)] for n, v in gigabytes.items()]), sep="\n")
 
 
 if __name__ == "__main__":

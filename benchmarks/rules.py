@@ -10,6 +10,7 @@ import argparse
 import json
 import math
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -29,10 +30,14 @@ import numpy as np
 import safetensors.flax
 import safetensors.numpy
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from rst import plain, table
 
 from pytree2safetensors import Rule, explain, load_into_pytree, save_pytree
 from pytree2safetensors._leaves.routes import routes_of
 from pytree2safetensors._tree.rule_index import RuleIndex
+
+OUTPUT = Path(__file__).parent.parent / "docs" / "benchmarks" / "rules.rst"
+ROUNDS = 5
 
 FULL = {"E": 2048, "H": 16, "K": 16, "D": 128, "F": 5632, "L": 8, "V": 32000}
 SMALL = {"E": 256, "H": 4, "K": 4, "D": 64, "F": 704, "L": 4, "V": 2000}
@@ -208,21 +213,34 @@ def main() -> None:
         size = sum(values.nbytes for values in file.values()) / 1e9
         safetensors.numpy.save_file(file, path)
         del file
-        print(f"A checkpoint of {size:.2f} GB; the best of 3\n")
-        print(
-            "| tree | how | s | processor, s | peak, GB | peak / model |\n|---|---|---|---|---|---|"
-        )
+        rows = []
         for kind in ("list", "scanned", "sharded"):
             for how in ("rules", "by hand"):
                 small = ["--small"] if options.small else []
                 command = [sys.executable, __file__, *small, "--run", kind, how, str(path)]
                 runs = [
                     tuple(map(float, subprocess.check_output(command, text=True).split()))
-                    for _ in range(3)
+                    for _ in range(ROUNDS)
                 ]
-                seconds, used, peak = map(min, zip(*runs, strict=True))
-                cells = f"{seconds:.2f} | {used:.2f} | {peak:.2f} | {peak / size:.2f}"
-                print(f"| {kind} | {how} | {cells} |", flush=True)
+                seconds, used, peaks = zip(*runs, strict=True)
+                spread = (
+                    f"{statistics.median(seconds):.2f} ({min(seconds):.2f} to {max(seconds):.2f})"
+                )
+                rows.append(
+                    [
+                        kind,
+                        how,
+                        spread,
+                        f"{min(used):.2f}",
+                        f"{statistics.median(peaks) / size:.2f}",
+                    ]
+                )
+        head = ["tree", "way", "seconds", "processor, seconds", "peak memory / model"]
+        versions = f"JAX {jax.__version__}, {os.cpu_count()} cores, median of {ROUNDS} (range)"
+        title = f"A PyTorch checkpoint of {size:.2f} GB in bfloat16; {versions}"
+        print(title, plain(head, rows), sep="\n\n")
+        if not options.small:
+            OUTPUT.write_text(table(title, head, rows))
         template, rules = model.template(True, False), model.rules(True)
         tree = load_into_pytree(template, path, rename=rules)
         start = time.perf_counter()
