@@ -41,33 +41,39 @@ def plan_runs(
     limit: int,
 ) -> Iterator[Batch]:
     """Plan small tensors: equal ones that follow each other in the file are one slot."""
+    infos, places = checkpoint.infos, checkpoint.places
     slots: list[Slot] = []
     size = 0
     run: list[int] = []
-    first: Any = None  # of the run: its tensor, leaf and file
+    run_info: Any = None  # of the tensors of the run, as the next two
+    run_leaf: Any = None
+    run_file: Any = None
     stop = -1  # where the run ends in the file
 
     def close() -> None:
         nonlocal size
         if run:
-            info = first[0]
-            nbytes = info.nbytes * len(run)
-            whole = info._replace(shape=(len(run), *info.shape), nbytes=nbytes)
+            nbytes = run_info.nbytes * len(run)
+            whole = run_info._replace(shape=(len(run), *run_info.shape), nbytes=nbytes)
             slots.append(Slot(wanted[run[0]].name, whole, None, size, nbytes, [], None, run))
             size += nbytes
 
     for _, position, source in small:
-        leaf = wanted[position].leaf
-        info = checkpoint.infos[source]
-        file, offset = checkpoint.places[source]
-        same = first is not None and first[0] is info and first[1] is leaf and first[2] is file
-        if not same or offset != stop or size + info.nbytes * (len(run) + 1) > limit:
+        info, leaf = infos[source], wanted[position][1]
+        file, offset = places[source]
+        if (
+            offset != stop
+            or info is not run_info
+            or leaf is not run_leaf
+            or file is not run_file
+            or size + info.nbytes * (len(run) + 1) > limit
+        ):
             close()
             size = -(-size // ALIGNMENT) * ALIGNMENT
             if size + info.nbytes > limit:
                 yield Batch(slots, size)
                 slots, size = [], 0
-            run, first = [], (info, leaf, file)
+            run, run_info, run_leaf, run_file = [], info, leaf, file
         run.append(position)
         stop = offset + info.nbytes
     close()
