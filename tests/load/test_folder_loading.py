@@ -335,6 +335,26 @@ def test_a_folder_loads_with_few_descriptors_left(tmp_path: Path) -> None:
             os.close(hole)
 
 
+def test_an_index_that_is_away_for_a_moment_is_looked_for_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A save sets the old index aside, and the new one is there before the reader looks again."""
+    save_pytree(tree_of(1), tmp_path, max_shard_size=100)
+    index, opened = tmp_path / INDEX, os.open
+    calls = 0
+
+    def open_too_early(path: Any, *arguments: Any, **options: Any) -> int:
+        nonlocal calls
+        if os.fspath(path).endswith(INDEX) and not calls:
+            calls += 1
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(index))
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", open_too_early)
+    assert is_same(tree_of(1), load_pytree(tmp_path))
+    assert calls == 1
+
+
 @pytest.mark.parametrize("times", [1, 9])
 @pytest.mark.parametrize(
     "load",

@@ -223,7 +223,11 @@ def _open_path(path: str) -> OpenCheckpoint:
             if is_index(found):
                 return _open_shards(found)
             return _open_file(open_source(found, regular=found != path))
-        except (FileFormatError, FileNotFoundError):
+        except FileNotFoundError:
+            if found == path and not os.path.exists(found):
+                raise
+            found = locate(path)  # the file may be back already
+        except FileFormatError:
             if os.path.lexists(found) or found == (again := locate(path)):
                 raise
             found = again
