@@ -355,6 +355,16 @@ def test_an_index_that_is_away_for_a_moment_is_looked_for_again(
     assert calls == 1
 
 
+@pytest.mark.skipif(os.name != "posix", reason="needs symbolic links")
+@pytest.mark.parametrize("name", ["model.safetensors", INDEX])
+def test_a_link_to_nothing_is_a_missing_file(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).symlink_to("nowhere")
+    for path in (tmp_path, tmp_path / name):
+        with pytest.raises(FileNotFoundError) as caught:
+            load_pytree(path)
+        assert caught.value.filename == str(tmp_path / name)
+
+
 @pytest.mark.parametrize("times", [1, 9])
 @pytest.mark.parametrize(
     "load",

@@ -224,7 +224,7 @@ def _open_path(path: str) -> OpenCheckpoint:
                 return _open_shards(found)
             return _open_file(open_source(found, regular=found != path))
         except FileNotFoundError:
-            if found == path and not os.path.exists(found):
+            if not os.path.exists(found) and (found == path or os.path.islink(found)):
                 raise
             found = locate(path)  # the file may be back already
         except FileFormatError:
