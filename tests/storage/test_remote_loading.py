@@ -28,6 +28,7 @@ from pytree2safetensors import (
     load_metadata,
     load_pytree,
     save_pytree,
+    save_pytree_async,
 )
 from pytree2safetensors._cli.main import main
 from pytree2safetensors._storage import remote_path
@@ -331,13 +332,14 @@ def test_unknown_schemes_and_missing_packages_are_reported(monkeypatch: pytest.M
         load_pytree("https://example.com/x")
 
 
-@pytest.mark.parametrize("path", ["~/run", "~other", "gs:/bucket/run", "s3:/run"])
+@pytest.mark.parametrize("save", [save_pytree, save_pytree_async])
+@pytest.mark.parametrize("path", ["~", "~/run", "~other", "gs:/bucket/run", "s3:/run"])
 def test_a_path_that_looks_like_another_makes_no_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, save: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=r"begins with .~.|looks like a URL"):
-        save_pytree(tree_of(1), Path(path), max_shard_size=100)
+        save(tree_of(1), Path(path), max_shard_size=100)
     assert not [*tmp_path.iterdir()]
 
 

@@ -22,9 +22,8 @@ from pytree2safetensors._save import processes
 from pytree2safetensors._save.calls import announced, is_needed
 from pytree2safetensors._save.contents import collect
 from pytree2safetensors._save.saver import submit
-from pytree2safetensors._save.writing import label_of, plan_save, target_of, write
+from pytree2safetensors._save.writing import label_of, plan_save, settled, target_of, write
 from pytree2safetensors._storage.byte_source import PathLike
-from pytree2safetensors._storage.folder import absolute
 from pytree2safetensors._storage.progress import ProgressOption, reporter
 from pytree2safetensors._storage.remote_path import resolve
 from pytree2safetensors._storage.stream import Writable
@@ -81,14 +80,13 @@ def save_pytree_async(
     """
     report = reporter(progress, "saving", jax.process_index)
     where = resolve(path)
-    if isinstance(where, str):  # the process may change its working directory during the save
-        where = absolute(where)
     with collector_paused():
         contents = collect(tree, metadata or {}, unsupported, rename)
         if is_needed(contents.leaves.values()):
             options = processes.Options(durable, checksum, max_shard_size)
             return processes.save_async(contents, where, options, report)
-        target = target_of(where, max_shard_size)
+        # The process may change its working directory during the save.
+        target = settled(target_of(where, max_shard_size))
         plan = plan_save(contents, target, checksum=checksum)
         # A snapshot is safe from donation and changes.
         snapshot = _snapshot(contents.leaves)

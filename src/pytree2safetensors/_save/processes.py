@@ -19,10 +19,9 @@ from pytree2safetensors._save.joint import Work
 from pytree2safetensors._save.plan import SavePlan
 from pytree2safetensors._save.share import share_of
 from pytree2safetensors._save.words import Terms
-from pytree2safetensors._save.writing import Target, plan_save, target_of
+from pytree2safetensors._save.writing import Target, plan_save, settled, target_of
 from pytree2safetensors._storage.atomic_file import is_special
 from pytree2safetensors._storage.byte_source import PathLike
-from pytree2safetensors._storage.folder import absolute
 from pytree2safetensors._storage.progress import Progress
 from pytree2safetensors._storage.remote_path import RemotePath, resolve
 from pytree2safetensors._storage.stream import Writable
@@ -90,7 +89,7 @@ def _begin(
         )
     if not isinstance(where, str):
         raise FileFormatError(_PLACE)
-    target = target_of(absolute(where), options.max_shard_size)
+    target = settled(target_of(where, options.max_shard_size))
     if target.folder is None and is_special(target.path):
         raise FileFormatError(_PLACE)
     plan = plan_save(contents, target, checksum=options.checksum)

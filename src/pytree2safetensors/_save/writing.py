@@ -18,6 +18,7 @@ from pytree2safetensors._save.plan import FilePlan, SavePlan, plan_file, plan_fo
 from pytree2safetensors._storage.atomic_file import is_special, write_file
 from pytree2safetensors._storage.atomic_folder import Part, replace_together
 from pytree2safetensors._storage.byte_source import PathLike
+from pytree2safetensors._storage.folder import absolute
 from pytree2safetensors._storage.naming import naming
 from pytree2safetensors._storage.progress import Progress, closing_bar
 from pytree2safetensors._storage.remote_file import write_remote
@@ -74,6 +75,14 @@ def target_of(path: PathLike | RemotePath | Writable, max_shard_size: int | str 
     folder, stem = split_path(where, is_folder=os.path.isdir(where))
     check_created(folder)
     return Target(where, folder, stem, limit)
+
+
+def settled(target: Target) -> Target:
+    """Return a target that stays where it is if the working directory changes."""
+    if not isinstance(target.path, str):
+        return target
+    folder = None if target.folder is None else absolute(target.folder or os.curdir)
+    return target._replace(path=absolute(target.path), folder=folder)
 
 
 def plan_save(contents: Contents, target: Target, *, checksum: bool) -> SavePlan:
