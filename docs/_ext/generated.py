@@ -137,6 +137,48 @@ def modules() -> list[str]:
     return lines
 
 
+MUTATION = ROOT / "tests" / "mutation"
+
+
+def mutation() -> list[str]:
+    """Tell how many changes to the code the tests noticed."""
+    found = json.loads((MUTATION / "figures.json").read_text("utf-8"))
+    total, killed, known = found["mutants"], found["killed"], found["equivalent"]
+    versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
+    return [
+        "| | |",
+        "|---|---|",
+        f"| changes | {total:,}, drawn with seed {found['seed']} |",
+        f"| killed | {killed:,} |",
+        f"| without a difference | {known} |",
+        f"| survived | {len(found['survived'])} |",
+        f"| killed, of those with a difference | {killed / (total - known):.1%} |",
+        f"| versions | {versions} |",
+    ]
+
+
+def changes(found: list[dict[str, str]]) -> list[str]:
+    """List changes to the code."""
+    lines = ["", "| where | before | after |", "|---|---|---|"]
+    for change in found:
+        where = " ".join(filter(None, [change["module"], change["function"]]))
+        lines.append(f"| {code(where)} | {code(change['before'])} | {code(change['after'])} |")
+    return lines
+
+
+def equivalent() -> list[str]:
+    """List the changes that no test can notice, under the reason that they share."""
+    lines: list[str] = []
+    for group in json.loads((MUTATION / "equivalent.json").read_text("utf-8")):
+        lines += ["", group["reason"], *changes(group["changes"])]
+    return lines
+
+
+def survived() -> list[str]:
+    """List the changes that no test noticed."""
+    return changes(json.loads((MUTATION / "figures.json").read_text("utf-8"))["survived"])
+
+
 MAKERS: dict[str, Callable[..., list[str]]] = {
     "layers": layers,
     "sections": sections,
@@ -147,6 +189,9 @@ MAKERS: dict[str, Callable[..., list[str]]] = {
     "conditions": conditions,
     "included": included,
     "environments": table,
+    "mutation": mutation,
+    "equivalent": equivalent,
+    "survived": survived,
     "layout": lambda: ["```{raw} html", layout(), "```"],
     "hexdump": lambda: ["```text", *hexdump(), "```"],
     "vectors": vectors,

@@ -62,6 +62,7 @@ class _Plugin:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        self.is_importable = not session.testsfailed
         self.run({item.nodeid: item for item in session.items})
         return True
 
@@ -140,6 +141,8 @@ class Killer(_Plugin):
             self.say(mutant, "started")
             with exchanged(self.package, mutant, self.alone) as is_there:
                 killer = self.killer(mutant) if is_there else ""
+            if self.alone and not self.is_importable:
+                killer = "import"
             if not killer:
                 self.say(mutant, "alone" if mutant.imported and not self.alone else "survived")
             elif self.alone or self.check(killer):

@@ -339,3 +339,11 @@ def test_there_are_no_subclasses(base: type) -> None:
     # Its instances would be leaves to JAX.
     with pytest.raises(TypeError, match="register your own pytree node"):
         type("Mine", (base,), {})
+
+
+def test_only_names_with_underscores_at_both_ends_are_pythons() -> None:
+    container = PyTreeContainer({"x__": 1, "__y": 2, "____": 3})
+    assert [getattr(container, name) for name in ("x__", "__y", "____")] == [1, 2, 3]
+    container.x__ = 4
+    del container.x__
+    assert "x__" not in container

@@ -26,7 +26,7 @@ from pytree2safetensors._tree.rule_index import Match, RuleIndex
     "value",
     [
         (), ((),), (1, ()), ((), 1), ((), ()), ((1,),), (((),), 2), ("\U0010ffff", "\U00010000"),
-        ("\xff", "\u0100", "\x00"), b"\x00\xff", ("X", "\\", "'", '"', "'\""), (1, (2, (3,)), 4),
+        ("\xff", "\u0100", "\x00", "\n\r\t"), b"\x00\xff", ("X", "\\", "'", '"', "'\""), (1, (2, (3,)), 4),
     ],
 )  # fmt: skip
 def test_reading_inverts_writing(value: Any) -> None:
