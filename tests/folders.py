@@ -6,10 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from oracle import assert_loaded
-from pytree2safetensors import (
-    FileFormatError,
-    load_pytree,
-)
+from pytree2safetensors import FileFormatError, load_pytree
 
 INDEX = "model.safetensors.index.json"
 

@@ -34,7 +34,7 @@ from pytree2safetensors import (
     load_pytree,
     save_pytree,
 )
-from pytree2safetensors._load.checkpoint import read_header
+from pytree2safetensors._load.opening import read_header
 from pytree2safetensors._storage.stream_source import open_stream
 
 NOTE = "pytree2safetensors"

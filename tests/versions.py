@@ -9,9 +9,7 @@ import numpy as np
 import pytest
 
 from oracle import assert_loaded
-from pytree2safetensors import (
-    load_pytree,
-)
+from pytree2safetensors import load_pytree
 
 TEMPORARY = ".pytree2safetensors-*"
 

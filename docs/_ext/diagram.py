@@ -41,7 +41,7 @@ SAVE: Sequence[Step] = (
 LOAD: Sequence[Step] = (
     ("", "a file, or a folder of shards", ("length | header | data, in the header's order",)),
     (
-        "_load.checkpoint.open_checkpoint",
+        "_load.opening.open_checkpoint",
         "an open checkpoint, checked",
         ("tensors, where each stands, the note, digests",),
     ),

@@ -13,7 +13,7 @@ from pytree2safetensors import load_pytree, save_pytree
 from pytree2safetensors._cli.outline import clip, outline
 from pytree2safetensors._cli.summary import Leaf, summarise
 from pytree2safetensors._cli.terminal import plain
-from pytree2safetensors._load.checkpoint import open_checkpoint
+from pytree2safetensors._load.opening import open_checkpoint
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 

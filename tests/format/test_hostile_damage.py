@@ -8,16 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import pytest
 
-from hostile import (
-    attempt,
-    bounded_memory,
-    byte,
-    file,
-    no_hang,
-    refused,
-    split,
-    tensor,
-)
+from hostile import attempt, bounded_memory, byte, file, no_hang, refused, split, tensor
 from oracle import assert_loaded
 from pytree2safetensors import (
     FileFormatError,

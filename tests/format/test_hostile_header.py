@@ -21,12 +21,7 @@ from hostile import (
     split,
     tensor,
 )
-from pytree2safetensors import (
-    FileFormatError,
-    load_into_pytree,
-    load_metadata,
-    load_pytree,
-)
+from pytree2safetensors import FileFormatError, load_into_pytree, load_metadata, load_pytree
 from pytree2safetensors._format import strict_json
 from pytree2safetensors._format.header import MAX_DIMENSIONS, MAX_HEADER
 

@@ -6,17 +6,7 @@ from typing import Any
 
 import pytest
 
-from hostile import (
-    attempt,
-    bounded_memory,
-    byte,
-    leaves,
-    no_hang,
-    nodes,
-    noted,
-    refused,
-    tensor,
-)
+from hostile import attempt, bounded_memory, byte, leaves, no_hang, nodes, noted, refused, tensor
 from pytree2safetensors import (
     FileFormatError,
     TreeStructureError,

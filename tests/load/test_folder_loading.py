@@ -26,8 +26,9 @@ from pytree2safetensors import (
     save_pytree,
 )
 from pytree2safetensors._load import locate
-from pytree2safetensors._load.checkpoint import OpenCheckpoint, open_checkpoint
+from pytree2safetensors._load.checkpoint import OpenCheckpoint
 from pytree2safetensors._load.locate import Index
+from pytree2safetensors._load.opening import open_checkpoint
 from pytree2safetensors._storage.file_source import FileSource
 from pytree2safetensors.testing import pytrees
 
@@ -259,7 +260,7 @@ def content_of(store: OpenCheckpoint, name: str) -> bytes:
 def test_few_shards_are_open_at_once(
     mmap: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pytree2safetensors._load.checkpoint._KEPT", 2)
+    monkeypatch.setattr("pytree2safetensors._load.opening._KEPT", 2)
     tree = {f"w{i}": jnp.full(10, i, jnp.float32) for i in range(20)}
     save_pytree(tree, tmp_path, max_shard_size=40, checksum=True)
     monkeypatch.chdir(tmp_path.parent)
@@ -276,7 +277,7 @@ def test_few_shards_are_open_at_once(
 def test_a_shard_that_is_replaced_before_it_is_read_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pytree2safetensors._load.checkpoint._KEPT", 1)
+    monkeypatch.setattr("pytree2safetensors._load.opening._KEPT", 1)
     tree = {f"w{i}": jnp.full(10, i, jnp.float32) for i in range(3)}
     save_pytree(tree, tmp_path, max_shard_size=40)
     with open_checkpoint(tmp_path) as store:
@@ -373,8 +374,8 @@ def test_a_link_to_nothing_is_a_missing_file(tmp_path: Path, name: str) -> None:
 def test_a_load_starts_again_if_a_shard_that_is_not_open_is_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, load: Any, times: int
 ) -> None:
-    monkeypatch.setattr("pytree2safetensors._load.checkpoint._KEPT", 1)
-    monkeypatch.setattr("pytree2safetensors._load.checkpoint._ATTEMPTS", 3)
+    monkeypatch.setattr("pytree2safetensors._load.opening._KEPT", 1)
+    monkeypatch.setattr("pytree2safetensors._load.opening._ATTEMPTS", 3)
     saves, read_into = 0, FileSource.read_into
 
     def replace_and_read(source: FileSource, buffers: list[memoryview], offset: int) -> int:
@@ -397,7 +398,7 @@ def test_a_load_starts_again_if_a_shard_that_is_not_open_is_replaced(
 def test_a_shard_that_is_gone_before_it_is_read_was_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pytree2safetensors._load.checkpoint._KEPT", 1)
+    monkeypatch.setattr("pytree2safetensors._load.opening._KEPT", 1)
     tree = {f"w{i}": jnp.full(10, i, jnp.float32) for i in range(3)}
     save_pytree(tree, tmp_path, max_shard_size=40)
     with open_checkpoint(tmp_path) as store:
@@ -434,7 +435,7 @@ def test_a_folder_that_changes_after_it_was_listed_is_listed_again(
         return found
 
     for path in (tmp_path, tmp_path / "model.safetensors"):
-        monkeypatch.setattr("pytree2safetensors._load.checkpoint.locate", save_meanwhile)
+        monkeypatch.setattr("pytree2safetensors._load.opening.locate", save_meanwhile)
         assert is_same(tree_of(2), load_pytree(path))
 
 

@@ -28,12 +28,9 @@ from placed import (
     values_of,
 )
 from pytree2safetensors._leaves import extents, staging
-from pytree2safetensors._leaves.extents import (
-    Region,
-    runs_in,
-)
+from pytree2safetensors._leaves.extents import Region, runs_in
 from pytree2safetensors._load import plan, reading, slots
-from pytree2safetensors._load.checkpoint import open_checkpoint
+from pytree2safetensors._load.opening import open_checkpoint
 from pytree2safetensors._load.ranges import Place, plan_reads
 from pytree2safetensors._load.slots import Slot
 from pytree2safetensors._storage import file_source as _source
@@ -356,7 +353,7 @@ def test_progress_reaches_the_end_where_two_leaves_take_one_tensor(
     assert told[-1] == (values.nbytes, values.nbytes)  # which is read once
 
 
-def test_progress_of_a_map_is_told_at_its_end(tmp_path: Path, mesh: Mesh) -> None:
+def test_progress_of_a_map_is_reported_at_its_end(tmp_path: Path, mesh: Mesh) -> None:
     values = values_of((1024, 1024))
     p2s.save_pytree([values, values], tmp_path / "file")
     told: list[tuple[int, int]] = []

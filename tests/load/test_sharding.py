@@ -257,7 +257,7 @@ def test_what_jax_cannot_divide_is_an_error_that_names_the_leaf(tmp_path: Path, 
     assert caught.value.mismatched[0].startswith("'@odd': ")
 
 
-def test_what_jax_cannot_divide_is_told_of_all_leaves_as_the_template_calls_them(
+def test_indivisible_shardings_of_all_leaves_are_listed_by_key_path(
     tmp_path: Path, mesh: Mesh
 ) -> None:
     odd, even = np.zeros((7, 3), np.float32), np.zeros((8, 2), np.float32)

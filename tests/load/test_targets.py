@@ -93,7 +93,7 @@ def test_keys_come_back_from_their_data(load: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("list_", ["missing", "unexpected", "mismatched"])
-def test_a_long_list_of_what_does_not_fit_is_told_in_part(list_: str) -> None:
+def test_a_long_list_of_mismatches_is_cut(list_: str) -> None:
     names = [f"w{n:03}" for n in range(complaints._LISTED + 5)]
     leaves = {name: np.zeros(2) for name in names}
     template = {} if list_ == "unexpected" else dict(leaves)

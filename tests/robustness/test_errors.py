@@ -266,7 +266,9 @@ def test_metadata_that_cannot_be_saved_are_reported(metadata: dict[str, str], te
     assert str(caught.value) == text
 
 
-def test_a_header_beyond_the_limit_is_told_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_for_a_header_beyond_the_limit_names_the_remedy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("pytree2safetensors._format.layout.MAX_HEADER", 1000)
     with pytest.raises(FileFormatError) as caught:
         save_pytree([1.0] * 100, io.BytesIO())

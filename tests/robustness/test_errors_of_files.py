@@ -108,7 +108,7 @@ LOADERS: list[Callable[[Any], Any]] = [
 
 @pytest.mark.parametrize("load", LOADERS, ids=range(len(LOADERS)))
 @pytest.mark.parametrize(("path", "error", "text"), PATHS, ids=[path for path, _, _ in PATHS])
-def test_what_is_no_safetensors_file_is_told_in_one_line(
+def test_a_file_of_another_format_gets_one_line(
     path: str,
     error: type[Exception],
     text: str,

@@ -145,7 +145,7 @@ MISMATCHES: list[tuple[Any, dict[str, Any], tuple[int, int, int], str]] = [
 @pytest.mark.parametrize(
     ("template", "options", "counts", "text"), MISMATCHES, ids=range(len(MISMATCHES))
 )
-def test_a_mismatch_is_told_whole(
+def test_a_mismatch_is_shown_whole(
     template: Any,
     options: dict[str, Any],
     counts: tuple[int, int, int],

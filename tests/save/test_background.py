@@ -290,7 +290,7 @@ def test_the_interpreter_waits_for_saves(tmp_path: Path) -> None:
     assert float(load_pytree(path)["a"][-1]) == 2.0
 
 
-def test_progress_is_told_at_least_every_64_mib_and_at_the_end(tmp_path: Path) -> None:
+def test_progress_is_reported_at_least_every_64_mib_and_at_the_end(tmp_path: Path) -> None:
     tree = {f"{n}": np.zeros(10_000_000, np.float32) for n in range(5)}
     told: list[tuple[int, int]] = []
     save_pytree(tree, tmp_path / "file", durable=False, progress=lambda *both: told.append(both))

@@ -300,7 +300,7 @@ def test_an_empty_path_is_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert not [*tmp_path.iterdir()]
 
 
-def test_shards_without_an_index_are_told_by_the_path_of_the_save(tmp_path: Path) -> None:
+def test_the_error_for_shards_without_an_index_names_the_path_of_the_save(tmp_path: Path) -> None:
     tree = {"a": np.zeros(9), "b": np.zeros(9)}
     save_pytree(tree, tmp_path / "model.safetensors", max_shard_size=80)
     assert (tmp_path / INDEX).exists()

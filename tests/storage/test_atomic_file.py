@@ -13,11 +13,7 @@ import pytest
 
 import pytree2safetensors._storage.descriptor
 import pytree2safetensors._storage.progress
-from pytree2safetensors import (
-    FileFormatError,
-    UnsupportedLeafError,
-    save_pytree,
-)
+from pytree2safetensors import FileFormatError, UnsupportedLeafError, save_pytree
 from system_calls import FAULTS, Call, Fault, Recorder, Told, watched
 from versions import assert_holds, litter, open_descriptors, posix, version
 

@@ -16,9 +16,7 @@ import pytest
 
 import system_calls
 from folders import INDEX, names_in, outcome, shard_names, tree_of
-from pytree2safetensors import (
-    save_pytree,
-)
+from pytree2safetensors import save_pytree
 from pytree2safetensors._storage.folder import Folder
 from system_calls import FAULTS, Call, Fault, failing
 

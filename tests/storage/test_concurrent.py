@@ -14,11 +14,8 @@ import numpy as np
 import pytest
 
 from oracle import assert_loaded
-from pytree2safetensors import (
-    load_pytree,
-    save_pytree,
-)
-from pytree2safetensors._load.checkpoint import open_checkpoint
+from pytree2safetensors import load_pytree, save_pytree
+from pytree2safetensors._load.opening import open_checkpoint
 from versions import assert_holds, litter, posix, version
 
 # --- killed -----------------------------------------------------------------------------------

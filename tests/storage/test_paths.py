@@ -17,11 +17,7 @@ import pytest
 import pytree2safetensors._storage.descriptor
 import pytree2safetensors._storage.progress
 from oracle import assert_loaded
-from pytree2safetensors import (
-    load_metadata,
-    load_pytree,
-    save_pytree,
-)
+from pytree2safetensors import load_metadata, load_pytree, save_pytree
 from versions import assert_holds, litter, posix, version
 
 # --- links, permissions, and what is no file --------------------------------------------------

@@ -425,7 +425,7 @@ def test_a_file_system_with_one_connection_is_asked_one_thing_at_a_time(
         (KeyError("login"), OSError, ": KeyError: 'login'"),
     ],
 )
-def test_a_file_system_that_cannot_be_made_is_told(
+def test_the_error_for_a_file_system_that_cannot_be_made(
     monkeypatch: pytest.MonkeyPatch, error: Exception, kind: type[Exception], text: str
 ) -> None:
     class Unreachable(AbstractFileSystem):  # type: ignore[misc] # fsspec has no types

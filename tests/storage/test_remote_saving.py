@@ -271,7 +271,9 @@ def test_a_web_server_is_not_written_to() -> None:
             save_pytree(tree_of(1), url)
 
 
-def test_several_processes_are_told_what_to_do_instead(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_for_several_processes_says_what_to_do_instead(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("pytree2safetensors._save.api.is_needed", lambda _: True)
     monkeypatch.setattr("pytree2safetensors._save.processes.present", lambda: None)
     with pytest.raises(FileFormatError) as caught:

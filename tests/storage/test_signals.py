@@ -181,7 +181,7 @@ def test_a_signal_handler_that_interrupts_the_start_of_a_task_waits_for_no_threa
     assert not threads.is_starting()
 
 
-def test_a_signal_handler_that_would_wait_for_ever_is_told_what_to_do(tmp_path: Path) -> None:
+def test_a_signal_handler_that_would_wait_for_ever_gets_an_error(tmp_path: Path) -> None:
     going_on = threading.Event()
 
     def save() -> None:

@@ -77,7 +77,7 @@ def test_a_save_that_fails_leaves_the_old_object(url: str, at: str) -> None:
         assert names_in(url) == {"m"}
 
 
-def test_what_is_missing_is_told(url: str) -> None:
+def test_the_error_for_a_missing_file(url: str) -> None:
     save_pytree(tree_of(1), f"{url}/other")
     for name in ("none.safetensors", "none"):
         with pytest.raises(FileNotFoundError) as caught:
@@ -86,7 +86,7 @@ def test_what_is_missing_is_told(url: str) -> None:
         assert "secret" not in str(caught.value)
 
 
-def test_a_wrong_password_is_told_without_it(url: str) -> None:
+def test_the_error_for_a_wrong_password_hides_it(url: str) -> None:
     if "secret" not in url:
         pytest.skip("it logs in otherwise")
     with pytest.raises(OSError, match=r"ftp://\.\.\.@127\.0\.0\.1:\d+/.*/?m': ") as caught:

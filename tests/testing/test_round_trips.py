@@ -14,16 +14,8 @@ from jax.tree_util import GetAttrKey, SequenceKey
 
 import pytree2safetensors
 from oracle import assert_same
-from pytree2safetensors import (
-    KeyPathError,
-    PyTreeContainer,
-    UnsupportedLeafError,
-)
-from pytree2safetensors.testing import (
-    _round_trips,
-    assert_round_trips,
-    pytrees,
-)
+from pytree2safetensors import KeyPathError, PyTreeContainer, UnsupportedLeafError
+from pytree2safetensors.testing import _round_trips, assert_round_trips, pytrees
 from pytree2safetensors.testing._nodes import Keyed, Pair
 
 

@@ -22,14 +22,7 @@ from pytree2safetensors import (
     string2keypath,
 )
 from pytree2safetensors._tree.keys import item_key
-from pytree2safetensors.testing import (
-    NODES,
-    arrays,
-    keypaths,
-    keys,
-    leaves,
-    pytrees,
-)
+from pytree2safetensors.testing import NODES, arrays, keypaths, keys, leaves, pytrees
 from pytree2safetensors.testing._arrays import DTYPES
 from pytree2safetensors.testing._nodes import Keyed, Nothing, Pair, Record, Unkeyed
 

@@ -13,7 +13,8 @@ from pytree2safetensors._errors import FileFormatError
 from pytree2safetensors._format.tensor import COMPLEX128, TensorInfo
 from pytree2safetensors._leaves.decode import from_bytes
 from pytree2safetensors._leaves.spec import spec_of
-from pytree2safetensors._load.checkpoint import OpenCheckpoint, open_checkpoint
+from pytree2safetensors._load.checkpoint import OpenCheckpoint
+from pytree2safetensors._load.opening import open_checkpoint
 from pytree2safetensors._storage.byte_source import PathLike
 from pytree2safetensors._types import Kind
 

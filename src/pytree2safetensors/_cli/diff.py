@@ -4,13 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from pytree2safetensors._cli.answer import MOST_LINES, Answer
-from pytree2safetensors._cli.comparison import (
-    Change,
-    Comparison,
-    Difference,
-    Values,
-    compare_files,
-)
+from pytree2safetensors._cli.comparison import Change, Comparison, Difference, Values, compare_files
 from pytree2safetensors._cli.show import leaf_text, leaves_text, value_text
 from pytree2safetensors._cli.summary import leaf_json
 from pytree2safetensors._cli.terminal import Cells, labelled, plain, size, table

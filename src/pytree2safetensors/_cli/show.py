@@ -20,7 +20,7 @@ from pytree2safetensors._cli.terminal import (
 )
 from pytree2safetensors._collector import collector_paused
 from pytree2safetensors._errors import shorten
-from pytree2safetensors._load.checkpoint import open_checkpoint
+from pytree2safetensors._load.opening import open_checkpoint
 
 _MOST_METADATA: Final = 20
 _LONGEST_ENTRY: Final = 1000

@@ -20,11 +20,7 @@ from pytree2safetensors._format.tensor import (
     TensorInfo,
 )
 from pytree2safetensors._leaves.jax_versions import ShapeDtypeStruct, structs_are_weak
-from pytree2safetensors._leaves.keys import (
-    UnknownHere,
-    key_dtype,
-    key_shape,
-)
+from pytree2safetensors._leaves.keys import UnknownHere, key_dtype, key_shape
 
 
 @lru_cache(maxsize=256)

@@ -15,10 +15,10 @@ from pytree2safetensors._leaves.renaming import Rename, rules_in
 from pytree2safetensors._leaves.routes import Route
 from pytree2safetensors._leaves.spec import LeafSpec
 from pytree2safetensors._leaves.views import View
-from pytree2safetensors._load.checkpoint import open_checkpoint
 from pytree2safetensors._load.complaints import unexpected_names
 from pytree2safetensors._load.flat_template import FlatTemplate, Stored, flat_template
 from pytree2safetensors._load.matching import Comparison, Options, compare
+from pytree2safetensors._load.opening import open_checkpoint
 from pytree2safetensors._load.stored import names_below
 from pytree2safetensors._load.template import show
 from pytree2safetensors._storage.byte_source import PathLike, Readable

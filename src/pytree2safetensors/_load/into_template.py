@@ -9,10 +9,10 @@ from pytree2safetensors._arguments import checked
 from pytree2safetensors._collector import collector_paused
 from pytree2safetensors._leaves.renaming import Rename, rules_in
 from pytree2safetensors._leaves.views import View
-from pytree2safetensors._load.checkpoint import again_if_replaced, open_checkpoint
 from pytree2safetensors._load.flat_template import Stored, flat_template
 from pytree2safetensors._load.given import fitted, given_spec, seen_through
 from pytree2safetensors._load.matching import Options
+from pytree2safetensors._load.opening import again_if_replaced, open_checkpoint
 from pytree2safetensors._load.reading import read_leaves
 from pytree2safetensors._load.sharded import concrete
 from pytree2safetensors._load.slots import Wanted

@@ -9,12 +9,7 @@ from types import FrameType
 from typing import Any, Final
 
 from pytree2safetensors._collector import collector_paused
-from pytree2safetensors._errors import (
-    KeyPathError,
-    WeightsMismatchError,
-    nearest,
-    shorten,
-)
+from pytree2safetensors._errors import KeyPathError, WeightsMismatchError, nearest, shorten
 from pytree2safetensors._leaves.spec import LeafSpec, holds, noted_value
 from pytree2safetensors._load.checkpoint import OpenCheckpoint
 from pytree2safetensors._load.reading import read_leaves

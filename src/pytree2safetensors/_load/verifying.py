@@ -7,12 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from itertools import groupby
 
-from pytree2safetensors._format.digests import (
-    block_bounds,
-    check_digest,
-    hash_block,
-    hash_blocks,
-)
+from pytree2safetensors._format.digests import block_bounds, check_digest, hash_block, hash_blocks
 from pytree2safetensors._format.tensor import BITS, TensorInfo
 from pytree2safetensors._leaves.extents import Part, gather
 from pytree2safetensors._load.checkpoint import OpenCheckpoint
