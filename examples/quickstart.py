@@ -1,7 +1,7 @@
 """Train a small network on handwritten digits, save it, and load it in a new process.
 
-    pip install pytree2safetensors optax scikit-learn
-    python quickstart.py
+    pip install . optax scikit-learn
+    python examples/quickstart.py
 
 The parameters and the optimizer state go to one safetensors file. A new process loads that file
 twice: without a template, and into a freshly initialized state. Then it trains for 30 more steps.
