@@ -95,3 +95,18 @@ def test_a_file_alone_loads_sharded(tmp_path: Path) -> None:
     assert {leaf.sharding for leaf in arrays} == {whole}
     below = load_abstract(path, prefix="@layer", sharding=lambda name, _: {"w": rows}[name])
     assert load_into_pytree(below, path, prefix="@layer").w.sharding == rows
+
+
+def test_what_a_function_of_shardings_is_called_with(tmp_path: Path) -> None:
+    save_pytree({"m": {"a": np.ones(2, np.float32)}}, tmp_path / "file")
+    save_file({"m.a": np.ones(2, np.float32)}, tmp_path / "dotted")
+    seen: list[str] = []
+    cases: list[tuple[str, dict[str, Any]]] = [
+        ("file", {}),
+        ("file", {"prefix": "@m"}),
+        ("file", {"prefix": "@m", "flat": True}),
+        ("dotted", {"separator": "."}),
+    ]
+    for name, options in cases:
+        load_abstract(tmp_path / name, sharding=lambda path, _: seen.append(path), **options)
+    assert seen == ["@m@a", "@a", "@a", "m.a"]

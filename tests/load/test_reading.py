@@ -28,6 +28,8 @@ from pytree2safetensors import (
     save_pytree,
     set_weights,
 )
+from pytree2safetensors._leaves import staging
+from pytree2safetensors._load import reading
 from pytree2safetensors.testing import assert_round_trips
 
 struct: Any = jax.ShapeDtypeStruct
@@ -304,3 +306,42 @@ def test_a_boolean_is_stored_as_0_or_1(size: tuple[int, ...], tmp_path: Path) ->
     taken = set_weights({"a": jnp.zeros(size, bool)}, {"@a": odd})["a"]
     assert int(taken.sum()) == odd.size
     assert_round_trips({"a": odd})
+
+
+@pytest.mark.parametrize("is_placed", [False, True])
+def test_small_arrays_keep_no_memory_that_others_share(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_placed: bool
+) -> None:
+    pieces: list[Any] = []
+
+    def aligned(size: int) -> Any:
+        pieces.append(staging.aligned(size))
+        return pieces[-1]
+
+    monkeypatch.setattr(reading, "aligned", aligned)
+    save_pytree({f"{n}": np.ones(512 + n, np.float32) for n in range(9)}, tmp_path / "file")
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0]) if is_placed else None
+    template = load_abstract(tmp_path / "file", sharding=sharding)
+    loaded = load_into_pytree(template, tmp_path / "file")
+    ranges = [(piece.ctypes.data, piece.ctypes.data + piece.nbytes) for piece in pieces]
+    assert ranges
+    for leaf in jax.tree_util.tree_leaves(loaded):
+        pointer = leaf.unsafe_buffer_pointer()
+        assert not any(start <= pointer < stop for start, stop in ranges)
+
+
+def test_pieces_that_arrays_share_are_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+
+    def aligned(size: int) -> Any:
+        sizes.append(size)
+        return staging.aligned(size)
+
+    monkeypatch.setattr(reading, "aligned", aligned)
+    monkeypatch.setattr(reading, "_BATCH", 1 << 16)
+    save_pytree([np.ones(n, np.float32) for n in (4000, 50_000, 5000, 6000)], tmp_path / "file")
+    load_pytree(tmp_path / "file")
+    assert max(sizes) == 200_000  # alone
+    assert all(size <= 1 << 16 for size in sorted(sizes)[:-1])

@@ -1,5 +1,6 @@
 """What the leaves of a template need. Each case was a bug, or no other test would notice one."""
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -154,3 +155,13 @@ def test_files_of_others_fit_by_dtype_alone(tmp_path: Path) -> None:
         load_into_pytree({"a": np.ones(2, np.float32)}, tmp_path / "file")
     found = load_into_pytree({"a": np.ones(2, np.float32)}, tmp_path / "file", cast=True)
     assert found["a"].dtype == np.float32
+
+
+def test_what_is_converted_is_weak_only_if_the_template_decides() -> None:
+    template: Any = jnp.asarray(0.0)
+    assert template.weak_type
+    file = io.BytesIO()
+    save_pytree(np.int32(1), file)
+    file.seek(0)
+    assert not load_into_pytree(template, file, cast=True).weak_type
+    assert set_weights(template, {"": np.int32(1)}, cast=True).weak_type

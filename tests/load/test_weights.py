@@ -390,3 +390,11 @@ def test_the_nearest_names_are_looked_for_among_so_many_characters() -> None:
 def enable_x64(enabled: bool) -> Any:
     experimental: Any = jax.experimental
     return (jax if hasattr(jax, "enable_x64") else experimental).enable_x64(enabled)
+
+
+def test_a_function_that_renames_gives_whole_names_also_below_a_prefix(tmp_path: Path) -> None:
+    save_pytree({"m": {"a": 5}}, tmp_path / "file")
+    found = load_into_pytree({"a": 0}, tmp_path / "file", prefix="@m", rename=lambda p: "@m" + p)
+    assert found == {"a": 5}
+    with pytest.raises(WeightsMismatchError, match="missing"):
+        load_into_pytree({"a": 0}, tmp_path / "file", prefix="@m", rename=lambda p: p)

@@ -12,6 +12,7 @@ import pytest
 from folders import names_in, tree_of
 from pytree2safetensors import load_pytree, save_pytree, save_pytree_async
 from pytree2safetensors._storage.descriptor import Held
+from pytree2safetensors._storage.file_source import descriptors_to_keep
 from pytree2safetensors._storage.folder import Folder
 from pytree2safetensors._storage.naming import temporary_name
 from versions import assert_holds, litter, posix, version
@@ -154,3 +155,24 @@ def test_what_a_saver_is_still_writing_stays(
         held.close()
         save_pytree(version(1), tmp_path / "model")
         assert not litter(tmp_path)
+
+
+@posix
+def test_a_file_that_is_still_written_keeps_no_other_from_its_removal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in range(3):
+        left_behind(tmp_path, "model")
+    first = tmp_path / os.listdir(tmp_path)[0]  # noqa: PTH208 - in the order of the folder itself
+    fcntl = pytest.importorskip("fcntl")
+    with Folder(str(tmp_path), listed=True) as folder, Held() as held:
+        fcntl.flock(folder.open(held, first.name, os.O_RDWR), fcntl.LOCK_EX)
+        later(monkeypatch, 25)
+        folder.remove_abandoned("model")
+    assert litter(tmp_path) == [first]
+
+
+@posix
+def test_shards_may_keep_half_of_the_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("resource.getrlimit", lambda _: (100, 200))
+    assert descriptors_to_keep() == 50

@@ -21,6 +21,7 @@ BAD = [
     (("w", "a}b"), {}, "'a}b' has a single '}'; write it twice"),
     (("{}", "w"), {}, "{} is not a placeholder; write {l}, {l+3}, {6*b+i}, {p:q,k,v}, {*} or {=}"),
     (("{l-1}", "{l}"), {}, "{l-1} is not a placeholder; write {l}, {l+3}, {6*b+i}, {p:q,k,v}, {*} or {=}"),
+    (("t{²}", "x{²}"), {}, "{²} is not a placeholder; write {l}, {l+3}, {6*b+i}, {p:q,k,v}, {*} or {=}"),
     (("{2l}", "{l}"), {}, "{2l} is not a placeholder; write {l}, {l+3}, {6*b+i}, {p:q,k,v}, {*} or {=}"),
     (("{l+1:a,b}", "{l}"), {}, "{l+1:a,b} labels a sum; only a single axis has labels"),
     (("{p:a,a}", "{p}"), {}, "{p:a,a} has one label twice"),

@@ -82,7 +82,12 @@ def to_jax(
         for position, made_array in zip(alone, jax.device_put(values), strict=True):
             found[position] = made_array
     if placed:
-        values = [arrays[position] for position in placed]
+        values = [
+            arrays[position].copy()
+            if keeps_memory and arrays[position].nbytes < TAKEN_OVER
+            else arrays[position]
+            for position in placed
+        ]
         places = [placements[position] for position in placed]
         for position, made_array in zip(placed, jax.device_put(values, places), strict=True):
             found[position] = made_array

@@ -143,10 +143,12 @@ class Folder:
 
     def remove_abandoned(self, target: str) -> None:
         """Remove unfinished files of a target if they are a day old and their saver is gone."""
-        with suppress(OSError):  # they do no harm
-            prefix = temporary_prefix(target)
-            for name in self.names():
-                if name.startswith(prefix):
+        names: list[str] = []
+        with suppress(OSError):  # files that stay do no harm
+            names += self.names()
+        for name in names:
+            if name.startswith(temporary_prefix(target)):
+                with suppress(OSError):
                     self._remove_if_abandoned(name)
 
     def _remove_if_abandoned(self, name: str) -> None:

@@ -85,9 +85,9 @@ def _read_hole(text: str) -> Hole:
     terms = []
     for written in total.split("+"):
         found = _TERM.fullmatch(written.strip())
-        if found is None:
+        factor, axis, number = found.groups() if found else (None, None, None)
+        if not (number or (axis and axis.isidentifier())):
             raise ValueError(f"{{{text}}} is not a placeholder; write {_EXAMPLES}")
-        factor, axis, number = found.groups()
         terms.append(Term(int(factor or number or 1), axis or ""))
     hole = Hole(text, tuple(terms), tuple(listed.split(",")) if colon else ())
     if colon and hole.axis is None:
