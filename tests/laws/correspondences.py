@@ -19,6 +19,7 @@ from pytree2safetensors._tree.rule import Rule
 
 Env = Mapping[str, int]  # an index on each axis
 Groups = Sequence[Sequence[str]]
+DTYPES = ["int32", "bool", "uint8", "float16", "complex64"]  # of different sizes
 
 
 @dataclass
@@ -37,6 +38,7 @@ class Correspondence:
     stem: str
     dotted: bool
     offset: int  # added to the first axis of the name
+    dtype: str
 
     def size(self, axis: str, env: Env) -> int:
         """The size of an axis in a leaf."""
@@ -101,16 +103,16 @@ class Correspondence:
             )
             yield mine, self.name_of(full), there
 
-    def file(self) -> dict[str, NDArray[np.int32]]:
-        """Tensors for all leaves, every element another."""
-        found: dict[str, NDArray[np.int32]] = {}
+    def file(self) -> dict[str, NDArray[Any]]:
+        """Tensors for all leaves, whose elements differ as far as the dtype has values."""
+        found: dict[str, NDArray[Any]] = {}
         count = 0
         for env in self.envs(self.path, {}):
             shape = tuple(len(self.positions(dim, env)) for dim in self.left)
             stacked = [axis for axis in self.name if axis not in self.path]
             for full in self.envs(stacked, env):
                 if self.name_of(full) not in found:
-                    values = np.arange(count, count + math.prod(shape), dtype=np.int32)
+                    values = np.arange(count, count + math.prod(shape)).astype(self.dtype)
                     found[self.name_of(full)] = values.reshape(shape)
                     count += values.size
         return found
@@ -119,7 +121,7 @@ class Correspondence:
         """The leaves that a file makes, by spelled path."""
         found = {}
         for path, env, shape in self.leaves():
-            leaf = np.full(shape, -1, np.int32)
+            leaf = np.zeros(shape, self.dtype)
             for mine, name, there in self.elements(env):
                 leaf[mine] = file[name][there]
             found[path] = leaf
@@ -202,7 +204,19 @@ def correspondences(draw: Any, *, max_size: int = 3) -> Correspondence:
     )
     found = {axis: [*listed] for axis, listed in labels.items()}
     return Correspondence(
-        rule, sizes, found, name, path, left, right, joined, runs, "@tree", dotted_path, offset
+        rule,
+        sizes,
+        found,
+        name,
+        path,
+        left,
+        right,
+        joined,
+        runs,
+        "@tree",
+        dotted_path,
+        offset,
+        draw(st.sampled_from(DTYPES)),
     )
 
 

@@ -61,9 +61,10 @@ def at(region: Region) -> Any:
 
 def read(view: View, region: Region, file: dict[str, NDArray[Any]]) -> NDArray[Any]:
     """A region of a leaf, read as a reader would: each run straight into its place."""
-    values = np.full(shape_of(region), -1, np.int32)
+    dtype = next(iter(file.values())).dtype
+    values = np.zeros(shape_of(region), dtype)
     for box in boxes_of(view, region):
-        memory = np.full(box.shape, -1, np.int32)
+        memory = np.zeros(box.shape, dtype)
         for name, there, place in sources_of(view, box):
             index = at(there)
             destination = memory[place]
@@ -109,7 +110,8 @@ def test_a_region_of_a_leaf_is_read_from_its_own_elements_alone(
 def test_shards_of_the_leaves_make_the_file(data: Any, case: Correspondence) -> None:
     file = case.file()
     tree = case.tree(file)
-    found = {name: np.full(values.shape, -1, np.int32) for name, values in file.items()}
+    found = {name: np.zeros_like(values) for name, values in file.items()}
+    written = {name: np.zeros(values.shape, np.bool_) for name, values in file.items()}
     for path, view in views(case).items():
         for region in data.draw(partitions(view.shape)):
             shard = np.asfortranarray(tree[path][at(region)])
@@ -121,10 +123,13 @@ def test_shards_of_the_leaves_make_the_file(data: Any, case: Correspondence) -> 
                 for name, there, place in sources_of(view, box):
                     index = at(there)
                     target = found[name].reshape(view.fine)[index]
-                    assert (target == -1).all()
+                    marks = written[name].reshape(view.fine)[index]
+                    assert not marks.any()
+                    marks[...] = True
                     target[...] = shown[place]
     for name, values in file.items():
         np.testing.assert_array_equal(found[name], values)
+        assert written[name].all()
 
 
 @given(st.data(), st.lists(st.integers(0, 4), max_size=4).map(tuple))
