@@ -19,7 +19,7 @@ from pytree2safetensors._tree.rule import Rule
 
 Env = Mapping[str, int]  # an index on each axis
 Groups = Sequence[Sequence[str]]
-DTYPES = ["int32", "bool", "uint8", "float16", "complex64"]  # of different sizes
+DTYPES = ["int32", "bool", "uint8", "float16"]  # which the oldest safetensors knows, too
 
 
 @dataclass
