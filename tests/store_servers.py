@@ -124,6 +124,7 @@ def sftp(folder: Path) -> Iterator[str]:
         call(stop())
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
+        loop.close()
 
 
 @contextmanager
