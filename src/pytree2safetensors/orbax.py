@@ -113,7 +113,7 @@ class SafetensorsRestore(ocp.args.CheckpointArgs):
 
     Attributes:
         item: A template for `load_into_pytree`. By default, load the tree in the file.
-        sharding: If there is no template, the shardings of the arrays, as for `load_abstract`.
+        sharding: The shardings of the arrays, as for `load_abstract`. Ignored with a template.
         strict: As for `load_into_pytree`.
         unexpected: As for `load_into_pytree`.
         cast: As for `load_into_pytree`.

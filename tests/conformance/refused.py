@@ -62,7 +62,7 @@ def add_refused(kit: Kit) -> None:
 
 
 def add_damaged(kit: Kit) -> None:
-    """Add files with digests, of which a part was changed."""
+    """Add files with digests in which one part was changed."""
     file = io.BytesIO()
     tree = {
         "w": np.arange(6, dtype=np.float32).reshape(2, 3),

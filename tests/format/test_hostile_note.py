@@ -55,7 +55,7 @@ NOTES: list[tuple[bytes, str]] = [
     (leaves({"@a": "key"}), "the unknown or malformed leaf kind 'key'"),
     (
         leaves({"@a": ["str", "x"]}, **{"@a": byte()}),
-        "a tensor '@a', but its note says that there is none",
+        "a tensor '@a', but its note says that it has no tensor",
     ),
     (leaves({"@a": "int"}), "the note of the BytesIO names '@a', which is not a tensor"),
     (leaves({"@a": "int"}, **{"@a": byte()}), "'@a' is noted as int and stored as U8 of shape [1]"),

@@ -72,7 +72,7 @@ def add_digests(metadata: Mapping[str, str], tensors: Mapping[str, str]) -> dict
 def read_digests(
     metadata: Mapping[str, str], names: Iterable[str], file: str
 ) -> Mapping[str, str] | None:
-    """Check the digest of the metadata, and return those of the tensors; None if there are none."""
+    """Check the digest of the metadata, and return the digests of the tensors, or None."""
     found = [key for key in (DIGESTS, METADATA) if key in metadata]
     if not found:
         return None

@@ -90,7 +90,7 @@ def host_part(data: Any, index: tuple[slice, ...]) -> NDArray[Any]:
     if isinstance(data, jax.Array) and not is_in_place(data):
         return host_shard(part_of(data, index))
     values = host_shard(data) if isinstance(data, jax.Array) else data
-    whole: Any = (*index, ...)  # returns an array, not a scalar, if there are no axes
+    whole: Any = (*index, ...)  # always returns an array, never a scalar
     part: NDArray[Any] = values[whole]
     return part
 

@@ -45,7 +45,7 @@ def _size(leaf: Any) -> int:
 
 
 def _has_device_arrays(leaves: Sequence[Any]) -> bool:
-    """Return whether there may be arrays on other devices than the host; fast if there are none."""
+    """Return whether some arrays may be on other devices; fast if the host is the only one."""
     # Asking for devices starts them, which a tree of NumPy arrays does not need.
     kinds = set(map(type, leaves))
     return any(issubclass(kind, jax.Array) for kind in kinds) and has_other_devices()

@@ -101,7 +101,7 @@ def explicit_format(leaf: Any) -> Any:
 
 
 def pinned_sharding(sharding: Any) -> Any:
-    """Return the sharding in pinned host memory; None if there is none."""
+    """Return the sharding in pinned host memory, or None."""
     try:
         return sharding.with_memory_kind("pinned_host")
     except (AttributeError, NotImplementedError, ValueError):
@@ -109,7 +109,7 @@ def pinned_sharding(sharding: Any) -> Any:
 
 
 def pinned_memory(device: jax.Device, size: int) -> NDArray[np.uint8] | None:
-    """Return host memory that a device reads without a further copy; None if there is none.
+    """Return host memory that a device reads without a further copy, or None.
 
     JAX has no function for this. So a JAX array is created there, and NumPy writes to its memory.
     """

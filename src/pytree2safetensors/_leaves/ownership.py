@@ -13,7 +13,7 @@ import jax
 from pytree2safetensors._errors import UnsupportedLeafError
 from pytree2safetensors._leaves.extents import Region, Shape, region_of
 
-_KNOWN: Final = 4096  # remembered shardings and shapes, of which a train state has few
+_KNOWN: Final = 4096  # remembered shardings and shapes; a train state has few
 
 
 class Ownership(NamedTuple):

@@ -25,7 +25,7 @@ from pytree2safetensors._leaves.keys import UnknownHere, key_dtype, key_shape
 
 @lru_cache(maxsize=256)
 def _numpy_dtype(form_dtype: str, kind: str | None) -> np.dtype[Any] | str:
-    """Return the NumPy dtype of the values of a tensor, or why there is none."""
+    """Return the NumPy dtype of a tensor's values, or the reason why NumPy lacks it."""
     word = kind if kind in NOTED_DTYPES else NUMPY.get(form_dtype)
     if kind in COMPLEX128:
         word = "complex128"

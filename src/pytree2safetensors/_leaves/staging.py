@@ -51,7 +51,7 @@ class Ring:
         self.moving: deque[list[Any]] = deque()  # the arrays that are made of the oldest batches
 
     def take(self, size: int) -> NDArray[np.uint8] | None:
-        """Return memory for a batch; None if there is no room for it now."""
+        """Return memory for a batch, or None while the ring is full."""
         size = -(-size // ALIGNMENT) * ALIGNMENT
         for piece in self._pieces():
             start = piece.place(size)

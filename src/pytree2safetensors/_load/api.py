@@ -50,7 +50,7 @@ def load_pytree(
 
     Raises:
         FileFormatError: The file is damaged, or is not a safetensors file.
-        KeyPathError: A name in the file is not a key path, and there is no separator. Load such a
+        KeyPathError: A name in the file is not a key path, and `separator` is empty. Load such a
             file into a template.
         TreeStructureError: The names do not form a tree.
         WeightsMismatchError: The file has nothing at `prefix`.
@@ -101,7 +101,7 @@ def load_abstract(
 
     Raises:
         FileFormatError: The file is damaged, or is not a safetensors file.
-        KeyPathError: A name in the file is not a key path, `flat` is False, and there is no separator.
+        KeyPathError: A name in the file is not a key path, `flat` is False, and `separator` is empty.
         TreeStructureError: The names do not form a tree, and `flat` is False.
         WeightsMismatchError: The file has nothing at `prefix`.
         OSError: The file cannot be read.

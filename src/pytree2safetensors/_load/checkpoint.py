@@ -86,7 +86,7 @@ class OpenCheckpoint:
             if isinstance(kind, list) and kind[0] in {"int", "str"}:
                 if info is not None:
                     raise FileFormatError(
-                        f"{self.label} has a tensor {shorten(name)}, but its note says that there is none"
+                        f"{self.label} has a tensor {shorten(name)}, but its note says that it has no tensor"
                     )
                 _check_path(name, self.label)
                 self.infos[name] = TensorInfo("", (), 0, kind)

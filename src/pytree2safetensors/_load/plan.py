@@ -1,4 +1,4 @@
-"""The plan of a load: which regions of which tensors are read, in which batches, for which leaves.
+"""The plan of a load: the regions of tensors to read, their batches, and the leaves that need them.
 
 A plan is plain data, computed without I/O. In the simple case, a leaf is whole in one place, and its
 only region is the whole tensor.

@@ -89,7 +89,7 @@ def read_leaves(
 
 
 def _staged_device(wanted: Sequence[Wanted]) -> jax.Device | None:
-    """Return a device of the leaves other than the host; None if there is none."""
+    """Return a device of the leaves that is not the host, or None."""
     leaves = {id(want.leaf): want.leaf for want in wanted}
     devices = {device for leaf in leaves.values() for device in _devices_of(leaf)}
     others = sorted((d for d in devices if not is_on_host(d)), key=lambda device: device.id)

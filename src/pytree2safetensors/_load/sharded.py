@@ -12,7 +12,7 @@ _ANY_MESH: Final = getattr(jax.sharding, "AbstractMesh", ())  # JAX 0.4.30 has n
 
 
 def concrete(sharding: Sharding) -> Sharding | None:
-    """Return the sharding, on the current mesh if it names no devices; None if there is none."""
+    """Return the sharding or None. A sharding without devices gets those of the current mesh."""
     mesh = getattr(sharding, "mesh", None)
     if not isinstance(mesh, _ANY_MESH):
         return sharding
@@ -39,7 +39,7 @@ def misplaced(sharding: Sharding, shape: tuple[int, ...]) -> str | None:
 
 
 def place(value: Any, sharding: Sharding) -> jax.Array:
-    """Place the values of an array in a sharding, of which this process may hold a part."""
+    """Place the values of an array in a sharding that may span several processes."""
     is_global = not getattr(value, "is_fully_addressable", True)
     if is_global or is_ordinary(sharding, value.shape):
         moved: jax.Array = jax.device_put(value, sharding)

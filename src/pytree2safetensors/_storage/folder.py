@@ -81,7 +81,7 @@ class Folder:
         return descriptor
 
     def status(self, name: str) -> os.stat_result | None:
-        """Return the status of the file that a name leads to; None if there is none."""
+        """Return the status of the file with a name, or None if it does not exist."""
         try:
             return os.stat(self._at(name), dir_fd=self._descriptor)
         except FileNotFoundError:

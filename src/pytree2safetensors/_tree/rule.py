@@ -68,7 +68,7 @@ def _key(rule: Rule) -> tuple[object, ...]:
 
 
 class ParsedRule(NamedTuple):
-    """What a rule means: its sides, and the axes of which they consist."""
+    """What a rule means: its sides and their axes."""
 
     name: Side | None
     path: Side | None
@@ -133,7 +133,7 @@ def _parse(rule: Rule) -> ParsedRule:
 
 
 def _check_matched(name: Side | None, path: Side | None) -> None:
-    """Check the side that texts are matched with: the path or, if there is none, the name."""
+    """Check the side that texts are matched with: the path, or the name if the path is None."""
     labels: dict[str, tuple[str, ...]] = {}
     for hole in holes_of((name if path is None else path) or ()):
         if hole.axis is None:
