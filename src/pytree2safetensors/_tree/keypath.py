@@ -17,8 +17,9 @@ Specification: *Key paths*.
 
 import re
 from functools import lru_cache
+from typing import NoReturn
 
-from pytree2safetensors._errors import KeyPathError
+from pytree2safetensors._errors import KeyPathError, shorten
 from pytree2safetensors._tree.keys import (
     MAX_INDEX,
     DictKey,
@@ -30,7 +31,6 @@ from pytree2safetensors._tree.keys import (
     item_key,
 )
 from pytree2safetensors._tree.literal import MAX_DIGITS, SURROGATE, read_literal
-from pytree2safetensors._tree.rejection import Rejected, refuse
 from pytree2safetensors._tree.spelling import ATTR, MARKERS, RESERVED, spell_item
 
 _SHORT = 32
@@ -44,6 +44,13 @@ _NUMBER = re.compile(r"0|[1-9][0-9]{0,9}")
 
 _ESCAPED = re.compile(r"\\(.)")
 _NO_UTF8 = "a lone surrogate has no UTF-8 spelling"
+
+
+class Rejected(Exception):
+    """Why a string is not a key path: the position, the reason, and a correction."""
+
+    def __init__(self, position: int, reason: str, fix: tuple[int, int, str] | None = None):
+        self.position, self.reason, self.fix = position, reason, fix
 
 
 def string2keypath(string: str) -> KeyPath:
@@ -74,7 +81,7 @@ def string2keypath(string: str) -> KeyPath:
     try:
         return tuple(read(string))
     except Rejected as rejected:
-        refuse(string, rejected, read)
+        _refuse(string, rejected)
 
 
 def split(string: str) -> list[str]:
@@ -85,7 +92,7 @@ def split(string: str) -> list[str]:
         if pieces:
             _read_first(pieces[0])
     except Rejected as rejected:
-        refuse(string, rejected, read)
+        _refuse(string, rejected)
     if pieces and pieces[0][0] not in MARKERS:
         pieces[0] = ATTR + pieces[0]
     return pieces
@@ -98,7 +105,7 @@ def read_segment(segment: str) -> Key:
             raise Rejected(found.start(), _NO_UTF8)
         return _read_piece(segment)
     except Rejected as rejected:
-        refuse(segment, rejected, read)
+        _refuse(segment, rejected)
 
 
 def read(string: str) -> list[Key]:
@@ -224,3 +231,32 @@ def _closed(string: str) -> tuple[int, int, str] | None:
         return 0, close + 1, spell_item(read_literal(string[3:close]))
     except KeyPathError:
         return None
+
+
+# --- errors -----------------------------------------------------------------------------------
+
+
+def _refuse(string: str, rejected: Rejected) -> NoReturn:
+    message = (
+        f"{shorten(string)} is not a key path: at position {rejected.position}, {rejected.reason}"
+    )
+    canonical = _fixed(string, rejected) if len(string) <= MAX_DIGITS else None
+    if canonical is not None:
+        message += f"; the canonical spelling is {shorten(canonical)}"
+    raise KeyPathError(message) from None
+
+
+def _fixed(string: str, rejected: Rejected) -> str | None:
+    """Return the canonical spelling that a few local changes give, if there is one."""
+    for _ in range(16):
+        if rejected.fix is None:
+            return None
+        start, stop, replacement = rejected.fix
+        string = string[:start] + replacement + string[stop:]
+        try:
+            read(string)
+        except Rejected as again:
+            rejected = again
+        else:
+            return string
+    return None
