@@ -66,8 +66,8 @@ def _shown(value: object, rule: object) -> str:
     return kind
 
 
-def _is_bool(value: object) -> bool:
-    return isinstance(value, bool)
+def _is(*kinds: type) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, kinds)
 
 
 def _is_path_or(method: str) -> Callable[[object], bool]:
@@ -78,10 +78,6 @@ def _is_path_or(method: str) -> Callable[[object], bool]:
         return any(callable(getattr(value, name, None)) for name in (method, "joinuri"))
 
     return fits
-
-
-def _is_side(value: object) -> bool:
-    return value is None or isinstance(value, str)
 
 
 def _has_names(value: object) -> bool:
@@ -109,44 +105,37 @@ def _is_rename(value: object) -> bool:
 
 _MAPPINGS: Final = (_has_names, _is_metadata, _is_rename)
 _A_PATH: Final = "a path, as a str or an os.PathLike, or a binary file object"
-_BOOL: Final = (_is_bool, "a bool")
+_TARGETS: Final = ("save_pytree path", "save_pytree_async path")
 _RULES: Final[Mapping[str, tuple[Callable[[object], bool], str]]] = {
     "path": (_is_path_or("read"), _A_PATH),
-    "save_pytree path": (_is_path_or("write"), _A_PATH),
-    "save_pytree_async path": (_is_path_or("write"), _A_PATH),
-    "Rule name": (_is_side, "a str with placeholders, or None"),
-    "Rule path": (_is_side, "a str with placeholders, or None"),
-    "Rule pattern": (lambda value: isinstance(value, str), "a str such as 'a b -> b a'"),
-    "Rule **": (lambda value: isinstance(value, int), "an int"),
+    **dict.fromkeys(_TARGETS, (_is_path_or("write"), _A_PATH)),
+    "Rule name": (_is(str, type(None)), "a str with placeholders, or None"),
+    "Rule path": (_is(str, type(None)), "a str with placeholders, or None"),
+    "Rule pattern": (_is(str), "a str such as 'a b -> b a'"),
+    "Rule **": (_is(int), "an int"),
     "metadata": (_is_metadata, "a mapping of strs to strs"),
-    "unsupported": (
-        lambda value: isinstance(value, str) and value in {"raise", "skip"},
-        "'raise' or 'skip'",
-    ),
-    "unexpected": (
-        lambda value: isinstance(value, str) and value in {"raise", "skip"},
-        "'raise' or 'skip'",
+    **dict.fromkeys(
+        ("unsupported", "unexpected"),
+        (lambda value: isinstance(value, str) and value in {"raise", "skip"}, "'raise' or 'skip'"),
     ),
     "sharding": (
         lambda value: value is None or callable(value) or isinstance(value, Sharding),
         "a sharding, or a function of a spelled key path and a jax.ShapeDtypeStruct",
     ),
-    "max_shard_size": (
-        lambda value: value is None or isinstance(value, int | str),
-        "a number of bytes, or a str such as '5GB'",
-    ),
+    "max_shard_size": (_is(int, str, type(None)), "a number of bytes, or a str such as '5GB'"),
     "progress": (lambda value: isinstance(value, bool) or callable(value), "a bool or a function"),
-    "separator": (lambda value: isinstance(value, str), "a str such as '.'"),
-    "prefix": (lambda value: isinstance(value, str), "a spelled key path, which is a str"),
+    "separator": (_is(str), "a str such as '.'"),
+    "prefix": (_is(str), "a spelled key path, which is a str"),
     "rename": (_is_rename, "a function, a mapping of strs to strs, or a sequence of Rules"),
     "dictionary": (_has_names, "a mapping of names, which are strs, to leaves"),
     "attrs": (_has_names, "a mapping of names, which are strs, to values"),
-    "children": (lambda value: isinstance(value, Iterable), "an iterable"),
-    **dict.fromkeys(("durable", "checksum", "mmap", "verbose", "strict", "cast", "flat"), _BOOL),
+    "children": (_is(Iterable), "an iterable"),
+    **dict.fromkeys(
+        ("durable", "checksum", "mmap", "verbose", "strict", "cast", "flat"), (_is(bool), "a bool")
+    ),
 }
 _REMEDIES: Final = {
-    "save_pytree path": "; the tree comes first, the path second",
-    "save_pytree_async path": "; the tree comes first, the path second",
+    **dict.fromkeys(_TARGETS, "; the tree comes first, the path second"),
     "load_into_pytree path": "; the template comes first, the path second",
     "set_weights dictionary": "; the template comes first, the dictionary second",
 }
