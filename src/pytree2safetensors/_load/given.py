@@ -35,21 +35,18 @@ def fitted(slot: TemplateLeaf, value: Any) -> Any:
     """Convert a leaf of a dictionary for a leaf of the template."""
     if slot.target == "python":
         return value if type(value) is str else to_python(value, slot.leaf)
-    if slot.target in {"numpy", "scalar"}:
-        copy = np.array(to_host(value, slot.leaf.dtype), order="C")
-        return copy if slot.target == "numpy" else copy[()]
-    if not isinstance(value, jax.Array):
+    dtype = slot.leaf.dtype
+    copied = slot.target in {"numpy", "scalar"} or not isinstance(value, jax.Array)
+    if copied or (slot.target == "foreign" and value.dtype != dtype):  # JAX would narrow it
         # A copy, because JAX would use the memory of the caller's array.
-        host = np.array(to_host(value, slot.leaf.dtype), order="C")
-        if slot.target == "foreign":
-            return host
+        host = np.array(to_host(value, dtype), order="C")
+        if slot.target != "jax":
+            return host[()] if slot.target == "scalar" else host
         value = to_jax([host])[0]
         if slot.leaf.weak:
             value = weaken(value)
-    elif slot.target == "foreign" and value.dtype != slot.leaf.dtype:
-        return np.array(to_host(value, slot.leaf.dtype), order="C")  # JAX would narrow it
-    elif slot.leaf.dtype is not None and value.dtype != slot.leaf.dtype:
-        value = value.astype(slot.leaf.dtype)
+    elif dtype is not None and value.dtype != dtype:
+        value = value.astype(dtype)
     if slot.leaf.kind == "key" and value.dtype == np.uint32:
         value = wrap_key(value, slot.leaf.impl)
     if not isinstance(value, jax.Array) or isinstance(value, jax.core.Tracer):

@@ -19,9 +19,6 @@ from pytree2safetensors._load.template import TemplateLeaf, misfit, show
 from pytree2safetensors._tree.paths import add_prefix
 from pytree2safetensors._tree.rule import Rule
 
-_LISTED = 20  # of each kind of mismatch in a message
-_COMPARED = 40_000  # characters of names to search for the nearest
-
 
 class Options(NamedTuple):
     """How to match, and the name of the source in messages."""
