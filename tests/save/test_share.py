@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pytree2safetensors import FileFormatError
 from pytree2safetensors._format.digests import digest_tensor, hash_blocks
-from pytree2safetensors._leaves import jax_versions
+from pytree2safetensors._leaves import host_copies, jax_versions
 from pytree2safetensors._save import calls, share
 from pytree2safetensors._save.contents import collect
 from pytree2safetensors._save.plan import plan_file
@@ -71,7 +71,7 @@ def test_a_share_is_copied_from_devices_by_one_call(
         calls.append(len(arrays))
         return [np.array(array) for array in arrays]
 
-    monkeypatch.setattr(share, "to_host", to_host)
+    monkeypatch.setattr(host_copies, "to_host", to_host)
     monkeypatch.setattr(share, "is_global", lambda leaf: isinstance(leaf, jax.Array))
     part = share.share_of(contents, 1, copied=copied)
     assert calls == [16] * copied

@@ -4,7 +4,7 @@ Specification: *Rules*.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from pytree2safetensors._format.tensor import BITS, TensorInfo
@@ -41,6 +41,21 @@ def whole_leaves(leaves: Iterable[Any]) -> Iterator[Any]:
             yield from (member.leaf for member in leaf.members)
         else:
             yield leaf
+
+
+def with_leaves(tensors: Mapping[str, Any], found: Mapping[int, Any]) -> dict[str, Any]:
+    """Replace leaves, by their identities, and those that tensors are made of. Remove the others."""
+    replaced: dict[str, Any] = {}
+    for name, leaf in tensors.items():
+        if isinstance(leaf, Assembled):
+            members = [
+                m._replace(leaf=found[id(m.leaf)]) for m in leaf.members if id(m.leaf) in found
+            ]
+            if members:
+                replaced[name] = leaf._replace(members=members)
+        elif id(leaf) in found:
+            replaced[name] = found[id(leaf)]
+    return replaced
 
 
 class Copy(NamedTuple):

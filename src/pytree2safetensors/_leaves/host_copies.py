@@ -8,7 +8,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 import jax
+import numpy as np
 
+from pytree2safetensors._leaves.encode import host_array
 from pytree2safetensors._leaves.jax_versions import pinned_sharding
 from pytree2safetensors._leaves.keys import is_key_dtype
 from pytree2safetensors._leaves.placement import has_other_devices, is_in_place
@@ -93,3 +95,15 @@ def to_host(leaves: Sequence[Any]) -> list[Any]:
         for position, copy in zip(places, copies, strict=True):
             found[position] = copy
     return found
+
+
+def snapshot(leaves: Sequence[Any]) -> list[Any]:
+    """Copy leaves, all at once from devices. Donation and changes do not affect the copies."""
+    copies = zip(leaves, to_host(leaves), strict=True)
+    return [_copied(leaf) if copy is leaf else copy for leaf, copy in copies]
+
+
+def _copied(leaf: Any) -> Any:
+    values = host_array(leaf)
+    # A copy from a device is new memory already.
+    return values if isinstance(leaf, jax.Array) and values.flags.owndata else np.array(values)

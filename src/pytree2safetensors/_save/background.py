@@ -6,17 +6,14 @@ Specification: *Saving*.
 from collections.abc import Mapping
 from concurrent.futures import Future
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import jax
-import numpy as np
-from numpy.typing import NDArray
 
 from pytree2safetensors._arguments import checked
 from pytree2safetensors._collector import collector_paused
-from pytree2safetensors._leaves.assembled import Assembled, whole_leaves
-from pytree2safetensors._leaves.encode import host_array
-from pytree2safetensors._leaves.host_copies import to_host
+from pytree2safetensors._leaves.assembled import whole_leaves, with_leaves
+from pytree2safetensors._leaves.host_copies import snapshot
 from pytree2safetensors._leaves.renaming import Rename
 from pytree2safetensors._save import processes
 from pytree2safetensors._save.calls import announced, is_needed
@@ -88,31 +85,9 @@ def save_pytree_async(
         # The process may change its working directory during the save.
         target = settled(target_of(where, max_shard_size))
         plan = plan_save(contents, target, checksum=checksum)
-        # A snapshot is safe from donation and changes.
-        snapshot = _snapshot(contents.leaves)
-    save = partial(write, plan, snapshot, target, durable=durable, progress=report)
+        # Each leaf once, because rules may make several tensors from it.
+        unique = {id(leaf): leaf for leaf in whole_leaves(contents.leaves.values())}
+        copies = dict(zip(unique, snapshot([*unique.values()]), strict=True))
+        leaves = with_leaves(contents.leaves, copies)
+    save = partial(write, plan, leaves, target, durable=durable, progress=report)
     return submit(save, label_of(target))
-
-
-def _snapshot(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """Copy each leaf once, because rules may make several tensors from it."""
-    unique = {id(leaf): leaf for leaf in whole_leaves(leaves.values())}
-    on_host = dict(zip(unique, to_host([*unique.values()]), strict=True))  # started all at once
-    copies: dict[int, Any] = {}
-
-    def copied(leaf: Any) -> Any:
-        if isinstance(leaf, Assembled):
-            members = [member._replace(leaf=copied(member.leaf)) for member in leaf.members]
-            return leaf._replace(members=members)
-        if id(leaf) not in copies:
-            copy = on_host[id(leaf)]
-            copies[id(leaf)] = _copied(leaf) if copy is leaf else copy
-        return copies[id(leaf)]
-
-    return {name: copied(leaf) for name, leaf in leaves.items()}
-
-
-def _copied(leaf: Any) -> NDArray[Any]:
-    values = host_array(leaf)
-    # A copy from a device is new memory already.
-    return values if isinstance(leaf, jax.Array) and values.flags.owndata else np.array(values)

@@ -7,13 +7,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, Final, NamedTuple
 
-import jax
-
 from pytree2safetensors._format.digests import block_bounds, digest_tensor
 from pytree2safetensors._format.tensor import TensorInfo
-from pytree2safetensors._leaves.assembled import Assembled, whole_leaves
-from pytree2safetensors._leaves.encode import host_array
-from pytree2safetensors._leaves.host_copies import copied_ahead, to_host
+from pytree2safetensors._leaves.assembled import Assembled, whole_leaves, with_leaves
+from pytree2safetensors._leaves.host_copies import copied_ahead, snapshot
 from pytree2safetensors._leaves.ownership import is_global
 from pytree2safetensors._leaves.spread import Owned, owned, owned_chunks, tensor_chunks
 from pytree2safetensors._save.contents import Contents
@@ -40,39 +37,12 @@ def share_of(contents: Contents, process: int, *, copied: bool) -> Share:
         if is_global(leaf):
             parts[key] = owned(leaf, infos.get(key) or TensorInfo("", leaf.shape, 0))
     if copied:
-        parts = dict(zip(parts, _copied([*parts.values()]), strict=True))
-    share: dict[str, Any] = {}
-    for name, leaf in contents.leaves.items():
-        if isinstance(leaf, Assembled):
-            members = [
-                member._replace(leaf=parts[id(member.leaf)])
-                for member in leaf.members
-                if id(member.leaf) in parts
-            ]
-            if members:
-                share[name] = leaf._replace(members=members)
-        elif id(leaf) in parts:
-            share[name] = parts[id(leaf)]
-    return share
+        copies = iter(snapshot(_arrays_of(parts.values())))
+        parts = dict(zip(parts, _with_arrays(parts.values(), copies), strict=True))
+    return with_leaves(contents.leaves, parts)
 
 
-def _copied(parts: list[Any]) -> list[Any]:
-    """Copy parts to the host, all at once from devices."""
-    arrays = _arrays_of(parts)
-    copies = (
-        copy if copy is not array else _copy(array)
-        for array, copy in zip(arrays, to_host(arrays), strict=True)
-    )
-    return [*_with_arrays(parts, copies)]
-
-
-def _copy(leaf: Any) -> Any:
-    values = host_array(leaf)
-    # A copy from a device is new memory already.
-    return values if isinstance(leaf, jax.Array) and values.flags.owndata else values.copy()
-
-
-def _arrays_of(parts: Sequence[Any]) -> list[Any]:
+def _arrays_of(parts: Iterable[Any]) -> list[Any]:
     """List the arrays that parts consist of."""
     return [
         array
