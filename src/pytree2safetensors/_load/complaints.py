@@ -7,7 +7,7 @@ import itertools
 import logging
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Final
+from typing import Final
 
 from pytree2safetensors._errors import WeightsMismatchError, nearest, shorten
 from pytree2safetensors._leaves.renaming import Rename, rules_in
@@ -20,15 +20,14 @@ _LOGGER: Final = logging.getLogger("pytree2safetensors")
 _COMPARED: Final = 40_000  # characters of names to search for the nearest
 
 
-def check(
-    outcome: Comparison, wanted: bool, available: Mapping[str, Any], options: Options
-) -> None:
+def check(outcome: Comparison, options: Options) -> None:
     """Raise one error for all mismatches, or print and log them if `strict` is False."""
     missing = outcome.missing
     mismatched = [f"{shorten(path)}: {reason}" for path, reason in outcome.mismatched]
-    unused = unexpected_names(outcome.used, available, options)
+    unused = unexpected_names(outcome, options)
     unexpected = unused if options.unexpected == "raise" else []
     idle = outcome.routes.idle
+    wanted = any(slot is not None for slot in outcome.slots)
     nothing = not outcome.found and (wanted or bool(unexpected))
     left = bool(missing or unexpected or mismatched)
     fails = (options.strict and left) or outcome.lost or nothing
@@ -62,9 +61,9 @@ def check(
     raise WeightsMismatchError("\n".join(parts), paths, unexpected, mismatched)
 
 
-def unexpected_names(used: set[str], available: Mapping[str, Any], options: Options) -> list[str]:
+def unexpected_names(outcome: Comparison, options: Options) -> list[str]:
     """Return the names that are not used, except names that rules declare as unused."""
-    found = [name for name in available if name not in used]
+    found = [name for name in outcome.available if name not in outcome.used]
     rules = rules_in(options.rename)
     if rules is None:
         return found

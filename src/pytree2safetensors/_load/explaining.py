@@ -16,7 +16,7 @@ from pytree2safetensors._leaves.routes import Route
 from pytree2safetensors._leaves.spec import LeafSpec
 from pytree2safetensors._leaves.views import View
 from pytree2safetensors._load.complaints import unexpected_names
-from pytree2safetensors._load.flat_template import FlatTemplate, Stored, flat_template
+from pytree2safetensors._load.flat_template import Stored, flat_template
 from pytree2safetensors._load.matching import Comparison, Options, compare
 from pytree2safetensors._load.opening import open_checkpoint
 from pytree2safetensors._load.stored import names_below
@@ -73,8 +73,8 @@ def explain(
         available = Stored(checkpoint, names)
         options = Options(checkpoint.label, True, False, cast, prefix, rename)
         found = compare(template.names, template.slots, available, dict.fromkeys, options)
-        rows = [*_rows(template, found, available)]
-        unexpected = unexpected_names(found.used, available, options)
+        rows = [*_rows(found)]
+        unexpected = unexpected_names(found, options)
         return "\n".join(
             [
                 f"{checkpoint.label}: {len(found.found)} of {len(rows)} leaves fit",
@@ -85,16 +85,14 @@ def explain(
         )
 
 
-def _rows(
-    template: FlatTemplate, found: Comparison, available: Mapping[str, LeafSpec | None]
-) -> Iterable[tuple[str, ...]]:
+def _rows(found: Comparison) -> Iterable[tuple[str, ...]]:
     fitting = {position for position, _ in found.found}
     missing: dict[str, list[str]] = {}
     for path, name in found.missing:
         missing.setdefault(path, []).append("" if name is None else shorten(name))
     mismatched = dict(found.mismatched)
     routes, rules, _ = found.routes
-    for position, (path, slot) in enumerate(zip(template.names, template.slots, strict=True)):
+    for position, (path, slot) in enumerate(zip(found.paths, found.slots, strict=True)):
         if slot is None:
             continue
         rule, route = rules[position], routes[position]
@@ -102,7 +100,7 @@ def _rows(
         row = [shorten(path) + (f" = {shorten(dots)}" if dots != path else ""), show(slot.leaf)]
         if position in fitting:
             pattern = [repr(rule.pattern)] if rule is not None and rule.pattern else []
-            yield "fits", *row, _tensors(route, available), *pattern
+            yield "fits", *row, _tensors(route, found.available), *pattern
         elif path in mismatched:
             yield "differs", *row, mismatched[path]
         elif path in missing:

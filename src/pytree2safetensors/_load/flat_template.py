@@ -42,7 +42,7 @@ class FlatTemplate(NamedTuple):
             WeightsMismatchError: They do not fit.
         """
         outcome = compare(self.names, self.slots, available, values, options)
-        check(outcome, any(slot is not None for slot in self.slots), available, options)
+        check(outcome, options)
         return outcome.found
 
 

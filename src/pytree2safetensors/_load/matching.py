@@ -35,8 +35,15 @@ class Options(NamedTuple):
 class Comparison:
     """Which leaves of a template were found, and which were not."""
 
-    def __init__(self, paths: Sequence[str], cast: bool, routes: Routes) -> None:
-        self.paths, self.cast, self.routes = paths, cast, routes
+    def __init__(
+        self,
+        paths: Sequence[str],
+        slots: Sequence[TemplateLeaf | None],
+        available: Mapping[str, Any],
+        options: Options,
+    ) -> None:
+        self.paths, self.slots, self.available = paths, slots, available
+        self.cast, self.routes = options.cast, _routed(paths, slots, options)
         self.found: list[tuple[int, str | View]] = []
         self.used: set[str] = set()
         self.missing: list[tuple[str, str | None]] = []  # a path of the template, and its name
@@ -47,11 +54,10 @@ class Comparison:
     def judge(
         self,
         position: int,
-        path: str,
         source: str | View,
         slot: TemplateLeaf,
         stored: LeafSpec | None,
-        value: Any,
+        value: Any = None,
         hint: str = "",
     ) -> bool:
         """Return whether a stored leaf fits a template leaf; `value` is that of a Python scalar."""
@@ -59,19 +65,69 @@ class Comparison:
         if reason is None:
             self.found.append((position, source))
             return True
-        self.refuse(path, reason + hint, slot)
+        self.refuse(position, reason + hint, slot)
         self.castable |= _unfit(slot, stored, value, True) is None
         return False
 
-    def refuse(self, path: str, reason: str, slot: TemplateLeaf) -> None:
+    def judge_by_rule(self, position: int, slot: TemplateLeaf, route: View | Lost | None) -> None:
+        """Match a leaf with the tensors that a rule makes it of."""
+        rule = self.routes.rules[position]
+        if route is None:
+            if slot.abstract:
+                self.refuse(
+                    position, f"{rule!r} says that it is not in the file, {_NO_VALUE}", slot
+                )
+        elif isinstance(route, View):
+            self.judge_view(position, slot, route)
+        elif rule is None:
+            self.miss(position, None, slot)
+        else:
+            reason = f"the template has {show(slot.leaf)}; {route.reason}"
+            self.refuse(position, reason, slot)
+
+    def judge_view(self, position: int, slot: TemplateLeaf, view: View) -> None:
+        """Match a leaf with the tensors of a view."""
+        missing = [name for name in view.names if name not in self.available]
+        self.used.update(name for name in view.names if name in self.available)
+        for name in missing:
+            self.miss(position, name, slot)
+        if missing:
+            return
+        dtype: np.dtype[Any] | None = None
+        for name in view.names:
+            stored = self.available[name]
+            has_values = stored is not None and stored.kind == "array"
+            if has_values and stored.dtype != np.complex128 and stored.shape == view.stored:
+                dtype = dtype or stored.dtype
+                if stored.dtype == dtype:
+                    continue
+            shown = "not an array, or an array without values" if stored is None else show(stored)
+            of = f"{dtype}" if dtype is not None else ""
+            reason = (
+                f"the template has {show(slot.leaf)}; by {self.routes.rules[position]!r} the tensor "
+                f"{shorten(name)} would be {of}[{','.join(map(str, view.stored))}], but it is {shown}"
+            )
+            self.refuse(position, reason, slot)
+            return
+        seen = LeafSpec("array", dtype, slot.leaf.shape)
+        traced = any(isinstance(self.available[name], TracedSpec) for name in view.names)
+        self.judge(position, view, slot, TracedSpec(*seen) if traced else seen)
+
+    def refuse(self, position: int, reason: str, slot: TemplateLeaf) -> None:
         """Record why a leaf does not get its values."""
-        self.mismatched.append((path, reason))
+        self.mismatched.append((self.paths[position], reason))
         self.lost = self.lost or slot.abstract
 
-    def miss(self, path: str, name: str | None, slot: TemplateLeaf) -> None:
+    def miss(self, position: int, name: str | None, slot: TemplateLeaf) -> None:
         """Record that the tensor of a leaf is missing. Without a name, no rule matches its path."""
-        self.missing.append((path, name))
+        self.missing.append((self.paths[position], name))
         self.lost = self.lost or slot.abstract
+
+
+_NO_VALUE: Final = (
+    "but the leaf of the template has no value to keep; give it one, or leave it out of the template, as "
+    "nnx.split(model, nnx.Param, ...) and eqx.filter(model, eqx.is_array) do"
+)
 
 
 def compare(
@@ -91,37 +147,37 @@ def compare(
             depends on their values.
         options: How to match.
     """
-    outcome = Comparison(paths, options.cast, _routed(paths, slots, options))
+    outcome = Comparison(paths, slots, available, options)
     routes, rules, _ = outcome.routes
-    waiting: list[
-        tuple[int, str, str, TemplateLeaf, LeafSpec]
-    ] = []  # for the value of a Python scalar
+    # Leaves that wait for the value of a Python scalar.
+    waiting: list[tuple[int, str, TemplateLeaf, LeafSpec]] = []
     fitting: set[tuple[int, int]] = set()  # slots and stored leaves, by identity
-    for position, (path, slot) in enumerate(zip(paths, slots, strict=True)):
+    for position, slot in enumerate(slots):
         if slot is None:
-            name = add_prefix(options.prefix, path)  # `rename` only has names for data
+            name = add_prefix(options.prefix, paths[position])  # `rename` only has names for data
             if name in available and _is_empty(available, name):
                 outcome.used.add(name)  # neither of them is data
             continue
-        route, rule = routes[position], rules[position]
+        route = routes[position]
         if not isinstance(route, str):
-            _judge_by_rule(outcome, position, path, slot, route, rule, available)
+            outcome.judge_by_rule(position, slot, route)
             continue
-        name = route
-        if name not in available:
-            outcome.miss(path, name, slot)
+        if route not in available:
+            outcome.miss(position, route, slot)
             continue
-        outcome.used.add(name)
-        stored = available[name]
+        outcome.used.add(route)
+        stored = available[route]
         if (id(slot), id(stored)) in fitting:
-            outcome.found.append((position, name))
+            outcome.found.append((position, route))
         elif stored is not None and _needs_value(slot, stored):
-            waiting.append((position, path, name, slot, stored))
-        elif outcome.judge(position, path, name, slot, stored, None, _hint(slot, stored, rule)):
+            waiting.append((position, route, slot, stored))
+        elif outcome.judge(
+            position, route, slot, stored, hint=_hint(slot, stored, rules[position])
+        ):
             fitting.add((id(slot), id(stored)))
-    scalars = values({name for _, _, name, _, _ in waiting})
-    for position, path, name, slot, stored in waiting:
-        outcome.judge(position, path, name, slot, stored, scalars[name])
+    scalars = values({name for _, name, _, _ in waiting})
+    for position, name, slot, stored in waiting:
+        outcome.judge(position, name, slot, stored, scalars[name])
     return outcome
 
 
@@ -143,70 +199,6 @@ def _routed(paths: Sequence[str], slots: Sequence[TemplateLeaf | None], options:
     for position, route, rule in zip(data, found.routes, found.rules, strict=True):
         routes[position], rules[position] = route, rule
     return Routes(routes, rules, found.idle)
-
-
-def _judge_by_rule(
-    outcome: Comparison,
-    position: int,
-    path: str,
-    slot: TemplateLeaf,
-    route: View | Lost | None,
-    rule: Rule | None,
-    available: Mapping[str, Any],
-) -> None:
-    """Match a leaf with the tensors that a rule makes it of."""
-    if route is None:
-        if slot.abstract:
-            outcome.refuse(path, f"{rule!r} says that it is not in the file, {_NO_VALUE}", slot)
-    elif isinstance(route, Lost):
-        if rule is None:
-            outcome.miss(path, None, slot)
-        else:
-            outcome.refuse(path, f"the template has {show(slot.leaf)}; {route.reason}", slot)
-    else:
-        missing = [name for name in route.names if name not in available]
-        outcome.used.update(name for name in route.names if name in available)
-        for name in missing:
-            outcome.miss(path, name, slot)
-        if not missing:
-            _judge_view(outcome, position, path, slot, route, rule, available)
-
-
-_NO_VALUE: Final = (
-    "but the leaf of the template has no value to keep; give it one, or leave it out of the template, as "
-    "nnx.split(model, nnx.Param, ...) and eqx.filter(model, eqx.is_array) do"
-)
-
-
-def _judge_view(
-    outcome: Comparison,
-    position: int,
-    path: str,
-    slot: TemplateLeaf,
-    view: View,
-    rule: Rule | None,
-    available: Mapping[str, Any],
-) -> None:
-    dtype: np.dtype[Any] | None = None
-    for name in view.names:
-        stored = available[name]
-        is_array = stored is not None and stored.kind == "array" and stored.dtype != np.complex128
-        if stored is not None and is_array and stored.shape == view.stored:
-            dtype = dtype or stored.dtype
-            if stored.dtype == dtype:
-                continue
-        shown = "not an array, or an array without values" if stored is None else show(stored)
-        of = f"{dtype}" if dtype is not None else ""
-        outcome.refuse(
-            path,
-            f"the template has {show(slot.leaf)}; by {rule!r} the tensor {shorten(name)} would be "
-            f"{of}[{','.join(map(str, view.stored))}], but it is {shown}",
-            slot,
-        )
-        return
-    seen = LeafSpec("array", dtype, slot.leaf.shape)
-    traced = any(isinstance(available[name], TracedSpec) for name in view.names)
-    outcome.judge(position, path, view, slot, TracedSpec(*seen) if traced else seen, None)
 
 
 def _hint(slot: TemplateLeaf, stored: LeafSpec | None, rule: Rule | None) -> str:
