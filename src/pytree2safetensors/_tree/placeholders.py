@@ -60,6 +60,13 @@ class Binding(NamedTuple):
     text: str = ""
 
 
+class Match(NamedTuple):
+    """A side that matches, by number, and what its placeholders stand for."""
+
+    number: int
+    binding: Binding
+
+
 def read_side(text: str) -> Side:
     """Read a name or a path. Raise a ValueError if it is invalid."""
     parts: list[str | Hole] = []
@@ -146,8 +153,8 @@ class Alternatives:
             group += 1 + len(holes)
         self._regex = re.compile("|".join(branches), re.DOTALL) if branches else None
 
-    def match(self, text: str) -> tuple[int, Binding] | None:
-        """Return the number of the first side that matches, and what its placeholders stand for."""
+    def match(self, text: str) -> Match | None:
+        """Return the first side that matches; None if none does."""
         found = self._regex.fullmatch(text) if self._regex else None
         if found is None or found.lastindex is None:
             return None
@@ -161,7 +168,7 @@ class Alternatives:
             else:
                 axis = hole.terms[0].axis
                 indices[axis] = hole.labels.index(value) if hole.labels else int(value)
-        return number, Binding(indices, rest)
+        return Match(number, Binding(indices, rest))
 
 
 def _regex(side: Side, group: int) -> tuple[str, list[Hole]]:

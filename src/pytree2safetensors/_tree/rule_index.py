@@ -4,19 +4,11 @@ Specification: *Rules*.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
 from pytree2safetensors._errors import shorten
 from pytree2safetensors._tree.paths import dotted, is_dotted
-from pytree2safetensors._tree.placeholders import Alternatives, Binding
+from pytree2safetensors._tree.placeholders import Alternatives, Match
 from pytree2safetensors._tree.rule import ParsedRule, Rule, parse_rule
-
-
-class Match(NamedTuple):
-    """The first rule that matches, by number, and what its placeholders stand for."""
-
-    number: int
-    binding: Binding
 
 
 class RuleIndex:
@@ -47,19 +39,18 @@ class RuleIndex:
             first = self._spelled.match(path)
             short = dotted(path) if self._has_dotted else ""
             second = self._dotted.match(short) if self._has_dotted else None
-            if second is not None and (first is None or second[0] < first[0]):
+            if second is not None and (first is None or second.number < first.number):
                 if spelled.setdefault(short, path) != path:
                     raise ValueError(
-                        f"{self.rules[second[0]]!r}: its path is dotted, and both "
+                        f"{self.rules[second.number]!r}: its path is dotted, and both "
                         f"{shorten(spelled[short])} and {shorten(path)} are {shorten(short)} with "
                         "dots; write the path as one of them is spelled"
                     )
-                found.append(Match(*second))
-            else:
-                found.append(first and Match(*first))
+                first = second
+            found.append(first)
         return found
 
     def match_names(self, names: Iterable[str]) -> dict[str, int]:
         """Return the names that rules without a path match, and the numbers of those rules."""
         matches = ((name, self._unused.match(name)) for name in names)
-        return {name: found[0] for name, found in matches if found is not None}
+        return {name: found.number for name, found in matches if found is not None}
