@@ -6,8 +6,8 @@ Specification: *Loading*.
 import errno
 import os
 from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
-from functools import partial, wraps
+from contextlib import closing, contextmanager, suppress
+from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
 from pytree2safetensors._collector import collector_paused
@@ -23,12 +23,7 @@ from pytree2safetensors._format.header import (
 from pytree2safetensors._load.checkpoint import OpenCheckpoint
 from pytree2safetensors._load.locate import Index, is_index, locate, locate_remotely, read_index
 from pytree2safetensors._storage.byte_source import ByteSource, PathLike, Readable
-from pytree2safetensors._storage.file_source import (
-    descriptors_to_keep,
-    is_exhausted,
-    open_source,
-    shut,
-)
+from pytree2safetensors._storage.file_source import descriptors_to_keep, open_source
 from pytree2safetensors._storage.read_pool import ReadPool
 from pytree2safetensors._storage.remote_file import RemoteSource
 from pytree2safetensors._storage.remote_path import RemotePath, hide_credentials, resolve
@@ -110,7 +105,11 @@ def _open_path(path: str) -> OpenCheckpoint:
 
 def _open_file(source: ByteSource) -> OpenCheckpoint:
     store = OpenCheckpoint(source.label, [source])
-    return _opened(store, lambda: _read_file(store, source))
+    with _closed_on_error(store):
+        start, tensors, metadata = read_header(source)
+        store.add(source, start, tensors)
+        store.read_metadata(metadata)
+    return store
 
 
 def _replaced_again(path: str | RemotePath) -> FileFormatError:
@@ -125,7 +124,8 @@ def _open_shards(path: str | RemotePath) -> OpenCheckpoint:
         with closing(index.source):
             store = OpenCheckpoint(index.label, [])
             try:
-                _opened(store, partial(_read_shards, store, index))
+                with _closed_on_error(store):
+                    _read_shards(store, index)
             except (FileFormatError, OSError):
                 if index.is_current():
                     raise
@@ -143,7 +143,7 @@ def _read_shards(store: OpenCheckpoint, index: Index) -> None:
         index.check(shard, tensors.names)
         tensors = tensors.keep(index.shards[shard])
         if len(store.sources) > _KEPT:
-            shut(source)
+            source.shut()
         store.add(source, start, tensors)
     store.read_metadata(index.metadata)
 
@@ -161,27 +161,20 @@ def _sources(store: OpenCheckpoint, index: Index) -> Iterator[tuple[str, ByteSou
         try:
             yield shard, index.open(shard)
         except OSError as error:
-            if not is_exhausted(error):
+            if error.errno not in {errno.EMFILE, errno.ENFILE}:  # descriptors are left
                 raise
             for kept in store.sources:
-                shut(kept)
+                kept.shut()
             yield shard, index.open(shard)
 
 
-def _opened(store: OpenCheckpoint, read: Callable[[], Any]) -> OpenCheckpoint:
-    """Read into a checkpoint, and close it if that fails."""
+@contextmanager
+def _closed_on_error(store: OpenCheckpoint) -> Iterator[None]:
     try:
-        read()
+        yield
     except BaseException:
         store.close()
         raise
-    return store
-
-
-def _read_file(store: OpenCheckpoint, source: ByteSource) -> None:
-    start, tensors, metadata = read_header(source)
-    store.add(source, start, tensors)
-    store.read_metadata(metadata)
 
 
 def read_header(source: ByteSource) -> tuple[int, Tensors, dict[str, str]]:

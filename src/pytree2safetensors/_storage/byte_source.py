@@ -91,6 +91,9 @@ class ByteSource:
     def verify(self) -> None:
         """Raise a FileFormatError if another file has replaced this one."""
 
+    def shut(self) -> None:
+        """Close a file on disk until the next read. Other files stay open."""
+
     def close(self) -> None:
         """Close the file, unless it belongs to the caller."""
 

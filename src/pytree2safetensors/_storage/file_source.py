@@ -26,7 +26,6 @@ if sys.platform != "win32":
 
 # Before Python 3.13 a map keeps a descriptor of its own.
 _UNTRACKED: Final[dict[str, Any]] = {} if sys.version_info < (3, 13) else {"trackfd": False}
-_EXHAUSTED: Final = {errno.EMFILE, errno.ENFILE}  # no file descriptors are left
 
 
 class FileSource(ByteSource):
@@ -41,7 +40,6 @@ class FileSource(ByteSource):
         self._lock = threading.Lock()
 
     def shut(self) -> None:
-        """Close the file until the next read."""
         self._is_shut = True
         self._held.close()
 
@@ -125,20 +123,9 @@ def _open_path(path: str, regular: bool) -> ByteSource:
         raise
 
 
-def shut(source: ByteSource) -> None:
-    """Close a file until the next read; other sources stay open."""
-    if isinstance(source, FileSource):
-        source.shut()
-
-
 def identity(status: os.stat_result) -> tuple[int, ...]:
     """Return what distinguishes a file from one that replaces it."""
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
-
-
-def is_exhausted(error: OSError) -> bool:
-    """Return whether an error means that no file descriptors are left."""
-    return error.errno in _EXHAUSTED
 
 
 def descriptors_to_keep() -> int:
