@@ -3,11 +3,11 @@
 Specification: *Sharded folders*.
 """
 
+import json
 import os
 import re
 from collections.abc import Mapping
 from decimal import Decimal
-from json.encoder import encode_basestring_ascii as quote
 from typing import Any, Final
 
 from pytree2safetensors._errors import FileFormatError, shorten
@@ -86,20 +86,14 @@ def into_shards(
 
 def write_index(metadata: Mapping[str, str], weights: Mapping[str, str], total: int) -> bytes:
     """Write an index as huggingface_hub does."""
-    entries = {key: quote(text) for key, text in metadata.items()} | {TOTAL_SIZE: str(total)}
-    places = {name: quote(shard) for name, shard in weights.items()}
-    text = f'{{\n  "metadata": {_object(entries)},\n  "weight_map": {_object(places)}\n}}\n'
+    content = {"metadata": {**metadata, TOTAL_SIZE: total}, "weight_map": weights}
+    text = json.dumps(content, indent=2, sort_keys=True) + "\n"
     if len(text) > MAX_HEADER:
         raise FileFormatError(
             f"the index would take {len(text):,} bytes, and readers allow {MAX_HEADER:,}; "
             "save parts of the tree apart"
         )
     return text.encode("ascii")
-
-
-def _object(entries: Mapping[str, str]) -> str:
-    lines = ",\n".join(f"    {quote(key)}: {entries[key]}" for key in sorted(entries))
-    return f"{{\n{lines}\n  }}"
 
 
 def index_name(stem: str) -> str:
