@@ -151,8 +151,7 @@ def _map(
                 copies += [] if copy is None else [copy]
             for future in pool.start((), copies, report.add):
                 future.result()
-            if checkpoint.digests is not None:
-                check_digests(checkpoint, checkpoint.digests, places, pool)
+            check_digests(checkpoint, places, pool)
             finisher.finish(places, is_staged=False)
 
 
@@ -202,8 +201,7 @@ class _Ahead:
         places, futures, is_staged = self.window.popleft()
         for future in futures:
             future.result()
-        if self.checkpoint.digests is not None:
-            check_digests(self.checkpoint, self.checkpoint.digests, places, self.pool)
+        check_digests(self.checkpoint, places, self.pool)
         return self.finisher.finish(places, is_staged=is_staged)
 
 

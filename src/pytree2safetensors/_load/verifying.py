@@ -3,7 +3,7 @@
 Specification: *Digests*.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from itertools import groupby
 
@@ -15,16 +15,14 @@ from pytree2safetensors._load.ranges import Place
 from pytree2safetensors._storage.read_pool import ReadPool
 
 
-def check_digests(
-    checkpoint: OpenCheckpoint,
-    digests: Mapping[str, str],
-    places: Sequence[Place],
-    pool: ReadPool,
-) -> None:
-    """Raise an error if the bytes of tensors are not those that were saved.
+def check_digests(checkpoint: OpenCheckpoint, places: Sequence[Place], pool: ReadPool) -> None:
+    """Raise an error if there are digests, and the bytes of tensors are not those that were saved.
 
     A tensor that was read only in part cannot be checked.
     """
+    digests = checkpoint.digests
+    if digests is None:
+        return
     checks: list[tuple[str, TensorInfo, Sequence[Future[bytes] | Future[list[bytes]]]]] = []
     for name, group in groupby(places, key=lambda place: place.slot.name):
         mine = list(group)
