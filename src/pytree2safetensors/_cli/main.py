@@ -97,14 +97,12 @@ def _parser() -> argparse.ArgumentParser:
         help="rules for names and axes, as for rename=",
     )
     command.set_defaults(questions=partial(_ask_show, command))
-    _add_json(command)
 
     command = commands.add_parser("diff", help="list the leaves that differ between two files")
     command.add_argument("first", metavar="A", help=a_file)
     command.add_argument("second", metavar="B", help="another one")
     command.add_argument("--all", action="store_true", help="print every difference")
     command.set_defaults(questions=_ask_diff)
-    _add_json(command)
 
     command = commands.add_parser(
         "verify", help="check files for damage, which reads all of their data"
@@ -112,12 +110,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("files", metavar="FILE", nargs="+", help=a_file)
     command.add_argument("--all", action="store_true", help="print every problem")
     command.set_defaults(questions=_ask_verify)
-    _add_json(command)
+
+    for command in commands.choices.values():
+        command.add_argument(
+            "--json", action="store_true", help="print a line of JSON for each answer"
+        )
     return parser
-
-
-def _add_json(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--json", action="store_true", help="print a line of JSON for each answer")
 
 
 def _with_command(arguments: Sequence[str]) -> list[str]:

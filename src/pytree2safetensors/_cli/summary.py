@@ -115,8 +115,7 @@ def leaves_of(store: OpenCheckpoint) -> Iterator[Leaf]:
 
 def _describe(name: str, info: TensorInfo) -> Leaf:
     try:
-        # Without the name, which is only for messages and would defeat the caches.
-        found = spec_of(info, "")
+        found = spec_of(info, name)
     except FileFormatError:  # JAX cannot load it here: show what is stored and noted
         noted = " ".join(map(plain, info.kind)) if isinstance(info.kind, list) else info.kind
         dtype = f"{info.dtype} ({noted})" if noted else info.dtype

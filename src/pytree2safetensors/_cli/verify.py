@@ -113,14 +113,11 @@ def _tree_remarks(store: OpenCheckpoint) -> Iterable[str]:
 def _tensor_problems(store: OpenCheckpoint, name: str, remarks: list[str]) -> Iterable[str]:
     info = store.infos[name]
     try:
-        spec_of(info, "")
-    except FileFormatError:
-        try:
-            spec_of(info, name)  # again, for a message that names the tensor
-        except UnknownHere as error:
-            remarks.append(str(error))
-        except FileFormatError as error:
-            yield str(error)
+        spec_of(info, name)
+    except UnknownHere as error:
+        remarks.append(str(error))
+    except FileFormatError as error:
+        yield str(error)
     try:
         pieces = _checked_pieces(store, name)
         if store.digests is None:
