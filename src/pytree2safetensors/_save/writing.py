@@ -112,11 +112,10 @@ def write(
             return
         [file] = plan.files
         where = target.path
-        if isinstance(where, str) and not (hashing and is_special(where)):
-            chunks = _chunks(plan, file, leaves, hashing)
-            write_file(where, chunks, file.size, durable=durable, progress=progress)
-            return
-        chunks = _chunks(plan, _sealed(plan, file, leaves, hashing), leaves, None)
+        is_sealed = hashing is not None and (not isinstance(where, str) or is_special(where))
+        if is_sealed:
+            file = _sealed(plan, file, leaves, hashing)
+        chunks = _chunks(plan, file, leaves, None if is_sealed else hashing)
         if isinstance(where, str):
             write_file(where, chunks, file.size, durable=durable, progress=progress)
         elif isinstance(where, RemotePath):

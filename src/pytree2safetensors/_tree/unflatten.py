@@ -161,7 +161,7 @@ class _Trie:
     def name_of(self, node: _Node) -> str:
         segments: list[str] = []
         while node.parent is not None and node.parent is not self.top:
-            segments.append(_segment(node.parent.marker, node.key))
+            segments.append(_SPELLERS[node.parent.marker](node.key))
             node = node.parent
         return join("", *reversed(segments))
 
@@ -186,7 +186,7 @@ class _Trie:
         return TreeStructureError(f"{shorten(named)} and {shorten(name)} {reason}")
 
     def at(self, node: _Node, key: Any) -> str:
-        return "" if node is self.top else join(self.name_of(node), _segment(node.marker, key))
+        return "" if node is self.top else join(self.name_of(node), _SPELLERS[node.marker](key))
 
     # --- what a note adds ---
 
@@ -215,7 +215,10 @@ class _Trie:
 
     def finish(self) -> Any:
         if self.deepest >= DEEP:
-            for node in {node.marker: node for node in sorted(self.nodes, key=_depth)}.values():
+            deepest = {
+                node.marker: node for node in sorted(self.nodes, key=lambda node: node.depth)
+            }
+            for node in deepest.values():
                 self.depth.check(node.depth, _TYPES[node.marker], self.name_of(node))
         self.parents.clear()
         while self.nodes:  # children first; finished nodes are removed
@@ -268,18 +271,12 @@ def _same(key: Any, other: Any) -> bool:
     return type(key) is str or ascii(key) == ascii(other)
 
 
-def _segment(marker: str, key: Any) -> str:
-    if marker == ITEM:
-        return spell_item(key)
-    if marker == ATTR:
-        return spell_attr(key)
-    return spell_index(key) if marker == INDEX else spell_flat_index(key)
-
-
-def _depth(node: _Node) -> int:
-    return node.depth
-
-
+_SPELLERS: dict[str, Callable[[Any], str]] = {
+    ATTR: spell_attr,
+    ITEM: spell_item,
+    INDEX: spell_index,
+    UNKEYED: spell_flat_index,
+}
 _TYPES = {ATTR: PyTreeContainer, ITEM: dict, INDEX: list, UNKEYED: UnkeyedContainer}
 _EMPTY: dict[str, Callable[[], Any]] = {
     "None": lambda: None,
