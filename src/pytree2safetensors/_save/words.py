@@ -146,7 +146,7 @@ def read_words(text: str) -> Words:
 def read_verdict(text: str) -> Verdict:
     """Read a verdict from JSON."""
     verdict = Verdict(*json.loads(text))
-    return verdict if verdict.failed is None else verdict._replace(failed=_pair(verdict.failed))
+    return verdict._replace(failed=_pair(verdict.failed))
 
 
 def read_failure(text: str) -> Failure | None:
@@ -156,14 +156,12 @@ def read_failure(text: str) -> Failure | None:
 
 def read_failed(text: str) -> tuple[int, Failure] | None:
     """Read from JSON which process failed in a step, and how."""
-    found = json.loads(text)
-    return None if found is None else _pair(found)
+    return _pair(json.loads(text))
 
 
 def _failure(found: Any) -> Failure | None:
     return None if found is None else Failure(*found)
 
 
-def _pair(found: Any) -> tuple[int, Failure]:
-    process, failure = found
-    return process, Failure(*failure)
+def _pair(found: Any) -> tuple[int, Failure] | None:
+    return None if found is None else (found[0], Failure(*found[1]))
