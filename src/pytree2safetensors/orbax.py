@@ -13,8 +13,7 @@ import orbax.checkpoint as ocp
 
 from pytree2safetensors._load.api import Shardings, load_abstract, load_pytree
 from pytree2safetensors._load.into_template import load_into_pytree
-from pytree2safetensors._save.api import save_pytree
-from pytree2safetensors._save.background import save_pytree_async
+from pytree2safetensors._save.api import save_pytree, save_pytree_async
 from pytree2safetensors._save.calls import is_needed
 from pytree2safetensors._tree.flatten import PyTree
 

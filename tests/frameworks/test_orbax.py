@@ -209,7 +209,7 @@ def test_a_failure_in_the_background_reaches_the_caller(
     with manager_of(tmp_path) as manager:
         manager.save(0, args=SafetensorsSave(state(0)))
         manager.wait_until_finished()
-        monkeypatch.setattr("pytree2safetensors._save.background.write", fail)
+        monkeypatch.setattr("pytree2safetensors._save.api.write", fail)
         manager.save(1, args=SafetensorsSave(state(1)))
         with pytest.raises(OSError, match="No space left"):
             manager.wait_until_finished()

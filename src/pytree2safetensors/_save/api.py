@@ -1,23 +1,28 @@
-"""Saving a tree.
+"""Saving a tree, at once or in the background from a snapshot.
 
 Specification: *Saving*.
 """
 
 from collections.abc import Mapping
+from concurrent.futures import Future
+from functools import partial
 from typing import Literal
 
 import jax
 
 from pytree2safetensors._arguments import checked
 from pytree2safetensors._collector import collector_paused
+from pytree2safetensors._leaves.assembled import whole_leaves, with_leaves
+from pytree2safetensors._leaves.host_copies import snapshot
 from pytree2safetensors._leaves.renaming import Rename
 from pytree2safetensors._save import processes
 from pytree2safetensors._save.calls import announced, is_needed
 from pytree2safetensors._save.contents import collect
-from pytree2safetensors._save.saver import wait_for_earlier
-from pytree2safetensors._save.writing import plan_save, target_of, write
+from pytree2safetensors._save.saver import submit, wait_for_earlier
+from pytree2safetensors._save.writing import label_of, plan_save, settled, target_of, write
 from pytree2safetensors._storage.byte_source import PathLike
 from pytree2safetensors._storage.progress import ProgressOption, reporter
+from pytree2safetensors._storage.remote_path import resolve
 from pytree2safetensors._storage.stream import Writable
 from pytree2safetensors._tree.flatten import PyTree
 
@@ -75,10 +80,76 @@ def save_pytree(
         contents = collect(tree, metadata or {}, unsupported, rename)
     if is_needed(contents.leaves.values()):
         options = processes.Options(durable, checksum, max_shard_size)
-        processes.save(contents, path, options, report)
+        processes.save(contents, path, options, report, background=False)
         return
     wait_for_earlier()
     target = target_of(path, max_shard_size)
     with collector_paused():
         plan = plan_save(contents, target, checksum=checksum)
     write(plan, contents.leaves, target, durable=durable, progress=report)
+
+
+@announced
+@checked
+def save_pytree_async(
+    tree: PyTree,
+    path: PathLike | Writable,
+    *,
+    metadata: Mapping[str, str] | None = None,
+    unsupported: Literal["raise", "skip"] = "raise",
+    durable: bool = True,
+    checksum: bool = False,
+    max_shard_size: int | str | None = None,
+    progress: ProgressOption = False,
+    rename: Rename | None = None,
+) -> Future[None]:
+    """Save a pytree in the background, as `save_pytree` does.
+
+    The values are copied before this function returns, so arrays may be donated or changed
+    afterwards. Saves finish in the order of the calls, including those of `save_pytree`. The
+    interpreter does not exit before all saves are finished.
+
+    Args:
+        tree: Any pytree of arrays, Python scalars, strs and PRNG keys.
+        path: As for `save_pytree`.
+        metadata: Strings to store beside the tensors, for `load_metadata`.
+        unsupported: "raise", or "skip" to leave out leaves that a file cannot hold.
+        durable: Flush the file to disk before the future is done.
+        checksum: Store a digest of each tensor, which loading verifies.
+        max_shard_size: Split the tree into files of at most this size, such as "5GB".
+        progress: As for `save_pytree`. A function is called in another thread.
+        rename: As for `save_pytree`.
+
+    Returns:
+        A future. Its `result()` waits for the save, and raises the error if writing failed. If
+        writing failed and you call neither `result()` nor `exception()`, there is a warning.
+
+    Raises:
+        UnsupportedLeafError: A file cannot hold some leaves.
+        WeightsMismatchError: `rename` does not fit the tree.
+        KeyPathError: A key cannot be spelled, or two leaves have the same spelling.
+        TreeStructureError: JAX cannot flatten the tree.
+        FileFormatError: The format does not allow these metadata.
+        ValueError: `max_shard_size` is not a size, or is given with a file object.
+
+    Specification: *Saving*.
+
+    >>> future = save_pytree_async({"w": 1.5}, "model.safetensors")
+    >>> future.result()
+    """
+    report = reporter(progress, "saving", jax.process_index)
+    where = resolve(path)
+    with collector_paused():
+        contents = collect(tree, metadata or {}, unsupported, rename)
+        if is_needed(contents.leaves.values()):
+            options = processes.Options(durable, checksum, max_shard_size)
+            return processes.save(contents, where, options, report, background=True)
+        # The process may change its working directory during the save.
+        target = settled(target_of(where, max_shard_size))
+        plan = plan_save(contents, target, checksum=checksum)
+        # Each leaf once, because rules may make several tensors from it.
+        unique = {id(leaf): leaf for leaf in whole_leaves(contents.leaves.values())}
+        copies = dict(zip(unique, snapshot([*unique.values()]), strict=True))
+        leaves = with_leaves(contents.leaves, copies)
+    save = partial(write, plan, leaves, target, durable=durable, progress=report)
+    return submit(save, label_of(target))

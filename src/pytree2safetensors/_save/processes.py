@@ -47,25 +47,15 @@ def save(
     path: PathLike | RemotePath | Writable,
     options: Options,
     progress: Progress | None,
-) -> None:
-    """Save together with the other processes."""
-    interrupt = Interrupt()
-    with interrupt.also_outside():
-        future = _begin(contents, path, options, progress, interrupt, background=False)
-        interrupt.wait_for(future)
-        interrupt.check()
-
-
-def save_async(
-    contents: Contents,
-    path: PathLike | RemotePath | Writable,
-    options: Options,
-    progress: Progress | None,
+    *,
+    background: bool,
 ) -> Future[None]:
-    """Agree with the other processes on a save of the current values, and write them later."""
+    """Agree with the other processes on a save of the current values, and write them now or later."""
     interrupt = Interrupt()
     with interrupt.also_outside():
-        future = _begin(contents, path, options, progress, interrupt, background=True)
+        future = _begin(contents, path, options, progress, interrupt, background)
+        if not background:
+            interrupt.wait_for(future)
         interrupt.check()
         return future
 
@@ -76,7 +66,6 @@ def _begin(
     options: Options,
     progress: Progress | None,
     interrupt: Interrupt,
-    *,
     background: bool,
 ) -> Future[None]:
     """Prepare a save and agree on it with the other processes; the saver does the rest."""
@@ -105,9 +94,8 @@ def _terms(contents: Contents, plan: SavePlan, target: Target, options: Options)
 
     The values of arrays are not included, because no process has all of them.
     """
-    name = os.path.basename(
-        target.path.rstrip(os.sep)
-    )  # the folders above may be mounted elsewhere
+    # The folders above may be mounted elsewhere.
+    name = os.path.basename(target.path.rstrip(os.sep))
     terms = {"the name of the file": repr(name)}
     terms |= {f"the option {name}=": repr(value) for name, value in options._asdict().items()}
     if target.folder is not None:  # in a single file, process 0 decides where the data start
