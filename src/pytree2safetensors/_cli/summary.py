@@ -14,6 +14,7 @@ from pytree2safetensors._leaves.spec import spec_of
 from pytree2safetensors._load.checkpoint import OpenCheckpoint
 from pytree2safetensors._load.stored import names_below
 from pytree2safetensors._tree.paths import strip_prefix
+from pytree2safetensors._tree.printing import array_text
 from pytree2safetensors._types import Kind
 
 
@@ -44,7 +45,7 @@ class Leaf(NamedTuple):
         if self.kind not in {"array", "key"}:
             return self.kind
         dtype = f"key<{self.dtype}>" if self.kind == "key" else self.dtype
-        return f"{dtype}[{','.join(map(str, self.shape))}]{' weak' if self.weak else ''}"
+        return array_text(dtype, self.shape) + (" weak" if self.weak else "")
 
     @property
     def parameters(self) -> int:

@@ -17,6 +17,7 @@ from pytree2safetensors._leaves.views import View
 from pytree2safetensors._load.sharded import misplaced
 from pytree2safetensors._load.template import TemplateLeaf, misfit, show
 from pytree2safetensors._tree.paths import add_prefix
+from pytree2safetensors._tree.printing import array_text
 from pytree2safetensors._tree.rule import Rule
 
 
@@ -102,10 +103,10 @@ class Comparison:
                 if stored.dtype == dtype:
                     continue
             shown = "not an array, or an array without values" if stored is None else show(stored)
-            of = f"{dtype}" if dtype is not None else ""
+            expected = array_text("" if dtype is None else dtype, view.stored)
             reason = (
                 f"the template has {show(slot.leaf)}; by {self.routes.rules[position]!r} the tensor "
-                f"{shorten(name)} would be {of}[{','.join(map(str, view.stored))}], but it is {shown}"
+                f"{shorten(name)} would be {expected}, but it is {shown}"
             )
             self.refuse(position, reason, slot)
             return

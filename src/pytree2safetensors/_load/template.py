@@ -15,6 +15,7 @@ from pytree2safetensors._leaves.jax_versions import REFERENCE, explicit_format
 from pytree2safetensors._leaves.keys import implementation_of, is_key_dtype, key_shape
 from pytree2safetensors._leaves.spec import LeafSpec, holds, rank_of
 from pytree2safetensors._tree.literal import short_form
+from pytree2safetensors._tree.printing import array_text
 
 PYTHON_NUMBERS: Final = {"int": int, "float": float, "bool": bool, "complex": complex}
 _NO_NUMBERS: Final = frozenset({"key", "str"})
@@ -186,8 +187,7 @@ def show(leaf: LeafSpec) -> str:
     """Write a leaf without its values for a message."""
     if leaf.kind not in {"array", "key"}:
         return f"a Python {leaf.kind}"
-    shape = ",".join(map(str, leaf.shape))
-    return f"key<{leaf.impl}>[{shape}]" if leaf.kind == "key" else f"{leaf.dtype}[{shape}]"
+    return array_text(f"key<{leaf.impl}>" if leaf.kind == "key" else leaf.dtype, leaf.shape)
 
 
 def to_python(values: Any, wanted: LeafSpec) -> Any:

@@ -1,5 +1,6 @@
 """Printing of trees: structure, shapes and dtypes, never the values of arrays."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,11 @@ def printed_leaf(leaf: Any) -> str:
     shape, dtype = getattr(leaf, "shape", None), getattr(leaf, "dtype", None)
     if isinstance(leaf, np.generic) or shape is None or dtype is None:
         return _value(leaf)
+    return array_text(dtype, shape)
+
+
+def array_text(dtype: object, shape: Iterable[int]) -> str:
+    """Write the dtype and the shape of an array: `float32[3,4]`."""
     return f"{dtype}[{','.join(map(str, shape))}]"
 
 
