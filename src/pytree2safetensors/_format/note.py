@@ -18,8 +18,6 @@ NOTE: Final = "pytree2safetensors"  # the metadata entry
 _NODE_KINDS: Final = frozenset(
     {"tuple", "None", "dict", "list", "PyTreeContainer", "UnkeyedContainer"}
 )
-
-
 _NEEDS_ARGUMENT: Final = frozenset({"key", "str"})
 _BIG: Final = re.compile(r"-?0x[1-9a-f][0-9a-f]{15,}")
 

@@ -15,7 +15,6 @@ BITS: Final = {
     "I32": 32, "U32": 32, "F32": 32, "C64": 64, "F64": 64, "I64": 64, "U64": 64,
 }  # fmt: skip
 
-
 # NumPy's names of the dtypes of the format.
 DTYPE_NAMES: Final = {
     "bool": "BOOL", "uint8": "U8", "int8": "I8", "uint16": "U16", "int16": "I16", "float16": "F16",
@@ -25,7 +24,6 @@ DTYPE_NAMES: Final = {
     "float8_e5m2fnuz": "F8_E5M2FNUZ",
 }  # fmt: skip
 
-
 NUMPY: Final = {spelled: name for name, spelled in DTYPE_NAMES.items()}
 # Dtypes that the format lacks: the note has their names, and each value takes a byte of this dtype.
 NOTED_DTYPES: Final = {
@@ -34,19 +32,15 @@ NOTED_DTYPES: Final = {
     "float8_e4m3": "U8", "float8_e4m3b11fnuz": "U8",
 }  # fmt: skip
 
-
 WIDTHS: Final = {  # in bits, of dtypes that do not fill their byte
     "int1": 1, "int2": 2, "int4": 4, "uint1": 1, "uint2": 2, "uint4": 4, "float4_e2m1fn": 4,
     "float6_e2m3fn": 6, "float6_e3m2fn": 6,
 }  # fmt: skip
 
-
 SCALARS: Final = {"int": "I64", "float": "F64", "bool": "BOOL", "complex": "F64"}
 COMPLEX128: Final = ("complex128", "weak complex128")  # stored with an axis of size 2 for the parts
 WEAK: Final = ("weak", "weak complex128")
-_WEAK_DTYPES: Final = frozenset(
-    {"BOOL", "I32", "I64", "F32", "F64", "C64"}
-)  # JAX has no other weak dtypes
+_WEAK_DTYPES: Final = frozenset({"BOOL", "I32", "I64", "F32", "F64", "C64"})  # JAX has no others
 LEAF_KINDS: Final = frozenset({*SCALARS, *NOTED_DTYPES, *COMPLEX128, *WEAK, "key", "str"})
 
 

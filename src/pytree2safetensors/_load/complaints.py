@@ -110,12 +110,8 @@ def _remedy(options: Options, missing: bool, castable: bool, nothing: bool, is_l
     remedies = ["rename= maps names", "prefix= takes a subtree"] if missing else []
     remedies += ["cast=True converts dtypes"] if castable else []
     if nothing:
-        return "No leaf fits, which is an error even with strict=False" + _listed(remedies)
-    remedies += (
-        ['unexpected="skip" ignores leaves that the template does not have'] if is_larger else []
-    )
+        listed = f": {'; '.join(remedies)}" if remedies else ""
+        return f"No leaf fits, which is an error even with strict=False{listed}."
+    if is_larger:
+        remedies.append('unexpected="skip" ignores leaves that the template does not have')
     return "; ".join([*remedies, "strict=False loads what fits"]) + "."
-
-
-def _listed(remedies: list[str]) -> str:
-    return f": {'; '.join(remedies)}." if remedies else "."

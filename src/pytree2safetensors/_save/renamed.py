@@ -21,9 +21,8 @@ from pytree2safetensors._leaves.renaming import Rename, renamed
 from pytree2safetensors._leaves.spread import assembled_chunks
 from pytree2safetensors._tree.rule import Rule
 
-_PLAIN: Final = frozenset(
-    {None, "weak", *SCALARS} - {"complex"}
-)  # kinds of leaves that need no note
+# Kinds of leaves that need no note.
+_PLAIN: Final = frozenset({None, "weak", *SCALARS} - {"complex"})
 _LISTED: Final = 20
 
 

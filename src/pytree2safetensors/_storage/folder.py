@@ -70,9 +70,8 @@ class Folder:
         descriptor = self.open(held, name, flags, 0o666 if like is None else 0o600)
         if sys.platform != "win32":
             with suppress(OSError):  # the file system has no locks
-                fcntl.flock(
-                    descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB
-                )  # shows that this saver is alive
+                # Shows that this saver is alive.
+                fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
             if like is not None:
                 if (os.geteuid(), os.getegid()) != (like.st_uid, like.st_gid):
                     with suppress(PermissionError):  # only the superuser can change the owner

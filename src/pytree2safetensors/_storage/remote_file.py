@@ -115,9 +115,8 @@ class RemoteSource(ByteSource):
             if cache is None:
                 found = self.path.fs.cat_file(self.path.path, start=start, end=stop)
             else:
-                found = cache.fetcher(
-                    start, stop
-                )  # with the arguments by which the store pins the object
+                # With the arguments by which the store pins the object.
+                found = cache.fetcher(start, stop)
         content = bytes(found)
         if len(content) != stop - start:
             raise FileFormatError(

@@ -50,9 +50,8 @@ def replace_remotely(
             write_pending(pending, part.chunks, report)
             pending.finish()
         report.finish()
-        gone = [last.name] if any(part.name in names for part in others) else []
-        for name in gone:
-            _remove(folder, name, names)
+        if any(part.name in names for part in others):
+            _remove(folder, last.name, names)
         for pending in written[:-1]:
             pending.commit()
         _remove(folder, rival, names)

@@ -4,15 +4,13 @@ import io
 import os
 import threading
 from contextlib import suppress
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pytree2safetensors._errors import FileFormatError, shorten
-from pytree2safetensors._storage.byte_source import ByteSource, Readable
-
-_PIECE: Final = 8 << 20  # bytes of one read
+from pytree2safetensors._storage.byte_source import PIECE, ByteSource, Readable
 
 
 class ForwardSource(ByteSource):
@@ -24,7 +22,7 @@ class ForwardSource(ByteSource):
 
     def measure(self, end: int) -> int:
         while self.size <= end:
-            piece = _checked_bytes(self.file.read(min(_PIECE, end + 1 - self.size)), self.label)
+            piece = _checked_bytes(self.file.read(min(PIECE, end + 1 - self.size)), self.label)
             if not piece:
                 break
             self.content += piece

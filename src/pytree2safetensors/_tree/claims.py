@@ -68,9 +68,8 @@ def _at_a_leaf(leaf: str, name: str) -> TreeStructureError:
 def _check_child(name: str, path: str, kind: Kind) -> None:
     """Raise an error for a name below a node whose kind has no such children."""
     word = kind[0] if isinstance(kind, list) else kind
-    marker = (
-        name[len(path)] if name[len(path)] in MARKERS else ATTR
-    )  # below the root it is left out
+    first = name[len(path)]
+    marker = first if first in MARKERS else ATTR  # below the root it is left out
     if marker != _CHILDREN.get(word) or name.startswith(UNKEYED, len(path)):
         raise TreeStructureError(f"{shorten(path)} is noted as {word}, and its children differ")
 

@@ -126,9 +126,8 @@ class _Walk:
         if opener is not None:
             return opener(node, name)
         if jax.tree_util.all_leaves([node]):
-            self.leaf_types.add(
-                type(node)
-            )  # for JAX, only the type distinguishes leaves from nodes
+            # For JAX, only the type distinguishes leaves from nodes.
+            self.leaf_types.add(type(node))
             return None
         self.openers[type(node)] = self.open_registered
         children = self.open_registered(node, name)
