@@ -35,7 +35,7 @@ from pytree2safetensors import (
     save_pytree,
 )
 from pytree2safetensors._load.opening import read_header
-from pytree2safetensors._storage.stream_source import open_stream
+from pytree2safetensors._storage.stream import open_stream
 
 NOTE = "pytree2safetensors"
 DIGESTS = "pytree2safetensors.sha256"

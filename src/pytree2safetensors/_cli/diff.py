@@ -24,7 +24,9 @@ def diff(first: str, second: str, *, everything: bool) -> Answer:
 def _lines(found: Comparison, everything: bool) -> Iterator[str]:
     rows = [_difference(difference) for difference in found.leaves]
     rows += [_change("node", change, plain) for change in found.nodes]
-    rows += [_change("metadata", change, _entry_text) for change in found.metadata]
+    rows += [
+        _change("metadata", change, lambda text: shorten(text, 32)) for change in found.metadata
+    ]
     shown = rows if everything else rows[:MOST_LINES]
     yield from table(shown)
     if len(shown) < len(rows):
@@ -82,10 +84,6 @@ def _change(what: str, change: Change, show: Callable[[str], str]) -> Cells:
     before = absent if change.before is None else show(change.before)
     after = absent if change.after is None else show(change.after)
     return Cells(f"~ {what} {plain(change.name)}", f"{before} -> {after}", ("",), "yellow")
-
-
-def _entry_text(value: str) -> str:
-    return shorten(value, 32)
 
 
 def _content(first: str, second: str, found: Comparison) -> dict[str, Any]:

@@ -48,11 +48,8 @@ def _print_answer(ask: Callable[[], Answer], as_json: bool, between: str | None)
         write(lines if as_json or between is None else (between, *lines))
         if answer.complaint:
             complain(answer.complaint)
-    except OSError as error:
-        complain(_os_error(error))
-        return DIFFERENT
-    except Pytree2SafetensorsError as error:
-        complain(str(error))
+    except (OSError, Pytree2SafetensorsError) as error:
+        complain(_os_error(error) if isinstance(error, OSError) else str(error))
         return DIFFERENT
     return DIFFERENT if answer.complaint else FINE
 

@@ -11,15 +11,14 @@ from jaxtyping import jaxtyped
 
 from pytree2safetensors._errors import shorten
 from pytree2safetensors._leaves.families import Lost
-from pytree2safetensors._leaves.renaming import Rename, rules_in
+from pytree2safetensors._leaves.renaming import Rename
 from pytree2safetensors._leaves.routes import Route
 from pytree2safetensors._leaves.spec import LeafSpec
 from pytree2safetensors._leaves.views import View
 from pytree2safetensors._load.complaints import unexpected_names
-from pytree2safetensors._load.flat_template import Stored, flat_template
+from pytree2safetensors._load.flat_template import flat_template, stored_for
 from pytree2safetensors._load.matching import Comparison, Options, compare
 from pytree2safetensors._load.opening import open_checkpoint
-from pytree2safetensors._load.stored import names_below
 from pytree2safetensors._load.template import show
 from pytree2safetensors._storage.byte_source import PathLike, Readable
 from pytree2safetensors._tree.flatten import PyTree
@@ -67,10 +66,7 @@ def explain(
     """
     with open_checkpoint(path, False) as checkpoint:
         template = flat_template(module)
-        names: Iterable[str] = names_below(checkpoint, prefix, template.wanted()).values()
-        if rules_in(rename) is not None:
-            names = sorted(checkpoint.infos)
-        available = Stored(checkpoint, names)
+        available = stored_for(template, checkpoint, prefix, rename)
         options = Options(checkpoint.label, True, False, cast, prefix, rename)
         found = compare(template.names, template.slots, available, dict.fromkeys, options)
         rows = [*_rows(found)]

@@ -8,11 +8,13 @@ from typing import Any, NamedTuple
 
 import jax
 
+from pytree2safetensors._leaves.renaming import Rename, rules_in
 from pytree2safetensors._leaves.spec import LeafSpec
 from pytree2safetensors._leaves.views import View
 from pytree2safetensors._load.checkpoint import OpenCheckpoint
 from pytree2safetensors._load.complaints import check
 from pytree2safetensors._load.matching import Options, compare
+from pytree2safetensors._load.stored import names_below
 from pytree2safetensors._load.template import TemplateLeaf, template_leaves
 from pytree2safetensors._tree.depth import deep_structure
 from pytree2safetensors._tree.flatten import flatten
@@ -51,6 +53,15 @@ def flat_template(module: Any) -> FlatTemplate:
     flat = flatten(module)
     treedef = (deep_structure if flat.is_deep else jax.tree_util.tree_structure)(module)
     return FlatTemplate(treedef, flat.names, flat.leaves, template_leaves(flat.leaves))
+
+
+def stored_for(
+    template: FlatTemplate, checkpoint: OpenCheckpoint, prefix: str, rename: Rename | None
+) -> "Stored":
+    """Return the leaves of a checkpoint that a template may get."""
+    below = names_below(checkpoint, prefix, template.wanted()).values()
+    # The names in rules are whole.
+    return Stored(checkpoint, below if rules_in(rename) is None else sorted(checkpoint.infos))
 
 
 class Stored(Mapping[str, LeafSpec | None]):

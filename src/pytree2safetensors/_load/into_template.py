@@ -1,6 +1,6 @@
 """Loading into a template: stored leaves replace the leaves of a given tree."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 import jax
@@ -9,14 +9,14 @@ from pytree2safetensors._arguments import checked
 from pytree2safetensors._collector import collector_paused
 from pytree2safetensors._leaves.renaming import Rename, rules_in
 from pytree2safetensors._leaves.views import View
-from pytree2safetensors._load.flat_template import Stored, flat_template
+from pytree2safetensors._load.flat_template import flat_template, stored_for
 from pytree2safetensors._load.given import fitted, given_spec, seen_through
 from pytree2safetensors._load.matching import Options
 from pytree2safetensors._load.opening import again_if_replaced, open_checkpoint
 from pytree2safetensors._load.reading import read_leaves
 from pytree2safetensors._load.sharded import concrete
 from pytree2safetensors._load.slots import Wanted
-from pytree2safetensors._load.stored import load_stored, names_below, warn_foreign
+from pytree2safetensors._load.stored import load_stored, warn_foreign
 from pytree2safetensors._load.template import TemplateLeaf, template_leaves
 from pytree2safetensors._storage.byte_source import PathLike, Readable
 from pytree2safetensors._storage.progress import ProgressOption, reporter
@@ -140,12 +140,8 @@ def load_into_pytree(
     with open_checkpoint(path, mmap) as checkpoint:
         with collector_paused():
             template = flat_template(module)
-        names: Iterable[str] = names_below(checkpoint, prefix, template.wanted()).values()
-        if rules_in(rename) is not None:  # the names in rules are whole
-            names = sorted(checkpoint.infos)
+        available = stored_for(template, checkpoint, prefix, rename)
         options = Options(checkpoint.label, strict, verbose, cast, prefix, rename, unexpected)
-        available = Stored(checkpoint, names)
-
         scalars: dict[str, Any] = {}  # read once, to be judged and to be loaded
 
         def read_scalars(asked: Collection[str]) -> Mapping[str, Any]:

@@ -106,7 +106,8 @@ def locate(path: str) -> str:
     if not os.path.isdir(path):
         index = path + ".index.json"  # the index of shards that were saved as this path
         saved = path.endswith(SUFFIX) and not os.path.lexists(path)
-        return index if saved and _has_parts(index) else path
+        has_parts = saved and (os.path.isfile(index) or _shards_beside(index))
+        return index if has_parts else path
     seen: list[str] | None = None
     while True:
         names = sorted(os.listdir(path))
@@ -169,11 +170,6 @@ def locate_remotely(path: RemotePath) -> list[RemotePath]:
     if not names or names == [path.name]:
         return [path]
     return [path.joined(_chosen(hide_credentials(path.url), names))]
-
-
-def _has_parts(index: str) -> bool:
-    """Return whether there is an index, or shards that lack it."""
-    return os.path.isfile(index) or bool(_shards_beside(index))
 
 
 def _shards_beside(index: str) -> list[str]:

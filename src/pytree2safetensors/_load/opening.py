@@ -27,7 +27,7 @@ from pytree2safetensors._storage.file_source import descriptors_to_keep, open_so
 from pytree2safetensors._storage.read_pool import ReadPool
 from pytree2safetensors._storage.remote_file import RemoteSource
 from pytree2safetensors._storage.remote_path import RemotePath, hide_credentials, resolve
-from pytree2safetensors._storage.stream_source import open_stream
+from pytree2safetensors._storage.stream import open_stream
 
 _HEAD = 1 << 16  # bytes: the first read has nearly every header
 _KEPT = descriptors_to_keep()  # shards that stay open

@@ -19,7 +19,7 @@ from pytree2safetensors._storage.descriptor import Held
 from pytree2safetensors._storage.folder import absolute
 from pytree2safetensors._storage.remote_file import RemoteSource
 from pytree2safetensors._storage.remote_path import RemotePath
-from pytree2safetensors._storage.stream_source import ForwardSource
+from pytree2safetensors._storage.stream import ForwardSource
 
 if sys.platform != "win32":
     import resource

@@ -1,11 +1,18 @@
-"""Writing to file objects."""
+"""File objects: reading from them and writing to them."""
 
 import errno
 import io
+import os
+import threading
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pytree2safetensors._storage.byte_source import HasMethod
+import numpy as np
+from numpy.typing import NDArray
+
+from pytree2safetensors._errors import FileFormatError, shorten
+from pytree2safetensors._storage.byte_source import PIECE, ByteSource, HasMethod, Readable
 from pytree2safetensors._storage.descriptor import cut
 from pytree2safetensors._storage.progress import Progress, Report
 from pytree2safetensors._types import Chunk
@@ -24,6 +31,83 @@ else:
         """A binary file object, open for writing."""
 
         method = "write"
+
+
+class ForwardSource(ByteSource):
+    """A stream that cannot seek. All that was read from it is kept in memory."""
+
+    def __init__(self, label: str, file: Any) -> None:
+        super().__init__(label, 0)
+        self.file, self.content = file, bytearray()
+
+    def measure(self, end: int) -> int:
+        while self.size <= end:
+            piece = _checked_bytes(self.file.read(min(PIECE, end + 1 - self.size)), self.label)
+            if not piece:
+                break
+            self.content += piece
+            self.size = len(self.content)
+        return self.size
+
+    def read_into(self, buffers: list[memoryview], offset: int) -> int:
+        piece = memoryview(self.content)[offset : offset + len(buffers[0])]
+        buffers[0][: len(piece)] = piece
+        return len(piece)
+
+    def map(self) -> NDArray[np.uint8]:
+        return np.frombuffer(bytes(self.content), np.uint8)
+
+
+class _Stream(ByteSource):
+    """A file object that can seek, from its current position."""
+
+    def __init__(self, label: str, file: Any) -> None:
+        self.file, self.start = file, file.tell()
+        file.seek(0, os.SEEK_END)  # may return nothing
+        super().__init__(label, max(0, file.tell() - self.start))
+        self.lock = threading.Lock()
+
+    def read_into(self, buffers: list[memoryview], offset: int) -> int:
+        with self.lock:
+            self.file.seek(self.start + offset)
+            piece = _checked_bytes(self.file.read(len(buffers[0])), self.label)
+        buffers[0][: len(piece)] = piece
+        return len(piece)
+
+    def close(self) -> None:
+        with suppress(ValueError):  # the caller may have closed it
+            self.file.seek(self.start + self.size)
+
+
+def open_stream(file: Readable) -> ByteSource:
+    """Open a file object for reading, from its current position."""
+    label = _label_of(file)
+    if isinstance(file, io.TextIOBase):  # some bytes may not be text
+        raise _no_bytes(str, label)
+    seekable = getattr(file, "seekable", None)
+    if seekable is None or not seekable():
+        return ForwardSource(label, file)
+    source = _Stream(label, file)
+    if source.start and not source.size:
+        raise FileFormatError(
+            f"{label} has 0 bytes after its position; seek to the start of the data"
+        )
+    return source
+
+
+def _checked_bytes(content: Any, label: str) -> bytes | bytearray | memoryview:
+    if not isinstance(content, bytes | bytearray | memoryview):
+        raise _no_bytes(type(content), label)
+    return content
+
+
+def _no_bytes(kind: type, label: str) -> TypeError:
+    return TypeError(f"{label} gives {kind.__name__}, not bytes; open it in binary mode")
+
+
+def _label_of(file: Any) -> str:
+    name = getattr(file, "name", None)
+    return shorten(name) if isinstance(name, str) else f"the {type(file).__name__}"
 
 
 def write_stream(
