@@ -23,9 +23,10 @@ _MOST: Final = 192 << 20  # bytes of copies that exist at a time, unless one cop
 
 def copied_ahead(leaves: Sequence[Any]) -> Iterator[Any]:
     """Yield leaves in order. Copies of device arrays to the host start while others are used."""
-    if not _has_device_arrays(leaves):
-        yield from leaves
-        return
+    return _copied_ahead(leaves) if _has_device_arrays(leaves) else iter(leaves)
+
+
+def _copied_ahead(leaves: Sequence[Any]) -> Iterator[Any]:
     window: deque[list[Any]] = deque()
     held = 0  # bytes of the last batch, which the caller may still hold
     for batch in _batches(leaves):

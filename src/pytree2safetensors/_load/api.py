@@ -68,7 +68,7 @@ def load_pytree(
         report = reporter(progress, "loading", jax.process_index)
         leaves = load_stored(checkpoint, names.values(), mmap=mmap, progress=report)
         with collector_paused():
-            found = {name: leaves[stored] for name, stored in names.items()}
+            found = dict(zip(names, leaves, strict=True))
             return _built(checkpoint, found, prefix, separator)
 
 
@@ -115,11 +115,13 @@ def load_abstract(
     with collector_paused(), open_checkpoint(path) as checkpoint:
         names = names_below(checkpoint, prefix, separator=separator)
         found = {name: checkpoint.spec_of(stored) for name, stored in names.items()}
-        scalars = [names[name] for name in names if found[name].kind not in {"array", "key"}]
-        values = load_stored(checkpoint, scalars, mmap=False, progress=None)
+        scalars = [name for name in names if found[name].kind not in {"array", "key"}]
+        stored = [names[name] for name in scalars]
+        loaded = load_stored(checkpoint, stored, mmap=False, progress=None)
+        values = dict(zip(scalars, loaded, strict=True))
         leaves = {
-            name: values[stored] if stored in values else _sharded(name, found[name], sharding)
-            for name, stored in names.items()
+            name: values[name] if name in values else _sharded(name, leaf, sharding)
+            for name, leaf in found.items()
         }
         return leaves if flat else _built(checkpoint, leaves, prefix, separator)
 

@@ -146,7 +146,8 @@ def load_into_pytree(
 
         def read_scalars(asked: Collection[str]) -> Mapping[str, Any]:
             new = [name for name in asked if name not in scalars]
-            scalars.update(load_stored(checkpoint, new, mmap=False, progress=None))
+            values = load_stored(checkpoint, new, mmap=False, progress=None)
+            scalars.update(zip(new, values, strict=True))
             return scalars
 
         with collector_paused():

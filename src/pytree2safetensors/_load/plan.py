@@ -8,7 +8,7 @@ Specification: *Loading*, *Loading into a template*.
 
 import math
 import sys
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import count
 from typing import Final, TypeAlias
 
@@ -18,7 +18,7 @@ from pytree2safetensors._format.tensor import BITS, TensorInfo
 from pytree2safetensors._leaves.extents import Region, Shape, region_of
 from pytree2safetensors._leaves.staging import ALIGNMENT
 from pytree2safetensors._leaves.to_jax import TAKEN_OVER
-from pytree2safetensors._leaves.views import boxes_of, sources_of
+from pytree2safetensors._leaves.views import View, boxes_of, sources_of
 from pytree2safetensors._load.checkpoint import OpenCheckpoint
 from pytree2safetensors._load.runs import is_small_plain, plan_runs
 from pytree2safetensors._load.sharded import is_ordinary
@@ -58,17 +58,28 @@ def plan_batches(
     """
     ranks = {name: rank for rank, name in enumerate(checkpoint.places)}
     is_small = is_small_plain(checkpoint, keeps_memory)
-    small = [
-        (ranks[source], position, source)
-        for position, (source, leaf) in enumerate(wanted)
-        if isinstance(source, str) and is_small(source, leaf)
-    ]
+    small: list[tuple[int, int, str]] = []
+    others: list[tuple[int, Wanted]] = []
+    for position, want in enumerate(wanted):
+        source, leaf = want
+        if isinstance(source, str) and is_small(source, leaf):
+            small.append((ranks[source], position, source))
+        else:
+            others.append((position, want))
     yield from plan_runs(checkpoint, wanted, sorted(small), limit)
-    planned = {position for _, position, _ in small}
-    requests = list(_requests(checkpoint, wanted, planned, keeps_memory, is_far))
-    first = _first_ranks(ranks, wanted)
+    requests = list(_requests(checkpoint, others, keeps_memory, is_far))
+    first = _first_ranks(ranks, [source for _, (source, _) in others])
     requests.sort(key=lambda request: (first.get(request[0], ranks[request[0]]), ranks[request[0]]))
-    digested = checkpoint.digests is not None  # of whole tensors
+    yield from _batches_of(requests, limit, checkpoint.digests is not None)
+
+
+# A region of a tensor that is needed: the name and the info of the tensor, the region, its uses,
+# what it is a part of, and whether it needs memory of its own.
+_Request: TypeAlias = tuple[str, TensorInfo, Region | None, list[Use], Piece | None, bool]
+
+
+def _batches_of(requests: Sequence[_Request], limit: int, digested: bool) -> Iterator[Batch]:
+    """Divide regions, in the order of the file. `digested` is whether whole tensors are hashed."""
     slots: list[Slot] = []
     size = own = 0  # bytes of the memory that slots share, and of the memory of assemblies
     shared: dict[Region | None, Slot] = {}  # of the tensor that is planned: what JAX arrays share
@@ -106,18 +117,13 @@ def plan_batches(
         yield Batch(slots, size)
 
 
-# A region of a tensor that is needed: the name and the info of the tensor, the region, its uses,
-# what it is a part of, and whether it needs memory of its own.
-_Request: TypeAlias = tuple[str, TensorInfo, Region | None, list[Use], Piece | None, bool]
-
-
-def _first_ranks(ranks: Mapping[str, int], wanted: Sequence[Wanted]) -> dict[str, int]:
+def _first_ranks(ranks: Mapping[str, int], sources: Sequence[str | View]) -> dict[str, int]:
     """Rank the tensors of a leaf as the first of them.
 
     Such leaves then become complete one after the other, and only one of them is in memory twice.
     """
     first: dict[str, int] = {}
-    for source, _ in wanted:
+    for source in sources:
         if not isinstance(source, str) and len(source.names) > 1:
             rank = min(map(ranks.__getitem__, source.names))
             for name in source.names:
@@ -139,16 +145,13 @@ def _bytes_together(requests: Sequence[_Request], digested: bool) -> int:
 
 def _requests(
     checkpoint: OpenCheckpoint,
-    wanted: Sequence[Wanted],
-    planned: Container[int],
+    wanted: Sequence[tuple[int, Wanted]],
     keeps_memory: Callable[[TemplateLeaf], bool],
     is_far: Callable[[Use], bool],
 ) -> Iterator[_Request]:
-    """Yield the regions that the remaining leaves need."""
+    """Yield the regions that leaves need, which are given with their positions."""
     assemblies = count()
-    for position, (source, leaf) in enumerate(wanted):
-        if position in planned:
-            continue
+    for position, (source, leaf) in wanted:
         if isinstance(source, str):
             info = checkpoint.infos[source]
             keeps = keeps_memory(leaf)

@@ -71,14 +71,15 @@ def read_leaves(
         OSError: The file cannot be read.
     """
     device = None if mmap else _staged_device(wanted)
-    copied = any(isinstance(want.source, View) for want in wanted)
-    limit = _STAGED_BATCH if device is not None else _COPIED_BATCH if copied else _BATCH
+    by_rules = any(isinstance(want.source, View) for want in wanted)
+    limit = _STAGED_BATCH if device is not None else _COPIED_BATCH if by_rules else _BATCH
     with collector_paused():
         staged = device is not None
         batches = list(plan_batches(checkpoint, wanted, limit, keeps_memory(staged), far(staged)))
     report = Report(progress, sum(slot.nbytes for batch in batches for slot in batch.slots))
     finisher = Finisher(checkpoint, wanted)
-    finisher.finish_empty()
+    if by_rules:
+        finisher.finish_empty()
     with closing_bar(progress):
         if mmap:
             _map(checkpoint, batches, finisher, report)

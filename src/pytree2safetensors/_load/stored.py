@@ -75,25 +75,28 @@ def nodes_below(checkpoint: OpenCheckpoint, prefix: str) -> Mapping[str, Kind]:
 
 def load_stored(
     checkpoint: OpenCheckpoint, names: Iterable[str], *, mmap: bool, progress: Progress | None
-) -> dict[str, Any]:
+) -> list[Any]:
     """Load leaves as their file describes them."""
-    found: dict[str, Any] = {}
+    noted: dict[int, Any] = {}  # by position: leaves without a tensor
     wanted: list[Wanted] = []
     leaves: dict[int, TemplateLeaf] = {}  # by info, which most tensors share with others
-    stored: list[str] = []
     with collector_paused():
-        for name in names:
+        for position, name in enumerate(names):
             info = checkpoint.infos[name]
             if not info.dtype:
-                found[name] = noted_value(info)
+                noted[position] = noted_value(info)
                 continue
             leaf = leaves.get(id(info))
             if leaf is None:
                 leaf = leaves[id(info)] = leaf_as_stored(checkpoint.spec_of(name))
             wanted.append(Wanted(name, leaf))
-            stored.append(name)
-    read = read_leaves(checkpoint, wanted, mmap=mmap, progress=progress)
-    found.update(zip(stored, read, strict=True))
+    found = read_leaves(checkpoint, wanted, mmap=mmap, progress=progress)
+    if noted:
+        read = iter(found)
+        found = [
+            noted[position] if position in noted else next(read)
+            for position in range(len(noted) + len(wanted))
+        ]
     if any(leaf.target == "foreign" for leaf in leaves.values()):
         foreign = [want.name for want in wanted if want.leaf.target == "foreign"]
         warn_foreign(checkpoint, foreign)

@@ -4,7 +4,7 @@ Specification: *Saving*.
 """
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from functools import partial, wraps
 from typing import Any, ParamSpec, TypeVar
@@ -76,9 +76,9 @@ def present() -> Processes:
     return _known[0]
 
 
-def is_needed(leaves: Iterable[Any]) -> bool:
+def is_needed(leaves: Collection[Any]) -> bool:
     """Return whether any leaf is not fully addressable by this process."""
-    leaves = list(whole_leaves(leaves))
+    leaves = whole_leaves(leaves)
     # Asking for the number of processes starts the devices, which a tree of NumPy arrays does not need.
     if not any(issubclass(kind, jax.Array) for kind in set(map(type, leaves))):
         return False
