@@ -57,12 +57,12 @@ def _metadata_pieces(metadata: Mapping[str, str]) -> list[str]:
 def _tails(infos: Mapping[str, TensorInfo]) -> dict[int, str]:
     """Write the part of each entry between name and offsets, once for tensors that share it."""
     unique = {id(info): info for info in infos.values()}
-    return {key: _tail(info.dtype, info.shape) for key, info in unique.items()}
+    return {key: _tail(info) for key, info in unique.items()}
 
 
-def _tail(dtype: str, shape: tuple[int, ...]) -> str:
-    sizes = ",".join(map(str, shape))
-    return f':{{"dtype":"{dtype}","shape":[{sizes}],"data_offsets":['
+def _tail(info: TensorInfo) -> str:
+    sizes = ",".join(map(str, info.shape))
+    return f':{{"dtype":"{info.dtype}","shape":[{sizes}],"data_offsets":['
 
 
 def in_order(infos: Mapping[str, TensorInfo]) -> list[str]:
@@ -80,7 +80,7 @@ def in_order(infos: Mapping[str, TensorInfo]) -> list[str]:
 def entry_length(name: str, info: TensorInfo, start: int) -> int:
     """Return the length of a tensor's entry in a header, with the comma or brace after it."""
     offsets = f"{start},{start + info.nbytes}]}},"
-    return len(quote(name)) + len(_tail(info.dtype, info.shape)) + len(offsets)
+    return len(quote(name)) + len(_tail(info)) + len(offsets)
 
 
 def empty_length(metadata: Mapping[str, str]) -> int:

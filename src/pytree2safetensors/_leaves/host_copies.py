@@ -76,21 +76,15 @@ def to_host(leaves: Sequence[Any]) -> list[Any]:
     found = list(leaves)
     if not _has_device_arrays(leaves):
         return found
-    places: dict[int, Any] = {}
+    places: dict[int, tuple[jax.Array, Any]] = {}  # what to copy, and the sharding of the copy
     for position, leaf in enumerate(leaves):
         if isinstance(leaf, jax.Array) and not is_key_dtype(leaf.dtype) and not is_in_place(leaf):
-            sharding = pinned_sharding(leaf.sharding)
+            array = leaf.addressable_data(0) if leaf.is_fully_replicated else leaf
+            sharding = pinned_sharding(array.sharding)
             if sharding is not None:
-                places[position] = sharding
+                places[position] = array, sharding
     if places:
-        arrays = [
-            leaf.addressable_data(0) if leaf.is_fully_replicated else leaf
-            for leaf in (leaves[position] for position in places)
-        ]
-        shardings = [
-            pinned_sharding(array.sharding) if array.is_fully_replicated else place
-            for array, place in zip(arrays, places.values(), strict=True)
-        ]
+        arrays, shardings = map(list, zip(*places.values(), strict=True))
         with jax.transfer_guard("allow"):
             copies = jax.device_put(arrays, shardings)
         for position, copy in zip(places, copies, strict=True):

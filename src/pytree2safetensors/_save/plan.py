@@ -74,7 +74,7 @@ class SavePlan(NamedTuple):
 
         If no digests are given, zeros take their place, so that the length is known in advance.
         """
-        metadata = dict(self.metadata)
+        metadata = self.metadata
         if self.checksum:
             metadata = add_digests(metadata, digests or blank_digests(self.infos))
         if not self.index_name:
@@ -87,12 +87,10 @@ class SavePlan(NamedTuple):
 def plan_file(contents: Contents, *, checksum: bool, name: str = "") -> SavePlan:
     """Plan one file."""
     infos, _, metadata = contents
-    plan = SavePlan(infos, metadata, [], "", checksum)
-    whole = dict(metadata)
-    if checksum:
-        whole = add_digests(whole, blank_digests(infos))
+    whole = add_digests(metadata, blank_digests(infos)) if checksum else metadata
     head, tensors, size = lay_out(infos, whole)
-    return plan._replace(files=[FilePlan(name, head, tensors, len(head) + size)])
+    file = FilePlan(name, head, tensors, len(head) + size)
+    return SavePlan(infos, metadata, [file], "", checksum)
 
 
 def plan_folder(contents: Contents, stem: str, limit: int, *, checksum: bool) -> SavePlan:
