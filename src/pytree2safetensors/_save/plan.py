@@ -64,11 +64,6 @@ class SavePlan(NamedTuple):
     index_name: str
     checksum: bool
 
-    @property
-    def size(self) -> int:
-        """Return the size of all safetensors files in bytes."""
-        return sum(file.size for file in self.files)
-
     def sealed(self, digests: Mapping[str, str] | None = None) -> bytes:
         """Return the head of a single file, or the index, with digests.
 
