@@ -49,6 +49,7 @@ def plan_runs(
     run_leaf: Any = None
     run_file: Any = None
     stop = -1  # where the run ends in the file
+    room = nbytes = 0  # for how many more tensors of the run, each of so many bytes
 
     def close() -> None:
         nonlocal size
@@ -66,16 +67,19 @@ def plan_runs(
             or info is not run_info
             or leaf is not run_leaf
             or file is not run_file
-            or size + info.nbytes * (len(run) + 1) > limit
+            or room < 1
         ):
             close()
+            nbytes = info.nbytes
             size = -(-size // ALIGNMENT) * ALIGNMENT
-            if size + info.nbytes > limit:
+            if size + nbytes > limit:
                 yield Batch(slots, size)
                 slots, size = [], 0
             run, run_info, run_leaf, run_file = [], info, leaf, file
+            room = (limit - size) // nbytes
         run.append(position)
-        stop = offset + info.nbytes
+        room -= 1
+        stop = offset + nbytes
     close()
     if slots:
         yield Batch(slots, size)
