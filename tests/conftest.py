@@ -2,6 +2,7 @@
 
 # The package itself is not imported here: what a conftest imports can escape the runtime type checks.
 import os
+import sys
 
 # Before JAX looks at them, and for the processes that tests start.
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -10,6 +11,7 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
         f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
     )
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,6 +44,14 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 @pytest.fixture(scope="session", autouse=True)
 def _eight_cpu_devices() -> None:
     assert [device.platform for device in jax.devices()] == ["cpu"] * 8
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _processes_end() -> Iterator[None]:
+    """End the processes that tests share, before the coverage of all processes is added up."""
+    yield
+    if "together" in sys.modules:
+        sys.modules["together"].end_all()
 
 
 # --- for tests of the command -----------------------------------------------------------------

@@ -3,7 +3,6 @@
 Run as a script this file is one of them: it carries out functions of test modules.
 """
 
-import atexit
 import importlib.util
 import inspect
 import json
@@ -17,6 +16,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -121,12 +121,15 @@ class Group:
         return "\n".join(log.read_text()[-3000:] for log in self.logs)
 
     def end(self) -> None:
-        for process in self.processes:
-            process.kill()
-        for process in self.processes:
-            process.wait()
+        for process in reversed(self.processes):  # without process 0, JAX ends the others
             assert process.stdin is not None
-            process.stdin.close()
+            with suppress(OSError):  # it has ended already
+                process.stdin.close()
+            try:
+                process.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
         self.folder.cleanup()
 
 
@@ -157,10 +160,9 @@ def group_of(count: int, devices: int) -> Group:
     return group
 
 
-@atexit.register
-def _end() -> None:
-    for group in _groups.values():
-        group.end()
+def end_all() -> None:
+    while _groups:
+        _groups.popitem()[1].end()
 
 
 def main(rank: int, count: int, devices: int, port: int, heartbeat: int) -> None:
@@ -186,6 +188,7 @@ def main(rank: int, count: int, devices: int, port: int, heartbeat: int) -> None
             kind = f"{type(error).__module__}.{type(error).__name__}"
             trace = "".join(traceback.format_exception(error))
             say({"error": kind, "message": str(error), "trace": trace})
+    os._exit(0)  # JAX would wait for processes that have died
 
 
 @lru_cache
