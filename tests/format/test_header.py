@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from pytree2safetensors import FileFormatError
@@ -62,3 +63,18 @@ def test_an_empty_tensor_has_a_shape_that_memory_could_hold() -> None:
     for dtype, size in (("U8", 2**63), ("F32", 2**61)):
         with pytest.raises(FileFormatError, match="beyond what memory can address"):
             parse(entry(dtype, [size, 0]))
+
+
+def test_a_tensor_has_as_many_dimensions_as_an_array_of_numpy() -> None:
+    most = max(count for count in range(1, 100) if can_have(count))
+    assert parse(entry("U8", [0] * most)) == TensorInfo("U8", (0,) * most, 0)
+    with pytest.raises(FileFormatError, match=f"and NumPy arrays have at most {most}$"):
+        parse(entry("U8", [0] * (most + 1)))
+
+
+def can_have(dimensions: int) -> bool:
+    try:
+        np.zeros((0,) * dimensions)
+    except ValueError:
+        return False
+    return True

@@ -21,6 +21,7 @@ from pytree2safetensors import (
     load_pytree,
     save_pytree,
 )
+from pytree2safetensors._load import locate
 
 FIRST, SECOND, THIRD = shard_names(3)
 
@@ -120,6 +121,21 @@ def test_an_index_has_a_size(tmp_path: Path) -> None:
         file.truncate(100_000_001)
     with pytest.raises(FileFormatError, match="has 100,000,001 bytes, and an index has at most"):
         load_pytree(tmp_path)
+
+
+def test_an_index_may_have_as_many_bytes_as_a_header(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locate, "MAX_HEADER", 100)
+    for size, is_read in ((100, True), (101, False)):
+        (tmp_path / INDEX).write_text('{"weight_map": {}}'.ljust(size))
+        if is_read:
+            assert load_pytree(tmp_path) == {}
+        else:
+            with pytest.raises(
+                FileFormatError, match="has 101 bytes, and an index has at most 100"
+            ):
+                load_pytree(tmp_path)
 
 
 def test_an_index_of_nothing_is_an_empty_tree(tmp_path: Path) -> None:

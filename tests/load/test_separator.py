@@ -21,6 +21,7 @@ from pytree2safetensors import (
     load_pytree,
     save_pytree,
 )
+from pytree2safetensors._tree import separated
 from pytree2safetensors._tree.separated import build_separated
 
 P: Any = PartitionSpec  # whose constructor JAX leaves untyped
@@ -154,6 +155,14 @@ def test_gaps_and_depth_are_limited() -> None:
     assert build_separated({"a." * 300: 1}, ".", "")["a"]["a"]
     with pytest.raises(TreeStructureError, match="nested deeper than JAX can flatten"):
         build_separated({"a." * 20_000: 1}, ".", "")
+
+
+def test_as_many_gaps_as_there_may_be() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(separated, "MAX_GAPS", 3)
+        assert build_separated({"3": 1}, ".", "") == [None, None, None, 1]
+        with pytest.raises(TreeStructureError, match="more than 3 gaps"):
+            build_separated({"4": 1}, ".", "")
 
 
 def test_scalars_of_a_note_are_kept(path: Path) -> None:

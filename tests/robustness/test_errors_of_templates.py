@@ -221,3 +221,12 @@ def test_the_nearest_name_is_shown(wanted: str, there: list[str], nearest: str |
         set_weights(dict2pytree({wanted: 1}), dict.fromkeys(there, 1))
     line = str(caught.value).splitlines()[2].strip()
     assert line == f"{wanted!r}" + (f" (nearest: {nearest!r})" if nearest else "")
+
+
+def test_a_key_is_shown_without_its_values(tmp_path: Path) -> None:
+    save_pytree({"a": jax.random.key(0)}, tmp_path / "file")
+    with pytest.raises(WeightsMismatchError) as caught:
+        load_into_pytree({"a": np.zeros(2, np.float32)}, tmp_path / "file")
+    assert caught.value.mismatched == (
+        "'@a': the template has float32[2], but the stored leaf is key<threefry2x32>[]",
+    )

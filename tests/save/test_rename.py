@@ -141,6 +141,16 @@ def test_leaves_that_are_one_tensor_and_differ_are_refused(path: Path) -> None:
     assert not path.exists()
 
 
+def test_leaves_that_are_rearranged_alike_and_differ_are_refused(path: Path) -> None:
+    rename = [Rule("w", name, "v e -> e v") for name in ("a", "b")]
+    with pytest.raises(FileFormatError, match="'@a' and '@b' are both stored as 'w', but they"):
+        save_pytree({"a": KERNEL, "b": KERNEL + 1}, path, rename=rename)
+    square = KERNEL[:, :2].copy()
+    rename[0] = Rule("w", "a")
+    with pytest.raises(FileFormatError, match="'@a' and '@b' are both stored as 'w', but they"):
+        save_pytree({"a": square, "b": square}, path, rename=rename)
+
+
 def test_values_that_are_not_numbers_may_be_tied(path: Path) -> None:
     tree = {
         "embed": np.full((2, 3), np.nan, np.float32),
@@ -238,16 +248,24 @@ def test_a_flat_dict_may_be_made_under_a_trace() -> None:
     assert_same(jax.device_get(found), {"embed": KERNEL})
 
 
-def test_processes_do_not_compare_what_they_hold_parts_of(path: Path) -> None:
+@pytest.mark.parametrize("of", ["embed", "head"])
+def test_processes_do_not_compare_what_they_hold_parts_of(of: str, path: Path) -> None:
     tree = {"embed": KERNEL, "head": KERNEL.T}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pytree2safetensors._save.renamed.is_global", lambda _: True)
+        patch.setattr("pytree2safetensors._save.renamed.is_global", lambda leaf: leaf is tree[of])
         with pytest.raises(FileFormatError) as caught:
             save_pytree(tree, path, rename=TIED)
     assert str(caught.value) == (
         "'@embed' and '@head' are both stored as 'embed', but they are spread over several "
         "processes, which cannot compare them; leave one of them out with Rule(None, path)"
     )
+
+
+def test_one_array_at_two_paths_needs_no_comparison(path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pytree2safetensors._save.renamed.is_global", lambda _: True)
+        save_pytree({"a": KERNEL, "b": KERNEL}, path, rename=lambda _: "w")
+    assert_same(load_file(path)["w"], jnp.asarray(KERNEL))
 
 
 def test_a_sequence_of_something_else_than_rules_is_refused() -> None:

@@ -25,6 +25,7 @@ NAMES = [
     "__setstate__", "__copy__", "__deepcopy__", "__repr__", "__str__", "__hash__", "__eq__", "__bool__", "__len__",
     "__iter__", "__array__", "__jax_array__", "__weakref__", "tree_flatten", "tree_unflatten",
     "tree_flatten_with_keys", "mro", "_fields", "__treescope_repr__", "__metadata__", "____", "__", "__a",
+    "__private", "public__",
 ]  # fmt: skip
 
 

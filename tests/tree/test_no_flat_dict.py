@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections import OrderedDict, defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,12 +18,16 @@ from pytree2safetensors import (
     KeyPathError,
     PyTreeContainer,
     TreeStructureError,
+    UnkeyedContainer,
     dict2pytree,
     keypath2string,
     load_pytree,
     pytree2dict,
     save_pytree,
+    set_weights,
 )
+from pytree2safetensors._tree import depth as limits
+from pytree2safetensors._tree.unflatten import build_tree
 from pytree2safetensors.testing import assert_round_trips
 from pytree2safetensors.testing._nodes import Keyed, Pair, Record, Unkeyed
 
@@ -43,8 +48,7 @@ def test_numbers_are_in_their_order() -> None:
     assert [*dict2pytree(flat)] == [0, 1, 2, 10, 11]
 
 
-def deep(depth: int) -> Any:
-    tree: Any = 1
+def deep(depth: int, tree: Any = 1) -> Any:
     for _ in range(depth):
         tree = [tree]
     return tree
@@ -107,6 +111,46 @@ def test_trees_may_be_as_deep_as_jax_takes(tmp_path: Path) -> None:
         check=False,
     )
     assert (result.returncode, result.stderr) == (0, "")
+
+
+def works(function: Callable[..., object], *arguments: Any) -> bool:
+    try:
+        function(*arguments)
+    except (SystemError, RecursionError, TreeStructureError):
+        return False
+    return True
+
+
+# What is inside of many lists, and what a note says of it.
+INNERMOST: list[tuple[Any, Any]] = [
+    (1, None),
+    (None, "None"),
+    ([], "list"),
+    ({}, "dict"),
+    ((), "tuple"),
+    (OrderedDict(), ["OrderedDict", []]),
+    (PyTreeContainer(), "PyTreeContainer"),
+    (UnkeyedContainer(), "UnkeyedContainer"),
+]
+
+
+@pytest.mark.parametrize(("node", "kind"), INNERMOST, ids=[repr(node) for node, _ in INNERMOST])
+def test_a_tree_has_a_flat_dict_if_jax_can_flatten_it(node: Any, kind: Any) -> None:
+    most = limits._most_lists()
+    is_plain = type(node) in {int, type(None), list, dict, tuple}  # JAX needs no Python function
+    for levels in range(most - 8, most + 3):
+        tree, name = deep(levels, node), "#0" * levels
+        leaves, kinds = ({name: node}, {}) if kind is None else ({}, {name: kind})
+        found = works(pytree2dict, tree)
+        assert works(build_tree, leaves, kinds) == found
+        if is_plain and levels < limits.TOO_DEEP - 1:
+            assert works(limits.deep_structure, tree) == found
+        assert found or levels > most - 5
+
+
+def test_a_template_may_be_as_deep_as_jax_takes_below_few_frames() -> None:
+    flat = {"#0" * (limits._most_lists() - 1): 2}
+    assert pytree2dict(set_weights(deep(limits._most_lists() - 1), flat)) == flat
 
 
 @pytest.mark.parametrize("depth", [20_000, 100_000])

@@ -44,6 +44,12 @@ def test_a_long_str_is_cut() -> None:
     assert repr(PyTreeContainer({"a": "x" * 1000})) == f"PyTreeContainer(\n  a={shown},\n)"
 
 
+@pytest.mark.parametrize(("width", "lines"), [(88, 1), (89, 3)])
+def test_a_node_has_a_line_if_it_is_at_most_88_characters_wide(width: int, lines: int) -> None:
+    shown = repr(PyTreeContainer({"a" * (width - len("PyTreeContainer(=1)")): 1}))
+    assert len(shown.splitlines()) == lines
+
+
 def test_an_int_beyond_what_python_writes_in_decimal_is_cut() -> None:
     container = PyTreeContainer({"a": 2**20_000, "b": -(2**20_000)})
     assert repr(container) == (

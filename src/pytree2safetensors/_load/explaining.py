@@ -67,7 +67,7 @@ def explain(
     with open_checkpoint(path, False) as checkpoint:
         template = flat_template(module)
         available = stored_for(template, checkpoint, prefix, rename)
-        options = Options(checkpoint.label, True, False, cast, prefix, rename)
+        options = Options(checkpoint.label, True, False, cast, prefix, rename, "raise")
         found = compare(template.names, template.slots, available, dict.fromkeys, options)
         rows = [*_rows(found)]
         unexpected = unexpected_names(found, options)

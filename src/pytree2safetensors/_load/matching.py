@@ -30,7 +30,7 @@ class Options(NamedTuple):
     cast: bool
     prefix: str
     rename: Rename | None
-    unexpected: str = "raise"
+    unexpected: str
 
 
 class Comparison:
