@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pytree2safetensors import save_pytree
@@ -18,6 +18,8 @@ from pytree2safetensors._save.plan import plan_file
 SMALL, JOINED, BLOCK = 64, 200, 50
 
 
+@example([(31, "jax"), (30, "<u2"), (31, ">u2"), (20, "jax"), (40, "<u2")])
+@example([(31, "jax")] * 9)
 @given(
     st.lists(st.tuples(st.integers(0, 120), st.sampled_from(["<u2", ">u2", "jax"])), max_size=12)
 )

@@ -1,11 +1,15 @@
 """The folders of files: relative paths, missing permissions, and files that killed saves left."""
 
+import errno
 import os
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +19,7 @@ from pytree2safetensors._storage.descriptor import Held
 from pytree2safetensors._storage.file_source import descriptors_to_keep
 from pytree2safetensors._storage.folder import Folder
 from pytree2safetensors._storage.naming import temporary_name
+from system_calls import Call, watched
 from versions import assert_holds, litter, posix, version
 
 superuser = pytest.mark.skipif(
@@ -92,6 +97,41 @@ def test_folders_that_may_not_be_entered_or_read() -> None:
             "durable=False saves without): 'writable/model'",
         ], run.stderr
         assert names_in(inner / "writable") == ["model"]
+
+
+@contextmanager
+def unreadable() -> Iterator[None]:
+    """Let names be looked up in folders, but not listed, even for the superuser."""
+
+    def refuse(call: Call) -> Any:
+        flags = call.args[1] if call.name == "open" else 0
+        if flags & os.O_DIRECTORY and not flags & getattr(os, "O_PATH", 0):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), call.args[0])
+        return call.run()
+
+    with watched(refuse):
+        yield
+
+
+@posix
+@pytest.mark.parametrize("has_path", [True, False], ids=["linux", "macos"])
+def test_a_file_is_saved_to_a_folder_that_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_path: bool
+) -> None:
+    if not has_path:
+        monkeypatch.delattr(os, "O_PATH", raising=False)
+    monkeypatch.chdir(tmp_path)
+    with unreadable():
+        save_pytree(version(1), "model", durable=False)
+        with pytest.raises(PermissionError) as caught:
+            save_pytree(version(2), "model")
+        assert "durable=False saves without" in str(caught.value)
+        monkeypatch.setattr(os, "access", lambda *_: False)  # then that is no remedy
+        with pytest.raises(PermissionError) as caught:
+            save_pytree(version(2), "model")
+        assert "durable" not in str(caught.value)
+    assert_holds(tmp_path / "model", 1)
+    assert names_in(tmp_path) == ["model"]
 
 
 def test_a_folder_that_is_missing_is_named(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import tqdm.auto
 
 from folders import tree_of
 from pytree2safetensors import load_into_pytree, load_pytree, save_pytree, save_pytree_async
+from pytree2safetensors._storage.progress import reporter
 
 
 def fail(done: int, total: int) -> None:
@@ -65,3 +66,38 @@ def test_the_bar_of_work_that_fails_is_closed(
         with pytest.raises(KeyboardInterrupt):
             work()
         assert [bar.closed for bar in Bar.opened] == [True]
+
+
+class Counting(Bar):
+    def update(self, count: int) -> None:
+        self.n += count
+
+
+@pytest.mark.parametrize("options", [{}, {"max_shard_size": 100}], ids=["file", "folder"])
+def test_a_bar_ends_with_the_last_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    monkeypatch.setattr("pytree2safetensors._storage.progress._STEP", 1)
+    monkeypatch.setattr(tqdm.auto, "tqdm", Counting)
+    Counting.opened.clear()
+    totals: list[int] = []
+    for progress in (True, lambda _, total: totals.append(total)):
+        save_pytree(tree_of(1), tmp_path / "model", progress=progress, **options)
+        load_pytree(tmp_path / "model", progress=progress)
+    assert [bar.closed for bar in Counting.opened] == [True, True]
+    assert [bar.n for bar in Counting.opened] == [totals[0], totals[-1]]
+
+
+def test_a_bar_that_never_appeared_needs_no_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tqdm.auto, "tqdm", Counting)
+    Counting.opened.clear()
+    with pytest.raises(FileNotFoundError):
+        save_pytree(tree_of(1), tmp_path / "missing" / "model", progress=True)
+    assert not Counting.opened
+
+
+def test_only_process_0_shows_a_bar() -> None:
+    assert reporter(True, "saving", lambda: 1) is None
+    assert reporter(True, "saving", lambda: 0) is not None

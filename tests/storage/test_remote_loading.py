@@ -439,3 +439,77 @@ def test_the_error_for_a_file_system_that_cannot_be_made(
     with pytest.raises(kind) as caught:
         load_pytree("unreachable://host/m")
     assert str(caught.value) == f"'unreachable://host/m'{' ' * (kind is ValueError)}{text}"
+
+
+class Misbehaving(AbstractFileSystem):  # type: ignore[misc] # fsspec has no types
+    """A file system with one file, whose ranges lack their last bytes or cannot be read."""
+
+    protocol = "misbehaving"
+    content = b""
+    lacks = 0
+    error: Exception | None = None
+
+    def info(self, path: str, **_: Any) -> dict[str, Any]:
+        return {"name": path, "size": len(self.content), "type": "file"}
+
+    def ls(self, path: str, detail: bool = True, **_: Any) -> Any:
+        return [self.info(path)] if detail else [path]
+
+    def _open(self, path: str, mode: str = "rb", **_: Any) -> Any:
+        return io.BytesIO(self.content)
+
+    def cat_file(self, path: str, start: int = 0, end: int = 0, **_: Any) -> bytes:
+        if self.error is not None:
+            raise self.error
+        return self.content[start : end - self.lacks]
+
+
+@pytest.fixture
+def misbehaving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> type[Misbehaving]:
+    fsspec.register_implementation("misbehaving", Misbehaving, clobber=True)
+    save_pytree(tree_of(1), tmp_path / "file")
+    monkeypatch.setattr(Misbehaving, "content", (tmp_path / "file").read_bytes())
+    return Misbehaving
+
+
+def test_a_range_that_is_too_short_is_reported(
+    misbehaving: type[Misbehaving], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert is_same(tree_of(1), load_pytree("misbehaving://m"))
+    monkeypatch.setattr(misbehaving, "lacks", 3)
+    size = len(misbehaving.content)
+    with pytest.raises(FileFormatError) as caught:
+        load_pytree("misbehaving://m")
+    assert str(caught.value) == (
+        f"'misbehaving://m' gave {size - 3:,} bytes for a range of {size:,}: it was replaced while it "
+        "was read, or its server does not support ranges; load it again, or load a copy"
+    )
+
+
+def test_an_error_that_names_the_url_stays_as_it_is(
+    misbehaving: type[Misbehaving], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = KeyError("misbehaving://m is elsewhere")
+    monkeypatch.setattr(misbehaving, "error", error)
+    with pytest.raises(KeyError) as caught:
+        load_pytree("misbehaving://m")
+    assert caught.value is error
+
+
+def test_an_empty_object_is_no_safetensors_file(server: WebServer) -> None:
+    server.files["/m.safetensors"] = b""
+    with pytest.raises(FileFormatError, match="has 0 bytes and is no"):
+        load_pytree(f"{server.url}/m.safetensors")
+
+
+def test_a_server_that_reports_no_size_is_an_error(
+    server: WebServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = publish(server, "/m.safetensors", tmp_path, large())
+    files = fsspec.filesystem("http")  # the instance that a load finds
+    monkeypatch.setattr(files, "info", lambda _: {"name": url, "size": None, "type": "file"})
+    with pytest.raises(FileFormatError) as caught:
+        load_pytree(url)
+    assert str(caught.value) == (
+        f"the server of '{url}' does not report its size; copy the file, and load the copy"
+    )

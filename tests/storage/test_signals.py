@@ -1,5 +1,6 @@
 """Signals never leak a descriptor or lose a checkpoint, and a signal handler may save."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -123,10 +124,12 @@ def test_a_save_may_come_into_a_save_of_the_same_folder(
     assert number > 30
 
 
-def test_what_a_handler_raises_comes_after_the_work_that_it_came_into() -> None:
+@pytest.mark.parametrize("delay", [0, 0.1], ids=["at the start", "while waiting"])
+def test_what_a_handler_raises_comes_after_the_work_that_it_came_into(delay: float) -> None:
     steps: list[str] = []
 
     def work() -> None:
+        time.sleep(delay)
         os.kill(os.getpid(), signal.SIGUSR1)
         time.sleep(0.05)
         steps.append("done")
@@ -134,6 +137,33 @@ def test_what_a_handler_raises_comes_after_the_work_that_it_came_into() -> None:
     with handling(signal.SIGUSR1, interrupt), pytest.raises(Interrupted):
         threads.undisturbed(work)
     assert steps == ["done"]
+
+
+def test_an_interrupt_before_the_work_began_stops_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[str] = []
+    prepared: list[threading.Thread] = []
+
+    def start(thread: threading.Thread) -> None:
+        prepared.append(thread)
+        interrupt()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start)
+        with pytest.raises(Interrupted):
+            threads.undisturbed(lambda: steps.append("done"))
+    prepared[0].start()  # if the system has started it anyway
+    prepared[0].join()
+    assert not steps
+
+
+def test_without_threads_the_caller_does_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(_: threading.Thread) -> None:
+        raise RuntimeError("can't create new thread at interpreter shutdown")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    found: list[int] = []
+    threads.undisturbed(lambda: found.append(threading.get_ident()))
+    assert found == [threading.get_ident()]
 
 
 def test_an_interpreter_that_ends_saves_and_loads_without_threads(tmp_path: Path) -> None:
@@ -244,3 +274,19 @@ def test_a_lock_that_another_saver_lets_go_of_is_waited_for(tmp_path: Path) -> N
             assert outcome(tmp_path) in {"nothing", "cut short"}
         saver.join()
     assert outcome(tmp_path) == "new"
+
+
+@posix
+def test_a_file_system_without_locks_is_saved_to_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fcntl
+
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    save_pytree(tree_of(1), tmp_path, max_shard_size=100)
+    save_pytree(tree_of(2), tmp_path, max_shard_size=100)
+    assert outcome(tmp_path) == "new"
+    assert not litter(tmp_path)

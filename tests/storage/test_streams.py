@@ -4,6 +4,7 @@ import io
 import os
 import tempfile
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from pytree2safetensors import (
     load_pytree,
     save_pytree,
 )
+from versions import posix
 
 TREE = {"w": jnp.arange(70_000, dtype=jnp.float32), "steps": (1, None), "run": "seventeen"}
 
@@ -142,6 +144,15 @@ def test_an_unbuffered_file_that_writes_short_gets_everything(tmp_path: Path) ->
     assert bytes(file.content) == saved()
 
 
+@posix
+def test_a_pipe_with_a_path_is_copied_to_be_mapped(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with ThreadPoolExecutor(1) as pool:
+        writing = pool.submit((tmp_path / "pipe").write_bytes, saved())
+        assert_same(load_pytree(tmp_path / "pipe", mmap=True), TREE)
+        writing.result()
+
+
 def test_mapping_needs_a_file_on_disk() -> None:
     class Unseekable:
         def read(self, size: int = -1, /) -> bytes:
@@ -168,6 +179,28 @@ def test_a_file_opened_as_text_is_refused_whatever_its_bytes(tmp_path: Path) -> 
         pytest.raises(TypeError, match="binary mode"),
     ):
         load_pytree(file)  # type: ignore[arg-type] # what is tested
+
+
+def test_a_file_object_that_gives_no_bytes_is_refused() -> None:
+    class Texts:
+        def read(self, size: int = -1, /) -> Any:
+            return "text"
+
+    with pytest.raises(TypeError) as caught:
+        load_pytree(Texts())
+    assert str(caught.value) == "the Texts gives str, not bytes; open it in binary mode"
+
+
+def test_a_file_object_need_not_be_able_to_flush() -> None:
+    class Writer:
+        content = b""
+
+        def write(self, data: Any) -> None:
+            self.content += bytes(data)
+
+    file = Writer()
+    save_pytree(TREE, file, metadata={"run": "17"})
+    assert file.content == saved()
 
 
 def test_a_file_object_need_not_say_where_it_sought_to() -> None:

@@ -107,8 +107,6 @@ class RemoteSource(ByteSource):
         return self._fetch(start, stop)
 
     def _fetch(self, start: int, stop: int) -> bytes:
-        if start >= stop:
-            return b""
         self._fetched += 1
         with naming_url(self.path):
             cache = getattr(self._file, "cache", None)
