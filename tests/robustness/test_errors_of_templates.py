@@ -1,5 +1,7 @@
 """The messages of errors about templates."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -230,3 +232,20 @@ def test_a_key_is_shown_without_its_values(tmp_path: Path) -> None:
     assert caught.value.mismatched == (
         "'@a': the template has float32[2], but the stored leaf is key<threefry2x32>[]",
     )
+
+
+KEEPING = """
+import sys
+import pytree2safetensors
+try:
+    pytree2safetensors.load_into_pytree({"w": 1.5}, sys.argv[1])
+except ValueError as error:
+    kept = error  # with the open file in its traceback
+"""
+
+
+def test_an_error_that_a_program_keeps_until_it_exits_prints_nothing(tmp_path: Path) -> None:
+    save_pytree({"v": 1.5}, tmp_path / "model")
+    command = [sys.executable, "-c", KEEPING, str(tmp_path / "model")]
+    found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+    assert (found.stdout, found.stderr) == ("", "")

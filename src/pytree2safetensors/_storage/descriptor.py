@@ -33,7 +33,9 @@ class Held(list[int]):
         with suppress(OSError):
             self.close()
 
-    __del__ = __exit__  # closes it even if an interrupt takes it from its owner
+    def __del__(self) -> None:
+        if self:  # an interrupt took it from its owner; `__exit__` fails if the interpreter exits
+            self.__exit__()
 
     def open(self, path: str, flags: int, mode: int = 0o777, dir_fd: int | None = None) -> int:
         """Open a file as `os.open` does."""
