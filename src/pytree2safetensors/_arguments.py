@@ -136,6 +136,8 @@ _RULES: Final[Mapping[str, tuple[Callable[[object], bool], str]]] = {
 }
 _REMEDIES: Final = {
     **dict.fromkeys(_TARGETS, "; the tree comes first, the path second"),
-    "load_into_pytree path": "; the template comes first, the path second",
+    **dict.fromkeys(
+        ("load_into_pytree path", "explain path"), "; the template comes first, the path second"
+    ),
     "set_weights dictionary": "; the template comes first, the dictionary second",
 }

@@ -32,6 +32,14 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
         f"load_into_pytree: path {PATH} dict; the template comes first, the path second",
     ),
     (
+        lambda: p.explain("model.safetensors", BIG),
+        f"explain: path {PATH} dict; the template comes first, the path second",
+    ),
+    (
+        lambda: p.explain(BIG, "model", prefix=3),
+        "explain: prefix must be a spelled key path, which is a str, not int",
+    ),
+    (
         lambda: p.set_weights(BIG, [BIG]),
         "set_weights: dictionary must be a mapping of names, which are strs, to leaves, not list; "
         "the template comes first, the dictionary second",

@@ -6,9 +6,7 @@ Specification: *Rules*.
 from collections.abc import Iterable, Mapping
 from typing import Final
 
-from beartype import beartype
-from jaxtyping import jaxtyped
-
+from pytree2safetensors._arguments import checked
 from pytree2safetensors._errors import shorten
 from pytree2safetensors._leaves.families import Lost
 from pytree2safetensors._leaves.renaming import Rename
@@ -27,7 +25,7 @@ from pytree2safetensors._tree.paths import dotted
 _WIDEST: Final = 60  # characters of a column; longer cells are not aligned
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 def explain(
     module: PyTree,
     path: PathLike | Readable,
