@@ -75,16 +75,14 @@ class Comparison:
         rule = self.routes.rules[position]
         if route is None:
             if slot.abstract:
-                self.refuse(
-                    position, f"{rule!r} says that it is not in the file, {_NO_VALUE}", slot
-                )
+                reason = f"{rule!r} says that it is not in the file, {_NO_VALUE}"
+                self.refuse(position, reason, slot)
         elif isinstance(route, View):
             self.judge_view(position, slot, route)
         elif rule is None:
             self.miss(position, None, slot)
         else:
-            reason = f"the template has {show(slot.leaf)}; {route.reason}"
-            self.refuse(position, reason, slot)
+            self.refuse(position, f"the template has {show(slot.leaf)}; {route.reason}", slot)
 
     def judge_view(self, position: int, slot: TemplateLeaf, view: View) -> None:
         """Match a leaf with the tensors of a view."""
@@ -97,8 +95,8 @@ class Comparison:
         dtype: np.dtype[Any] | None = None
         for name in view.names:
             stored = self.available[name]
-            has_values = stored is not None and stored.kind == "array"
-            if has_values and stored.dtype != np.complex128 and stored.shape == view.stored:
+            is_array = stored is not None and stored.kind == "array"
+            if is_array and stored.dtype != np.complex128 and stored.shape == view.stored:
                 dtype = dtype or stored.dtype
                 if stored.dtype == dtype:
                     continue

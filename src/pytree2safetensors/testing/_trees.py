@@ -116,10 +116,6 @@ def _lists(children: _Children, least: int) -> SearchStrategy[list[Any]]:
     return st.lists(children, min_size=least, max_size=_MOST)
 
 
-def _tuples(children: _Children, least: int) -> SearchStrategy[Any]:
-    return _lists(children, least).map(tuple)
-
-
 def _containers(children: _Children, least: int) -> SearchStrategy[Any]:
     attrs = st.dictionaries(texts(), children, min_size=least, max_size=_MOST)
     return st.builds(PyTreeContainer, attrs)
@@ -136,7 +132,7 @@ _BUILDERS: Final[Mapping[type, Callable[[_Children, int], SearchStrategy[Any]]]]
     OrderedDict: _ordered_dicts,
     defaultdict: _default_dicts,
     list: _lists,
-    tuple: _tuples,
+    tuple: lambda children, least: _lists(children, least).map(tuple),
     PyTreeContainer: _containers,
     UnkeyedContainer: lambda children, least: st.builds(UnkeyedContainer, _lists(children, least)),
     type(None): lambda _, __: st.none(),
