@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -165,3 +166,98 @@ def test_what_is_converted_is_weak_only_if_the_template_decides() -> None:
     file.seek(0)
     assert not load_into_pytree(template, file, cast=True).weak_type
     assert set_weights(template, {"": np.int32(1)}, cast=True).weak_type
+
+
+# Some are newer than the oldest JAX.
+IMPLEMENTATIONS = ["threefry2x32", "threefry4x32", "rbg", "unsafe_rbg", "philox2x32", "philox4x32"]
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_keys_of_every_implementation_that_jax_has(impl: str, tmp_path: Path) -> None:
+    try:
+        keys = jax.random.split(jax.random.key(1, impl=impl))
+    except ValueError:
+        pytest.skip(f"this JAX has no {impl}")
+    save_pytree({"k": keys}, tmp_path / "file")
+    for leaf in (keys, Struct((2,), keys.dtype)):
+        assert_same(load_into_pytree({"k": leaf}, tmp_path / "file"), {"k": keys})
+        assert_same(set_weights({"k": leaf}, {"@k": keys}), {"k": keys})
+
+
+def test_keys_of_an_implementation_without_a_name_are_kept(tmp_path: Path) -> None:
+    unnamed = jax.extend.random.define_prng_impl(
+        key_shape=(2,),
+        seed=lambda seed: jnp.full(2, seed, jnp.uint32),
+        split=lambda key, shape: jnp.zeros((*shape, 2), jnp.uint32),
+        random_bits=lambda key, width, shape: jnp.zeros(shape, jnp.uint32),
+        fold_in=lambda key, data: key,
+        name="unnamed",
+        tag="unnamed",
+    )
+    keys = jax.random.key(1, impl=unnamed)
+    save_pytree({"k": keys, "w": 1.0}, tmp_path / "file", unsupported="skip")
+    found = load_into_pytree({"k": keys, "w": 0.0}, tmp_path / "file")
+    assert found["k"] is keys
+    assert found["w"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("stored", "wanted", "fits"),
+    [
+        ("uint4", "int4", True),
+        ("int4", "uint4", False),
+        ("int4", "int32", True),
+        ("uint8", "int4", True),
+        ("int4", "bfloat16", True),
+        ("bfloat16", "int4", False),
+        ("float8_e4m3fn", "int32", False),
+    ],
+)
+def test_dtypes_of_ml_dtypes_have_ranks_as_those_of_numpy(
+    stored: str, wanted: str, fits: bool, tmp_path: Path
+) -> None:
+    save_pytree({"a": jnp.ones(2, stored)}, tmp_path / "file")
+    template = {"a": jnp.zeros(2, wanted)}
+    if fits:
+        found = load_into_pytree(template, tmp_path / "file", cast=True)
+        assert_same(found, {"a": jnp.ones(2, wanted)})
+    else:
+        with pytest.raises(WeightsMismatchError, match="which cast=True does not convert"):
+            load_into_pytree(template, tmp_path / "file", cast=True)
+
+
+class Shaped:
+    """A leaf with some attributes of an array."""
+
+    def __init__(self, **attributes: Any) -> None:
+        vars(self).update(attributes)
+
+
+@pytest.mark.parametrize("attributes", [{"shape": ()}, {"shape": [], "dtype": np.dtype("f4")}])
+def test_a_leaf_without_a_dtype_or_a_tuple_as_its_shape_is_no_data(
+    attributes: dict[str, Any],
+) -> None:
+    leaf = Shaped(**attributes)
+    assert set_weights({"a": leaf, "w": 1.0}, {"@w": 2.0}) == {"a": leaf, "w": 2.0}
+
+
+def test_only_what_says_so_is_weak() -> None:
+    given = {"@w": np.float32(2)}
+    template: Any = {"w": Shaped(shape=(), dtype=np.dtype(np.float32))}
+    assert not set_weights(template, given)["w"].weak_type
+    traced = jax.jit(lambda leaf: set_weights({"w": leaf}, given)["w"])
+    assert traced(1.0).weak_type
+    assert not traced(np.float32(1)).weak_type
+
+
+@pytest.mark.skipif(not hasattr(jax, "new_ref"), reason="this JAX has no references")
+def test_a_reference_to_an_array_is_kept_traced_or_not() -> None:
+    def is_kept(value: Any) -> bool:
+        ref = jax.new_ref(value)
+        found = set_weights({"ref": ref, "w": 1.0}, {"@w": 2.0})
+        assert found["w"] == 2.0
+        return found["ref"] is ref
+
+    kept: list[bool] = []
+    jax.jit(lambda value: kept.append(is_kept(value)))(1.0)
+    assert [is_kept(jnp.ones(())), *kept] == [True, True]

@@ -70,4 +70,7 @@ def cast_array(values: NDArray[Any], dtype: np.dtype[Any] | None) -> NDArray[Any
     if dtype is None or values.dtype == dtype:
         return values
     with np.errstate(all="ignore"):
-        return values.astype(dtype)
+        try:
+            return values.astype(dtype)
+        except TypeError:  # ml_dtypes has no conversion between some dtypes of at most a byte
+            return values.astype(np.float32).astype(dtype)

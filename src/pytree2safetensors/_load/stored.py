@@ -115,20 +115,15 @@ def warn_foreign(checkpoint: OpenCheckpoint, names: list[str]) -> None:
     """Warn once which leaves are NumPy arrays, and why."""
     shown = ", ".join(f"{shorten(name)} ({checkpoint.spec_of(name).dtype})" for name in names[:20])
     more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+    level = 1  # how far up the stack the caller of this package is
+    frame: FrameType | None = sys._getframe()  # noqa: SLF001 - how CPython shows callers
+    while frame is not None and _is_ours(frame.f_globals.get("__name__", "")):
+        level, frame = level + 1, frame.f_back
     warnings.warn(
         f"JAX does not support the dtypes of {len(names)} leaves of {checkpoint.label} here, so they are "
         f"NumPy arrays: {shown}{more}. Enable jax_enable_x64 for dtypes of 64 bits.",
-        stacklevel=caller_level(),
+        stacklevel=level,
     )
-
-
-def caller_level() -> int:
-    """Return how far up the stack the caller of this package is."""
-    level = 1
-    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 - how CPython shows callers
-    while frame is not None and _is_ours(frame.f_globals.get("__name__", "")):
-        level, frame = level + 1, frame.f_back
-    return level
 
 
 def _is_ours(module: str) -> bool:

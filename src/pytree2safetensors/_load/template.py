@@ -94,9 +94,9 @@ def _look_at_array(leaf: jax.Array) -> _Look:
 
 def _look_at_tracer(leaf: Any) -> _Look | None:
     seen = _shape_and_dtype(leaf)
-    if seen is None:
+    if seen is None or not isinstance(leaf.aval, jax.core.ShapedArray):  # a reference to an array
         return None
-    weak = bool(getattr(leaf.aval, "weak_type", False))
+    weak = bool(leaf.aval.weak_type)
     # A traced array has a value, but no place.
     return _Look("jax", *seen, weak, abstract=not isinstance(leaf, jax.Array))
 
