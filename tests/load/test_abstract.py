@@ -110,3 +110,11 @@ def test_what_a_function_of_shardings_is_called_with(tmp_path: Path) -> None:
     for name, options in cases:
         load_abstract(tmp_path / name, sharding=lambda path, _: seen.append(path), **options)
     assert seen == ["@m@a", "@a", "@a", "m.a"]
+
+
+def test_only_what_was_weak_is_weak(tmp_path: Path) -> None:
+    tree = {"k": jax.random.key(0), "strong": np.float32(1), "n": 1.5, "weak": jnp.asarray(1.0)}
+    save_pytree(tree, tmp_path / "file")
+    found = load_abstract(tmp_path / "file")
+    weak = {name for name, leaf in found.items() if getattr(leaf, "weak_type", False)}
+    assert weak == ({"weak"} if hasattr(found["k"], "weak_type") else set())

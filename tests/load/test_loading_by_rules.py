@@ -172,6 +172,22 @@ def test_a_prefix_limits_what_is_unexpected(path: Path) -> None:
         load_into_pytree(template, path, rename=rules)
 
 
+def test_a_tensor_may_be_a_leaf_and_another_one_rearranged(path: Path) -> None:
+    safetensors.numpy.save_file({"w": numbers(64, 32)}, path)
+    rules = [Rule("w", "a", "o i -> i o"), Rule("w", "b"), Rule("w", "c", "o i -> i o")]
+    template = {"a": STRUCT((32, 64), np.float32), "b": STRUCT((64, 32), np.float32)}
+    found = load_into_pytree(template | {"c": template["a"]}, path, rename=rules)
+    expected = jax.numpy.asarray(numbers(64, 32))
+    assert_same(found, {"a": expected.T, "b": expected, "c": expected.T})
+
+
+def test_what_rules_make_of_weakly_typed_scalars_is_not_weak(path: Path) -> None:
+    save_pytree({"w0": jax.numpy.asarray(1.5), "w1": jax.numpy.asarray(2.5)}, path)
+    rules = [Rule("@w{l}", "w", " -> l")]
+    found = load_into_pytree({"w": STRUCT((2,), np.float32)}, path, rename=rules)
+    assert_same(found, {"w": jax.numpy.asarray([1.5, 2.5], np.float32)})
+
+
 def test_cast_converts_what_is_rearranged(path: Path) -> None:
     safetensors.numpy.save_file({"a.weight": numbers(2, 3).astype(np.float16)}, path)
     rules = [Rule("{*}.weight", "{*}", "o i -> i o")]

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import tqdm.auto
 
@@ -101,3 +102,21 @@ def test_a_bar_that_never_appeared_needs_no_end(
 def test_only_process_0_shows_a_bar() -> None:
     assert reporter(True, "saving", lambda: 1) is None
     assert reporter(True, "saving", lambda: 0) is not None
+
+
+def test_a_bar_says_what_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, str]] = []
+
+    class Shown(Counting):
+        def __init__(self, *, total: int, desc: str, **_: Any) -> None:
+            super().__init__()
+            seen.append((total, desc))
+
+    monkeypatch.setattr(tqdm.auto, "tqdm", Shown)
+    save_pytree({"a": 1.0}, tmp_path / "model", progress=True)
+    load_pytree(tmp_path / "model", progress=True)
+    load_into_pytree({"a": 0.0}, tmp_path / "model", progress=True)
+    save_pytree({"a": np.ones(3)}, tmp_path / "model")
+    load_into_pytree({"a": np.zeros(3)}, tmp_path / "model", progress=True)
+    assert [desc for _, desc in seen] == ["saving", "loading", "loading", "loading"]
+    assert seen[-1] == (24, "loading")

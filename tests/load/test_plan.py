@@ -1,0 +1,115 @@
+"""Plans of loads: which regions of tensors are read together."""
+
+import math
+from itertools import pairwise
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jax.sharding import Mesh, NamedSharding
+
+from placed import P
+from pytree2safetensors._format.tensor import TensorInfo
+from pytree2safetensors._leaves.spec import LeafSpec
+from pytree2safetensors._leaves.staging import ALIGNMENT
+from pytree2safetensors._leaves.to_jax import TAKEN_OVER
+from pytree2safetensors._leaves.views import View
+from pytree2safetensors._load import plan
+from pytree2safetensors._load.checkpoint import OpenCheckpoint
+from pytree2safetensors._load.ranges import Place, plan_reads
+from pytree2safetensors._load.slots import Batch, Slot, Wanted
+from pytree2safetensors._load.template import TemplateLeaf
+from pytree2safetensors._storage.file_source import FileSource
+
+FILE = object.__new__(FileSource)
+ROWS = 8
+
+
+def checkpoint_of(widths: list[int], digested: bool) -> OpenCheckpoint:
+    """Tensors of eight rows, one after the other."""
+    checkpoint = OpenCheckpoint("the file", [])
+    checkpoint.digests = {} if digested else None
+    sizes = [4 * ROWS * width for width in widths]
+    checkpoint.infos = {
+        f"{n}": TensorInfo("F32", (ROWS, width), size)
+        for n, (width, size) in enumerate(zip(widths, sizes, strict=True))
+    }
+    checkpoint.places = {f"{n}": (FILE, sum(sizes[:n])) for n in range(len(sizes))}
+    return checkpoint
+
+
+def leaf_of(*shape: int, sharding: Any = None) -> TemplateLeaf:
+    return TemplateLeaf(LeafSpec("array", np.dtype(np.float32), shape), "jax", sharding)
+
+
+def stacked(names: list[str], width: int) -> Wanted:
+    whole = ((0, ROWS), (0, width))
+    axes = ((0,), (1,), (2,))
+    view = View((*names,), (ROWS, width), (len(names),), (ROWS, width), whole, axes)
+    return Wanted(view, leaf_of(len(names), ROWS, width))
+
+
+def batches_of(checkpoint: OpenCheckpoint, wanted: list[Wanted], limit: int) -> list[Batch]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "_CUT_BY_JAX", 0)
+        return [*plan.plan_batches(checkpoint, wanted, limit, lambda _: False, lambda _: False)]
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["whole", "rows", "stacked"]), st.integers(128, 400)),
+        max_size=8,
+    ),
+    st.integers(TAKEN_OVER, 20 * TAKEN_OVER),
+    st.booleans(),
+)
+def test_a_batch_is_as_large_as_it_can_be(
+    leaves: list[tuple[str, int]], limit: int, digested: bool
+) -> None:
+    mesh = Mesh(np.array(jax.devices()), ("x",))
+    wanted: list[Wanted] = []
+    widths: list[int] = []
+    for kind, width in leaves:
+        names = [f"{len(widths) + n}" for n in range(3 if kind == "stacked" else 1)]
+        sharding = NamedSharding(mesh, P("x")) if kind == "rows" else None
+        plain = Wanted(names[0], leaf_of(ROWS, width, sharding=sharding))
+        wanted.append(stacked(names, width) if kind == "stacked" else plain)
+        widths += [width] * len(names)
+    checkpoint = checkpoint_of(widths, digested)
+    batches = batches_of(checkpoint, wanted, limit)
+
+    def bytes_of(batch: Batch) -> int:
+        return batch.size + sum(slot.nbytes for slot in batch.slots if slot.offset < 0)
+
+    read = dict.fromkeys(checkpoint.infos, 0)
+    for batch in batches:
+        assert bytes_of(batch) <= limit or len({slot.name for slot in batch.slots}) == 1
+        assert bytes_of(batch) <= limit or len(batch.slots) == 1 or digested
+        stop = 0
+        for slot in batch.slots:
+            read[slot.name] += slot.nbytes
+            if slot.offset >= 0:
+                assert stop <= slot.offset < stop + ALIGNMENT
+                assert slot.offset % ALIGNMENT == 0 or slot.nbytes < TAKEN_OVER
+                stop = slot.offset + slot.nbytes
+        assert batch.size == stop
+    assert read == {name: info.nbytes for name, info in checkpoint.infos.items()}
+    for batch, following in pairwise(batches):
+        if not digested:
+            assert bytes_of(batch) + ALIGNMENT + following.slots[0].nbytes > limit
+        elif batch.slots[-1].region is not None:  # its digest is that of the whole tensor
+            assert batch.slots[-1].name != following.slots[0].name
+
+
+def test_an_empty_tensor_is_not_read() -> None:
+    checkpoint = checkpoint_of([0, 2], digested=False)
+    places = [
+        Place(Slot(name, info, None, 0, info.nbytes, []), np.empty(info.nbytes, np.uint8), 0)
+        for name, info in checkpoint.infos.items()
+    ]
+    reads, tasks = plan_reads(checkpoint, [*places, places[0]], lambda _: None)
+    assert [len(read.buffer) for read in reads] == [math.prod((ROWS, 2, 4))]
+    assert not tasks
