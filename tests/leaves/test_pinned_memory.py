@@ -38,3 +38,19 @@ def test_pinned_memory_is_handed_out_after_its_zeros_arrived(
     assert not found.any()
     found[:] = 5
     assert (memory == 5).all()
+
+
+def test_a_device_without_pinned_memory_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("UNIMPLEMENTED")  # as some backends do
+
+    monkeypatch.setattr(jax, "device_put", refuse)
+    assert jax_versions.pinned_memory(jax.devices()[0], 64) is None
+
+
+def test_a_sharding_of_a_device_without_pinned_memory_has_no_pinned_form() -> None:
+    class Sharding:
+        def with_memory_kind(self, kind: str) -> "Sharding":
+            raise ValueError(f"Could not find memory addressable by device; {kind} is unknown")
+
+    assert jax_versions.pinned_sharding(Sharding()) is None

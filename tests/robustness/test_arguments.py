@@ -160,6 +160,10 @@ UNDECORATED: list[tuple[Callable[[], Any], str]] = [
         "string2keypath: string must be a spelled key path, which is a str, not bytes",
     ),
     (lambda: p.keypath2string(3), "keypath2string: path must be a tuple of keys, not int"),
+    (
+        lambda: p.PyTreeContainer().__setitem__(3, 3),
+        "an attribute name must be a str, not int",
+    ),
     *(
         (
             lambda key=key: p.keypath2string((key,)),

@@ -393,3 +393,28 @@ def test_a_meeting_of_many_is_quick() -> None:
     start = time.monotonic()
     group.run(group.agree)
     assert time.monotonic() - start < 10
+
+
+def left_by_process_0() -> Group:
+    """Processes of which number 0 has left its first save, and number 1 has begun none."""
+    group = Group(2)
+    group.interrupt(0)
+    with pytest.raises(KeyboardInterrupt):
+        group.agree(group.processes[0])
+    group.processes[1].calls += 1  # a call that failed before it was announced
+    return group
+
+
+def test_a_process_that_is_ahead_meets_again_where_process_0_left_an_earlier_save() -> None:
+    group = left_by_process_0()
+    found = group.run(group.agree)
+    assert [save.token for save in found] == ["token 0", "token 0"]
+    assert [save.call for save in found] == [2, 2]
+
+
+def test_a_process_that_is_ahead_refuses_alone_where_process_0_left_an_earlier_save() -> None:
+    group = left_by_process_0()
+    ahead = group.processes[1]
+    ahead.calls += 1
+    ahead.refuse(ZeroDivisionError("division"), group.interrupts[1])
+    assert (ahead.announced, ahead.rounds) == (2, 1)

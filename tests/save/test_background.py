@@ -4,6 +4,7 @@ import asyncio
 import concurrent.futures
 import gc
 import io
+import os
 import subprocess
 import sys
 import threading
@@ -361,3 +362,39 @@ def test_saves_from_many_threads_at_once(tmp_path: Path) -> None:
     template = {"a": np.zeros(50_000, np.int64)}
     for number in range(8):
         assert load_into_pytree(template, tmp_path / f"{number}")["a"].tolist() == [number] * 50_000
+
+
+def test_an_interrupt_of_the_call_stops_the_save_and_no_later_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(concurrent.futures.ThreadPoolExecutor, "submit", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            save_pytree_async({"a": 1}, tmp_path / "a")
+    save_pytree({"b": 2}, tmp_path / "b")  # which waits for the end of earlier saves
+    save_pytree_async({"c": 3}, tmp_path / "c").result()
+    assert {file.name for file in tmp_path.iterdir()} == {"b", "c"}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a system without fork")
+def test_a_child_does_not_warn_of_the_errors_of_its_parent(tmp_path: Path) -> None:
+    future = save_pytree_async({"a": 1}, tmp_path / "missing" / "a")
+    wait([future])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of JAX and Python: the child does nothing that could hang
+        child = os.fork()
+        if not child:
+            warnings.simplefilter("error")
+            told = 0
+            try:
+                future.warn()  # type: ignore[attr-defined] # as at the end of the interpreter
+            except UserWarning:
+                told = 1
+            os._exit(told)
+        _, status = os.waitpid(child, 0)
+    assert status == 0
+    with pytest.warns(UserWarning, match="its error was never retrieved"):
+        future.warn()  # type: ignore[attr-defined] # of the parent

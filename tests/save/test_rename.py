@@ -22,6 +22,7 @@ from pytree2safetensors import (
     save_pytree_async,
 )
 from pytree2safetensors._leaves.renaming import rules_in
+from pytree2safetensors._save import renamed
 
 TRANSPOSED = Rule("{*}.weight", "{*}.kernel", "o i -> i o")
 STRUCT: Any = jax.eval_shape(lambda: np.float32(0))
@@ -279,3 +280,16 @@ def test_leaves_on_two_devices_make_one_tensor() -> None:
     for tree in ({"w.0": first, "w.1": second}, {"w.0": first, "w.1": jnp.asarray(KERNEL + 1)}):
         [found] = pytree2dict(tree, rename=[Rule("w", "@w\\.{p}", "(p a) b -> a b")]).values()
         assert_same_values(found, np.concatenate([KERNEL, KERNEL + 1]))
+
+
+@pytest.mark.parametrize("kind", [np.asarray, jnp.asarray])
+def test_one_leaf_at_two_paths_is_compared_with_nothing(
+    kind: Any, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compared(_: Any) -> Any:
+        raise AssertionError
+
+    monkeypatch.setattr(renamed, "assembled_chunks", compared)
+    leaf = kind(np.array([np.nan, 1], np.float32))
+    found = saved({"embed": leaf, "head": leaf}, [Rule("w", "embed"), Rule("w", "head")], path)
+    assert_same_values(found["w"], np.asarray(leaf))

@@ -111,8 +111,6 @@ def _padded(header: str, size: int, limit: int) -> bytes:
 def check_metadata(metadata: Mapping[str, str]) -> None:
     """Raise an error if the format cannot hold a caller's metadata."""
     for key, value in metadata.items():
-        if not isinstance(key, str) or not isinstance(value, str):
-            raise TypeError(f"metadata map strs to strs, and {key!r} to {value!r} does not")
         if is_reserved(key):
             raise FileFormatError(
                 f"the metadata may not set {shorten(key)}, which this package writes itself; "

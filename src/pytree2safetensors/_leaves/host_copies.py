@@ -64,8 +64,7 @@ def _batches(leaves: Sequence[Any]) -> Iterator[list[Any]]:
             batch, size = [], 0
         batch.append(leaf)
         size += nbytes
-    if batch:
-        yield batch
+    yield batch
 
 
 def to_host(leaves: Sequence[Any]) -> list[Any]:

@@ -22,7 +22,7 @@ REFERENCE: Final[Any] = getattr(jax, "Ref", ())
 def structs_are_weak() -> bool:
     try:
         ShapeDtypeStruct((), np.float32, weak_type=True)
-    except TypeError:  # before JAX 0.4.34 a struct has no weak type
+    except TypeError:  # pragma: no cover - before JAX 0.4.34 a struct has no weak type
         return False
     return True
 

@@ -26,7 +26,7 @@ def implementation_name(leaf: Any) -> str | None:
     found = jax.random.key_impl(leaf)
     if isinstance(found, str):
         return found
-    # Older versions return an object, which can only be compared.
+    # Otherwise it has no name. Older versions always return an object, which can only be compared.
     same = (name for name in _PRNG if jax.random.key_impl(jax.random.key(0, impl=name)) == found)
     return next(same, None)
 

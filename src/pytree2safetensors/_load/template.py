@@ -85,8 +85,8 @@ def _looker(kind: type) -> Callable[[Any], _Look | None]:
 
 def _look_at_array(leaf: jax.Array) -> _Look:
     aval = leaf.aval
-    committed = getattr(leaf, "committed", None)  # before JAX 0.5, only under a private name
-    if committed is None:
+    committed = getattr(leaf, "committed", None)
+    if committed is None:  # pragma: no cover - before JAX 0.5, it has a private name
         committed = getattr(leaf, "_committed", True)
     sharding = leaf.sharding if committed else None
     return _Look("jax", aval.shape, aval.dtype, aval.weak_type, sharding, leaf.is_deleted())

@@ -43,7 +43,7 @@ class _Save(Future[None]):
         self._is_retrieved = True
         return error
 
-    def _get_snapshot(self) -> Any:  # asyncio calls this from Python 3.15 on
+    def _get_snapshot(self) -> Any:  # pragma: no cover - asyncio calls it from Python 3.15 on
         self._is_retrieved = True
         return super()._get_snapshot()  # type: ignore[misc] # unknown to older versions
 

@@ -133,4 +133,4 @@ def descriptors_to_keep() -> int:
     if sys.platform != "win32":
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         return 4096 if soft == resource.RLIM_INFINITY else min(4096, soft // 2)
-    return 256
+    return 256  # pragma: no cover - Windows

@@ -28,15 +28,13 @@ class ReadPool:
     def __init__(self, workers: int, piece: int = PIECE) -> None:
         self._workers, self._piece = workers, piece
         self._pool: ThreadPoolExecutor | None = None
-        self._stopped = False
 
     def __enter__(self) -> "ReadPool":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._stopped = kind is not None  # running reads end soon, and waiting ones are cancelled
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=self._stopped)
+        if self._pool is not None:  # running reads end soon
+            self._pool.shutdown(cancel_futures=kind is not None)
 
     def start(
         self,
@@ -71,9 +69,8 @@ class ReadPool:
 
     def _read(self, batch: JoinedRead, report: Callable[[int], None]) -> None:
         source, offset, buffers, size = batch
-        if not self._stopped:
-            source.fill(buffers, offset)
-            report(size)
+        source.fill(buffers, offset)
+        report(size)
 
     def _submit(self, task: Callable[[], R]) -> Future[R]:
         if self._pool is None:

@@ -93,7 +93,7 @@ class _Trie:
                 parent = self.parents.get(prefix) or self.descend(prefix, name)
             except KeyPathError:
                 string2keypath(name)  # raises the same, with the position in the whole name
-                raise
+                raise  # pragma: no cover - string2keypath has raised
             self.parents[prefix] = parent
             if prefix:
                 self.last = prefix, parent
@@ -113,7 +113,7 @@ class _Trie:
             key = read_segment(segment)
         except KeyPathError:
             string2keypath(name)  # raises the same, with the position in the whole name
-            raise
+            raise  # pragma: no cover - string2keypath has raised
         if isinstance(key, GetAttrKey):
             found: tuple[str, Any] = (ATTR, key.name)
         elif isinstance(key, DictKey):
@@ -223,7 +223,7 @@ class _Trie:
         self.parents.clear()
         while self.nodes:  # children first; finished nodes are removed
             node = self.nodes.pop()
-            if node.parent is not None:
+            if node.parent is not None:  # pragma: no branch - only the top has none
                 node.parent.entries[node.key] = self.finished(node)
         return self.top.entries.get("", {})  # without names, an empty dict
 

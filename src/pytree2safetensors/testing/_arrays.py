@@ -30,7 +30,7 @@ _NAMES: Final = (
 def _known(name: str) -> bool:
     try:
         np.dtype(getattr(ml_dtypes, name, name))
-    except TypeError:  # this version of ml_dtypes does not have it
+    except TypeError:  # pragma: no cover - this version of ml_dtypes does not have it
         return False
     return True
 

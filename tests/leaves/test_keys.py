@@ -1,0 +1,48 @@
+"""PRNG keys whose implementation has no registered name."""
+
+from pathlib import Path
+
+import jax
+import jax.extend.random
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pytree2safetensors import (
+    UnsupportedLeafError,
+    WeightsMismatchError,
+    load_into_pytree,
+    load_pytree,
+    save_pytree,
+)
+from pytree2safetensors._leaves.keys import implementation_name, implementation_of
+
+UNNAMED = jax.extend.random.define_prng_impl(
+    key_shape=(2,),
+    seed=lambda seed: jnp.full(2, seed, np.uint32),
+    split=lambda key, shape: jnp.broadcast_to(key, (*shape, 2)),
+    random_bits=lambda key, width, shape: jnp.zeros(shape, np.uint32),
+    fold_in=lambda key, data: key,
+    name="unnamed",
+)
+
+
+def test_keys_without_a_registered_name_are_refused_or_left_out(tmp_path: Path) -> None:
+    key = jax.random.key(0, impl=UNNAMED)
+    assert implementation_name(key) is None
+    assert implementation_of(key.dtype) is None
+    with pytest.raises(UnsupportedLeafError, match="'@key'"):
+        save_pytree({"key": key, "w": 1.0}, tmp_path / "file")
+    save_pytree({"key": key, "w": 1.0}, tmp_path / "file", unsupported="skip")
+    assert load_pytree(tmp_path / "file") == {"w": 1.0}
+
+
+def test_such_keys_of_a_template_keep_their_values(tmp_path: Path) -> None:
+    key = jax.random.key(0, impl=UNNAMED)
+    save_pytree({"w": 1.0}, tmp_path / "file")
+    found = load_into_pytree({"key": key, "w": 0.0}, tmp_path / "file")
+    assert found["key"] is key
+    assert found["w"] == 1.0
+    save_pytree({"key": jax.random.key(0), "w": 1.0}, tmp_path / "file")
+    with pytest.raises(WeightsMismatchError, match="'@key'"):
+        load_into_pytree({"key": key, "w": 0.0}, tmp_path / "file")
