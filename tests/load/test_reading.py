@@ -29,7 +29,9 @@ from pytree2safetensors import (
     set_weights,
 )
 from pytree2safetensors._leaves import staging
-from pytree2safetensors._load import reading
+from pytree2safetensors._leaves.describe import describe
+from pytree2safetensors._load import finishing, reading
+from pytree2safetensors._load.opening import open_checkpoint
 from pytree2safetensors.testing import assert_round_trips
 
 struct: Any = jax.ShapeDtypeStruct
@@ -87,6 +89,30 @@ def test_a_mapped_file_is_not_read(path: Path, monkeypatch: pytest.MonkeyPatch) 
         tree = load_pytree(path, mmap=True)
     assert sum(sizes) <= HEADER
     assert_same(tree, load_pytree(path))
+
+
+def test_a_mapped_array_of_jax_is_not_copied(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copied: list[int] = []
+
+    def aligned(size: int) -> Any:
+        copied.append(size)
+        return staging.aligned(size)
+
+    monkeypatch.setattr(finishing, "aligned", aligned)
+    load_pytree(path, mmap=True)
+    assert not copied
+
+
+def test_a_file_says_of_its_leaves_what_was_saved(tmp_path: Path) -> None:
+    tree: dict[str, Any] = {
+        "a": np.ones((2, 3), np.float16), "b": 2**70, "c": "text", "d": 1.5, "e": jax.random.key(0),
+        "f": jnp.asarray(1.0), "g": np.zeros(0, np.int8), "h": True, "i": 1j, "j": 3,
+    }  # fmt: skip
+    save_pytree(tree, tmp_path / "file")
+    with open_checkpoint(tmp_path / "file") as checkpoint:
+        assert checkpoint.infos == dict(
+            zip((f"@{name}" for name in tree), describe(tree.values()), strict=True)
+        )
 
 
 def test_large_arrays_own_the_memory_that_was_read_into() -> None:

@@ -301,6 +301,21 @@ def test_progress_counts_everything_once(
     assert told[-1] == (total, total)
 
 
+def test_progress_counts_regions_when_they_are_read(
+    tmp_path: Path, mesh: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take_route("bands", monkeypatch)
+    monkeypatch.setattr("pytree2safetensors._storage.progress._STEP", 1)
+    tree = [values_of((8, 16))] * 2
+    p2s.save_pytree(tree, tmp_path / "file")
+    leaf = Struct((8, 16), np.float32, sharding=NamedSharding(mesh, P(None, "x")))
+    told: list[int] = []
+    p2s.load_into_pytree(
+        [leaf, leaf], tmp_path / "file", progress=lambda done, _: told.append(done)
+    )
+    assert told[-2] >= tree[0].nbytes
+
+
 def test_a_file_that_is_cut_short_while_it_is_read(
     tmp_path: Path, mesh: Mesh, monkeypatch: pytest.MonkeyPatch
 ) -> None:

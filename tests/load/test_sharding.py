@@ -239,6 +239,11 @@ def test_abstract_meshes_mean_the_mesh_in_force(tmp_path: Path) -> None:
         template = [jax.eval_shape(lambda array: array * 2, start)]
         found = p2s.load_into_pytree(template, tmp_path / "file")[0]
     assert_in_place(found, values, NamedSharding(explicit, P("x", None)))
+    for kind in {memory.kind for memory in jax.devices()[0].addressable_memories()}:
+        abstract = NamedSharding(explicit.abstract_mesh, P("x"), memory_kind=kind)
+        with jax.set_mesh(explicit):
+            found = into(tmp_path / "file", (8, 16), np.float32, abstract)
+        assert found.sharding.memory_kind == kind
     with pytest.raises(
         p2s.WeightsMismatchError,
         match=r"'#0': the sharding that the template has for it names no devices, because its mesh is "

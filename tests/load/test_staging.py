@@ -16,8 +16,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from oracle import assert_same
 from pytree2safetensors import Rule, load_into_pytree, load_pytree, save_pytree
 from pytree2safetensors._leaves import jax_versions, placement, staging
+from pytree2safetensors._leaves.spec import LeafSpec
 from pytree2safetensors._leaves.staging import Ring
 from pytree2safetensors._load import plan, reading
+from pytree2safetensors._load.slots import Use
+from pytree2safetensors._load.template import TemplateLeaf
 
 P: Any = PartitionSpec  # whose constructor JAX leaves untyped
 Struct: Any = jax.ShapeDtypeStruct
@@ -270,3 +273,49 @@ def test_what_is_read_is_transferred_while_the_ring_is_full(
     assert len(found) == 50
     assert waits
     assert min(waits) >= 3  # all of the ring is on its way
+
+
+def test_a_full_ring_waits_for_reads_if_nothing_moves(
+    link: Link, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading._Reading, "is_read", lambda _: False)
+    tree = tree_of(50, 1500)
+    save_pytree(tree, tmp_path / "file")
+    found = load_pytree(tmp_path / "file")
+    link.finish()
+    assert_same(found, tree)
+
+
+def placed_on(*devices: jax.Device) -> NamedSharding:
+    return NamedSharding(Mesh(np.array(devices), ("x",)), P())
+
+
+def test_which_leaves_have_memory_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    host, other = jax.devices()[:2]
+    monkeypatch.setattr(reading, "is_on_host", lambda device: device == host)
+
+    def have(staged: bool, target: Any, *devices: jax.Device) -> bool:
+        spec = LeafSpec("array", np.dtype(np.float32), (2,))
+        return reading.keeps_memory(staged)(TemplateLeaf(spec, target, placed_on(*devices)))
+
+    for staged in (False, True):
+        assert have(staged, "numpy", host)
+        assert have(staged, "foreign", host)
+    assert not have(False, "jax", host)  # they share the memory of a batch
+    assert have(True, "jax", host)
+    assert have(True, "jax", host, other)
+    assert not have(True, "jax", other)
+
+
+def test_which_values_are_rearranged_on_their_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    default, host = jax.devices()[:2]
+    monkeypatch.setattr(reading, "is_on_host", lambda device: device == host)
+    uses = {
+        Use(0, None, None): True,  # on the default device
+        Use(0, placed_on(default), None): False,  # JAX cuts them
+        Use(0, placed_on(default), default): True,
+        Use(0, placed_on(host), host): False,
+    }
+    for use, expected in uses.items():
+        assert reading.far(True)(use) is expected
+        assert reading.far(False)(use) is False

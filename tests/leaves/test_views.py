@@ -1,0 +1,45 @@
+"""Views: what a region of a leaf writes to tensors is what reads as this region."""
+
+import math
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from placed import select
+from pytree2safetensors._leaves.extents import Region
+from pytree2safetensors._leaves.views import View, file_parts, leaf_of
+
+axis_sizes = st.lists(st.integers(1, 3), max_size=3)
+
+
+@st.composite
+def views_and_regions(draw: st.DrawFn) -> tuple[View, Region]:
+    """A view that stacks, moves and merges axes, and a region of its leaf."""
+    stacked, fine = tuple(draw(axis_sizes)), tuple(draw(axis_sizes))
+    axes = draw(st.permutations(range(len(stacked) + len(fine))))
+    cuts = sorted(draw(st.sets(st.integers(1, max(1, len(axes) - 1)))))
+    merged = tuple(tuple(axes[start:stop]) for start, stop in pairwise([0, *cuts, len(axes)]))
+    names = tuple(f"{number}" for number in range(math.prod(stacked)))
+    whole = tuple((0, size) for size in fine)
+    view = View(names, fine, stacked, fine, whole, merged if axes else ())
+    bounds = [draw(st.tuples(*[st.integers(0, size)] * 2)) for size in view.shape]
+    return view, tuple((min(pair), max(pair)) for pair in bounds)
+
+
+def index_of(region: Region) -> tuple[Any, ...]:
+    return (*(slice(*bounds) for bounds in region), ...)
+
+
+@given(views_and_regions())
+def test_a_region_writes_what_reads_as_it(case: tuple[View, Region]) -> None:
+    view, region = case
+    values = np.arange(1, math.prod(view.shape) + 1).reshape(view.shape)
+    tensors = {name: np.zeros(view.fine, int) for name in view.names}
+    for source, part in file_parts(view, region, np.asarray(select(values, region))):
+        tensors[source.name][index_of(source.region)] = part
+    expected = np.zeros(view.shape, int)
+    expected[index_of(region)] = select(values, region)
+    assert leaf_of(view, tensors, np.stack).tolist() == expected.tolist()
