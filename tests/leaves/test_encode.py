@@ -1,18 +1,22 @@
 """Leaves as bytes and back: scalars, and tensors that are converted block by block."""
 
+from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytree2safetensors._format.tensor import TensorInfo
-from pytree2safetensors._leaves import encode
+from pytree2safetensors import FileFormatError, load_pytree, save_pytree
+from pytree2safetensors._format.tensor import NUMPY, TensorInfo
+from pytree2safetensors._leaves import encode, spec
 from pytree2safetensors._leaves.decode import holds_value
 from pytree2safetensors._leaves.describe import describe
 from pytree2safetensors._leaves.keys import implementation_of
+from pytree2safetensors._leaves.to_jax import weaken
 
 
 @given(st.lists(st.integers(0, 7), max_size=4).map(tuple), st.integers(2, 40), st.data())
@@ -51,3 +55,25 @@ def test_an_integer_that_would_wrap_does_not_fit(value: int, dtype: str) -> None
 def test_the_implementation_of_keys_is_found_by_their_dtype() -> None:
     for name in ("threefry2x32", "rbg", "unsafe_rbg"):
         assert implementation_of(jax.random.key(0, impl=name).dtype) == name
+
+
+def test_a_dtype_without_a_weak_type_stays_as_it_is() -> None:
+    array = jnp.asarray(3, jnp.int8)
+    assert weaken(array) is array
+    assert weaken(jnp.asarray(3, jnp.int32)).weak_type
+
+
+def test_a_dtype_that_an_older_ml_dtypes_lacks_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_pytree({"w": jnp.ones(2, jnp.bfloat16)}, tmp_path / "file")
+    monkeypatch.setattr(spec, "NUMPY", {**NUMPY, "BF16": "bfloat17"})
+    spec._numpy_dtype.cache_clear()
+    try:
+        with pytest.raises(FileFormatError) as caught:
+            load_pytree(tmp_path / "file")
+    finally:
+        spec._numpy_dtype.cache_clear()
+    assert "'@w' is of the dtype bfloat17, which this ml_dtypes lacks; install a newer one" in str(
+        caught.value
+    )

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from pytree2safetensors import load_pytree, save_pytree, save_pytree_async
+from pytree2safetensors import Rule, load_pytree, save_pytree, save_pytree_async
 from pytree2safetensors._leaves import host_copies, placement
 from pytree2safetensors._leaves.jax_versions import pinned_sharding
 
@@ -156,3 +156,14 @@ def test_memory_without_a_pinned_kind_is_copied_as_it_is(
     save_pytree(tree, tmp_path / "file")
     assert link.calls == []
     assert load_pytree(tmp_path / "file")["step"] == 3
+
+
+def test_parts_of_tensors_are_copied_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("x", "y"))
+    values = jnp.arange(8 * 64 * 3, dtype=jnp.float32).reshape(8, 64, 3)
+    tree = {"w": jax.device_put(values, NamedSharding(mesh, P(None, "x"))), "k": values}
+    rules = [Rule("w.{l}", "w", "a b -> l a b"), Rule("k.{l}", "k", "a b -> l a b")]
+    save_pytree(tree, tmp_path / "plain", rename=rules)
+    Link(monkeypatch)
+    save_pytree(tree, tmp_path / "copied", rename=rules)
+    assert (tmp_path / "copied").read_bytes() == (tmp_path / "plain").read_bytes()

@@ -25,12 +25,14 @@ from pytree2safetensors import (
     load_pytree,
     save_pytree,
 )
-from pytree2safetensors._load import locate
+from pytree2safetensors._load import locate, opening
 from pytree2safetensors._load.checkpoint import OpenCheckpoint
 from pytree2safetensors._load.locate import Index
 from pytree2safetensors._load.opening import open_checkpoint
+from pytree2safetensors._storage import file_source
 from pytree2safetensors._storage.file_source import FileSource
 from pytree2safetensors.testing import pytrees
+from system_calls import Call, watched
 
 # --- loading ----------------------------------------------------------------------------------
 
@@ -466,3 +468,55 @@ def test_shards_of_another_naming_are_reported(tmp_path: Path) -> None:
         "'model.safetensors-00001-of-00002' is not the name of a shard, which has the form "
         "'model-00001-of-00002.safetensors': rename it, or copy the complete folder again"
     )
+
+
+# --- what changes while it is opened ----------------------------------------------------------
+
+
+def replaced_while_opened(folder: Path, patch: pytest.MonkeyPatch, times: int) -> None:
+    """Have a damaged file replaced by a folder of shards when it is opened, some times."""
+    real, opened = file_source.open_source, list[object]()
+
+    def open_source(path: Any, **options: Any) -> Any:
+        source = real(path, **options)
+        if str(path).endswith(MODEL) and len(opened) < times:
+            opened.append(path)
+            (folder / MODEL).unlink()
+            save_pytree(tree_of(1), folder, max_shard_size=100)
+        return source
+
+    (folder / MODEL).write_bytes(b"damaged" * 10)
+    patch.setattr(opening, "open_source", open_source)
+
+
+MODEL = "model.safetensors"
+
+
+def test_a_damaged_file_that_is_replaced_while_it_is_opened_is_not_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replaced_while_opened(tmp_path, monkeypatch, 1)
+    assert is_same(tree_of(1), load_pytree(tmp_path))
+
+
+def test_a_file_that_is_replaced_whenever_it_is_opened_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(opening, "_ATTEMPTS", 1)
+    replaced_while_opened(tmp_path, monkeypatch, 1)
+    with pytest.raises(FileFormatError, match="is being replaced by another save; load it after"):
+        load_pytree(tmp_path)
+
+
+def test_a_shard_that_cannot_be_opened_is_the_systems_error(tmp_path: Path) -> None:
+    save_pytree(tree_of(1), tmp_path, max_shard_size=100)
+    shard = str(tmp_path / shard_names(3)[1])
+
+    def refuse(call: Call) -> Any:
+        if call.name == "open" and call.args[0] == shard:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), shard)
+        return call.run()
+
+    with watched(refuse), pytest.raises(PermissionError) as caught:
+        load_pytree(tmp_path)
+    assert caught.value.filename == shard

@@ -18,6 +18,7 @@ from pytree2safetensors import (
     save_pytree,
     set_weights,
 )
+from pytree2safetensors._leaves import extents
 from pytree2safetensors._load import plan, reading
 from pytree2safetensors._storage.byte_source import ByteSource
 
@@ -344,3 +345,41 @@ def test_a_stacked_leaf_is_complete_before_the_next_is_read(
     flat = [STRUCT((LARGE, LARGE), np.float32)] * 5
     load_into_pytree({"a": leaf, "b": leaf, "c": flat}, path, rename=rules)
     assert read == sorted(names, key=lambda name: (name[-1], name))
+
+
+@pytest.mark.parametrize("spec", [P("x"), P(("x", "y"))])
+@pytest.mark.parametrize("checksum", [False, True])
+def test_regions_that_several_boxes_of_tensors_make(
+    path: Path, monkeypatch: pytest.MonkeyPatch, spec: Any, checksum: bool
+) -> None:
+    monkeypatch.setattr(plan, "_CUT_BY_JAX", 0)
+    mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("x", "y"))
+    values = numbers(3 * 8, 40)
+    layers = {f"w.{n}": values.reshape(3, 8, 40)[:, n] for n in range(8)}
+    save_pytree(layers, path, checksum=checksum)
+    struct = STRUCT((24, 40), np.float32, sharding=NamedSharding(mesh, spec))
+    rule = Rule("@w\\.{l}", "@w", "a b -> (a l) b", l=8)
+    found = load_into_pytree({"w": struct}, path, rename=[rule])["w"]
+    assert found.sharding == struct.sharding
+    np.testing.assert_array_equal(found, values)
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_a_part_of_a_tensor_with_digests_is_not_checked(
+    path: Path, monkeypatch: pytest.MonkeyPatch, part: int
+) -> None:
+    """Its digest is of all its bytes. What is read whole is checked, and bands without it are not read."""
+    monkeypatch.setattr(extents, "BAND", 64)
+    stored = numbers(16, 12)
+    save_pytree({"w": stored, "z": numbers(3)}, path, checksum=True)
+    name = ("ac", "ad", "bc", "bd")[part]
+    rules = [Rule("@w", "{p:a,b}.{q:c,d}", "(p f) (q g) -> f g"), Rule("@z", "z")]
+    template = {name[0]: {name[1]: STRUCT((8, 6), np.float32)}, "z": STRUCT((3,), np.float32)}
+    found = load_into_pytree(template, path, rename=rules)
+    expected = stored.reshape(2, 8, 2, 6)[part // 2, :, part % 2]
+    np.testing.assert_array_equal(found[name[0]][name[1]], expected)
+    damaged = bytearray(path.read_bytes())
+    damaged[-1] ^= 1
+    path.write_bytes(damaged)
+    with pytest.raises(FileFormatError, match="'@z'"):
+        load_into_pytree(template, path, rename=rules)

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
 import pytree2safetensors as p2s
 from placed import ROUTES, SPECS, P, Struct, assert_in_place, into, raw, take_route, values_of
+from pytree2safetensors._leaves.jax_versions import pinned_sharding
 
 
 @pytest.mark.parametrize("route", ROUTES)
@@ -155,3 +156,17 @@ def test_cast(
             into(tmp_path / "file", (8, 16), ml_dtypes.bfloat16, sharding, mmap=mmap)
         found = into(tmp_path / "file", (8, 16), ml_dtypes.bfloat16, sharding, cast=True, mmap=mmap)
         assert_in_place(found, values.astype(ml_dtypes.bfloat16), sharding)
+
+
+@pytest.mark.parametrize("kind", ["device", "pinned_host"])
+def test_weak_types_stay_in_the_memory_of_their_template(tmp_path: Path, kind: str) -> None:
+    device = jax.devices()[1]
+    if pinned_sharding(SingleDeviceSharding(device)) is None:
+        pytest.skip("the CPU devices of this JAX have no pinned memory")
+    sharding = SingleDeviceSharding(device, memory_kind=kind)
+    p2s.save_pytree({"a": jnp.asarray(1.5)}, tmp_path / "file")
+    template = {"a": Struct((), np.float32, sharding=sharding)}
+    found = p2s.load_into_pytree(template, tmp_path / "file")["a"]
+    assert found.sharding == sharding
+    assert found.weak_type
+    assert float(found) == 1.5

@@ -1,5 +1,6 @@
 """Loads to other devices. CPU devices replace them here, and transfers end as late as possible."""
 
+import time
 import weakref
 from itertools import pairwise
 from pathlib import Path
@@ -18,9 +19,12 @@ from pytree2safetensors import Rule, load_into_pytree, load_pytree, save_pytree
 from pytree2safetensors._leaves import jax_versions, placement, staging
 from pytree2safetensors._leaves.spec import LeafSpec
 from pytree2safetensors._leaves.staging import Ring
+from pytree2safetensors._leaves.to_jax import to_jax
 from pytree2safetensors._load import plan, reading
 from pytree2safetensors._load.slots import Use
 from pytree2safetensors._load.template import TemplateLeaf
+from pytree2safetensors._storage import read_pool
+from pytree2safetensors._storage.file_source import FileSource
 
 P: Any = PartitionSpec  # whose constructor JAX leaves untyped
 Struct: Any = jax.ShapeDtypeStruct
@@ -319,3 +323,35 @@ def test_which_values_are_rearranged_on_their_device(monkeypatch: pytest.MonkeyP
     for use, expected in uses.items():
         assert reading.far(True)(use) is expected
         assert reading.far(False)(use) is False
+
+
+def test_what_is_read_slowly_is_waited_for(
+    link: Link, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches wait to be read when the ring is full, and before one that is larger than the ring."""
+    read_into = FileSource.read_into
+
+    def slowly(source: FileSource, buffers: Any, offset: int) -> int:
+        time.sleep(0.002)
+        return read_into(source, buffers, offset)
+
+    tree = tree_of(30, 1500)
+    tree = {f"{name}{'large' * (i % 10 == 9)}": leaf for i, (name, leaf) in enumerate(tree.items())}
+    tree |= {f"w{i}large": jnp.arange(30_000.0) + i for i in (9, 19)}
+    save_pytree(tree, tmp_path / "file")
+    link.reset()
+    monkeypatch.setattr(read_pool, "_INLINE", 0)  # threads read everything
+    monkeypatch.setattr(FileSource, "read_into", slowly)
+    found = load_pytree(tmp_path / "file")
+    link.finish()
+    assert_same(found, tree)
+    assert link.most <= 2 * 120_000 + sum(RING)
+
+
+@pytest.mark.parametrize("keeps_memory", [True, False])
+def test_many_equal_arrays_have_their_own_values(keeps_memory: bool) -> None:
+    arrays = [np.full(3, number, np.float32) for number in range(1200)]
+    found = to_jax(arrays, keeps_memory=keeps_memory)
+    for array in arrays if keeps_memory else []:
+        array[:] = -1
+    assert [np.asarray(array).tolist() for array in found] == [[n] * 3 for n in range(1200)]

@@ -261,3 +261,13 @@ def test_a_reference_to_an_array_is_kept_traced_or_not() -> None:
     kept: list[bool] = []
     jax.jit(lambda value: kept.append(is_kept(value)))(1.0)
     assert [is_kept(jnp.ones(())), *kept] == [True, True]
+
+
+@pytest.mark.parametrize(
+    "leaf", [np.array(["text"]), np.datetime64("2026-01-01"), np.array([None])]
+)
+def test_what_numpy_holds_and_no_file_can_is_kept(leaf: Any, tmp_path: Path) -> None:
+    save_pytree({"w": 1.0}, tmp_path / "file")
+    found = load_into_pytree({"kept": leaf, "w": 0.0}, tmp_path / "file")
+    assert found["kept"] is leaf
+    assert found["w"] == 1.0

@@ -15,7 +15,7 @@ from jax.tree_util import GetAttrKey, SequenceKey
 import pytree2safetensors
 from oracle import assert_same
 from pytree2safetensors import KeyPathError, PyTreeContainer, UnsupportedLeafError
-from pytree2safetensors.testing import _round_trips, assert_round_trips, pytrees
+from pytree2safetensors.testing import _compare, _round_trips, assert_round_trips, pytrees
 from pytree2safetensors.testing._nodes import Keyed, Pair
 
 
@@ -219,3 +219,10 @@ def test_the_package_needs_no_hypothesis() -> None:
         [sys.executable, "-c", f"{program}.testing"], capture_output=True, check=False, text=True
     )
     assert "install pytree2safetensors[testing]" in failed.stderr
+
+
+def test_bits_are_compared_in_the_byte_order_of_this_machine() -> None:
+    other = np.array([1, 2], np.uint32).astype(np.dtype(np.uint32).newbyteorder())
+    assert_round_trips({"other": other})
+    with pytest.raises(AssertionError, match="its bits differ"):
+        _compare.assert_same({"w": other}, {"w": np.array([1, 3], np.uint32)}, "found")

@@ -126,4 +126,5 @@ def _followed(path: str) -> str:
                 return path
             raise
         path = os.path.join(os.path.dirname(path), link)
-    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
+    # Before, `os.stat` raises the same, unless the links change.
+    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)  # pragma: no cover - as above

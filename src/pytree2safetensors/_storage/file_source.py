@@ -55,8 +55,6 @@ class FileSource(ByteSource):
             return len(piece)
 
     def map(self) -> NDArray[np.uint8]:
-        if not self.size:
-            return np.empty(0, np.uint8)
         with self._opened() as descriptor:
             return np.frombuffer(
                 mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ, **_UNTRACKED), np.uint8

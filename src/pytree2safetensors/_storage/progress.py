@@ -69,11 +69,7 @@ def progress_of_part(progress: Progress | None, before: int, total: int) -> Prog
     """Return a progress function for a part of the work that begins after `before` bytes."""
     if progress is None:
         return None
-
-    def show(done: int, _: int) -> None:
-        progress(before + done, total)
-
-    return show
+    return lambda done, _: progress(before + done, total)
 
 
 class Report:
