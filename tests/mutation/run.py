@@ -52,6 +52,7 @@ MODULES = [
     "_save/flat_dict.py",
     "_save/plan.py",
     "_save/renamed.py",
+    "_save/share.py",
 ]
 TESTS = ["tree", "format", "laws", "load", "leaves", "save", "conformance"]
 TESTS += [f"robustness/test_{name}.py" for name in ("arguments", "errors", "fuzz")]
