@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 
 from pytree2safetensors import UnsupportedLeafError
 from pytree2safetensors._leaves.extents import region_of
-from pytree2safetensors._leaves.ownership import is_unreduced, ownership
+from pytree2safetensors._leaves.ownership import ownership
 
 P: Any = PartitionSpec  # whose constructor JAX leaves untyped
 
@@ -89,15 +89,3 @@ class Overlapping:
 def test_shards_that_do_not_tile_an_array_are_refused(indices: list[slice]) -> None:
     with pytest.raises(UnsupportedLeafError, match=r"of an array of shape \(6,\) do not tile it"):
         ownership(Overlapping(indices), (6,))
-
-
-def test_unreduced_arrays_are_known() -> None:
-    mesh = Mesh(np.array(jax.devices()[:2]), ("x",))
-    array = jax.device_put(np.zeros(4), NamedSharding(mesh, P("x")))
-    assert not is_unreduced(array.sharding)
-
-    class Sharding:  # as JAX has it under an explicit mesh, since 0.7
-        class spec:
-            unreduced = frozenset({"x"})
-
-    assert is_unreduced(Sharding)

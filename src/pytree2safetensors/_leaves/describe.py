@@ -16,6 +16,7 @@ from pytree2safetensors._errors import UnsupportedLeafError
 from pytree2safetensors._format.tensor import DTYPE_NAMES, NOTED_DTYPES, TensorInfo
 from pytree2safetensors._leaves.jax_versions import REFERENCE
 from pytree2safetensors._leaves.keys import data_shape, implementation_name, is_key_dtype
+from pytree2safetensors._leaves.placement import is_unreduced
 
 _SMALLEST, _LARGEST = -(2**63), 2**63 - 1
 
@@ -82,6 +83,12 @@ def holds_array(leaf: Any) -> bool:
     return converts_to_arrays(type(leaf)) or isinstance(held, np.ndarray | np.generic | jax.Array)
 
 
+def is_sum(leaf: Any) -> bool:
+    """Return whether a leaf is an unreduced array, whose values are sums over its shards."""
+    traced = isinstance(leaf, jax.core.Tracer)
+    return isinstance(leaf, jax.Array) and not traced and is_unreduced(leaf.sharding)
+
+
 def is_valueless(leaf: Any) -> bool:
     """Return whether a leaf is an array without its own values: traced, abstract, or a reference."""
     return isinstance(leaf, (jax.core.Tracer, jax.ShapeDtypeStruct, REFERENCE))
@@ -89,6 +96,8 @@ def is_valueless(leaf: Any) -> bool:
 
 def _array_info(leaf: jax.Array) -> TensorInfo | None:
     aval = leaf.aval
+    if is_unreduced(leaf.sharding):  # which its aval says, too
+        return None
     if is_key_dtype(aval.dtype):
         return _describe_key(leaf)
     info = info_of(aval.dtype, aval.shape)

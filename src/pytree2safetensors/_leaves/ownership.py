@@ -70,9 +70,3 @@ def is_global(leaf: Any) -> bool:
         and not isinstance(leaf, jax.core.Tracer)
         and not leaf.is_fully_addressable
     )
-
-
-def is_unreduced(sharding: Any) -> bool:
-    """Return whether the shards of an array have to be summed to get its values."""
-    spec = getattr(sharding, "spec", None)
-    return bool(getattr(spec, "unreduced", None))  # older JAX has no such axes

@@ -30,6 +30,12 @@ def is_in_place(array: jax.Array) -> bool:
     return is_on_host(next(iter(sharding.device_set)))
 
 
+def is_unreduced(sharding: Any) -> bool:
+    """Return whether the shards of an array have to be summed to get its values."""
+    spec = getattr(sharding, "spec", None)
+    return bool(getattr(spec, "unreduced", None))  # older JAX has no such axes
+
+
 def computes(array: jax.Array) -> bool:
     """Return whether JAX computes with an array in place, and does not only keep it there."""
     sharding: Any = array.sharding

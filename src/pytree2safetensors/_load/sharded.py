@@ -7,6 +7,7 @@ from jax.sharding import Sharding, SingleDeviceSharding
 
 from pytree2safetensors._leaves.encode import host_array
 from pytree2safetensors._leaves.keys import is_key_dtype
+from pytree2safetensors._leaves.placement import is_unreduced
 
 _ANY_MESH: Final = getattr(jax.sharding, "AbstractMesh", ())  # JAX 0.4.30 has none
 
@@ -30,6 +31,10 @@ def misplaced(sharding: Sharding, shape: tuple[int, ...]) -> str | None:
         return (
             "the sharding that the template has for it names no devices, because its mesh is abstract; "
             "load under jax.set_mesh, or give the template concrete shardings"
+        )
+    if is_unreduced(found):
+        return (
+            "its template has an unreduced sharding, of which the values are sums over the shards"
         )
     try:
         found.shard_shape(shape)

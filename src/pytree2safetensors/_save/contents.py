@@ -18,6 +18,7 @@ from pytree2safetensors._leaves.describe import (
     describe,
     holds_array,
     is_deleted,
+    is_sum,
     is_valueless,
 )
 from pytree2safetensors._leaves.renaming import Rename
@@ -91,6 +92,12 @@ def _check_unfit(unfit: list[tuple[str, Any]], *, skip: bool) -> None:
         raise DeletedLeaf(
             f"the array at {shorten(deleted)} was deleted or donated; save it before that, "
             "or save the array that replaced it"
+        )
+    unreduced = next((name for name, leaf in unfit if is_sum(leaf)), None)
+    if unreduced is not None:
+        raise UnsupportedLeafError(
+            f"the array at {shorten(unreduced)} is unreduced: its values are sums over its shards; "
+            "reduce it first, for example with jax.reshard"
         )
     # Skipping an array without values would lose data.
     valueless = any(is_valueless(leaf) or holds_array(leaf) for _, leaf in unfit)

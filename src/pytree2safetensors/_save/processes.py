@@ -8,10 +8,10 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Any, Final, NamedTuple
 
-from pytree2safetensors._errors import FileFormatError, UnsupportedLeafError, shorten
+from pytree2safetensors._errors import FileFormatError
 from pytree2safetensors._format.note import NOTE, read_note
 from pytree2safetensors._leaves.assembled import Assembled, Member
-from pytree2safetensors._leaves.ownership import is_global, is_unreduced, ownership
+from pytree2safetensors._leaves.ownership import is_global, ownership
 from pytree2safetensors._save.calls import present
 from pytree2safetensors._save.contents import Contents
 from pytree2safetensors._save.interrupt import Interrupt
@@ -109,7 +109,7 @@ def _terms(contents: Contents, plan: SavePlan, target: Target, options: Options)
         info = contents.infos[name]
         what = f"{info.dtype}{list(info.shape)}" + (f" {info.kind}" if info.kind else "")
         members = leaf.members if isinstance(leaf, Assembled) else []
-        made_of = [_made_of(name, member) for member in members] or [_origin(name, leaf)]
+        made_of = [_made_of(name, member) for member in members] or [_origin(leaf)]
         terms[repr(name)] = what + "".join(made_of) if type(leaf) not in _SCALARS else repr(leaf)
     return terms
 
@@ -117,18 +117,13 @@ def _terms(contents: Contents, plan: SavePlan, target: Target, options: Options)
 def _made_of(name: str, member: Member) -> str:
     """Return which part of a tensor a leaf becomes, and which part of the leaf it is."""
     names, *rest = member.view
-    return f" {names.index(name)} {rest}{_origin(name, member.leaf)}"
+    return f" {names.index(name)} {rest}{_origin(member.leaf)}"
 
 
-def _origin(name: str, leaf: Any) -> str:
+def _origin(leaf: Any) -> str:
     """Return what the processes must agree on about the values of a leaf."""
     if type(leaf) in _SCALARS:
         return f" {leaf!r}"
     if not is_global(leaf):
         return ""
-    if is_unreduced(leaf.sharding):
-        raise UnsupportedLeafError(
-            f"the array at {shorten(name)} is unreduced: its values are sums over its shards;  "
-            "reduce it first"
-        )
     return f" with shards {ownership(leaf.sharding, leaf.shape).digest[:32]}"
