@@ -6,6 +6,8 @@ import os
 import shutil
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,9 @@ from pytree2safetensors._load.checkpoint import OpenCheckpoint
 from pytree2safetensors._load.locate import Index
 from pytree2safetensors._load.opening import open_checkpoint
 from pytree2safetensors._storage import file_source
+from pytree2safetensors._storage import folder as folder_module
 from pytree2safetensors._storage.file_source import FileSource
+from pytree2safetensors._storage.folder import Folder
 from pytree2safetensors.testing import pytrees
 from system_calls import Call, watched
 
@@ -243,9 +247,12 @@ def test_a_reader_whose_index_is_replaced_starts_again(
     monkeypatch.setattr(Index, "open", save_meanwhile)
     assert is_same(tree_of(2), load_pytree(tmp_path))
     saves += [lambda: save_pytree(tree_of(1), tmp_path, max_shard_size=100)] * 5
+    assert is_same(tree_of(1), load_pytree(tmp_path))  # at last without savers
+    monkeypatch.setattr(opening, "without_savers", nullcontext)  # a system without locks
+    saves += [lambda: save_pytree(tree_of(2), tmp_path, max_shard_size=100)] * 10
     with pytest.raises(FileFormatError, match="is being replaced by another save; load it after"):
         load_pytree(tmp_path)
-    assert is_same(tree_of(1), load_pytree(tmp_path))
+    assert is_same(tree_of(2), load_pytree(tmp_path))
 
 
 def descriptors_in(folder: Path) -> int:
@@ -504,8 +511,33 @@ def test_a_file_that_is_replaced_whenever_it_is_opened_is_reported(
 ) -> None:
     monkeypatch.setattr(opening, "_ATTEMPTS", 1)
     replaced_while_opened(tmp_path, monkeypatch, 1)
+    monkeypatch.setattr(opening, "has_parts", lambda _: False)
     with pytest.raises(FileFormatError, match="is being replaced by another save; load it after"):
         load_pytree(tmp_path)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs locks")
+@pytest.mark.parametrize("where", [".", INDEX])
+def test_a_load_waits_for_a_save_that_renames_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    save_pytree(tree_of(1), tmp_path, max_shard_size=100)
+    with ThreadPoolExecutor() as pool:
+        with Folder(str(tmp_path), listed=True) as folder, folder.locked():  # as a saver does
+            (tmp_path / INDEX).rename(tmp_path / "aside")
+            loading = pool.submit(load_pytree, tmp_path / where)
+            with pytest.raises(TimeoutError):
+                loading.result(0.3)
+            (tmp_path / "aside").rename(tmp_path / INDEX)
+        assert is_same(tree_of(1), loading.result())
+    (tmp_path / INDEX).unlink()
+    monkeypatch.setattr(folder_module, "_PATIENCE", 0.1)
+    with (
+        Folder(str(tmp_path), listed=True) as folder,
+        folder.locked(),
+        pytest.raises(FileFormatError, match="but no index: a save was interrupted or is in progr"),
+    ):
+        load_pytree(tmp_path / where)
 
 
 def test_a_shard_that_cannot_be_opened_is_the_systems_error(tmp_path: Path) -> None:

@@ -8,11 +8,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from folders import names_in
 from oracle import assert_loaded
 from pytree2safetensors import load_pytree, save_pytree
 from pytree2safetensors._load.opening import open_checkpoint
@@ -155,6 +157,21 @@ def test_savers_in_threads_and_readers_never_mix(tmp_path: Path) -> None:
     assert not problems
     assert_holds(path, 25, 50, 75)
     assert not litter(tmp_path)
+
+
+@posix
+def test_loads_of_shards_never_fail_while_they_are_replaced(tmp_path: Path) -> None:
+    def save(number: int) -> None:
+        save_pytree(version(number), tmp_path, max_shard_size=1200, durable=False)
+
+    save(0)
+    assert len(names_in(tmp_path)) == 2 + 1
+    with ThreadPoolExecutor() as pool:
+        saving = pool.submit(lambda: [save(number) for number in range(1, 100)])
+        while not saving.done():
+            assert_holds(tmp_path, *range(100))
+        saving.result()
+    assert_holds(tmp_path, 99)
 
 
 @posix

@@ -179,6 +179,14 @@ def _shards_beside(index: str) -> list[str]:
     return sorted(name for name in names if stem_of(name) == stem)
 
 
+def has_parts(folder: str) -> bool:
+    """Return whether a local folder has shards, or files that a save has not finished."""
+    names: list[str] = []
+    with suppress(OSError):
+        names += os.listdir(folder)
+    return any(name.startswith(TEMPORARY) or SHARD_NAME.fullmatch(name) for name in names)
+
+
 def _check_not_cut_short(folder: str, shards: list[str]) -> None:
     """Raise an error if there are shards, finished or not, and no index."""
     if shards:

@@ -21,9 +21,17 @@ from pytree2safetensors._format.header import (
     parse,
 )
 from pytree2safetensors._load.checkpoint import OpenCheckpoint
-from pytree2safetensors._load.locate import Index, is_index, locate, locate_remotely, read_index
+from pytree2safetensors._load.locate import (
+    Index,
+    has_parts,
+    is_index,
+    locate,
+    locate_remotely,
+    read_index,
+)
 from pytree2safetensors._storage.byte_source import ByteSource, PathLike, Readable
 from pytree2safetensors._storage.file_source import descriptors_to_keep, open_source
+from pytree2safetensors._storage.folder import without_savers
 from pytree2safetensors._storage.read_pool import ReadPool
 from pytree2safetensors._storage.remote_file import RemoteSource
 from pytree2safetensors._storage.remote_path import RemotePath, hide_credentials, resolve
@@ -85,7 +93,19 @@ def _open_found(path: RemotePath) -> OpenCheckpoint:
 
 
 def _open_path(path: str) -> OpenCheckpoint:
-    """Open the checkpoint that a path means. Try again if a save has replaced it."""
+    """Open the checkpoint that a path means. If a save is replacing its shards, wait for that."""
+    try:
+        return _open_located(path)
+    except (FileFormatError, FileNotFoundError):
+        folder = path if os.path.isdir(path) else os.path.dirname(path) or os.curdir
+        if not has_parts(folder):
+            raise
+    with without_savers(folder):
+        return _open_located(path)
+
+
+def _open_located(path: str) -> OpenCheckpoint:
+    """Locate and open a checkpoint. Try again if a save has replaced it."""
     found = locate(path)
     for _ in range(_ATTEMPTS):
         try:

@@ -6,7 +6,7 @@ import stat
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Final
 
 from pytree2safetensors._errors import shorten
@@ -126,14 +126,14 @@ class Folder:
                     raise
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Lock out other savers if the system has locks.
+    def locked(self, *, for_load: bool = False) -> Iterator[None]:
+        """Lock out savers if the system has locks; loads do not lock out each other.
 
         Raises:
             TimeoutError: Another program keeps the lock.
         """
         if self._descriptor is not None:
-            _lock(self._descriptor, self.path)
+            _lock(self._descriptor, self.path, for_load)
         try:
             yield
         finally:  # closing is not enough: a process forked in between has it open, too
@@ -161,12 +161,23 @@ class Folder:
         self.unlink(name)
 
 
-def _lock(descriptor: int, path: str) -> None:
+@contextmanager
+def without_savers(path: str) -> Iterator[None]:
+    """Wait until no save renames files in a folder, and lock out others. Go on if that fails."""
+    with ExitStack() as stack:
+        with suppress(OSError):
+            folder = stack.enter_context(Folder(path, listed=True))
+            stack.enter_context(folder.locked(for_load=True))
+        yield
+
+
+def _lock(descriptor: int, path: str, shared: bool) -> None:
     if sys.platform != "win32":
+        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
         end, pause = time.monotonic() + _PATIENCE, 0.001
         while True:
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
             except BlockingIOError:
                 if time.monotonic() > end:
                     raise TimeoutError(
