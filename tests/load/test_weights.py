@@ -17,6 +17,7 @@ from oracle import assert_same
 from pytree2safetensors import (
     FileFormatError,
     PyTreeContainer,
+    Rule,
     TreeStructureError,
     UnsupportedLeafError,
     WeightsMismatchError,
@@ -228,6 +229,35 @@ def test_values_pass_whatever_jax_watches_for(many: int, tmp_path: Path) -> None
             into = load_into_pytree(template, tmp_path / "file")
     assert_same(found, expected)
     assert_same(into, expected)
+
+
+@pytest.mark.parametrize("mmap", [False, True])
+def test_loads_in_traced_functions_return_values(mmap: bool, tmp_path: Path) -> None:
+    many = [jnp.full(3, number, jnp.float32) for number in range(1100)]
+    large, weak, key = jnp.ones((64, 64)), jax.lax.full_like(jnp.asarray(0.0), 1), jax.random.key(0)
+    tree = {"many": many, "large": large, "weak": weak, "key": key, "step": 3}
+    save_pytree(tree, tmp_path / "file")
+    found: list[Any] = []
+
+    def load(template: Any) -> Any:
+        found.append(load_pytree(tmp_path / "file", mmap=mmap))
+        found.append(load_into_pytree(tree, tmp_path / "file", mmap=mmap))
+        found.append(load_into_pytree(template, tmp_path / "file", mmap=mmap))
+        rule = Rule("@large", "@turned", "a b -> b a")
+        turned = {"turned": template["large"]}
+        found.append(
+            load_into_pytree(turned, tmp_path / "file", rename=[rule], unexpected="skip", mmap=mmap)
+        )
+        return template["large"] + found[0]["large"]
+
+    assert_same(jax.jit(load)(tree), large + large)
+    jax.eval_shape(load, tree)
+    jax.lax.scan(lambda carry, _: (load(tree), None), large, None, length=2)
+    for loaded in found:
+        if "turned" in loaded:
+            assert_same(loaded, {"turned": large})
+        else:  # the traced template has an array for the step
+            assert_same({**loaded, "step": int(loaded["step"])}, tree)
 
 
 def test_a_guard_against_transfers_is_forgotten(tmp_path: Path) -> None:

@@ -166,8 +166,9 @@ def load_into_pytree(
                 else:
                     python.append((position, name, leaf))
         read_scalars({name for _, name, _ in python})
-        for position, name, leaf in python:
-            leaves[position] = fitted(leaf, scalars[name])
+        with jax.ensure_compile_time_eval():  # as where arrays are read
+            for position, name, leaf in python:
+                leaves[position] = fitted(leaf, scalars[name])
         found = read_leaves(checkpoint, [want for _, want in wanted], mmap=mmap, progress=report)
         for (position, _), value in zip(wanted, found, strict=True):
             leaves[position] = value

@@ -70,6 +70,13 @@ def read_leaves(
         FileFormatError: The file changed, or its data contradicts its header or digests.
         OSError: The file cannot be read.
     """
+    with jax.ensure_compile_time_eval():  # a load in a traced function returns values
+        return _read_leaves(checkpoint, wanted, mmap, progress)
+
+
+def _read_leaves(
+    checkpoint: OpenCheckpoint, wanted: Sequence[Wanted], mmap: bool, progress: Progress | None
+) -> list[Any]:
     device = None if mmap else _staged_device(wanted)
     by_rules = any(isinstance(want.source, View) for want in wanted)
     limit = _STAGED_BATCH if device is not None else _COPIED_BATCH if by_rules else _BATCH
