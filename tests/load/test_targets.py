@@ -92,6 +92,13 @@ def test_keys_come_back_from_their_data(load: Any, tmp_path: Path) -> None:
     assert jax.random.key_data(found).tolist() == jax.random.key_data(key).tolist()
 
 
+@pytest.mark.parametrize("leaf", [object(), np.ma.MaskedArray(KERNEL), len])
+def test_a_leaf_that_is_not_data_is_named(leaf: Any, load: Any, tmp_path: Path) -> None:
+    hint = r"unexpected .*\n    '@a' \(the template has no array and no number there\)\n    '@b'\n"
+    with pytest.raises(WeightsMismatchError, match=hint):
+        load({"a": leaf}, {"a": KERNEL, "b": KERNEL}, tmp_path / "file")
+
+
 @pytest.mark.parametrize("list_", ["missing", "unexpected", "mismatched"])
 def test_a_long_list_of_mismatches_is_cut(list_: str) -> None:
     names = [f"w{n:03}" for n in range(complaints._LISTED + 5)]

@@ -77,7 +77,8 @@ MISMATCHES: list[tuple[Any, dict[str, Any], tuple[int, int, int], str]] = [
         changed(w=print),
         {},
         (0, 1, 0),
-        f"  unexpected (the template does not have them):\n    '@layer@w'\n{SKIP}{KEEP}",
+        "  unexpected (the template does not have them):\n"
+        f"    '@layer@w' (the template has no array and no number there)\n{SKIP}{KEEP}",
     ),
     (
         {**STORED, "step": True},

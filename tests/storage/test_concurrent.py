@@ -167,7 +167,7 @@ def test_loads_of_shards_never_fail_while_they_are_replaced(tmp_path: Path) -> N
     save(0)
     assert len(names_in(tmp_path)) == 2 + 1
     with ThreadPoolExecutor() as pool:
-        saving = pool.submit(lambda: [save(number) for number in range(1, 100)])
+        saving = pool.submit(lambda: list(map(save, range(1, 100))))
         while not saving.done():
             assert_holds(tmp_path, *range(100))
         saving.result()

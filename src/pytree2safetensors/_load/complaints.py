@@ -42,7 +42,7 @@ def check(outcome: Comparison, options: Options) -> None:
         *_section("missing (the template has them)", missing_lines, len(missing)),
         *_section(
             "unexpected (the template does not have them)",
-            [shorten(name) for name in unexpected[:_LISTED]],
+            [shorten(name) + _kept(name, outcome, options) for name in unexpected[:_LISTED]],
             len(unexpected),
         ),
         *_section("mismatched", mismatched[:_LISTED], len(mismatched)),
@@ -86,6 +86,13 @@ def _missing_line(path: str, name: str | None, options: Options, candidates: lis
         return f"{shorten(path)}: there is no {shorten(name)}{nearest(name, candidates)}"
     renamed = "" if name == add_prefix(options.prefix, path) else f" (renamed from {shorten(path)})"
     return shorten(name) + renamed + nearest(name, candidates)
+
+
+def _kept(name: str, outcome: Comparison, options: Options) -> str:
+    """Return a hint if the template has a leaf of this name that is not data, such as a function."""
+    leaves = zip(outcome.paths, outcome.slots, strict=True)
+    kept = any(s is None and add_prefix(options.prefix, path) == name for path, s in leaves)
+    return " (the template has no array and no number there)" if kept else ""
 
 
 def _useless(rename: Rename | None, paths: Sequence[str]) -> list[str]:
