@@ -120,8 +120,8 @@ def warn_foreign(checkpoint: OpenCheckpoint, names: list[str]) -> None:
     while frame is not None and _is_ours(frame.f_globals.get("__name__", "")):
         level, frame = level + 1, frame.f_back
     warnings.warn(
-        f"JAX does not support the dtypes of {len(names)} leaves of {checkpoint.label} here, so they are "
-        f"NumPy arrays: {shown}{more}. Enable jax_enable_x64 for dtypes of 64 bits.",
+        "JAX does not support the dtypes of some leaves here, so they are NumPy arrays without a "
+        f"sharding. In {checkpoint.label}: {shown}{more}. Enable jax_enable_x64 for dtypes of 64 bits.",
         stacklevel=level,
     )
 
