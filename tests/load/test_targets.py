@@ -57,7 +57,9 @@ def test_an_array_of_jax_is_cast_to_64_bits_by_numpy() -> None:
 def test_what_jax_cannot_hold_is_a_warning_that_names_it(tmp_path: Path) -> None:
     save_pytree({"a": WIDE, "b": KERNEL}, tmp_path / "file")
     template = {"a": Struct((2,), np.float64), "b": Struct((2, 3), np.float32)}
-    with pytest.warns(UserWarning, match="does not support the dtypes of some leaves here") as caught:
+    with pytest.warns(
+        UserWarning, match="does not support the dtypes of some leaves here"
+    ) as caught:
         load_into_pytree(template, tmp_path / "file")
     assert [warning.filename for warning in caught] == [__file__]  # the caller of the package
     assert "'@a'" in str(caught[0].message)
