@@ -241,7 +241,7 @@ function identity(value) {
 
 // --- JSON ----------------------------------------------------------------------------------------
 
-/** A JSON number that is not written as an integer. */
+/** A JSON number that is not written as an integer, or that has more digits than any integer that counts. */
 class Fraction {}
 
 const ATOM_OF_JSON = /true|false|null|-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?/y;
@@ -307,7 +307,7 @@ function parseJSON(text, what) {
     if (/^[tfn]/.test(word)) return JSON.parse(word);
     if (/[.eE]/.test(word) || word === "-0") return new Fraction();
     const number = Number(word);
-    return Number.isSafeInteger(number) ? number : word.length > 4301 ? refuse() : BigInt(word);
+    return Number.isSafeInteger(number) ? number : word.length > 4301 ? new Fraction() : BigInt(word);
   };
   const found = value(0);
   space();

@@ -144,15 +144,50 @@ def add_by_others(kit: Kit) -> None:
     for _ in range(200):  # as deep as any reader must read
         deep = {"a": deep}
     headers.append((hostile.names("@a" * 200), deep))
+    array = np.zeros(1, np.uint8)
+    headers += [
+        # Members that a reader ignores: a long integer, and lists down to level 100.
+        (with_member(b"9" * 5000), {"a": array}),
+        (with_member(b"[" * 98 + b"]" * 98), {"a": array}),
+        (
+            hostile.file(
+                {"__metadata__": {f"{hostile.NOTE}.future": "[]"}, "@a": hostile.byte()}, b"\0"
+            ),
+            {"a": array},
+        ),
+        (hostile.nodes({"": "tuple"}, "#2"), (None, None, array)),
+        (
+            hostile.file(
+                {
+                    "@c": hostile.tensor("F32", [0], 4, 4),
+                    "@b": hostile.tensor("U8", [4], 0, 4),
+                    "@a": hostile.tensor("F32", [0], 0, 0),
+                },
+                bytes(4),
+            ),
+            {
+                "a": np.zeros(0, np.float32),
+                "b": np.zeros(4, np.uint8),
+                "c": np.zeros(0, np.float32),
+            },
+        ),
+    ]
     for number, (content, tree) in enumerate(headers, 50):
         add_bytes(kit, f"header-{number}.safetensors", content, tree, "others")
+
+
+def with_member(text: bytes) -> bytes:
+    """Make a file whose only tensor has one more member."""
+    entry = b'{"dtype":"U8","shape":[1],"data_offsets":[0,1],"comment":' + text + b"}"
+    return hostile.file(b'{"@a":' + entry + b"}", b"\0")
 
 
 def add_bytes(kit: Kit, name: str, content: bytes, tree: Any, origin: str) -> None:
     path = kit.folder / "accepted" / name
     path.write_bytes(content)
-    metadata = json.loads(hostile.split(content)[0]).get("__metadata__") or {}
-    own = {key: value for key, value in metadata.items() if key != hostile.NOTE}
+    header = json.loads(hostile.split(content)[0], parse_int=float)  # `int` has a limit
+    metadata = header.get("__metadata__") or {}
+    own = {key: value for key, value in metadata.items() if not key.startswith(hostile.NOTE)}
     kit.accept(name, tree, own, origin)
 
 
@@ -181,6 +216,13 @@ def add_folders_by_others(kit: Kit) -> None:
         (folder / "pytorch_model.bin.index.json").write_text("{}")
         (folder / "other.safetensors").write_bytes(b"")
 
+    def describe_shards(folder: Path) -> None:
+        """Give shards a note and digests that mean nothing: those of the index count."""
+        for path in folder.glob("*.safetensors"):
+            header, data = hostile.split(path.read_bytes())
+            metadata = {hostile.NOTE: "{", hostile.DIGESTS: "", f"{hostile.DIGESTS}.metadata": ""}
+            path.write_bytes(hostile.file({**json.loads(header), "__metadata__": metadata}, data))
+
     def drop(index: dict[str, Any]) -> dict[str, Any]:
         return {**index, "weight_map": {k: v for k, v in index["weight_map"].items() if k != "@c"}}
 
@@ -203,6 +245,15 @@ def add_folders_by_others(kit: Kit) -> None:
             tree,
             {"run": "1"},
         ),
+        (
+            "surrogates-in-what-is-ignored",
+            rewrite(
+                lambda i: {**i, "metadata": {**i["metadata"], "total_size": "\ud800", "\ud800": 1}}
+            ),
+            tree,
+            {"run": "1"},
+        ),
+        ("shard-metadata", describe_shards, tree, {"run": "1"}),
         ("more-tensors", rewrite(drop), {k: tree[k] for k in "ab"}, {"run": "1"}),
     ]
     for name, change, expected, metadata in changes:
@@ -210,6 +261,10 @@ def add_folders_by_others(kit: Kit) -> None:
         save_pytree(tree, folder, max_shard_size=30, metadata={"run": "1"})
         change(folder)
         kit.accept(f"index-{name}", expected, metadata, "others")
+    folder = kit.folder / "accepted" / "index-total-size"
+    save_pytree(tree, folder, max_shard_size=30, checksum=True)
+    rewrite(lambda i: {**i, "metadata": {**i["metadata"], "total_size": "608"}})(folder)
+    kit.accept("index-total-size", tree, {}, "others")
     folder = kit.folder / "accepted" / "index-empty"
     folder.mkdir()
     (folder / INDEX).write_text('{"weight_map": {}}')

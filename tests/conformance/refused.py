@@ -59,6 +59,8 @@ def add_refused(kit: Kit) -> None:
         entry = {"@a": hostile.tensor(dtype, [2], 0, 2)}
         content = hostile.leaves({"@a": word}, **entry)[:-1] + bytes([1 << width])
         kit.refuse_bytes("value", "value", content, f"a byte that is no {word}")
+    for content, reason in test_hostile_note.BESIDE:
+        kit.refuse_bytes("beside", reason, content)
 
 
 def add_damaged(kit: Kit) -> None:
@@ -73,6 +75,14 @@ def add_damaged(kit: Kit) -> None:
     content = file.getvalue()
     (kit.folder / "accepted" / "digests.safetensors").write_bytes(content)
     kit.accept("digests.safetensors", tree, {"run": "1"}, "digests")
+    last = ["\uffff", "\U00010000"]  # UTF-16 sorts them the other way round
+    kit.accept_saved(
+        "digests-sorted.safetensors",
+        {name: np.uint8(1) for name in last},
+        "digests",
+        checksum=True,
+        metadata=dict.fromkeys(last, "1"),
+    )
     header, data = hostile.split(content)
     for old, new in (
         (b'"run":"1"', b'"run":"2"'),
@@ -138,6 +148,9 @@ def add_refused_folders(kit: Kit) -> None:
         "missing": lambda path: path.unlink(),
         "empty": lambda path: path.write_bytes(b""),
         "of-another-save": lambda path: path.write_bytes(hostile.names("@x")),
+        "with-metadata-that-are-not-strings": lambda path: path.write_bytes(
+            path.read_bytes().replace(b'"format":"flax"', b'"format":1     ')
+        ),
     }.items():
         folder = kit.folder / "refused" / f"shard-{name}"
         save_pytree(folders.tree_of(1), folder, max_shard_size=100)

@@ -9,6 +9,7 @@ import golden_trees
 from conformance.describe import describe_path
 from conformance.writing import Seen, draw
 from pytree2safetensors import KeyPath, keypath2string, string2keypath
+from pytree2safetensors._tree.keys import item_key
 from pytree2safetensors.testing import keypaths
 from tree import test_keypath
 
@@ -24,6 +25,7 @@ def key_paths() -> dict[str, Any]:
 
     paths = [path for path in paths if seen.is_new(describe_path(path))]
     paths += draw(keypaths(), PATHS, 3, is_short)
+    paths.append((item_key(test_keypath.nested(64)),))
     strings = dict.fromkeys(
         [*(row[0] for row in test_keypath.REJECTED), *test_keypath.CASES["rejected"]]
     )

@@ -191,6 +191,10 @@ HEADERS: list[tuple[bytes, str]] = [
     (file({"a": tensor("U8", [1] * 100_000, 0, 1)}, b"\0"), "100,000 dimensions, and NumPy"),
     (file({"a": byte(0), "b": byte(0)}, b"\0"), "has an overlap at the data of 'b'"),
     (file({"a": tensor("U8", [2], 0, 2), "b": byte(1)}, b"\0\0"), "an overlap at the data of 'b'"),
+    (
+        file({"a": tensor("U8", [4], 0, 4), "b": tensor("U8", [0], 2, 2)}, bytes(4)),
+        "an overlap at the data of 'b'",
+    ),
     (file({"a": byte(0), "b": byte(2)}, bytes(3)), "has a gap before the data of 'b'"),
     (file({"a": byte(1)}, bytes(2)), "has a gap before the data of 'a'"),
     (file({"a": byte(0), "b": byte(1)}, b"\0"), "is truncated: its header describes 2 bytes"),

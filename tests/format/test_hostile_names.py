@@ -64,6 +64,8 @@ NAMES: list[tuple[tuple[str, ...], type[Pytree2SafetensorsError], str]] = [
     (("@\\(1)", "@\\(True)"), TreeStructureError, "are equal in Python"),
     (("@\\(1)", "@\\(1\\.0)"), TreeStructureError, "are equal in Python"),
     (("@\\(1)@a", "@\\(True)@b"), TreeStructureError, "are equal in Python"),
+    (("@\\(0\\.0)", "@\\(-0\\.0)"), TreeStructureError, "are equal in Python"),
+    (("@\\(0\\.0)@a", "@\\(-0\\.0)@b"), TreeStructureError, "are equal in Python"),
     (("@a", "@\\(1)"), TreeStructureError, "JAX cannot sort the keys"),
     (("@\\(None)", "@\\(b'')"), TreeStructureError, "JAX cannot sort the keys"),
     (("@a" * 100_000,), TreeStructureError, "nested deeper than JAX can flatten"),

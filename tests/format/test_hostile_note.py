@@ -9,6 +9,7 @@ import pytest
 from hostile import attempt, bounded_memory, byte, leaves, no_hang, nodes, noted, refused, tensor
 from pytree2safetensors import (
     FileFormatError,
+    KeyPathError,
     TreeStructureError,
     load_abstract,
     load_into_pytree,
@@ -102,6 +103,25 @@ CLAIMS: list[tuple[bytes, str]] = [
     (nodes({"a": "tuple"}, "a#0", "a@b"), "'a' is noted as tuple, and its children differ"),
     (nodes({"": "tuple"}, "#0", "b"), "'' is noted as tuple, and its children differ"),
 ]
+
+
+# Notes beside names that are not key paths, which do not count. So some of these files open, and only
+# their trees are refused.
+BESIDE: list[tuple[bytes, str]] = [
+    (nodes({"@a": "list"}, "@a#01"), "name"),
+    (nodes({r"@a\.b": "list"}, "@a\\"), "name"),
+    (nodes({"": "tuple"}, "@a#01"), "name"),
+    (nodes({"@a": ["OrderedDict", ["@b"]]}, "@a@b#01"), "note"),
+    (nodes({"@a": ["OrderedDict", ["@b"]]}, "@a@b", "@a@c#01"), "name"),
+]
+
+
+@pytest.mark.parametrize(("content", "reason"), BESIDE, ids=range(len(BESIDE)))
+def test_names_that_are_not_key_paths_do_not_count_for_a_note(content: bytes, reason: str) -> None:
+    opened = attempt(load_metadata, content)
+    assert (type(opened) is FileFormatError) == (reason == "note")
+    error = {"name": KeyPathError, "note": FileFormatError}[reason]
+    assert type(attempt(load_pytree, content)) is error
 
 
 @pytest.mark.parametrize(("content", "text"), CLAIMS, ids=range(len(CLAIMS)))

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from conformance.describe import describe_tree
-from hostile import DOCUMENTED, MUTATORS, Mutation
+from hostile import DOCUMENTED, MUTATORS, Mutation, nodes
 from javascript.run import find_node
-from pytree2safetensors import load_metadata, load_pytree, save_pytree
+from pytree2safetensors import KeyPathError, load_metadata, load_pytree, save_pytree, string2keypath
 from robustness.test_fuzz import MUTATIONS, SEED, mutated_folder_file
 
 pytestmark = pytest.mark.fuzz
@@ -62,6 +62,38 @@ def disagreements(folder: Path) -> str:
 def test_both_agree_on_mutated_files(kind: str, tmp_path: Path) -> None:
     for number in range(MUTATIONS // len(MUTATORS) // 4):
         content = Mutation(kind, SEED, number).make()
+        (tmp_path / f"{number}").write_bytes(content)
+    assert disagreements(tmp_path) == ""
+
+
+# Segments, and pieces that make a name something else than a key path.
+PIECES = [
+    "@a", "@b", ".a", "a", "#0", "#1", "#01", "\\", "\\.", "@\\(1)", "@\\(x)", "#\\(0)", "#\\(00)", ".", "@",
+    "__metadata__", "\\x", "@a\\",
+]  # fmt: skip
+KINDS = ["tuple", "list", "None", "dict", *(["OrderedDict", k] for k in ([], ["@a"], ["@a", "@b"]))]
+
+
+def beside_odd_names(chance: random.Random) -> bytes:
+    """A file with a note of a node or two, beside names of which many are not key paths."""
+    kinds: dict[str, Any] = {}
+    while not kinds:
+        for path in chance.choices(["", "@a", "a", "@a\\.b", *PIECES], k=2):
+            try:
+                string2keypath(path)
+            except KeyPathError:
+                continue
+            kinds[path] = chance.choice(KINDS)
+    found = {"".join(chance.choices(PIECES, k=chance.randrange(1, 4))) for _ in range(2)}
+    found |= {path + chance.choice(PIECES) for path in kinds if chance.random() < 0.7}
+    return nodes(kinds, *sorted(found - {"__metadata__"}))
+
+
+@needs_node
+@needs_new
+def test_both_agree_on_notes_beside_names_that_are_not_key_paths(tmp_path: Path) -> None:
+    for number in range(MUTATIONS // 4):
+        content = beside_odd_names(random.Random(f"beside {SEED} {number}"))
         (tmp_path / f"{number}").write_bytes(content)
     assert disagreements(tmp_path) == ""
 

@@ -76,6 +76,7 @@ BAD_INDEXES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     ),
     "a note of nothing": (said(pytree2safetensors="{}"), "has no version"),
     "surrogates": (said(run="\udc00"), "holds a lone surrogate"),
+    "surrogates in a key": (said(**{"\udc00": "1"}), "holds a lone surrogate"),
 }
 
 

@@ -46,6 +46,7 @@ REJECTED = [
     ("__metadata__", 0, "this name is reserved by the file format", ".__metadata__"),
     ("__metadata__@x", 0, "this name is reserved by the file format", ".__metadata__@x"),
     ("#01", 1, NUMBER, "#1"),
+    (r"@\(" + "(" * 65 + ")" + ",)" * 64 + ")", 3, NO_KEY, None),  # one tuple too many
     ("#00", 1, NUMBER, "#0"),
     ("#-1", 1, NUMBER, None),
     ("#+1", 1, NUMBER, "#1"),
@@ -223,7 +224,7 @@ UNSPELLABLE: list[tuple[Any, str]] = [
     (DictKey(Hostile()), KEY_KINDS + f"a value of type {__name__}.Hostile"),
     (DictKey(10**4300), TOO_MANY_DIGITS),
     (DictKey((-(10**4300),)), TOO_MANY_DIGITS),
-    (DictKey(nested(66)), "a dict key nests tuples more than 64 deep"),
+    (DictKey(nested(65)), "a dict key nests tuples more than 64 deep"),
     (DictKey("\ud800"), "a dict key with a lone surrogate, '\\ud800', has no UTF-8 spelling"),
     (DictKey(("\udfff",)), "a dict key holds a lone surrogate, in '\\udfff'"),
     (FlattenedIndexKey(-1), "an index is at least 0 and at most 2147483647, not -1"),
@@ -250,7 +251,7 @@ def test_the_longest_and_deepest_dict_keys() -> None:
         assert key.key == value
         assert type(key.key) is type(value)
     with pytest.raises(KeyPathError):
-        keypath2string((DictKey(nested(66)),))
+        keypath2string((DictKey(nested(65)),))
     with pytest.raises(KeyPathError):
         string2keypath(f"@\\({'(' * 10_000}{')' * 10_000})")
     with pytest.raises(KeyPathError):

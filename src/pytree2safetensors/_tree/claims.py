@@ -16,8 +16,8 @@ _CHILDREN = {"tuple": INDEX, "OrderedDict": ITEM}  # what follows the path of su
 def check_nodes(kinds: Mapping[str, Kind], leaves: Mapping[str, object], file: str) -> None:
     """Raise an error if a note contradicts the names of its file, or if its names are not key paths.
 
-    This costs as much as sorting the names, however deep or many they are. Names in the file that
-    are not key paths are ignored.
+    This costs as much as sorting the names, however deep or many they are. Names of tensors that
+    are not key paths do not count.
     """
     if not kinds:
         return
@@ -46,12 +46,14 @@ def _check_names(kinds: Mapping[str, Kind], leaves: Mapping[str, object]) -> Non
             last, node, leaf = prefixes[-1]
             if not last or name[len(last)] in MARKERS:
                 node = last if last in kinds else node
-                leaf = last if last in leaves else leaf
+                leaf = last if last in leaves and _is_key_path(last) else leaf
         if leaf is not None and name in kinds:
             raise _at_a_leaf(leaf, name)
         if node is not None:
-            _check_child(name, node, kinds[node])
-            if node in segments:
+            fits = _may_be_below(name, node, kinds[node])
+            if (not fits or node in segments) and _is_key_path(name):
+                if not fits:
+                    raise _differs(node, kinds[node])
                 segments[node].add(split(name[len(node) :])[0])
         if following.startswith(name):
             prefixes.append((name, node, leaf))
@@ -65,13 +67,27 @@ def _at_a_leaf(leaf: str, name: str) -> TreeStructureError:
     )
 
 
-def _check_child(name: str, path: str, kind: Kind) -> None:
-    """Raise an error for a name below a node whose kind has no such children."""
-    word = kind[0] if isinstance(kind, list) else kind
+def _is_key_path(name: str) -> bool:
+    try:
+        string2keypath(name)
+    except KeyPathError:
+        return False
+    return True
+
+
+def _may_be_below(name: str, path: str, kind: Kind) -> bool:
+    """Return whether a node of this kind has such children."""
     first = name[len(path)]
     marker = first if first in MARKERS else ATTR  # below the root it is left out
-    if marker != _CHILDREN.get(word) or name.startswith(UNKEYED, len(path)):
-        raise TreeStructureError(f"{shorten(path)} is noted as {word}, and its children differ")
+    return marker == _CHILDREN.get(_word(kind)) and not name.startswith(UNKEYED, len(path))
+
+
+def _differs(path: str, kind: Kind) -> TreeStructureError:
+    return TreeStructureError(f"{shorten(path)} is noted as {_word(kind)}, and its children differ")
+
+
+def _word(kind: Kind) -> str:
+    return str(kind[0]) if isinstance(kind, list) else kind
 
 
 def _check_keys(path: str, kind: Kind, found: set[str]) -> None:
