@@ -34,6 +34,7 @@ from pytree2safetensors import (
     PyTreeContainer,
     TreeStructureError,
     dict2pytree,
+    load_abstract,
     load_into_pytree,
     load_metadata,
     load_pytree,
@@ -209,6 +210,25 @@ def test_long_names_take_memory_in_proportion_to_their_tree(segment: str) -> Non
         tracemalloc.stop()
     assert len(tree) == 40
     assert peak < 4 * kept
+
+
+def without_a_tree(found: list[str]) -> None:
+    """Load in the ways that build no tree from the names."""
+    content = names(*found)
+    template = {"x": np.zeros(1, np.uint8)}
+    load_into_pytree(template, io.BytesIO(content), strict=False, rename={"@x": found[0]})
+    assert len(load_abstract(io.BytesIO(content), flat=True)) == len(found)
+
+
+def test_dict_keys_of_the_same_hash_cost_no_time_without_a_tree() -> None:
+    with no_hang(60):  # a tree would take longer
+        without_a_tree([rf"@\({number * (2**61 - 1)})" for number in range(40_000)])
+
+
+def test_names_of_many_nodes_cost_no_memory_without_a_tree() -> None:
+    found = [f"@{number:06x}{'@' * 890}" for number in range(2000)]
+    with bounded_memory(sum(map(len, found)), 8):  # a tree would take 300 times as much
+        without_a_tree(found)
 
 
 def test_flat_dicts_and_strings_are_input_like_any_other() -> None:

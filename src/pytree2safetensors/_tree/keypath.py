@@ -1,13 +1,14 @@
 r"""The grammar of key paths, and reading them; `spelling` writes them. Both form a bijection.
 
     keypath  = [ first *segment ]
-    first    = segment / text            ; a name alone: the "." of a leading GetAttrKey is left off
+    first    = segment / character text  ; a name alone: the "." of a leading GetAttrKey is left off
     segment  = "." text                  ; GetAttrKey(text)
              / "@" text                  ; DictKey(text)
              / "@" "\(" escaped ")"      ; DictKey(value), no str: as `ascii` writes it
              / "#" number                ; SequenceKey(number)
              / "#" "\(" number ")"       ; FlattenedIndexKey(number)
-    text     = *( any character but . @ # \  /  "\" ( "." / "@" / "#" / "\" ) )
+    text     = *character
+    character = any character but . @ # \  /  "\" ( "." / "@" / "#" / "\" )
     number   = "0" / ( "1"-"9" *( "0"-"9" ) )
 
 The markers are defined in `spelling`. Apart from these two modules, only `paths` knows them.
@@ -159,7 +160,7 @@ def _shift(rejected: Rejected, piece: str, string: str, offset: int) -> Rejected
 def _read_first(piece: str) -> Key:
     if piece[0] in "@#":
         return _read_piece(piece)
-    # first = segment / text
+    # first = segment / character text
     if piece == RESERVED:
         raise Rejected(0, "this name is reserved by the file format", (0, 0, "."))
     if piece[0] != ".":
