@@ -6,7 +6,6 @@ import os
 import shutil
 import sys
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -31,12 +30,8 @@ from pytree2safetensors._load import locate, opening
 from pytree2safetensors._load.checkpoint import OpenCheckpoint
 from pytree2safetensors._load.locate import Index
 from pytree2safetensors._load.opening import open_checkpoint
-from pytree2safetensors._storage import file_source
-from pytree2safetensors._storage import folder as folder_module
 from pytree2safetensors._storage.file_source import FileSource
-from pytree2safetensors._storage.folder import Folder
 from pytree2safetensors.testing import pytrees
-from system_calls import Call, watched
 
 # --- loading ----------------------------------------------------------------------------------
 
@@ -475,80 +470,3 @@ def test_shards_of_another_naming_are_reported(tmp_path: Path) -> None:
         "'model.safetensors-00001-of-00002' is not the name of a shard, which has the form "
         "'model-00001-of-00002.safetensors': rename it, or copy the complete folder again"
     )
-
-
-# --- what changes while it is opened ----------------------------------------------------------
-
-
-def replaced_while_opened(folder: Path, patch: pytest.MonkeyPatch, times: int) -> None:
-    """Have a damaged file replaced by a folder of shards when it is opened, some times."""
-    real, opened = file_source.open_source, list[object]()
-
-    def open_source(path: Any, **options: Any) -> Any:
-        source = real(path, **options)
-        if str(path).endswith(MODEL) and len(opened) < times:
-            opened.append(path)
-            (folder / MODEL).unlink()
-            save_pytree(tree_of(1), folder, max_shard_size=100)
-        return source
-
-    (folder / MODEL).write_bytes(b"damaged" * 10)
-    patch.setattr(opening, "open_source", open_source)
-
-
-MODEL = "model.safetensors"
-
-
-def test_a_damaged_file_that_is_replaced_while_it_is_opened_is_not_reported(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    replaced_while_opened(tmp_path, monkeypatch, 1)
-    assert is_same(tree_of(1), load_pytree(tmp_path))
-
-
-def test_a_file_that_is_replaced_whenever_it_is_opened_is_reported(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(opening, "_ATTEMPTS", 1)
-    replaced_while_opened(tmp_path, monkeypatch, 1)
-    monkeypatch.setattr(opening, "has_parts", lambda _: False)
-    with pytest.raises(FileFormatError, match="is being replaced by another save; load it after"):
-        load_pytree(tmp_path)
-
-
-@pytest.mark.skipif(os.name != "posix", reason="needs locks")
-@pytest.mark.parametrize("where", [".", INDEX])
-def test_a_load_waits_for_a_save_that_renames_shards(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
-) -> None:
-    save_pytree(tree_of(1), tmp_path, max_shard_size=100)
-    with ThreadPoolExecutor() as pool:
-        with Folder(str(tmp_path), listed=True) as folder, folder.locked():  # as a saver does
-            (tmp_path / INDEX).rename(tmp_path / "aside")
-            loading = pool.submit(load_pytree, tmp_path / where)
-            with pytest.raises(TimeoutError):
-                loading.result(0.3)
-            (tmp_path / "aside").rename(tmp_path / INDEX)
-        assert is_same(tree_of(1), loading.result())
-    (tmp_path / INDEX).unlink()
-    monkeypatch.setattr(folder_module, "_PATIENCE", 0.1)
-    with (
-        Folder(str(tmp_path), listed=True) as folder,
-        folder.locked(),
-        pytest.raises(FileFormatError, match="but no index: a save was interrupted or is in progr"),
-    ):
-        load_pytree(tmp_path / where)
-
-
-def test_a_shard_that_cannot_be_opened_is_the_systems_error(tmp_path: Path) -> None:
-    save_pytree(tree_of(1), tmp_path, max_shard_size=100)
-    shard = str(tmp_path / shard_names(3)[1])
-
-    def refuse(call: Call) -> Any:
-        if call.name == "open" and call.args[0] == shard:
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), shard)
-        return call.run()
-
-    with watched(refuse), pytest.raises(PermissionError) as caught:
-        load_pytree(tmp_path)
-    assert caught.value.filename == shard

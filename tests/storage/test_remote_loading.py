@@ -28,10 +28,8 @@ from pytree2safetensors import (
     load_metadata,
     load_pytree,
     save_pytree,
-    save_pytree_async,
 )
 from pytree2safetensors._cli.main import main
-from pytree2safetensors._storage import remote_path
 from web_server import Request, WebServer, web_server
 
 MIB = 1 << 20
@@ -303,59 +301,6 @@ def test_a_url_cannot_be_mapped(server: WebServer, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"mmap=True maps a file on disk; load '{url}' without"):
         load_pytree(url, mmap=True)
     assert server.requests == []
-
-
-# --- paths ------------------------------------------------------------------------------------
-
-
-def test_a_file_url_is_a_local_path(tmp_path: Path) -> None:
-    path = tmp_path / "a b.safetensors"
-    save_pytree(tree_of(1), path.as_uri())
-    assert is_same(tree_of(1), load_pytree(path, mmap=True))
-    assert is_same(tree_of(1), load_pytree(path.as_uri(), mmap=True))
-    save_pytree(tree_of(2), UPath(f"file://{tmp_path}/model"))
-    assert is_same(tree_of(2), load_pytree(UPath(f"file://{tmp_path}/model")))
-    with pytest.raises(ValueError, match="is on another machine"):
-        load_pytree("file://server/model")
-
-
-def test_unknown_schemes_and_missing_packages_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    for url, text in (
-        ("foo://bucket/x", "'foo://bucket/x' cannot be opened with fsspec: Protocol not known"),
-        ("adl://bucket/x", "'adl://bucket/x' cannot be opened with fsspec: "),
-    ):
-        for work in (load_pytree, lambda path: save_pytree({"a": 1}, path)):
-            with pytest.raises(ValueError, match=text):
-                work(url)
-    monkeypatch.setitem(__import__("sys").modules, "fsspec.core", None)
-    with pytest.raises(ValueError, match=r"install pytree2safetensors\[remote\]"):
-        load_pytree("https://example.com/x")
-
-
-@pytest.mark.parametrize("save", [save_pytree, save_pytree_async])
-@pytest.mark.parametrize("path", ["~", "~/run", "~other", "gs:/bucket/run", "s3:/run"])
-def test_a_path_that_looks_like_another_makes_no_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, save: Any
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=r"begins with .~.|looks like a URL"):
-        save(tree_of(1), Path(path), max_shard_size=100)
-    assert not [*tmp_path.iterdir()]
-
-
-@pytest.mark.parametrize(
-    ("url", "shown"),
-    [
-        ("https://h.com/a?b=c", "https://h.com/a?..."),
-        ("https://me:secret@h.com/a", "https://...@h.com/a"),
-        ("simplecache::https://me@h.com/a?b", "simplecache::https://...@h.com/a?..."),
-        ("hf://someone/model@main/x", "hf://someone/model@main/x"),
-        ("abfs://container@account.net/x", "abfs://container@account.net/x"),
-        ("404, url='http://h.com/a?t=s'", "404, url='http://h.com/a?...'"),
-    ],
-)
-def test_credentials_are_left_out_of_urls(url: str, shown: str) -> None:
-    assert remote_path.hide_credentials(url) == shown
 
 
 def test_a_request_is_recorded(server: WebServer) -> None:
