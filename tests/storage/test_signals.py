@@ -166,6 +166,29 @@ def test_without_threads_the_caller_does_the_work(monkeypatch: pytest.MonkeyPatc
     assert found == [threading.get_ident()]
 
 
+def test_an_interrupt_at_the_start_of_the_work_waits_for_its_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    steps: list[str] = []
+    begun, real = threading.Event(), threading.Thread.start
+
+    def start(thread: threading.Thread) -> None:
+        real(thread)
+        begun.wait()
+        interrupt()
+
+    def work() -> None:
+        begun.set()
+        time.sleep(0.1)
+        steps.append("done")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start)
+        with pytest.raises(Interrupted):
+            threads.undisturbed(work)
+    assert steps == ["done"]
+
+
 def test_an_interpreter_that_ends_saves_and_loads_without_threads(tmp_path: Path) -> None:
     script = f"""
 import atexit, sys, threading
