@@ -75,7 +75,7 @@ KINDS = ["tuple", "list", "None", "dict", *(["OrderedDict", k] for k in ([], ["@
 
 
 def beside_odd_names(chance: random.Random) -> bytes:
-    """A file with a note of a node or two, beside names of which many are not key paths."""
+    """A file whose note has one or two nodes. Many of its names are not key paths."""
     kinds: dict[str, Any] = {}
     while not kinds:
         for path in chance.choices(["", "@a", "a", "@a\\.b", *PIECES], k=2):

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def unreduced() -> Any:
-    """The product [[42.0]] of a row of 0 to 3 and a column of 6 to 12, of which each device has a part."""
+    """The product [[42.0]] of the row 0 to 3 and a column of sevens; each device has one part."""
     make_mesh: Any = jax.make_mesh
     mesh = make_mesh((2,), ("x",), axis_types=(AxisType.Explicit,))
     row, column = np.arange(4.0, dtype=np.float32)[None], np.full((4, 1), 7, np.float32)

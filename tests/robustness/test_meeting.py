@@ -396,7 +396,7 @@ def test_a_meeting_of_many_is_quick() -> None:
 
 
 def left_by_process_0() -> Group:
-    """Processes of which number 0 has left its first save, and number 1 has begun none."""
+    """Two processes: 0 has left its first save, 1 has not begun one."""
     group = Group(2)
     group.interrupt(0)
     with pytest.raises(KeyboardInterrupt):

@@ -1,4 +1,4 @@
-"""Several processes, one of which is killed while they save."""
+"""Saves by several processes, when one is killed."""
 
 import inspect
 import os
@@ -38,7 +38,7 @@ VISIBLE: list[tuple[Any, str]] = [
 
 @pytest.fixture
 def mortals() -> Iterator[Group]:
-    """Two processes of which a test may kill one."""
+    """Two processes. A test may kill one."""
     group = Group(2, 2, heartbeat=8)
     yield group
     group.end()

@@ -33,9 +33,7 @@ def misplaced(sharding: Sharding, shape: tuple[int, ...]) -> str | None:
             "load under jax.set_mesh, or give the template concrete shardings"
         )
     if is_unreduced(found):
-        return (
-            "its template has an unreduced sharding, of which the values are sums over the shards"
-        )
+        return "its template has an unreduced sharding; give it one that holds whole values"
     try:
         found.shard_shape(shape)
     except ValueError as error:
