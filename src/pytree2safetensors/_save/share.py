@@ -3,13 +3,14 @@
 Specification: *Saving*, *Digests*.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, Final, NamedTuple
 
 from pytree2safetensors._format.digests import block_bounds, digest_tensor
-from pytree2safetensors._format.tensor import TensorInfo
-from pytree2safetensors._leaves.assembled import Assembled, whole_leaves, with_leaves
+from pytree2safetensors._format.tensor import BITS, TensorInfo
+from pytree2safetensors._leaves.assembled import Assembled, Member, whole_leaves, with_leaves
 from pytree2safetensors._leaves.host_copies import copied_ahead, snapshot
 from pytree2safetensors._leaves.ownership import is_global
 from pytree2safetensors._leaves.spread import Owned, owned, owned_chunks, tensor_chunks
@@ -68,9 +69,16 @@ def size_of(share: Share, infos: Mapping[str, TensorInfo]) -> int:
 def _size_of(part: Any, info: TensorInfo) -> int:
     if isinstance(part, Owned):
         return part.nbytes(info)
-    if isinstance(part, Assembled) and any(isinstance(m.leaf, Owned) for m in part.members):
-        return sum(m.leaf.nbytes(info) // len(m.view.names) for m in part.members)
+    if isinstance(part, Assembled):
+        return sum(_size_of_member(member, info) for member in part.members)
     return info.nbytes
+
+
+def _size_of_member(member: Member, info: TensorInfo) -> int:
+    """Return the size of a leaf's part of a tensor, as if each of its tensors had equally much."""
+    view, leaf = member
+    whole = math.prod(view.shape) * BITS[info.dtype] // 8
+    return _size_of(leaf, info._replace(nbytes=whole)) // len(view.names)
 
 
 def own_chunks(
