@@ -340,6 +340,22 @@ def test_a_folder_loads_with_few_descriptors_left(tmp_path: Path) -> None:
             os.close(hole)
 
 
+def test_a_shard_that_cannot_be_read_is_not_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_pytree(tree_of(1), tmp_path, max_shard_size=100)
+    shards: list[str] = []
+
+    def fail(_: Index, shard: str) -> Any:
+        shards.append(shard)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(Index, "open", fail)
+    with pytest.raises(OSError, match="Input/output"):
+        load_pytree(tmp_path)
+    assert shards == [FIRST]
+
+
 def test_an_index_that_is_away_for_a_moment_is_looked_for_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -104,6 +104,21 @@ def test_a_batch_is_as_large_as_it_can_be(
             assert batch.slots[-1].name != following.slots[0].name
 
 
+@pytest.mark.parametrize("keeps_memory", [False, True])
+@pytest.mark.parametrize("far", [False, True])
+def test_what_keeps_the_memory_of_the_host_is_put_together_there(
+    keeps_memory: bool, far: bool
+) -> None:
+    checkpoint = checkpoint_of([2, 2], digested=False)
+    wanted = [stacked(["0", "1"], 2)]
+    [batch] = plan.plan_batches(checkpoint, wanted, 1 << 20, lambda _: keeps_memory, lambda _: far)
+    together = far and not keeps_memory  # on the device
+    for slot in batch.slots:
+        assert slot.piece is not None
+        assert slot.piece.assembly.is_far is together
+        assert (slot.offset >= 0) is together
+
+
 def test_an_empty_tensor_is_not_read() -> None:
     checkpoint = checkpoint_of([0, 2], digested=False)
     places = [

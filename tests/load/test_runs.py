@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pytree2safetensors._format.tensor import TensorInfo
@@ -45,6 +45,8 @@ def tensors(draw: st.DrawFn) -> list[tuple[TensorInfo, Any, int, TemplateLeaf]]:
 
 
 @given(tensors(), st.integers(64, 400))
+@example([(INFOS[2], FILES[0], 64 * n, LEAVES[0]) for n in range(4)], 128)
+@example([(INFOS[1], FILES[0], 3 * n, LEAVES[0]) for n in range(40)], 64)
 def test_runs_are_as_long_as_they_can_be(
     tensors: list[tuple[TensorInfo, Any, int, TemplateLeaf]], limit: int
 ) -> None:
@@ -85,6 +87,8 @@ def test_runs_are_as_long_as_they_can_be(
         assert last.offset + last.nbytes <= limit
     for batch, after in pairwise(batches):
         last, info = batch.slots[-1], tensors[after.slots[0].run[0]][0]
+        room = limit - last.offset - last.nbytes
+        assert not may_follow(last.run[-1], after.slots[0].run[0]) or info.nbytes > room
         start = -(-(last.offset + last.nbytes) // ALIGNMENT) * ALIGNMENT
         assert start + info.nbytes > limit
 

@@ -66,6 +66,19 @@ def test_what_jax_cannot_hold_is_a_warning_that_names_it(tmp_path: Path) -> None
     assert "'@b'" not in str(caught[0].message)
 
 
+@pytest.mark.parametrize("package", ["pytree2safetensors", "jaxtyping", "beartype", "another"])
+def test_a_warning_names_the_caller_of_the_package_and_its_type_checks(
+    package: str, tmp_path: Path
+) -> None:
+    save_pytree(WIDE, tmp_path / "file")
+    between: dict[str, Any] = {"__name__": f"{package}.module"}
+    exec(compile("def call(load, path): return load(path)", "between", "exec"), between)
+    with pytest.warns(UserWarning, match="does not support the dtypes") as caught:
+        between["call"](load_pytree, tmp_path / "file")
+    expected = "between" if package == "another" else __file__
+    assert [warning.filename for warning in caught] == [expected]
+
+
 def test_scalars_of_numpy_and_python_stay_what_they_are(load: Any, tmp_path: Path) -> None:
     template = {"f": np.float32(0), "i": np.int8(0), "p": 0.0, "b": False, "a": np.zeros(())}
     tree = {"f": np.float32(1.5), "i": np.int8(-3), "p": 2.5, "b": True, "a": np.ones(())}
@@ -74,6 +87,11 @@ def test_scalars_of_numpy_and_python_stay_what_they_are(load: Any, tmp_path: Pat
         "f": np.float32, "i": np.int8, "p": float, "b": bool, "a": np.ndarray,
     }  # fmt: skip
     assert found == tree
+
+
+def test_an_array_of_jax_becomes_a_scalar_of_numpy() -> None:
+    found = set_weights({"a": np.float32(0)}, {"@a": jnp.asarray(1.5, jnp.float32)})["a"]
+    assert (type(found), found) == (np.float32, 1.5)
 
 
 def test_rearranged_leaves_of_numpy_are_contiguous_and_their_own(load: Any, tmp_path: Path) -> None:

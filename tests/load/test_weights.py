@@ -329,6 +329,7 @@ def test_nothing_fits_a_dtype_that_no_file_holds(dtype: Any, strict: bool, tmp_p
 def test_a_tree_without_data_takes_its_own_leaves(tmp_path: Path) -> None:
     tree = {"f": print}
     assert set_weights(tree, pytree2dict(tree)) == tree
+    assert set_weights(tree, pytree2dict({"p": tree}), prefix="@p") == tree
     with pytest.raises(WeightsMismatchError) as caught:
         set_weights(tree, {"@f": np.zeros(1)})
     assert caught.value.unexpected == ("@f",)

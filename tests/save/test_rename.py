@@ -47,6 +47,7 @@ def test_a_renamed_file_has_no_note(path: Path) -> None:
         "rate": 0.5,
         "on": True,
         "w": jnp.ones(()),
+        "weak": jnp.asarray(2.0),
     }
     rename = [TRANSPOSED, Rule("{*}", "{*}")]
     found = saved(tree, rename, path, metadata={"format": "pt"})
@@ -59,6 +60,7 @@ def test_a_renamed_file_has_no_note(path: Path) -> None:
             "rate": np.array(0.5),
             "steps": np.array(3),
             "w": np.ones((), np.float32),
+            "weak": np.array(2.0, np.float32),
         },
     )
 
