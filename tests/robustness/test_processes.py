@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 import pytree2safetensors as p2s
 from pytree2safetensors._leaves.encode import host_shard
 from pytree2safetensors._leaves.to_jax import TAKEN_OVER
-from pytree2safetensors._save import calls, share
+from pytree2safetensors._save import calls
 from pytree2safetensors._storage import file_source as _source
 from together import (
     SPECS,
@@ -402,6 +402,7 @@ def test_every_option_gives_the_bytes_of_one_process(
 RULES = [
     p2s.Rule("h.{l}.weight", "layers.kernel", "o i -> l i o"),
     p2s.Rule("h.{l}.bias", "layers.bias", "o -> l o"),
+    p2s.Rule("joined", "{p:embed,host}", "(p a) b -> a b"),
     p2s.Rule("{=}", "{=}"),
 ]
 
@@ -414,7 +415,8 @@ def save_with_rules(folder: str, options: dict[str, Any], background: bool) -> N
             "bias": (values_of((4, 48)), P(None, "y")),
         },
         "embed": (values_of((128, 16)), P(("x", "y"))),
-        "host": (np.arange(6, dtype=np.int32), None),
+        "host": (values_of((128, 16)), None),
+        "steps": (np.arange(6, dtype=np.int32), None),
     }
 
     def made(together: bool) -> Any:
@@ -445,21 +447,7 @@ def test_rules_give_the_bytes_of_one_process(
     assert contents_of(tmp_path / "together") == contents_of(tmp_path / "alone")
 
 
-# --- pieces, in one process -------------------------------------------------------------------
-
-
-def test_pieces_are_joined_and_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(share, "_SMALL", 4)
-    monkeypatch.setattr(share, "_JOINED", 8)
-    monkeypatch.setattr(share, "_LARGEST", 16)
-    content = bytes(range(100))
-    ranges = [(0, 3), (3, 6), (6, 9), (9, 12), (12, 50), (50, 52), (60, 61), (61, 64), (80, 84)]
-    pieces = ((start, memoryview(content)[start:stop]) for start, stop in ranges)
-    found = [(start, start + len(piece), bytes(piece)) for start, piece in share._arranged(pieces)]
-    assert [(start, stop) for start, stop, _ in found] == [
-        (0, 9), (9, 12), (12, 28), (28, 44), (44, 50), (50, 52), (60, 64), (80, 84),
-    ]  # fmt: skip
-    assert all(piece == content[start:stop] for start, stop, piece in found)
+# --- in one process ---------------------------------------------------------------------------
 
 
 def test_nothing_is_needed_of_one_process() -> None:
