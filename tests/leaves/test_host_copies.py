@@ -61,6 +61,42 @@ def tree_of_arrays() -> dict[str, Any]:
     }
 
 
+@pytest.mark.parametrize("background", [False, True])
+def test_many_equal_small_arrays_are_copied_together(
+    background: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    devices = jax.devices()
+    values: list[Any] = [jnp.full((2, 3), i, jnp.float32) for i in range(100)]
+    tree = {
+        "first": values,
+        "second": [jax.device_put(value + 1, devices[1]) for value in values],
+        "scalars": [jnp.asarray(i, jnp.bfloat16) for i in range(70)],
+        "packed": [jnp.asarray(i % 7, jnp.int4) for i in range(70)],
+        "few": [jnp.arange(4) + i for i in range(63)],
+        "empty": [jnp.zeros((0, 2)) for _ in range(64)],
+    }
+    save_pytree(tree, tmp_path / "plain")
+    monkeypatch.setattr(host_copies, "_MANY", 64)
+    counts: list[int] = []
+    link = Link(monkeypatch)
+
+    def device_put(values: Any, *arguments: Any) -> Any:
+        counts.append(len(values))
+        return link.device_put(values, *arguments)
+
+    monkeypatch.setattr(jax, "device_put", device_put)
+    if background:
+        future = save_pytree_async(tree, tmp_path / "copied")
+        for array in jax.tree.leaves(tree):
+            array.delete()
+        future.result()
+    else:
+        save_pytree(tree, tmp_path / "copied")
+    assert (tmp_path / "copied").read_bytes() == (tmp_path / "plain").read_bytes()
+    # Stacks of 64, and what is left of each group; arrays of 4 bits are not stacked.
+    assert counts[0] == 2 * (1 + 36) + (1 + 6) + 70 + 63 + 1
+
+
 @pytest.mark.parametrize("batch", [1, 20_000, 1 << 30])
 @pytest.mark.parametrize("background", [False, True])
 def test_copies_have_the_bytes_of_the_arrays(

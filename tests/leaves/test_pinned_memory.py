@@ -6,14 +6,14 @@ import jax
 import numpy as np
 import pytest
 
-from pytree2safetensors._leaves import jax_versions
+from pytree2safetensors._leaves import jax_versions, staging
 
 
 class Late:
     """An array whose zeros arrive when it is waited for."""
 
     def __init__(self, memory: Any) -> None:
-        self.memory = memory
+        self.memory, self.size = memory, memory.size
 
     def block_until_ready(self) -> "Late":
         self.memory[:] = 0
@@ -33,8 +33,9 @@ def test_pinned_memory_is_handed_out_after_its_zeros_arrived(
 ) -> None:
     memory = np.ones(64, np.uint8)
     monkeypatch.setattr(jax, "device_put", lambda *_: Late(memory))
-    found = jax_versions.pinned_memory(jax.devices()[0], 64)
-    assert found is not None
+    started = staging.StartedMemory(jax.devices()[0], 64)
+    assert memory.all()  # nothing waits for it yet
+    found = started.get()
     assert not found.any()
     found[:] = 5
     assert (memory == 5).all()
@@ -45,7 +46,21 @@ def test_a_device_without_pinned_memory_has_none(monkeypatch: pytest.MonkeyPatch
         raise RuntimeError("UNIMPLEMENTED")  # as some backends do
 
     monkeypatch.setattr(jax, "device_put", refuse)
-    assert jax_versions.pinned_memory(jax.devices()[0], 64) is None
+    assert jax_versions.start_pinning(jax.devices()[0], 64) is None
+    assert staging.StartedMemory(jax.devices()[0], 64).get().size == 64
+
+
+def test_other_memory_takes_the_place_of_pinned_memory_that_never_comes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Failed(Late):
+        def block_until_ready(self) -> "Late":
+            raise RuntimeError("RESOURCE_EXHAUSTED")
+
+    monkeypatch.setattr(jax, "device_put", lambda *_: Failed(np.ones(64, np.uint8)))
+    found = staging.StartedMemory(jax.devices()[0], 64).get()
+    found[:] = 5
+    assert found.size == 64
 
 
 def test_a_sharding_of_a_device_without_pinned_memory_has_no_pinned_form() -> None:

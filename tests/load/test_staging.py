@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from oracle import assert_same
+from placed import is_committed
 from pytree2safetensors import Rule, load_into_pytree, load_pytree, save_pytree
 from pytree2safetensors._leaves import jax_versions, placement, staging
 from pytree2safetensors._leaves.spec import LeafSpec
@@ -73,7 +74,7 @@ class Link:
 
         patch.setattr(jax, "device_put", device_put)
         patch.setattr(staging, "block_until_ready", block_until_ready)
-        patch.setattr(staging, "pinned_memory", lambda *_: None)
+        patch.setattr(staging, "start_pinning", lambda *_: None)
         patch.setattr(staging, "aligned", aligned)
         patch.setattr(reading, "block_until_ready", block_until_ready)
         patch.setattr(reading, "is_on_host", lambda _: False)
@@ -355,3 +356,25 @@ def test_many_equal_arrays_have_their_own_values(keeps_memory: bool) -> None:
     for array in arrays if keeps_memory else []:
         array[:] = -1
     assert [np.asarray(array).tolist() for array in found] == [[n] * 3 for n in range(1200)]
+
+
+def test_many_equal_arrays_are_transferred_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    arrays = [np.full(3, number, np.float32) for number in range(1300)]
+    first, second = jax.devices()[:2]
+    on_mesh = NamedSharding(Mesh(np.array([first]), ("x",)), P())
+    real: Any = jax.device_put
+    puts: list[Any] = []
+
+    def device_put(values: Any, *arguments: Any) -> Any:
+        puts.append(values)
+        return real(values, *arguments)
+
+    monkeypatch.setattr(jax, "device_put", device_put)
+    for sharding in (None, SingleDeviceSharding(first), SingleDeviceSharding(second), on_mesh):
+        puts.clear()
+        found = to_jax(arrays, [sharding] * len(arrays), keeps_memory=False)
+        assert len(puts) == (1 if sharding is on_mesh else 11)  # stacks of 128, and the rest
+        assert [np.asarray(array).tolist() for array in found] == [[n] * 3 for n in range(1300)]
+        for array in found:
+            assert is_committed(array) is (sharding is not None)
+            assert sharding is None or array.sharding == sharding

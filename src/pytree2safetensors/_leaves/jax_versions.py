@@ -108,18 +108,25 @@ def pinned_sharding(sharding: Any) -> Any:
         return None
 
 
-def pinned_memory(device: jax.Device, size: int) -> NDArray[np.uint8] | None:
-    """Return host memory that a device reads without a further copy, or None.
+def start_pinning(device: jax.Device, size: int) -> Any:
+    """Start to allocate host memory that a device reads without a further copy; None if it has none.
 
-    JAX has no function for this. So a JAX array is created there, and NumPy writes to its memory.
+    JAX has no function for this. So a JAX array is created there, for `pinned_memory`.
     """
     try:
         sharding = jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host")
-        # Wait, because the zeros must not arrive after the data that are read into the memory.
-        owner: Any = block_until_ready(jax.device_put(np.zeros(size, np.uint8), sharding))
-        address = owner.unsafe_buffer_pointer()
+        return jax.device_put(np.zeros(size, np.uint8), sharding)
     except Exception:  # noqa: BLE001 - backends and versions without it differ in what they raise
         return None
-    buffer: Any = (ctypes.c_uint8 * size).from_address(address)
+
+
+def pinned_memory(owner: Any) -> NDArray[np.uint8] | None:
+    """Return the memory of an array of `start_pinning`, to write to; None if there is none."""
+    try:
+        # Wait, because the zeros must not arrive after the data that are read into the memory.
+        address = block_until_ready(owner).unsafe_buffer_pointer()
+    except Exception:  # noqa: BLE001 - as above
+        return None
+    buffer: Any = (ctypes.c_uint8 * owner.size).from_address(address)
     buffer.owner = owner  # the NumPy array keeps the buffer alive, and the buffer keeps the memory
     return np.frombuffer(buffer, np.uint8)

@@ -20,9 +20,14 @@ def has_other_devices() -> bool:
     return not all(map(is_on_host, jax.local_devices()))
 
 
+def is_packed(dtype: Any) -> bool:
+    """Return whether devices may keep several items of a dtype in a byte."""
+    return bool(dtype.kind == "V" and dtype.itemsize == 1)
+
+
 def is_in_place(array: jax.Array) -> bool:
-    """Return whether the host reads an array in place. Types of a byte or less may be packed."""
-    if array.dtype.kind == "V" and array.dtype.itemsize == 1:
+    """Return whether the host reads an array in place."""
+    if is_packed(array.dtype):
         return False
     sharding: Any = array.sharding
     if sharding.memory_kind in _HOST_MEMORY:

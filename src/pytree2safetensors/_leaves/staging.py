@@ -11,13 +11,12 @@ import jax
 import numpy as np
 from numpy.typing import NDArray
 
-from pytree2safetensors._leaves.jax_versions import block_until_ready, pinned_memory
+from pytree2safetensors._leaves.jax_versions import block_until_ready, pinned_memory, start_pinning
 from pytree2safetensors._leaves.to_jax import own_programs
 
-# Measured on an H100: in pinned memory, batches of 32 MiB that 12 threads read come close to the
-# speed of the page cache. Three tensors of usual models fit in. JAX never frees pinned memory, and
-# doubles its requests: the smaller piece costs 384 MiB in all if it comes first, and 512 if last.
-RING: Final = (128 << 20, 256 << 20)  # bytes
+# Measured on an H100: with fewer bytes, threads wait for room. JAX rounds pinned memory up to powers
+# of two, never frees it, and puts small arrays of its own into what is left of it.
+RING: Final = (63 << 20, 127 << 20, 255 << 20)  # bytes
 ALIGNMENT: Final = 256  # bytes: JAX takes over memory that is aligned to 64
 
 
@@ -44,9 +43,9 @@ class Ring:
     """
 
     def __init__(self, device: jax.Device, sizes: Sequence[int] = RING) -> None:
-        self.device, self.largest = device, max(sizes, default=0)
+        self.largest = max(sizes, default=0)
         self.pieces: list[_Piece] = []
-        self.sizes = deque(sizes)  # of the pieces that have not been needed yet
+        self.unused = deque(StartedMemory(device, size) for size in sizes)  # pieces to be
         self.taken: deque[_Piece] = deque()  # the piece of each batch, the oldest first
         self.moving: deque[list[Any]] = deque()  # the arrays that are made of the oldest batches
 
@@ -63,8 +62,8 @@ class Ring:
 
     def _pieces(self) -> Iterator["_Piece"]:
         yield from self.pieces
-        while self.sizes:
-            self.pieces.append(_Piece(memory_for(self.device, self.sizes.popleft())))
+        while self.unused:
+            self.pieces.append(_Piece(self.unused.popleft().get()))
             yield self.pieces[-1]
 
     def transferred(self, arrays: list[Any]) -> None:
@@ -97,7 +96,13 @@ class _Piece:
         return end if end + size <= first else None
 
 
-def memory_for(device: jax.Device, size: int) -> NDArray[np.uint8]:
-    """Return memory to transfer to a device from, pinned if possible."""
-    pinned = pinned_memory(device, size)
-    return aligned(size) if pinned is None else pinned
+class StartedMemory:
+    """Memory to transfer to a device from, pinned if possible; JAX allocates it in the background."""
+
+    def __init__(self, device: jax.Device, size: int) -> None:
+        self.size, self.owner = size, start_pinning(device, size)
+
+    def get(self) -> NDArray[np.uint8]:
+        """Wait for the memory."""
+        pinned = None if self.owner is None else pinned_memory(self.owner)
+        return aligned(self.size) if pinned is None else pinned

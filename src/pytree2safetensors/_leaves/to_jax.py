@@ -11,7 +11,7 @@ import jax
 import jax.experimental
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Sharding
+from jax.sharding import Sharding, SingleDeviceSharding
 from numpy.typing import NDArray
 
 from pytree2safetensors._leaves.jax_versions import enable_x64, no_mesh
@@ -38,7 +38,7 @@ def to_jax(
     *,
     keeps_memory: bool = True,
 ) -> list[jax.Array]:
-    """Make JAX arrays, which are uncommitted if no sharding is given.
+    """Make JAX arrays, which are uncommitted if no sharding is given; for use within `own_programs`.
 
     JAX needs some 20 us to create an array, but only 4 us if a compiled call returns it.
 
@@ -50,48 +50,48 @@ def to_jax(
     """
     found: list[Any] = list(arrays)
     placements = shardings or [None] * len(arrays)
-    groups: dict[tuple[Any, tuple[int, ...]], list[int]] = {}
+    groups: dict[tuple[Any, ...], list[int]] = {}
     alone: list[int] = []
-    placed: list[int] = []
     for position, (array, sharding) in enumerate(zip(arrays, placements, strict=True)):
-        if sharding is not None:
-            placed.append(position)
-        elif array.nbytes >= TAKEN_OVER:
-            alone.append(position)
+        if array.nbytes < TAKEN_OVER and (sharding is None or _may_stack(sharding, keeps_memory)):
+            groups.setdefault((array.dtype, array.shape, sharding), []).append(position)
         else:
-            groups.setdefault((array.dtype, array.shape), []).append(position)
-    values = [arrays[position] for position in alone]
-    with own_programs():
-        for (dtype, _), positions in groups.items():
-            many = len(positions) >= _MANY and dtype.name not in _WITHOUT_PROGRAMS
-            compiled = len(positions) - len(positions) % _CHUNK if many else 0
-            for start in range(0, compiled, _CHUNK):
-                chunk = positions[start : start + _CHUNK]
-                members = [arrays[i] for i in chunk]
-                # One transfer is faster than many.
-                made = _identity(members) if keeps_memory else _unstacked(np.stack(members))
-                for position, made_array in zip(chunk, made, strict=True):
-                    found[position] = made_array
-            # These must be copies, because JAX may take over the memory that they are in. jnp.array
-            # would copy, too, but compiles a program for each shape.
-            alone.extend(positions[compiled:])
-            values.extend(
-                arrays[position].copy() if keeps_memory else arrays[position]
-                for position in positions[compiled:]
+            alone.append(position)
+    for (dtype, _, sharding), positions in groups.items():
+        many = len(positions) >= _MANY and dtype.name not in _WITHOUT_PROGRAMS
+        compiled = len(positions) - len(positions) % _CHUNK if many else 0
+        for start in range(0, compiled, _CHUNK):
+            chunk = positions[start : start + _CHUNK]
+            members = [arrays[i] for i in chunk]
+            # One transfer is faster than many.
+            made = (
+                _identity(members)
+                if keeps_memory
+                else _unstacked(jax.device_put(np.stack(members), sharding))
             )
-        for position, made_array in zip(alone, jax.device_put(values), strict=True):
-            found[position] = made_array
-    if placed:
+            for position, made_array in zip(chunk, made, strict=True):
+                found[position] = made_array
+        alone += positions[compiled:]
+    for placed in (False, True):  # a call for each, because JAX takes no list with None
+        chosen = [i for i in alone if (placements[i] is not None) is placed]
+        # Small arrays must be copied, because JAX may take over the memory that they are in.
+        # jnp.array would copy, too, but compiles a program for each shape.
         values = [
-            arrays[position].copy()
-            if keeps_memory and arrays[position].nbytes < TAKEN_OVER
-            else arrays[position]
-            for position in placed
+            arrays[i].copy() if keeps_memory and arrays[i].nbytes < TAKEN_OVER else arrays[i]
+            for i in chosen
         ]
-        places = [placements[position] for position in placed]
-        for position, made_array in zip(placed, jax.device_put(values, places), strict=True):
+        places = [placements[i] for i in chosen] if placed else None
+        made = jax.device_put(values, places) if values else []
+        for position, made_array in zip(chosen, made, strict=True):
             found[position] = made_array
     return found
+
+
+def _may_stack(sharding: Sharding, keeps_memory: bool) -> bool:
+    """Return whether arrays with this sharding may be parts of one array."""
+    if keeps_memory or not isinstance(sharding, SingleDeviceSharding):
+        return False
+    return bool(sharding == SingleDeviceSharding(*sharding.device_set))  # not in another memory
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import numpy as np
 from pytree2safetensors._leaves.decode import to_host
 from pytree2safetensors._leaves.encode import host_array
 from pytree2safetensors._leaves.spec import LeafSpec, TracedSpec
-from pytree2safetensors._leaves.to_jax import to_jax, weaken, wrap_key
+from pytree2safetensors._leaves.to_jax import own_programs, to_jax, weaken, wrap_key
 from pytree2safetensors._leaves.views import View, leaf_of
 from pytree2safetensors._load.sharded import concrete, place
 from pytree2safetensors._load.template import TemplateLeaf, to_python
@@ -42,7 +42,8 @@ def fitted(slot: TemplateLeaf, value: Any) -> Any:
         host = np.array(to_host(value, dtype), order="C")
         if slot.target != "jax":
             return host[()] if slot.target == "scalar" else host
-        value = to_jax([host])[0]
+        with own_programs():
+            value = to_jax([host])[0]
         if slot.leaf.weak:
             value = weaken(value)
     elif dtype is not None and value.dtype != dtype:

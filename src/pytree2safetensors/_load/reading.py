@@ -23,10 +23,11 @@ from pytree2safetensors._leaves.staging import (
     ALIGNMENT,
     RING,
     Ring,
+    StartedMemory,
     aligned,
     default_device,
-    memory_for,
 )
+from pytree2safetensors._leaves.to_jax import own_programs
 from pytree2safetensors._leaves.views import View
 from pytree2safetensors._load.checkpoint import OpenCheckpoint
 from pytree2safetensors._load.finishing import Finisher
@@ -46,7 +47,7 @@ _AHEAD: Final = 16  # batches to read while another becomes leaves: with few, th
 _AHEAD_REMOTELY: Final = 5  # so that enough ranges are requested at the same time
 _READERS: Final = 4  # threads; more do not help with fresh memory
 _STAGED_READERS: Final = 12  # threads for reused memory; more threads slow each other down
-_STAGED_PIECE: Final = 16 << 20  # bytes of one read there, long enough for the threads to overlap
+_STAGED_PIECE: Final = 12 << 20  # bytes of one read there, long enough for the threads to overlap
 
 
 class _Reading(NamedTuple):
@@ -70,7 +71,8 @@ def read_leaves(
         FileFormatError: The file changed, or its data contradicts its header or digests.
         OSError: The file cannot be read.
     """
-    with jax.ensure_compile_time_eval():  # a load in a traced function returns values
+    # A load in a traced function returns values.
+    with jax.ensure_compile_time_eval(), own_programs():
         return _read_leaves(checkpoint, wanted, mmap, progress)
 
 
@@ -238,7 +240,7 @@ class _Staged(_Ahead):
             while self.window:
                 self.finish()
             block_until_ready(self.large)  # one of these in memory, and one being read
-            return memory_for(self.device, size)
+            return StartedMemory(self.device, size).get()
         while (memory := self.ring.take(size)) is None:
             # Finished batches are handed over first, so that the link is always busy.
             if self.window and (self.window[0].is_read() or not self.ring.moving):
