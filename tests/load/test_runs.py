@@ -1,28 +1,34 @@
-"""Runs: which small tensors are read as one."""
+"""Runs: which small tensors are read as one, and which of them are rows of one array."""
 
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from oracle import assert_same
+from pytree2safetensors import load_into_pytree, load_pytree, save_pytree
 from pytree2safetensors._format.tensor import TensorInfo
 from pytree2safetensors._leaves.spec import LeafSpec
 from pytree2safetensors._leaves.staging import ALIGNMENT
 from pytree2safetensors._leaves.to_jax import TAKEN_OVER
 from pytree2safetensors._load.checkpoint import OpenCheckpoint
-from pytree2safetensors._load.runs import is_small_plain, plan_runs
-from pytree2safetensors._load.slots import Slot, Wanted
+from pytree2safetensors._load.runs import plan_runs
+from pytree2safetensors._load.slots import Batch, Slot, Wanted
 from pytree2safetensors._load.template import TemplateLeaf
+from pytree2safetensors._storage.byte_source import ByteSource
 
 INFOS = [TensorInfo("U8", (size,), size) for size in (1, 3, 64)]
 LEAVES = [TemplateLeaf(LeafSpec("array", np.dtype("u1"), (3,)), "jax") for _ in range(2)]
-FILES: Any = ["first", "second"]
+FILES = [ByteSource(label, 0) for label in ("first", "second")]
+Tensor = tuple[TensorInfo, ByteSource, int]  # with its file and its offset there
 
 
-def checkpoint_of(tensors: list[tuple[TensorInfo, Any, int]]) -> OpenCheckpoint:
+def checkpoint_of(tensors: list[Tensor]) -> OpenCheckpoint:
     checkpoint = object.__new__(OpenCheckpoint)
     checkpoint.digests = None
     checkpoint.infos = {f"{n}": info for n, (info, _, _) in enumerate(tensors)}
@@ -30,67 +36,111 @@ def checkpoint_of(tensors: list[tuple[TensorInfo, Any, int]]) -> OpenCheckpoint:
     return checkpoint
 
 
+def planned(
+    tensors: list[Tensor], leaves: list[TemplateLeaf], order: list[int], limit: int = 1 << 20
+) -> list[Batch]:
+    """Plan leaves that are wanted in any order; return their batches."""
+    wanted = [Wanted(f"{n}", leaves[n]) for n in order]
+    batches, others = plan_runs(checkpoint_of(tensors), wanted, lambda _: False, limit)
+    assert not others
+    return batches
+
+
 @st.composite
-def tensors(draw: st.DrawFn) -> list[tuple[TensorInfo, Any, int, TemplateLeaf]]:
-    found, offset, file = [], 0, FILES[0]
+def layouts(draw: st.DrawFn) -> tuple[list[Tensor], list[TemplateLeaf], list[int]]:
+    tensors, leaves = [], []
+    offset, file = 0, FILES[0]
     for _ in range(draw(st.integers(0, 20))):
         info = draw(st.sampled_from(INFOS))
         if draw(st.integers(0, 5)) == 0:
             offset += draw(st.integers(1, 9))  # of a tensor that nobody wants
-        if draw(st.integers(0, 9)) == 0:
-            file = draw(st.sampled_from(FILES))
-        found.append((info, file, offset, LEAVES[draw(st.integers(0, 9)) == 0]))
+        if file == FILES[0] and draw(st.integers(0, 19)) == 0:
+            file, offset = FILES[1], 0
+        tensors.append((info, file, offset))
+        leaves.append(LEAVES[draw(st.integers(0, 9)) == 0])
         offset += info.nbytes
-    return found
+    twice = draw(st.sets(st.sampled_from(range(len(tensors))))) if tensors else ()
+    return tensors, leaves, draw(st.permutations([*range(len(tensors)), *twice]))
 
 
-@given(tensors(), st.integers(64, 400))
-@example([(INFOS[2], FILES[0], 64 * n, LEAVES[0]) for n in range(4)], 128)
-@example([(INFOS[1], FILES[0], 3 * n, LEAVES[0]) for n in range(40)], 64)
-def test_runs_are_as_long_as_they_can_be(
-    tensors: list[tuple[TensorInfo, Any, int, TemplateLeaf]], limit: int
+@given(layouts(), st.integers(64, 400))
+@example(([(INFOS[2], FILES[0], 64 * n) for n in range(4)], LEAVES[:1] * 4, [*range(4)]), 128)
+@example(([(INFOS[1], FILES[0], 3 * n) for n in range(40)], LEAVES[:1] * 40, [*range(40)]), 64)
+def test_a_run_is_what_follows_each_other_in_a_file(
+    layout: tuple[list[Tensor], list[TemplateLeaf], list[int]], limit: int
 ) -> None:
-    checkpoint = checkpoint_of([(info, file, offset) for info, file, offset, _ in tensors])
-    wanted = [Wanted(f"{n}", leaf) for n, (*_, leaf) in enumerate(tensors)]
-    small = [(0, n, f"{n}") for n in range(len(tensors))]
-    batches = list(plan_runs(checkpoint, wanted, small, limit))
-    assert [n for batch in batches for slot in batch.slots for n in slot.run] == [
-        *range(len(tensors))
-    ]
-
-    def may_follow(first: int, second: int) -> bool:
-        info, file, offset, leaf = tensors[first]
-        return tensors[second] == (info, file, offset + info.nbytes, leaf) and (
-            tensors[second][3] is leaf
-        )
+    tensors, leaves, order = layout
+    batches = planned(tensors, leaves, order, limit)
+    found: list[int] = []
 
     def check(slot: Slot) -> None:
-        info = tensors[slot.run[0]][0]
-        assert slot.name == f"{slot.run[0]}"
-        assert slot.info == TensorInfo("U8", (len(slot.run), *info.shape), slot.nbytes)
-        assert slot.nbytes == info.nbytes * len(slot.run)
-        assert all(may_follow(*pair) for pair in pairwise(slot.run))
+        info, file, first = tensors[int(slot.name)]
+        assert slot.info is info
         assert slot.offset % ALIGNMENT == 0
+        stop = 0
+        for rows in slot.rows:
+            found.extend(rows.positions)
+            for number, position in enumerate(rows.positions):
+                tensor, place = order[position], rows.start + number * rows.step
+                assert tensors[tensor] == (rows.info, file, first + place)
+                assert leaves[tensor] is leaves[order[rows.positions[0]]]
+                stop = max(stop, place + rows.info.nbytes)
+        assert slot.nbytes == stop <= limit
 
+    def may_be_one(slot: Slot, following: Slot) -> bool:
+        _, file, start = tensors[int(slot.name)]
+        info, *place = tensors[int(following.name)]
+        is_adjacent = place == [file, start + slot.nbytes]
+        return is_adjacent and slot.nbytes + info.nbytes <= limit
+
+    slots = [slot for batch in batches for slot in batch.slots]
+    for slot in slots:
+        check(slot)
+    assert sorted(found) == [*range(len(order))]
+    assert not any(may_be_one(*pair) for pair in pairwise(slots))
     for batch in batches:
-        for slot in batch.slots:
-            check(slot)
+        assert batch.slots[0].offset == 0
         for slot, following in pairwise(batch.slots):
             assert following.offset == -(-(slot.offset + slot.nbytes) // ALIGNMENT) * ALIGNMENT
-            room = limit - slot.offset - slot.nbytes
-            assert not may_follow(slot.run[-1], following.run[0]) or (
-                tensors[following.run[0]][0].nbytes > room
-            )
-        assert batch.slots[0].offset == 0
         last = batch.slots[-1]
-        assert last.offset + last.nbytes <= batch.size <= max(limit, last.offset + ALIGNMENT * 2)
         assert last.offset + last.nbytes <= limit
+        assert last.offset + last.nbytes <= batch.size < last.offset + last.nbytes + ALIGNMENT
     for batch, after in pairwise(batches):
-        last, info = batch.slots[-1], tensors[after.slots[0].run[0]][0]
-        room = limit - last.offset - last.nbytes
-        assert not may_follow(last.run[-1], after.slots[0].run[0]) or info.nbytes > room
+        last = batch.slots[-1]
         start = -(-(last.offset + last.nbytes) // ALIGNMENT) * ALIGNMENT
-        assert start + info.nbytes > limit
+        assert start + after.slots[0].nbytes > limit
+
+
+@given(st.lists(st.sampled_from(INFOS), min_size=1, max_size=4, unique=True), st.integers(1, 5))
+def test_equal_tensors_of_repeated_layers_are_rows_of_one_array(
+    layer: list[TensorInfo], count: int
+) -> None:
+    tensors: list[Tensor] = []
+    for info in layer * count:
+        offset = tensors[-1][2] + tensors[-1][0].nbytes if tensors else 0
+        tensors.append((info, FILES[0], offset))
+    [batch] = planned(tensors, LEAVES[:1] * len(tensors), [*range(len(tensors))])
+    [slot] = batch.slots
+    assert [rows.info for rows in slot.rows] == layer
+    assert [rows.positions for rows in slot.rows] == [
+        [*range(first, len(tensors), len(layer))] for first in range(len(layer))
+    ]
+
+
+def test_runs_of_several_dtypes_and_shapes_come_back(tmp_path: Path) -> None:
+    def layer(n: int) -> dict[str, Any]:
+        return {
+            "bias": jnp.arange(3, dtype=jnp.bfloat16) + n,
+            "count": jnp.int32(n),
+            "flags": jnp.array([[n % 2 == 0, n % 3 == 0]]),
+            "kernel": jnp.full((2, 3), n, jnp.float32),
+        }
+
+    tree = [layer(n) if n != 3 else {"kernel": jnp.full((2, 3), n, jnp.float32)} for n in range(9)]
+    save_pytree(tree, tmp_path / "file")
+    for mmap in (False, True):
+        assert_same(load_pytree(tmp_path / "file", mmap=mmap), tree)
+        assert_same(load_into_pytree(tree, tmp_path / "file", mmap=mmap), tree)
 
 
 @pytest.mark.parametrize("nbytes", [0, 1, TAKEN_OVER - 1, TAKEN_OVER])
@@ -101,9 +151,9 @@ def test_small_plain_arrays_are_read_in_runs(
     nbytes: int, kind: Any, keeps_memory: bool, target: Any
 ) -> None:
     checkpoint = checkpoint_of([(TensorInfo("U8", (nbytes,), nbytes), FILES[0], 0)])
-    leaf = TemplateLeaf(LeafSpec(kind, None, (nbytes,)), target)
-    is_small = is_small_plain(checkpoint, lambda _: keeps_memory)
-    expected = (kind, keeps_memory, target) == ("array", False, "jax") and 0 < nbytes < TAKEN_OVER
-    assert is_small("0", leaf) is expected
+    wanted = [Wanted("0", TemplateLeaf(LeafSpec(kind, None, (nbytes,)), target))]
+    batches, others = plan_runs(checkpoint, wanted, lambda _: keeps_memory, 1 << 20)
+    is_small = (kind, keeps_memory, target) == ("array", False, "jax") and 0 < nbytes < TAKEN_OVER
+    assert (bool(batches), others) == (is_small, [] if is_small else [(0, wanted[0])])
     checkpoint.digests = {}
-    assert not is_small_plain(checkpoint, lambda _: False)("0", leaf)
+    assert plan_runs(checkpoint, wanted, lambda _: False, 1 << 20) == ([], [(0, wanted[0])])

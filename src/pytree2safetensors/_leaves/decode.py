@@ -34,6 +34,15 @@ def from_bytes(
     return masked.view(dtype).reshape(shape)
 
 
+def rows_of(
+    memory: NDArray[np.uint8], info: TensorInfo, name: str, start: int, step: int, count: int
+) -> NDArray[Any]:
+    """View equal plain tensors as the rows of one array. In memory, they start `step` bytes apart."""
+    dtype = np.dtype((numpy_dtype(info, name), info.shape))
+    rows: NDArray[Any] = np.ndarray(count, dtype, memory, start, step)
+    return canonical_bools(rows)
+
+
 def python_value(values: NDArray[Any], info: TensorInfo) -> Any:
     """Return the Python scalar in a tensor."""
     return complex(*values.tolist()) if info.kind == "complex" else values.item()

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from pytree2safetensors._collector import collector_paused
 from pytree2safetensors._errors import errors_of
-from pytree2safetensors._leaves.decode import cast_array, from_bytes, python_value
+from pytree2safetensors._leaves.decode import cast_array, from_bytes, python_value, rows_of
 from pytree2safetensors._leaves.extents import shape_of
 from pytree2safetensors._leaves.spec import numpy_dtype
 from pytree2safetensors._leaves.staging import aligned
@@ -55,19 +55,23 @@ class Finisher:
     def finish(self, places: Sequence[Place], *, is_staged: bool) -> list[jax.Array]:
         """Make leaves from a batch; return the arrays that use its memory."""
         with collector_paused():
-            runs = [place for place in places if place.slot.run]
-            others = [place for place in places if not place.slot.run]
+            runs = [place for place in places if place.slot.rows]
+            others = [place for place in places if not place.slot.rows]
             return self._finish_runs(runs, is_staged) + self._finish(others, is_staged)
 
     def _finish_runs(self, places: Sequence[Place], is_staged: bool) -> list[jax.Array]:
-        """Make leaves of runs: rows of one NumPy array are faster to make than arrays."""
+        """Make leaves of runs."""
         positions: list[int] = []
         hosts: list[NDArray[Any]] = []
-        for place in places:
-            leaf = self.wanted[place.slot.run[0]].leaf
-            rows = cast_array(self._values(place), leaf.leaf.dtype)
-            positions += place.slot.run
-            hosts.extend(rows if rows.ndim > 1 else (rows[n, ...] for n in range(len(rows))))
+        for slot, memory, offset in places:
+            for equal in slot.rows:
+                want, count = self.wanted[equal.positions[0]], len(equal.positions)
+                start = offset + equal.start
+                with errors_of(self.checkpoint.label):
+                    stored = rows_of(memory, equal.info, want.name, start, equal.step, count)
+                rows = cast_array(stored, want.leaf.leaf.dtype)
+                positions += equal.positions
+                hosts.extend(rows if rows.ndim > 1 else (rows[n, ...] for n in range(count)))
         arrays = to_jax(hosts, keeps_memory=not is_staged)
         for position, array in zip(positions, arrays, strict=True):
             self.leaves[position] = array

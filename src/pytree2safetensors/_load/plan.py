@@ -20,7 +20,7 @@ from pytree2safetensors._leaves.staging import ALIGNMENT
 from pytree2safetensors._leaves.to_jax import TAKEN_OVER
 from pytree2safetensors._leaves.views import View, boxes_of, sources_of
 from pytree2safetensors._load.checkpoint import OpenCheckpoint
-from pytree2safetensors._load.runs import is_small_plain, plan_runs
+from pytree2safetensors._load.runs import plan_runs
 from pytree2safetensors._load.sharded import is_ordinary
 from pytree2safetensors._load.slots import (
     Assembly,
@@ -56,17 +56,11 @@ def plan_batches(
         is_far: Returns whether the values of a use are transferred as they are to another device
             than the host.
     """
+    batches, others = plan_runs(checkpoint, wanted, keeps_memory, limit)
+    yield from batches
+    if not others:
+        return
     ranks = {name: rank for rank, name in enumerate(checkpoint.places)}
-    is_small = is_small_plain(checkpoint, keeps_memory)
-    small: list[tuple[int, int, str]] = []
-    others: list[tuple[int, Wanted]] = []
-    for position, want in enumerate(wanted):
-        source, leaf = want
-        if isinstance(source, str) and is_small(source, leaf):
-            small.append((ranks[source], position, source))
-        else:
-            others.append((position, want))
-    yield from plan_runs(checkpoint, wanted, sorted(small), limit)
     requests = list(_requests(checkpoint, others, keeps_memory, is_far))
     first = _first_ranks(ranks, [source for _, (source, _) in others])
     requests.sort(key=lambda request: (first.get(request[0], ranks[request[0]]), ranks[request[0]]))

@@ -1,85 +1,112 @@
-"""Runs: small tensors of one dtype and shape that follow each other in the file are read as one.
+"""Runs: small tensors that follow each other in the file are read as one.
+
+Those of one dtype and shape, at equal distances, are the rows of one NumPy array, because rows are
+faster to make than arrays.
 
 Specification: *Loading*.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TypeAlias
 
+from pytree2safetensors._format.tensor import TensorInfo
 from pytree2safetensors._leaves.staging import ALIGNMENT
 from pytree2safetensors._leaves.to_jax import TAKEN_OVER
 from pytree2safetensors._load.checkpoint import OpenCheckpoint
-from pytree2safetensors._load.slots import Batch, Slot, Wanted
+from pytree2safetensors._load.slots import Batch, Rows, Slot, Wanted
 from pytree2safetensors._load.template import TemplateLeaf
+from pytree2safetensors._storage.byte_source import ByteSource
 
 
-def is_small_plain(
-    checkpoint: OpenCheckpoint, keeps_memory: Callable[[TemplateLeaf], bool]
-) -> Callable[[str, TemplateLeaf], bool]:
-    """Return which leaves may be read in runs: small plain arrays for the default device."""
-    known: dict[tuple[int, int], bool] = {}
-    if checkpoint.digests is not None:  # of single tensors
-        return lambda _, __: False
+class _Form:
+    """What equal tensors that become equal leaves share."""
 
-    def is_small(source: str, leaf: TemplateLeaf) -> bool:
-        info = checkpoint.infos[source]
-        key = id(info), id(leaf)
-        found = known.get(key)
-        if found is None:
-            plain = info.kind is None and leaf.leaf.kind == "array" and leaf.sharding is None
-            apart = leaf.target != "jax" or leaf.format is not None or keeps_memory(leaf)
-            found = known[key] = plain and not apart and 0 < info.nbytes < TAKEN_OVER
-        return found
+    def __init__(self, info: TensorInfo, is_small: bool) -> None:
+        self.info, self.nbytes, self.is_small = info, info.nbytes, is_small
 
-    return is_small
+
+_Small: TypeAlias = tuple[int, int, _Form]  # its offset in the file, and the position of its leaf
 
 
 def plan_runs(
     checkpoint: OpenCheckpoint,
     wanted: Sequence[Wanted],
-    small: Sequence[tuple[int, int, str]],
+    keeps_memory: Callable[[TemplateLeaf], bool],
     limit: int,
-) -> Iterator[Batch]:
-    """Plan small tensors: equal ones that follow each other in the file are one slot."""
-    infos, places = checkpoint.infos, checkpoint.places
+) -> tuple[list[Batch], list[tuple[int, Wanted]]]:
+    """Plan small plain arrays; return their batches, and the other leaves with their positions."""
+    files, others = _small_tensors(checkpoint, wanted, keeps_memory)
+    batches: list[Batch] = []
     slots: list[Slot] = []
     size = 0
-    run: list[int] = []
-    run_info: Any = None  # of the tensors of the run, as the next two
-    run_leaf: Any = None
-    run_file: Any = None
-    stop = -1  # where the run ends in the file
-    room = nbytes = 0  # for how many more tensors of the run, each of so many bytes
-
-    def close() -> None:
-        nonlocal size
-        if run:
-            nbytes = run_info.nbytes * len(run)
-            whole = run_info._replace(shape=(len(run), *run_info.shape), nbytes=nbytes)
-            slots.append(Slot(wanted[run[0]].name, whole, None, size, nbytes, [], None, run))
-            size += nbytes
-
-    for _, position, source in small:
-        info, leaf = infos[source], wanted[position][1]
-        file, offset = places[source]
-        if (
-            offset != stop
-            or info is not run_info
-            or leaf is not run_leaf
-            or file is not run_file
-            or room < 1
-        ):
-            close()
-            nbytes = info.nbytes
+    for tensors in files.values():
+        for nbytes, rows in _runs(sorted(tensors), limit):
             size = -(-size // ALIGNMENT) * ALIGNMENT
-            if size + nbytes > limit:
-                yield Batch(slots, size)
+            if size + nbytes > limit and slots:
+                batches.append(Batch(slots, size))
                 slots, size = [], 0
-            run, run_info, run_leaf, run_file = [], info, leaf, file
-            room = (limit - size) // nbytes
-        run.append(position)
-        room -= 1
-        stop = offset + nbytes
-    close()
+            name = wanted[rows[0].positions[0]].name
+            slots.append(Slot(name, rows[0].info, None, size, nbytes, [], rows=rows))
+            size += nbytes
     if slots:
-        yield Batch(slots, size)
+        batches.append(Batch(slots, size))
+    return batches, others
+
+
+def _small_tensors(
+    checkpoint: OpenCheckpoint,
+    wanted: Sequence[Wanted],
+    keeps_memory: Callable[[TemplateLeaf], bool],
+) -> tuple[Mapping[ByteSource, list[_Small]], list[tuple[int, Wanted]]]:
+    """Divide leaves into small plain arrays for the default device, by file, and others."""
+    infos, places = checkpoint.infos, checkpoint.places
+    digested = checkpoint.digests is not None  # digests are of single tensors
+    forms: dict[tuple[int, int], _Form] = {}
+    files: defaultdict[ByteSource, list[_Small]] = defaultdict(list)
+    others: list[tuple[int, Wanted]] = []
+    for position, want in enumerate(wanted):
+        source, leaf = want
+        if isinstance(source, str):
+            info = infos[source]
+            key = id(info), id(leaf)
+            form = forms.get(key)
+            if form is None:
+                is_small = not digested and _is_small(info, leaf) and not keeps_memory(leaf)
+                form = forms[key] = _Form(info, is_small)
+            if form.is_small:
+                file, offset = places[source]
+                files[file].append((offset, position, form))
+                continue
+        others.append((position, want))
+    return files, others
+
+
+def _is_small(info: TensorInfo, leaf: TemplateLeaf) -> bool:
+    plain = info.kind is None and leaf.leaf.kind == "array" and leaf.target == "jax"
+    placed = leaf.sharding is not None or leaf.format is not None
+    return plain and not placed and 0 < info.nbytes < TAKEN_OVER
+
+
+def _runs(tensors: Iterable[_Small], limit: int) -> Iterator[tuple[int, list[Rows]]]:
+    """Yield the bytes of each run of at most `limit` bytes, and its rows."""
+    found: list[Rows] = []
+    last: dict[_Form, Rows] = {}
+    start, stop = 0, -1  # of the run in the file
+    for offset, position, form in tensors:
+        if offset > stop or offset + form.nbytes - start > limit:
+            if found:
+                yield stop - start, found
+            start, found, last = offset, [], {}
+        place = offset - start
+        rows = last.get(form)
+        if rows is None or place != rows.start + rows.step * len(rows.positions):
+            if rows is None or len(rows.positions) > 1:
+                rows = last[form] = Rows(form.info, place)
+                found.append(rows)
+            else:
+                rows.step = place - rows.start
+        rows.positions.append(position)
+        stop = offset + form.nbytes
+    if found:
+        yield stop - start, found

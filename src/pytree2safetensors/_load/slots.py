@@ -74,6 +74,23 @@ class Piece(NamedTuple):
     place: tuple[Any, ...]  # the index that selects its memory from that of the box
 
 
+class Rows:
+    """Equal tensors at equal distances in the memory of a run.
+
+    Attributes:
+        info: How each of them is stored.
+        start: Where the first is, in bytes from the start of the run.
+        step: The bytes from the start of each to the start of the next.
+        positions: The positions of their leaves among the wanted leaves.
+    """
+
+    __slots__ = ("info", "positions", "start", "step")
+
+    def __init__(self, info: TensorInfo, start: int) -> None:
+        self.info, self.start, self.step = info, start, 0
+        self.positions: list[int] = []
+
+
 class Slot(NamedTuple):
     """A region of a tensor, and where in a batch's memory to read it."""
 
@@ -84,7 +101,7 @@ class Slot(NamedTuple):
     nbytes: int
     uses: list[Use]
     piece: Piece | None = None  # its part of a leaf, by a rule
-    run: Sequence[int] = ()  # the positions of the leaves, if the slot is a run of equal tensors
+    rows: Sequence[Rows] = ()  # the tensors of a run; the name and the info are those of the first
 
 
 class Batch(NamedTuple):

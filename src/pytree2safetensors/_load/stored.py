@@ -83,11 +83,11 @@ def load_stored(
     with collector_paused():
         for position, name in enumerate(names):
             info = checkpoint.infos[name]
-            if not info.dtype:
-                noted[position] = noted_value(info)
-                continue
             leaf = leaves.get(id(info))
             if leaf is None:
+                if not info.dtype:
+                    noted[position] = noted_value(info)
+                    continue
                 leaf = leaves[id(info)] = leaf_as_stored(checkpoint.spec_of(name))
             wanted.append(Wanted(name, leaf))
     found = read_leaves(checkpoint, wanted, mmap=mmap, progress=progress)
