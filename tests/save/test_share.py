@@ -181,7 +181,7 @@ def test_processes_write_every_byte_of_a_file_once(
 
 
 @given(st.lists(st.tuples(st.sampled_from([0, 0, 0, 5]), st.integers(1, 40)), max_size=20))
-@example([(0, 3), (0, 40), (0, 3), (0, 3)])
+@example([(0, 3), (0, 4), (0, 40), (0, 3), (0, 3)])
 @example([(0, 3), (5, 3), (0, 7), (0, 3)])
 def test_chunks_of_a_share_have_a_good_size(gaps_and_sizes: list[tuple[int, int]]) -> None:
     content = bytes(range(256)) * 4
