@@ -89,6 +89,12 @@ def test_scalars_of_numpy_and_python_stay_what_they_are(load: Any, tmp_path: Pat
     assert found == tree
 
 
+def test_an_int_is_rounded_once(load: Any, tmp_path: Path) -> None:
+    number = 2**60 + 2**36 + 1  # float64 rounds it to the middle of two numbers of float32
+    found = load({"a": np.float32(0)}, {"a": number}, tmp_path / "file", cast=True)["a"]
+    assert int(found) == 2**60 + 2**37
+
+
 def test_an_array_of_jax_becomes_a_scalar_of_numpy() -> None:
     found = set_weights({"a": np.float32(0)}, {"@a": jnp.asarray(1.5, jnp.float32)})["a"]
     assert (type(found), found) == (np.float32, 1.5)

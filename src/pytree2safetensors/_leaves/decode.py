@@ -63,8 +63,8 @@ def holds_value(dtype: np.dtype[Any], value: Any) -> bool:
 
 
 def scalar_array(value: Any, dtype: np.dtype[Any]) -> NDArray[Any]:
-    """Convert a Python scalar to a 0-d array, an integer without another dtype in between."""
-    return cast_array(np.array(value, object if type(value) is int else None), dtype)
+    """Convert a Python scalar to a 0-d array of a dtype."""
+    return cast_array(np.array(value), dtype)
 
 
 def to_host(value: Any, dtype: np.dtype[Any] | None) -> NDArray[Any]:
