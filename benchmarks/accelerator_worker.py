@@ -8,8 +8,10 @@ import json
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -18,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from accelerator_systems import (
+    PIECE,
     READERS,
     SYSTEMS,
     in_pinned_memory,
@@ -171,10 +174,11 @@ def load(task: dict[str, Any], path: Path, template: Any) -> dict[str, Any]:
 def read_through(path: Path) -> None:
     """Bring files into the page cache."""
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-    for name in files:
-        with name.open("rb", buffering=0) as file:
-            while file.read(BLOCK):
-                pass
+    with ThreadPoolExecutor(READERS) as pool:
+        for name in files:
+            with name.open("rb", buffering=0) as file:
+                read_piece = partial(os.pread, file.fileno(), PIECE)
+                deque(pool.map(read_piece, range(0, name.stat().st_size, PIECE)), maxlen=0)
 
 
 def limits(_task: dict[str, Any], path: Path, _template: Any) -> dict[str, Any]:

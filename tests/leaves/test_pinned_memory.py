@@ -69,3 +69,10 @@ def test_a_sharding_of_a_device_without_pinned_memory_has_no_pinned_form() -> No
             raise ValueError(f"Could not find memory addressable by device; {kind} is unknown")
 
     assert jax_versions.pinned_sharding(Sharding()) is None
+
+
+def test_the_ring_takes_less_than_512_mebibytes() -> None:
+    # JAX rounds each piece up to a power of two, and needs some room for small arrays of its own.
+    taken = [1 << size.bit_length() for size in staging.RING]
+    assert sum(taken) <= 448 << 20
+    assert all(size <= whole - (1 << 20) for size, whole in zip(staging.RING, taken, strict=True))
