@@ -4,6 +4,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -141,6 +142,16 @@ def test_runs_of_several_dtypes_and_shapes_come_back(tmp_path: Path) -> None:
     for mmap in (False, True):
         assert_same(load_pytree(tmp_path / "file", mmap=mmap), tree)
         assert_same(load_into_pytree(tree, tmp_path / "file", mmap=mmap), tree)
+
+
+def test_runs_of_many_equal_tensors_come_back(tmp_path: Path) -> None:
+    rows = {f"{n:04}": np.full((), n, np.float32) for n in range(1500)}
+    pairs = {f"{n:04}": np.array([n, -n], np.float32) for n in range(1400)}
+    tree = jax.tree.map(jax.device_put, {"first": rows, "pairs": pairs, "rest": rows})
+    save_pytree(tree, tmp_path / "file")
+    for prefix in ("", "first", "pairs"):
+        expected = tree[prefix] if prefix else tree
+        assert_same(load_pytree(tmp_path / "file", prefix=f"@{prefix}" if prefix else ""), expected)
 
 
 @pytest.mark.parametrize("nbytes", [0, 1, TAKEN_OVER - 1, TAKEN_OVER])

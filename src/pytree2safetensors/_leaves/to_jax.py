@@ -5,6 +5,7 @@ Specification: *Loading*.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any, Final
 
 import jax
@@ -58,20 +59,11 @@ def to_jax(
         else:
             alone.append(position)
     for (dtype, _, sharding), positions in groups.items():
-        many = len(positions) >= _MANY and dtype.name not in _WITHOUT_PROGRAMS
-        compiled = len(positions) - len(positions) % _CHUNK if many else 0
-        for start in range(0, compiled, _CHUNK):
-            chunk = positions[start : start + _CHUNK]
-            members = [arrays[i] for i in chunk]
-            # One transfer is faster than many.
-            made = (
-                _identity(members)
-                if keeps_memory
-                else _unstacked(jax.device_put(np.stack(members), sharding))
-            )
-            for position, made_array in zip(chunk, made, strict=True):
-                found[position] = made_array
-        alone += positions[compiled:]
+        equal = (arrays[position] for position in positions)
+        made = many_to_jax(equal, len(positions), dtype, sharding, keeps_memory=keeps_memory)
+        for position, made_array in zip(positions, made, strict=False):  # the first positions
+            found[position] = made_array
+        alone += positions[len(made) :]
     for placed in (False, True):  # a call for each, because JAX takes no list with None
         chosen = [i for i in alone if (placements[i] is not None) is placed]
         # Small arrays must be copied, because JAX may take over the memory that they are in.
@@ -85,6 +77,35 @@ def to_jax(
         for position, made_array in zip(chosen, made, strict=True):
             found[position] = made_array
     return found
+
+
+def many_to_jax(
+    arrays: Iterator[NDArray[Any]],
+    count: int,
+    dtype: np.dtype[Any],
+    sharding: Sharding | None = None,
+    *,
+    keeps_memory: bool,
+) -> list[jax.Array]:
+    """Make JAX arrays of equal small arrays, if there are many; return them.
+
+    Args:
+        arrays: The values. Only those that become JAX arrays are taken from the iterator.
+        count: The number of arrays.
+        dtype: Their dtype.
+        sharding: Their sharding; None for JAX's default device.
+        keeps_memory: As for `to_jax`.
+    """
+    made: list[jax.Array] = []
+    if count < _MANY or dtype.name in _WITHOUT_PROGRAMS:
+        return made
+    for _ in range(count // _CHUNK):
+        chunk = list(islice(arrays, _CHUNK))
+        if keeps_memory:
+            made += _identity(chunk)
+        else:  # one transfer is faster than many
+            made += _unstacked(jax.device_put(np.stack(chunk), sharding))
+    return made
 
 
 def _may_stack(sharding: Sharding, keeps_memory: bool) -> bool:

@@ -5,6 +5,7 @@ Specification: *Loading*, *Loading into a template*.
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any, Final, NamedTuple
 
 import jax
@@ -18,7 +19,7 @@ from pytree2safetensors._leaves.decode import cast_array, from_bytes, python_val
 from pytree2safetensors._leaves.extents import shape_of
 from pytree2safetensors._leaves.spec import numpy_dtype
 from pytree2safetensors._leaves.staging import aligned
-from pytree2safetensors._leaves.to_jax import to_jax, weaken, wrap_key
+from pytree2safetensors._leaves.to_jax import many_to_jax, to_jax, weaken, wrap_key
 from pytree2safetensors._load.assembling import Assembler, rearranged
 from pytree2safetensors._load.checkpoint import OpenCheckpoint
 from pytree2safetensors._load.ranges import Place
@@ -61,8 +62,7 @@ class Finisher:
 
     def _finish_runs(self, places: Sequence[Place], is_staged: bool) -> list[jax.Array]:
         """Make leaves of runs."""
-        positions: list[int] = []
-        hosts: list[NDArray[Any]] = []
+        groups: dict[Any, tuple[list[int], list[Iterator[NDArray[Any]]]]] = {}
         for slot, memory, offset in places:
             for equal in slot.rows:
                 want, count = self.wanted[equal.positions[0]], len(equal.positions)
@@ -70,10 +70,22 @@ class Finisher:
                 with errors_of(self.checkpoint.label):
                     stored = rows_of(memory, equal.info, want.name, start, equal.step, count)
                 rows = cast_array(stored, want.leaf.leaf.dtype)
-                positions += equal.positions
-                hosts.extend(rows if rows.ndim > 1 else (rows[n, ...] for n in range(count)))
-        arrays = to_jax(hosts, keeps_memory=not is_staged)
-        for position, array in zip(positions, arrays, strict=True):
+                group = groups.setdefault((rows.dtype, rows.shape[1:]), ([], []))
+                group[0].extend(equal.positions)
+                group[1].append(_arrays_in(rows))
+        arrays: list[jax.Array] = []
+        done: list[int] = []  # the positions of these
+        others: list[int] = []
+        hosts: list[NDArray[Any]] = []
+        for (dtype, _), (positions, parts) in groups.items():
+            values = chain.from_iterable(parts)
+            made = many_to_jax(values, len(positions), dtype, keeps_memory=not is_staged)
+            arrays += made
+            done += positions[: len(made)]
+            others += positions[len(made) :]
+            hosts += values
+        arrays += to_jax(hosts, keeps_memory=not is_staged)
+        for position, array in zip(done + others, arrays, strict=True):
             self.leaves[position] = array
         return arrays
 
@@ -217,3 +229,8 @@ class Finisher:
             return weak
         placed: jax.Array = jax.device_put(weak, sharding)
         return placed
+
+
+def _arrays_in(rows: NDArray[Any]) -> Iterator[NDArray[Any]]:
+    """Return the rows of an array one by one, which are arrays even if they have no axis."""
+    return iter(rows) if rows.ndim > 1 else (rows[n, ...] for n in range(len(rows)))
