@@ -118,3 +118,11 @@ def test_only_what_was_weak_is_weak(tmp_path: Path) -> None:
     found = load_abstract(tmp_path / "file")
     weak = {name for name, leaf in found.items() if getattr(leaf, "weak_type", False)}
     assert weak == ({"weak"} if hasattr(found["k"], "weak_type") else set())
+
+
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg", "unsafe_rbg"])
+def test_abstract_keys_have_the_dtype_of_their_implementation(impl: str, tmp_path: Path) -> None:
+    key = jax.random.key(0, impl=impl)
+    save_pytree({"k": key}, tmp_path / "file")
+    found = load_abstract(tmp_path / "file")["k"]
+    assert (found.shape, found.dtype) == ((), key.dtype)

@@ -2,7 +2,9 @@
 
 import errno
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -95,3 +97,33 @@ def test_a_shard_that_cannot_be_opened_is_the_systems_error(tmp_path: Path) -> N
     with watched(refuse), pytest.raises(PermissionError) as caught:
         load_pytree(tmp_path)
     assert caught.value.filename == shard
+
+
+@pytest.mark.parametrize("name", [".pytree2safetensors-0123456789abcdef.tmp", shard_names(3)[0]])
+def test_a_folder_with_the_files_of_an_unfinished_save_waits_for_that(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / name).write_bytes(b"")
+
+    @contextmanager
+    def finished(folder: str) -> Iterator[None]:
+        save_pytree(tree_of(1), folder, max_shard_size=100)
+        yield
+
+    monkeypatch.setattr(opening, "without_savers", finished)
+    assert is_same(tree_of(1), load_pytree(tmp_path))
+
+
+def test_a_listing_that_lacks_the_only_file_is_not_believed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if the file was renamed while the folder was listed."""
+    save_pytree(tree_of(1), tmp_path / MODEL)
+    listings, listdir = [list[str]()], os.listdir
+
+    def listed(path: Any) -> list[str]:
+        return listings.pop() if listings else listdir(path)
+
+    monkeypatch.setattr(os, "listdir", listed)
+    assert is_same(tree_of(1), load_pytree(tmp_path))
+    assert not listings
