@@ -80,7 +80,7 @@ def _read_leaves(
     checkpoint: OpenCheckpoint, wanted: Sequence[Wanted], mmap: bool, progress: Progress | None
 ) -> list[Any]:
     device = None if mmap else _staged_device(wanted)
-    by_rules = any(isinstance(want.source, View) for want in wanted)
+    by_rules = any(isinstance(source, View) for source, _ in wanted)
     limit = _STAGED_BATCH if device is not None else _COPIED_BATCH if by_rules else _BATCH
     with collector_paused():
         staged = device is not None
@@ -100,7 +100,7 @@ def _read_leaves(
 
 def _staged_device(wanted: Sequence[Wanted]) -> jax.Device | None:
     """Return a device of the leaves that is not the host, or None."""
-    leaves = {id(want.leaf): want.leaf for want in wanted}
+    leaves = {id(leaf): leaf for _, leaf in wanted}
     devices = {device for leaf in leaves.values() for device in _devices_of(leaf)}
     others = sorted((d for d in devices if not is_on_host(d)), key=lambda device: device.id)
     return others[0] if others else None

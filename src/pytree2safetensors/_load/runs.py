@@ -22,8 +22,8 @@ from pytree2safetensors._storage.byte_source import ByteSource
 class _Form:
     """What equal tensors that become equal leaves share."""
 
-    def __init__(self, info: TensorInfo, is_small: bool) -> None:
-        self.info, self.nbytes, self.is_small = info, info.nbytes, is_small
+    def __init__(self, info: TensorInfo, leaf: TemplateLeaf, is_small: bool) -> None:
+        self.info, self.leaf, self.nbytes, self.is_small = info, leaf, info.nbytes, is_small
 
 
 _Small: TypeAlias = tuple[int, int, _Form]  # its offset in the file, and the position of its leaf
@@ -65,15 +65,17 @@ def _small_tensors(
     forms: dict[tuple[int, int], _Form] = {}
     files: defaultdict[ByteSource, list[_Small]] = defaultdict(list)
     others: list[tuple[int, Wanted]] = []
+    form: _Form | None = None
     for position, want in enumerate(wanted):
         source, leaf = want
         if isinstance(source, str):
             info = infos[source]
-            key = id(info), id(leaf)
-            form = forms.get(key)
-            if form is None:
-                is_small = not digested and _is_small(info, leaf) and not keeps_memory(leaf)
-                form = forms[key] = _Form(info, is_small)
+            if form is None or info is not form.info or leaf is not form.leaf:
+                key = id(info), id(leaf)
+                form = forms.get(key)
+                if form is None:
+                    is_small = not digested and _is_small(info, leaf) and not keeps_memory(leaf)
+                    form = forms[key] = _Form(info, leaf, is_small)
             if form.is_small:
                 file, offset = places[source]
                 files[file].append((offset, position, form))
