@@ -73,7 +73,6 @@ class _Trie:
         self.parents: dict[str, _Node] = {}  # of leaves, by spelled name
         self.segments: dict[str, tuple[str, Any]] = {}
         self.last = ("", self.top)  # the parent of the previous leaf, unless it is the root
-        self.deepest = 0
         self.depth = DepthCheck()
         self.gaps = 0
 
@@ -153,8 +152,7 @@ class _Trie:
         if node is None and key not in parent.entries:
             node = parent.entries[key] = _Node(parent, key, parent.depth + 1)
             self.nodes.append(node)
-            self.deepest = max(self.deepest, node.depth)
-        if not isinstance(node, _Node) or not _same(node.key, key):
+        elif not isinstance(node, _Node) or not _same(node.key, key):
             raise self.taken(parent, key, name)
         return node
 
@@ -214,7 +212,7 @@ class _Trie:
     # --- from nodes under construction to the tree ---
 
     def finish(self) -> Any:
-        if self.deepest >= DEEP:
+        if max((node.depth for node in self.nodes), default=0) >= DEEP:
             deepest = {
                 node.marker: node for node in sorted(self.nodes, key=lambda node: node.depth)
             }
