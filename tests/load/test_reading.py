@@ -70,6 +70,15 @@ def test_a_prefix_reads_its_subtree_alone(path: Path, monkeypatch: pytest.Monkey
     assert 4 * SIZE <= sum(sizes) <= 4 * SIZE + HEADER
 
 
+def test_a_small_tensor_is_read_by_one_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_pytree({"w": np.arange(250, dtype=np.float32)}, tmp_path / "file")
+    with counted(monkeypatch) as sizes:
+        load_pytree(tmp_path / "file")
+    assert sizes.count(1000) == 1
+
+
 def test_a_template_reads_what_it_needs_alone(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     template = {side: {"w": np.zeros(SIZE, np.float32)} for side in "ac"}
     with counted(monkeypatch) as sizes:
