@@ -67,6 +67,7 @@ def test_a_kind_fits_the_tensors_of_the_specification() -> None:
     assert tensor.DTYPE_NAMES == PLAIN
     assert {spelled: name for name, spelled in PLAIN.items()} == tensor.NUMPY
     assert tensor.WIDTHS == WIDTHS
+    assert tensor.BITS == BITS
 
 
 @pytest.mark.parametrize("dtype", BITS)
