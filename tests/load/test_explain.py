@@ -1,4 +1,4 @@
-"""Explaining a load: the text, and that no data are read."""
+"""Explaining a load: the text, and that only headers and scalars are read."""
 
 import json
 import math
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from pytree2safetensors import Rule, explain, load_into_pytree
+from pytree2safetensors import Rule, WeightsMismatchError, explain, load_into_pytree, save_pytree
 
 STRUCT: Any = jax.ShapeDtypeStruct  # whose constructor JAX leaves untyped
 
@@ -72,6 +72,24 @@ def test_names_may_come_from_elsewhere(path: Path) -> None:
         f"{str(path)!r}: 1 of 1 leaves fit",
         "  fits  '@w' = 'w'  float32[2,3]  'w.0' float32[2,3]",
     ]
+
+
+def test_scalars_are_judged_by_their_values(tmp_path: Path) -> None:
+    path = tmp_path / "scalars.safetensors"
+    save_pytree({"large": 2**40, "small": 7, "huge": 2**80, "infinite": 1e300}, path)
+    wanted = {"large": np.int32(0), "small": np.int32(0), "huge": 0, "infinite": np.float32(0)}
+    lines = explain(wanted, path).splitlines()
+    assert lines[0] == f"{str(path)!r}: 2 of 4 leaves fit"
+    assert [line.split()[:2] for line in lines[1:]] == [
+        ["fits", "'@huge'"],
+        ["differs", "'@infinite'"],
+        ["differs", "'@large'"],
+        ["fits", "'@small'"],
+    ]
+    with pytest.raises(WeightsMismatchError, match="0 missing, 0 unexpected, 2 mismatched") as got:
+        load_into_pytree(wanted, path)
+    for mismatch in got.value.mismatched:
+        assert any(line.endswith(mismatch.partition(": ")[2]) for line in lines)
 
 
 def test_data_are_not_read(path: Path) -> None:

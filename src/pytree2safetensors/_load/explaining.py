@@ -1,4 +1,4 @@
-"""Explaining what a load would do, from headers only.
+"""Explaining what a load would do, from headers and scalars only.
 
 Specification: *Rules*.
 """
@@ -17,6 +17,7 @@ from pytree2safetensors._load.complaints import unexpected_names
 from pytree2safetensors._load.flat_template import flat_template, stored_for
 from pytree2safetensors._load.matching import Comparison, Options, compare
 from pytree2safetensors._load.opening import open_checkpoint
+from pytree2safetensors._load.stored import scalar_reader
 from pytree2safetensors._load.template import show
 from pytree2safetensors._storage.byte_source import PathLike, Readable
 from pytree2safetensors._tree.flatten import PyTree
@@ -34,7 +35,7 @@ def explain(
     prefix: str = "",
     rename: Rename | None = None,
 ) -> str:
-    """Explain what `load_into_pytree` would do. Only headers are read.
+    """Explain what `load_into_pytree` would do. Only headers and scalars are read.
 
     Args:
         module: The template.
@@ -66,7 +67,8 @@ def explain(
         template = flat_template(module)
         available = stored_for(template, checkpoint, prefix, rename)
         options = Options(checkpoint.label, True, False, cast, prefix, rename, "raise")
-        found = compare(template.names, template.slots, available, dict.fromkeys, options)
+        read = scalar_reader(checkpoint)
+        found = compare(template.names, template.slots, available, read, options)
         rows = [*_rows(found)]
         unexpected = unexpected_names(found, options)
         return "\n".join(

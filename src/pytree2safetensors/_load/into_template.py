@@ -1,6 +1,6 @@
 """Loading into a template: stored leaves replace the leaves of a given tree."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
@@ -16,7 +16,7 @@ from pytree2safetensors._load.opening import again_if_replaced, open_checkpoint
 from pytree2safetensors._load.reading import read_leaves
 from pytree2safetensors._load.sharded import concrete
 from pytree2safetensors._load.slots import Wanted
-from pytree2safetensors._load.stored import load_stored, warn_foreign
+from pytree2safetensors._load.stored import scalar_reader, warn_foreign
 from pytree2safetensors._load.template import TemplateLeaf, template_leaves
 from pytree2safetensors._storage.byte_source import PathLike, Readable
 from pytree2safetensors._storage.progress import ProgressOption, reporter
@@ -142,14 +142,7 @@ def load_into_pytree(
             template = flat_template(module)
         available = stored_for(template, checkpoint, prefix, rename)
         options = Options(checkpoint.label, strict, verbose, cast, prefix, rename, unexpected)
-        scalars: dict[str, Any] = {}  # read once, to be judged and to be loaded
-
-        def read_scalars(asked: Collection[str]) -> Mapping[str, Any]:
-            new = [name for name in asked if name not in scalars]
-            values = load_stored(checkpoint, new, mmap=False, progress=None)
-            scalars.update(zip(new, values, strict=True))
-            return scalars
-
+        read_scalars = scalar_reader(checkpoint)
         with collector_paused():
             matches = template.match(available, read_scalars, options)
         report = reporter(progress, "loading", jax.process_index)
@@ -165,7 +158,7 @@ def load_into_pytree(
                     wanted.append((position, Wanted(name, placed(leaf))))
                 else:
                     python.append((position, name, leaf))
-        read_scalars({name for _, name, _ in python})
+        scalars = read_scalars({name for _, name, _ in python})
         with jax.ensure_compile_time_eval():  # as where arrays are read
             for position, name, leaf in python:
                 leaves[position] = fitted(leaf, scalars[name])

@@ -2,7 +2,7 @@
 
 import sys
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from itertools import islice
 from types import FrameType
@@ -101,6 +101,18 @@ def load_stored(
         foreign = [want.name for want in wanted if want.leaf.target == "foreign"]
         warn_foreign(checkpoint, foreign)
     return found
+
+
+def scalar_reader(checkpoint: OpenCheckpoint) -> Callable[[Iterable[str]], Mapping[str, Any]]:
+    """Return a function that reads Python scalars and strs by name, each of them once."""
+    known: dict[str, Any] = {}
+
+    def read(names: Iterable[str]) -> Mapping[str, Any]:
+        new = [name for name in names if name not in known]
+        known.update(zip(new, load_stored(checkpoint, new, mmap=False, progress=None), strict=True))
+        return known
+
+    return read
 
 
 def leaf_as_stored(spec: LeafSpec) -> TemplateLeaf:
