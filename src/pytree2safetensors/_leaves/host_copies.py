@@ -76,7 +76,8 @@ def _batches(leaves: Sequence[Any]) -> Iterator[list[Any]]:
 def to_host(leaves: Sequence[Any]) -> list[Any]:
     """Start to copy all device arrays to the host in one call. Other leaves stay as they are.
 
-    The arrays may be donated as soon as this returns. The copies are JAX arrays in host memory.
+    The arrays may be donated as soon as this returns. The copies are JAX arrays in host memory, or
+    NumPy arrays where many small arrays are copied together.
     """
     found = list(leaves)
     if not _has_device_arrays(leaves):
