@@ -25,6 +25,7 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
     The type checks come later, because their messages may contain a whole tree.
     """
     inner = jaxtyped(function, typechecker=beartype)
+    bind = signature(function).bind
     parameters = signature(function).parameters.values()
     positional = [parameter.name for parameter in parameters]
     keywords = {p.name for p in parameters if p.kind in {p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY}}
@@ -36,7 +37,12 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
             _check(where, name, value)
         for name, value in kwargs.items():
             _check(where, name if name in keywords else "**", value)
-        return inner(*args, **kwargs)
+        call = inner
+        try:
+            bind(*args, **kwargs)
+        except TypeError:
+            call = function  # whose own error names the function
+        return call(*args, **kwargs)
 
     return wrapper
 
