@@ -399,6 +399,19 @@ def test_every_option_gives_the_bytes_of_one_process(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "together"]
 
 
+def save_over_shards(folder: str) -> None:
+    """Save shards together, and then one file to the same path."""
+    tree = {name: spread(values, spec) for name, (values, spec) in small().items()}
+    p2s.save_pytree(tree, f"{folder}/m.safetensors", max_shard_size="100kB")
+    p2s.save_pytree(tree, f"{folder}/m.safetensors", checksum=True)
+
+
+def test_one_file_replaces_the_shards_at_its_path(pair: Group, tmp_path: Path) -> None:
+    pair.run(save_over_shards, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["m.safetensors"]
+    assert p2s.load_pytree(tmp_path).keys() == small().keys()
+
+
 RULES = [
     p2s.Rule("h.{l}.weight", "layers.kernel", "o i -> l i o"),
     p2s.Rule("h.{l}.bias", "layers.bias", "o -> l o"),

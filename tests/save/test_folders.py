@@ -259,6 +259,47 @@ def test_a_later_save_leaves_nothing_of_an_older_one(tmp_path: Path) -> None:
         assert (tmp_path / name).read_bytes() == name.encode()
 
 
+@pytest.mark.parametrize("options", [{}, {"checksum": True, "durable": False}])
+@pytest.mark.parametrize("stem", ["model", "policy"])
+def test_one_file_replaces_the_shards_that_its_path_means(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stem: str, options: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = f"{stem}.safetensors"
+    for path, folder in ((tmp_path / "m" / name, tmp_path / "m"), (Path(name), tmp_path)):
+        save_pytree(tree_of(1), path, max_shard_size=100)
+        (folder / f"x{stem}-00001-of-00002.safetensors").write_bytes(b"another's")
+        (folder / "config.json").write_bytes(b"{}")
+        assert is_same(tree_of(1), load_pytree(path))
+        save_pytree(tree_of(2), path, **options)
+        found = {entry.name for entry in folder.iterdir() if entry.is_file()}
+        assert found == {name, f"x{stem}-00001-of-00002.safetensors", "config.json"}
+        assert is_same(tree_of(2), load_pytree(path))
+        save_pytree(tree_of(3), path)
+        assert is_same(tree_of(3), load_pytree(path))
+
+
+def test_one_file_replaces_shards_that_are_still_being_saved(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_pytree_async(tree_of(1), path, max_shard_size=100)
+    save_pytree_async(tree_of(2), path).result()
+    assert names_in(tmp_path) == ["model.safetensors"]
+    assert is_same(tree_of(2), load_pytree(tmp_path))
+
+
+def test_a_file_beside_shards_is_replaced_without_them(tmp_path: Path) -> None:
+    """A load of the path loads the file, so a save replaces only the file."""
+    path = tmp_path / "model.safetensors"
+    save_pytree(tree_of(1), path, max_shard_size=100)
+    save_pytree(tree_of(2), tmp_path / "other")
+    (tmp_path / "other").rename(path)
+    save_pytree(tree_of(3), path)
+    assert names_in(tmp_path) == [*shard_names(3), "model.safetensors", INDEX]
+    assert is_same(tree_of(3), load_pytree(path))
+    with pytest.raises(FileFormatError, match="pass the path of the one to load"):
+        load_pytree(tmp_path)
+
+
 def test_symbolic_links_are_replaced_and_not_followed(tmp_path: Path) -> None:
     """A hub's cache is made of links to files that other revisions share."""
     folder, shared = tmp_path / "m", tmp_path / "shared"

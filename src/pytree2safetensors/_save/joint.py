@@ -30,7 +30,7 @@ from pytree2safetensors._save.share import (
     split_blocks,
 )
 from pytree2safetensors._save.words import Terms
-from pytree2safetensors._save.writing import Target, label_of, older_names
+from pytree2safetensors._save.writing import Target, label_of, older_names, replacing_shards
 from pytree2safetensors._storage.atomic_file import joining, replacing
 from pytree2safetensors._storage.atomic_folder import replacing_together
 from pytree2safetensors._storage.descriptor import flush, read_at, reserve, write_at
@@ -82,7 +82,8 @@ class Work:
 
     def _prepare(self, stack: ExitStack, token: str) -> None:
         """Create the temporary files, as large as they will be."""
-        plan, folder, durable = self.plan, self.target.folder, self.durable
+        plan, target = replacing_shards(self.plan, self.target)
+        folder, durable = target.folder, self.durable
         if folder is None:
             name = _temporary(token, 0)
             descriptor = stack.enter_context(
@@ -95,9 +96,7 @@ class Work:
         temporaries = {name: _temporary(token, number) for number, name in enumerate(names)}
         stack.enter_context(naming(self.target.path))
         self.create = stack.enter_context(
-            replacing_together(
-                folder, temporaries, *older_names(plan, self.target), durable=durable
-            )
+            replacing_together(folder, temporaries, *older_names(plan, target), durable=durable)
         )
         for file in plan.files:
             with self.create(file.name, False) as descriptor:

@@ -85,6 +85,21 @@ def settled(target: Target) -> Target:
     return target._replace(path=absolute(target.path), folder=folder)
 
 
+def replacing_shards(plan: SavePlan, target: Target) -> tuple[SavePlan, Target]:
+    """If one file goes where a load finds the index of shards, plan to replace them in their folder.
+
+    Earlier saves must have finished. In a store, this would take another request for each save.
+    """
+    path = target.path
+    if target.folder is not None or not isinstance(path, str) or not path.endswith(SUFFIX):
+        return plan, target
+    folder, stem = split_path(path, is_folder=False)
+    if os.path.lexists(path) or not os.path.isfile(os.path.join(folder, index_name(stem))):
+        return plan, target
+    files = [file._replace(name=stem + SUFFIX) for file in plan.files]
+    return plan._replace(files=files), target._replace(folder=folder, stem=stem)
+
+
 def plan_save(contents: Contents, target: Target, *, checksum: bool) -> SavePlan:
     """Plan what a save writes."""
     if target.folder is None:
@@ -106,6 +121,7 @@ def write(
         OSError: The files cannot be written. The old files are unchanged.
     """
     hasher = Hashing(plan.infos) if plan.checksum else nullcontext()
+    plan, target = replacing_shards(plan, target)
     with closing_bar(progress), hasher as hashing:
         if target.folder is not None:
             _write_folder(plan, leaves, target, hashing, durable, progress)
