@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
 from inspect import signature
+from numbers import Integral
 from typing import Any, Final, ParamSpec, TypeVar
 
 from beartype import beartype
@@ -86,6 +87,10 @@ def _is_path_or(method: str) -> Callable[[object], bool]:
     return fits
 
 
+def _is_size(value: object) -> bool:
+    return isinstance(value, Integral | str | None) and not isinstance(value, bool)
+
+
 def _has_names(value: object) -> bool:
     return isinstance(value, Mapping) and all(isinstance(name, str) for name in value)
 
@@ -128,7 +133,7 @@ _RULES: Final[Mapping[str, tuple[Callable[[object], bool], str]]] = {
         lambda value: value is None or callable(value) or isinstance(value, Sharding),
         "a sharding, or a function of a spelled key path and a jax.ShapeDtypeStruct",
     ),
-    "max_shard_size": (_is(int, str, type(None)), "a number of bytes, or a str such as '5GB'"),
+    "max_shard_size": (_is_size, "a number of bytes, or a str such as '5GB'"),
     "progress": (lambda value: isinstance(value, bool) or callable(value), "a bool or a function"),
     "separator": (_is(str), "a str such as '.'"),
     "prefix": (_is(str), "a spelled key path, which is a str"),

@@ -6,7 +6,7 @@ Orbax decides when to save and which steps to keep. This library writes and read
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, SupportsIndex
 
 import jax
 import orbax.checkpoint as ocp
@@ -99,7 +99,7 @@ class SafetensorsSave(ocp.args.CheckpointArgs):
     metadata: Mapping[str, str] | None = None
     unsupported: Literal["raise", "skip"] = "raise"
     checksum: bool = False
-    max_shard_size: int | str | None = None
+    max_shard_size: SupportsIndex | str | None = None
 
     def options(self) -> dict[str, Any]:
         """Return the options of `save_pytree`."""

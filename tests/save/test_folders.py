@@ -124,7 +124,7 @@ def test_other_sizes_are_refused(tmp_path: Path, size: str) -> None:
     assert not (tmp_path / "m").exists()
 
 
-@pytest.mark.parametrize("size", [0, -1, True, "0GB", "0.9B"])
+@pytest.mark.parametrize("size", [0, -1, "0GB", "0.9B"])
 def test_a_shard_takes_a_byte(tmp_path: Path, size: int | str) -> None:
     with pytest.raises(ValueError, match=r"max_shard_size is .*; a shard holds at least one"):
         save_pytree(tree_of(1), tmp_path / "m", max_shard_size=size)

@@ -8,7 +8,8 @@ import os
 import re
 from collections.abc import Mapping
 from decimal import Decimal
-from typing import Any, Final
+from operator import index
+from typing import Any, Final, SupportsIndex
 
 from pytree2safetensors._errors import FileFormatError, shorten
 from pytree2safetensors._format.header import MAX_HEADER
@@ -33,7 +34,7 @@ _SIZE: Final = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?B)\s*", re.ASCII 
 _UNITS: Final = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
-def parse_size(size: int | str) -> int:
+def parse_size(size: SupportsIndex | str) -> int:
     """Parse a number of bytes, such as "5GB".
 
     Raises:
@@ -47,9 +48,10 @@ def parse_size(size: int | str) -> int:
                 f"number and one of the units {', '.join(_UNITS)}, as in '5GB'"
             )
         size = int(Decimal(match[1]) * _UNITS[match[2].upper()])
-    if isinstance(size, bool) or size < 1:
-        raise ValueError(f"max_shard_size is {size!r}; a shard holds at least one byte")
-    return size
+    limit = index(size)
+    if limit < 1:
+        raise ValueError(f"max_shard_size is {limit}; a shard holds at least one byte")
+    return limit
 
 
 def into_shards(

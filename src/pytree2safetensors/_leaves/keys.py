@@ -62,7 +62,7 @@ def key_dtype(impl: str) -> Any:
 @lru_cache(maxsize=16)
 def implementation_of(dtype: Any) -> str | None:
     """Return the registered name of the implementation of keys with this dtype."""
-    found: list[str | None] = []  # of a traced key, because JAX tells it of no ShapeDtypeStruct
+    found: list[str | None] = []  # from a traced key: key_impl takes no ShapeDtypeStruct
     key = ShapeDtypeStruct((), dtype)
     jax.eval_shape(lambda key: found.append(implementation_name(key)), key)
     return found[0]

@@ -34,7 +34,12 @@ from pytree2safetensors._storage.file_source import descriptors_to_keep, open_so
 from pytree2safetensors._storage.folder import without_savers
 from pytree2safetensors._storage.read_pool import ReadPool
 from pytree2safetensors._storage.remote_file import RemoteSource
-from pytree2safetensors._storage.remote_path import RemotePath, hide_credentials, resolve
+from pytree2safetensors._storage.remote_path import (
+    RemotePath,
+    check_home,
+    hide_credentials,
+    resolve,
+)
 from pytree2safetensors._storage.stream import open_stream
 
 _HEAD = 1 << 16  # bytes: the first read has nearly every header
@@ -64,6 +69,7 @@ def open_checkpoint(path: PathLike | Readable, mmap: bool = False) -> OpenCheckp
     """Open a file, a folder of shards or its index, or a file object unless `mmap` is True."""
     where = resolve(path)
     if isinstance(where, str):
+        check_home(where)
         return _open_path(where)
     if isinstance(where, RemotePath):
         if mmap:

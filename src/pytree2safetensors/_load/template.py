@@ -161,6 +161,8 @@ def misfit(slot: TemplateLeaf, stored: LeafSpec, value: Any, *, cast: bool) -> s
         cast and wanted.shape == stored.shape and {wanted.kind, stored.kind}.isdisjoint(_NO_NUMBERS)
     )
     why = ", which cast=True does not convert" if refused else ""
+    if stored.kind == "key" and wanted.dtype == np.uint32:
+        why = f"; put a key in the template, such as jax.random.key(0, impl={stored.impl!r})"
     return f"the template has {show(wanted)}, but the stored leaf is {show(stored)}{of}{why}"
 
 

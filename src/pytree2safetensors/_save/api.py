@@ -6,7 +6,7 @@ Specification: *Saving*.
 from collections.abc import Mapping
 from concurrent.futures import Future
 from functools import partial
-from typing import Literal
+from typing import Literal, SupportsIndex
 
 import jax
 
@@ -37,7 +37,7 @@ def save_pytree(
     unsupported: Literal["raise", "skip"] = "raise",
     durable: bool = True,
     checksum: bool = False,
-    max_shard_size: int | str | None = None,
+    max_shard_size: SupportsIndex | str | None = None,
     progress: ProgressOption = False,
     rename: Rename | None = None,
 ) -> None:
@@ -99,7 +99,7 @@ def save_pytree_async(
     unsupported: Literal["raise", "skip"] = "raise",
     durable: bool = True,
     checksum: bool = False,
-    max_shard_size: int | str | None = None,
+    max_shard_size: SupportsIndex | str | None = None,
     progress: ProgressOption = False,
     rename: Rename | None = None,
 ) -> Future[None]:

@@ -6,7 +6,7 @@ Specification: *Saving*.
 import os
 from concurrent.futures import Future
 from functools import partial
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, SupportsIndex
 
 from pytree2safetensors._errors import FileFormatError
 from pytree2safetensors._format.note import NOTE, read_note
@@ -39,7 +39,7 @@ class Options(NamedTuple):
 
     durable: bool
     checksum: bool
-    max_shard_size: int | str | None
+    max_shard_size: SupportsIndex | str | None
 
 
 def save(

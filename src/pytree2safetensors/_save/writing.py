@@ -7,7 +7,7 @@ import errno
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 from pytree2safetensors._errors import shorten
 from pytree2safetensors._format.index import SUFFIX, index_name, parse_size, split_path, stem_of
@@ -23,7 +23,7 @@ from pytree2safetensors._storage.naming import naming
 from pytree2safetensors._storage.progress import Progress, closing_bar
 from pytree2safetensors._storage.remote_file import write_remote
 from pytree2safetensors._storage.remote_folder import replace_remotely
-from pytree2safetensors._storage.remote_path import RemotePath, check_created, resolve
+from pytree2safetensors._storage.remote_path import RemotePath, check_created, check_home, resolve
 from pytree2safetensors._storage.stream import Writable, write_stream
 from pytree2safetensors._types import Chunk
 
@@ -52,7 +52,9 @@ def label_of(target: Target) -> str:
     return shorten(path) if isinstance(path, str) else f"a {type(path).__name__}"
 
 
-def target_of(path: PathLike | RemotePath | Writable, max_shard_size: int | str | None) -> Target:
+def target_of(
+    path: PathLike | RemotePath | Writable, max_shard_size: SupportsIndex | str | None
+) -> Target:
     """Find where a save goes.
 
     Raises:
@@ -61,6 +63,8 @@ def target_of(path: PathLike | RemotePath | Writable, max_shard_size: int | str 
     """
     where = resolve(path)
     if max_shard_size is None:
+        if isinstance(where, str):
+            check_home(where)
         return Target(where)
     limit = parse_size(max_shard_size)
     if isinstance(where, RemotePath):

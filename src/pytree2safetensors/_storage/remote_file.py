@@ -22,6 +22,7 @@ _VERSION: Final = (
     "ETag", "etag", "generation", "version_id", "VersionId", "md5Hash", "Content-MD5", "Digest",
     "blob_id", "Last-Modified", "LastModified", "last_modified", "updated", "mtime", "modified",
 )  # fmt: skip
+_READ_ONLY = "cannot be written to: its store is only read"
 
 
 def _turn(fs: Any) -> AbstractContextManager[Any]:
@@ -34,8 +35,11 @@ def _turn(fs: Any) -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def naming_url(path: RemotePath) -> Iterator[None]:
-    """Put the URL into the errors of a store, without its credentials."""
+def naming_url(path: RemotePath, missing: str = _READ_ONLY) -> Iterator[None]:
+    """Put the URL into the errors of a store, without its credentials.
+
+    `missing` is what the error says if the store lacks what is asked for.
+    """
     try:
         with _turn(path.fs):
             yield
@@ -45,7 +49,7 @@ def naming_url(path: RemotePath) -> Iterator[None]:
         code = errno.ENOENT
         raise FileNotFoundError(code, os.strerror(code), hide_credentials(path.url)) from None
     except NotImplementedError:
-        raise ValueError(f"{path.label} cannot be written to: its store is only read") from None
+        raise ValueError(f"{path.label} {missing}") from None
     except Exception as error:  # noqa: BLE001 - it is raised
         if _says_changed(error):
             raise _changed(path) from None

@@ -12,11 +12,16 @@ _FLAT = frozenset(
     ["s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oci", "hf", "http", "https", "memory"]
 )
 
+_UNLISTED = (
+    "is in a store that lists no folders; save one file, and load a URL that ends in .safetensors or "
+    ".json"
+)
+
 
 def names_in(folder: RemotePath) -> list[str]:
     """Return the names in a folder; none if it is not there."""
     try:
-        with naming_url(folder):
+        with naming_url(folder, _UNLISTED):
             folder.fs.invalidate_cache()
             found = folder.fs.ls(folder.path, detail=False)
     except FileNotFoundError:

@@ -3,6 +3,7 @@
 A store is what a URL names: an object store, a model hub, a web server.
 """
 
+import errno
 import os
 import re
 from collections.abc import Callable
@@ -106,6 +107,12 @@ def _resolved(text: str) -> str | RemotePath:
 
 
 def _local(path: str) -> str:
+    try:
+        is_name = b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:
+        is_name = False
+    if not is_name:
+        raise ValueError(f"{shorten(path)} has a character that no path can have; remove it")
     collapsed = _COLLAPSED.match(path)
     if collapsed is not None and not os.path.lexists(collapsed[1]):
         raise ValueError(
@@ -113,6 +120,14 @@ def _local(path: str) -> str:
             "str, or as a path of universal_pathlib"
         )
     return path
+
+
+def check_home(path: str) -> None:
+    """Raise an error for a path below a missing folder called `~`, which only a shell replaces."""
+    first, slash, _ = path.partition("/")
+    if slash and first.startswith("~") and not os.path.lexists(first):
+        text = f"{os.strerror(errno.ENOENT)} (only a shell replaces '~'; call os.path.expanduser)"
+        raise FileNotFoundError(errno.ENOENT, text, path)
 
 
 def check_created(folder: str) -> None:

@@ -82,6 +82,7 @@ class _Stream(ByteSource):
 def open_stream(file: Readable) -> ByteSource:
     """Open a file object for reading, from its current position."""
     label = _label_of(file)
+    _check_open(file, label, "readable", "reading")
     if isinstance(file, io.TextIOBase):  # some bytes may not be text
         raise _no_bytes(str, label)
     seekable = getattr(file, "seekable", None)
@@ -93,6 +94,16 @@ def open_stream(file: Readable) -> ByteSource:
             f"{label} has 0 bytes after its position; seek to the start of the data"
         )
     return source
+
+
+def _check_open(file: Any, label: str, ability: str, purpose: str) -> None:
+    """Raise an error for a file object that is closed, or open only for the other direction."""
+    if getattr(file, "closed", False) is True:
+        raise ValueError(f"{label} is closed; open it for {purpose}")
+    if getattr(file, ability, lambda: True)() is False:
+        raise io.UnsupportedOperation(
+            f"{label} is not open for {purpose}; open it again for {purpose}"
+        )
 
 
 def _checked_bytes(content: Any, label: str) -> bytes | bytearray | memoryview:
@@ -116,6 +127,7 @@ def write_stream(
     """Write adjacent chunks to a file object, which may write only a part at a time."""
     if isinstance(file, io.TextIOBase):
         raise TypeError(f"{type(file).__name__} takes text, not bytes; open it in binary mode")
+    _check_open(file, _label_of(file), "writable", "writing")
     report = Report(progress, size)
     for _, piece in cut(chunks):
         rest = piece
