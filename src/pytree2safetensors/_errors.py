@@ -6,6 +6,9 @@ Specification: *Errors*.
 import difflib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Final
+
+LISTED: Final = 20  # items of a list in a message
 
 
 class Pytree2SafetensorsError(Exception):
@@ -84,6 +87,12 @@ def shorten(text: str, limit: int = 200) -> str:
         return repr(text)
     half = limit // 2
     return f"{text[:half]!r}...{text[-half:]!r} ({len(text):,} characters)"
+
+
+def joined(texts: Sequence[str], limit: int = LISTED) -> str:
+    """Join the first texts with commas, and say how many more there are."""
+    more = f" and {len(texts) - limit:,} more" if len(texts) > limit else ""
+    return ", ".join(texts[:limit]) + more
 
 
 def nearest(name: str, candidates: Sequence[str]) -> str:

@@ -32,7 +32,15 @@ def implementation_name(leaf: Any) -> str | None:
 
 
 class UnknownHere(FileFormatError):
-    """A stored leaf that may be valid, but is unknown to the installed libraries."""
+    """A stored leaf that may be valid, but is unknown to the installed libraries.
+
+    Attributes:
+        reason: The message without the name of the leaf.
+    """
+
+    def __init__(self, message: str, reason: str = "") -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 def key_shape(impl: str, name: str) -> tuple[int, ...]:
@@ -40,10 +48,11 @@ def key_shape(impl: str, name: str) -> tuple[int, ...]:
     try:
         return data_shape(impl)
     except ValueError:
-        raise UnknownHere(
-            f"{shorten(name)} is a key of the PRNG implementation {shorten(impl)}, which this "
-            "process does not know; register it, or install a newer JAX"
-        ) from None
+        reason = (
+            f"is a key of the PRNG implementation {shorten(impl)}, which this process does not know; "
+            "register it, or install a newer JAX"
+        )
+        raise UnknownHere(f"{shorten(name)} {reason}", reason) from None
 
 
 @lru_cache(maxsize=16)

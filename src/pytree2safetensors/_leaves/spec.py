@@ -44,7 +44,7 @@ def numpy_dtype(info: TensorInfo, name: str) -> np.dtype[Any]:
     """Return the NumPy dtype of the values of a tensor."""
     found = _numpy_dtype(info.dtype, info.kind if isinstance(info.kind, str) else None)
     if isinstance(found, str):
-        raise UnknownHere(f"{shorten(name)} {found}")
+        raise UnknownHere(f"{shorten(name)} {found}", found)
     return found
 
 

@@ -7,11 +7,11 @@ import jax
 
 from pytree2safetensors._arguments import checked
 from pytree2safetensors._collector import collector_paused
-from pytree2safetensors._errors import shorten
+from pytree2safetensors._errors import joined, shorten
 from pytree2safetensors._leaves.spec import LeafSpec, abstract
 from pytree2safetensors._load.checkpoint import OpenCheckpoint
 from pytree2safetensors._load.opening import again_if_replaced, open_checkpoint
-from pytree2safetensors._load.stored import load_stored, names_below, nodes_below
+from pytree2safetensors._load.stored import load_stored, names_below, nodes_below, warn
 from pytree2safetensors._storage.byte_source import PathLike, Readable
 from pytree2safetensors._storage.progress import ProgressOption, reporter
 from pytree2safetensors._tree.flatten import PyTree
@@ -87,7 +87,8 @@ def load_abstract(
     Args:
         path: A file, a binary file object, a folder of shards or its index.
         flat: Return a flat dict from the names in the file to their leaves. The names do not have
-            to form a tree.
+            to form a tree. A warning names leaves that the installed libraries do not know, such as
+            tensors of the packed dtype F4; the dict does not have them.
         prefix: A spelled key path. Load only the subtree there.
         separator: As for `load_pytree`.
         sharding: A sharding for all arrays, or a function that takes the spelled key path and the
@@ -100,7 +101,8 @@ def load_abstract(
         scalars and strs have their values.
 
     Raises:
-        FileFormatError: The file is damaged, or is not a safetensors file.
+        FileFormatError: The file is damaged, or is not a safetensors file; or `flat` is False, and
+            the installed libraries do not know a leaf.
         KeyPathError: A name in the file is not a key path, `flat` is False, and `separator` is empty.
         TreeStructureError: The names do not form a tree, and `flat` is False.
         WeightsMismatchError: The file has nothing at `prefix`.
@@ -114,8 +116,8 @@ def load_abstract(
     """
     with collector_paused(), open_checkpoint(path) as checkpoint:
         names = names_below(checkpoint, prefix, separator=separator)
-        found = {name: checkpoint.spec_of(stored) for name, stored in names.items()}
-        scalars = [name for name in names if found[name].kind not in {"array", "key"}]
+        found = _specs(checkpoint, names, skip=flat)
+        scalars = [name for name in found if found[name].kind not in {"array", "key"}]
         stored = [names[name] for name in scalars]
         loaded = load_stored(checkpoint, stored, mmap=False, progress=None)
         values = dict(zip(scalars, loaded, strict=True))
@@ -133,6 +135,26 @@ def _built(
     if separator:
         return build_separated(leaves, separator, where)
     return build(leaves, nodes_below(checkpoint, prefix), where)
+
+
+def _specs(
+    checkpoint: OpenCheckpoint, names: Mapping[str, str], *, skip: bool
+) -> dict[str, LeafSpec]:
+    """Describe stored leaves. Skip, with a warning, those that this process does not know."""
+    found: dict[str, LeafSpec] = {}
+    unknown: list[str] = []
+    for name, stored in names.items():
+        spec = checkpoint.spec_or_reason(stored) if skip else checkpoint.spec_of(stored)
+        if isinstance(spec, str):
+            unknown.append(f"{shorten(stored)} {spec}")
+        else:
+            found[name] = spec
+    if unknown:
+        warn(
+            f"The list of {checkpoint.label} lacks leaves that the installed libraries do not know: "
+            f"{joined(unknown)}"
+        )
+    return found
 
 
 def _sharded(name: str, leaf: LeafSpec, sharding: Shardings | None) -> jax.ShapeDtypeStruct:

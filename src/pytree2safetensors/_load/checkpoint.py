@@ -17,6 +17,7 @@ from pytree2safetensors._format.digests import read_digests
 from pytree2safetensors._format.header import Tensors
 from pytree2safetensors._format.note import NOTE, Note, is_reserved, read_note
 from pytree2safetensors._format.tensor import TensorInfo, check_kind
+from pytree2safetensors._leaves.keys import UnknownHere
 from pytree2safetensors._leaves.spec import LeafSpec, spec_of
 from pytree2safetensors._storage.byte_source import ByteSource
 from pytree2safetensors._tree.claims import check_nodes
@@ -43,7 +44,7 @@ class OpenCheckpoint:
         self.sources = list(sources)
         self.infos: dict[str, TensorInfo] = {}
         self.places: dict[str, Place] = {}
-        self._logical: dict[int, LeafSpec] = {}
+        self._logical: dict[int, LeafSpec | str] = {}
         self.metadata: dict[str, str] = {}
         self.note = Note({}, {})
         self.digests: Mapping[str, str] | None = None
@@ -106,11 +107,22 @@ class OpenCheckpoint:
 
     def spec_of(self, name: str) -> LeafSpec:
         """Return the leaf with this name, without its values."""
+        found = self.spec_or_reason(name)
+        if isinstance(found, str):
+            raise FileFormatError(f"in {self.label}, {shorten(name)} {found}")
+        return found
+
+    def spec_or_reason(self, name: str) -> LeafSpec | str:
+        """Return the leaf with this name, or why the installed libraries do not know it."""
         info = self.infos[name]
         found = self._logical.get(id(info))  # equal tensors share their info
         if found is None:
             with errors_of(self.label):
-                found = self._logical[id(info)] = spec_of(info, name)
+                try:
+                    found = spec_of(info, name)
+                except UnknownHere as error:
+                    found = error.reason
+            self._logical[id(info)] = found
         return found
 
     def pieces(self, name: str) -> Iterator[NDArray[np.uint8]]:

@@ -64,17 +64,17 @@ def stored_for(
     return Stored(checkpoint, below if rules_in(rename) is None else sorted(checkpoint.infos))
 
 
-class Stored(Mapping[str, LeafSpec | None]):
-    """The leaves of a checkpoint under some names, described on demand.
+class Stored(Mapping[str, LeafSpec | str]):
+    """The leaves of a checkpoint under some names, or why the installed libraries do not know them.
 
-    So a tensor of an unknown dtype raises no error if it is not needed.
+    They are described on demand, so a leaf that is not needed cannot raise an error.
     """
 
     def __init__(self, checkpoint: OpenCheckpoint, names: Iterable[str]) -> None:
         self.checkpoint, self.names = checkpoint, dict.fromkeys(names)
 
-    def __getitem__(self, name: str) -> LeafSpec:
-        return self.checkpoint.spec_of(name)
+    def __getitem__(self, name: str) -> LeafSpec | str:
+        return self.checkpoint.spec_or_reason(name)
 
     def __contains__(self, name: object) -> bool:
         return name in self.names

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from contextlib import closing, suppress
 from typing import Any, Final, NamedTuple
 
-from pytree2safetensors._errors import FileFormatError, shorten
+from pytree2safetensors._errors import FileFormatError, joined, shorten
 from pytree2safetensors._format.header import LENGTH_BYTES, MAX_HEADER
 from pytree2safetensors._format.index import (
     INDEX_NAME,
@@ -134,9 +134,8 @@ def _chosen(folder: str, names: list[str]) -> str:
         _check_not_cut_short(folder, list(filter(SHARD_NAME.fullmatch, names)))
         found = [name for name in names if name.endswith(SUFFIX)]
     if len(found) > 1:
-        more = f" and {len(found) - 5} more" if len(found) > 5 else ""
         raise FileFormatError(
-            f"the folder {shorten(folder)} has {', '.join(map(shorten, found[:5]))}{more}; "
+            f"the folder {shorten(folder)} has {joined([*map(shorten, found)], 5)}; "
             "pass the path of the one to load"
         )
     if not found:

@@ -8,7 +8,7 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from pytree2safetensors._errors import FileFormatError, shorten
+from pytree2safetensors._errors import shorten
 from pytree2safetensors._leaves.families import Lost
 from pytree2safetensors._leaves.renaming import Rename, renamed
 from pytree2safetensors._leaves.routes import Route, Routes
@@ -95,16 +95,14 @@ class Comparison:
         dtype: np.dtype[Any] | None = None
         for name in view.names:
             stored = self.available[name]
-            is_array = stored is not None and stored.kind == "array"
-            if is_array and stored.dtype != np.complex128 and stored.shape == view.stored:
+            if isinstance(stored, LeafSpec) and _has_axes(stored) and stored.shape == view.stored:
                 dtype = dtype or stored.dtype
                 if stored.dtype == dtype:
                     continue
-            shown = "not an array, or an array without values" if stored is None else show(stored)
             expected = array_text("" if dtype is None else dtype, view.stored)
             reason = (
                 f"the template has {show(slot.leaf)}; by {self.routes.rules[position]!r} the tensor "
-                f"{shorten(name)} would be {expected}, but it is {shown}"
+                f"{shorten(name)} would be {expected}, but it {_predicate(stored)}"
             )
             self.refuse(position, reason, slot)
             return
@@ -141,7 +139,8 @@ def compare(
     Args:
         paths: The spelled key paths of the template's leaves.
         slots: What these leaves need; None for leaves that are not data.
-        available: The stored leaf under each name; None for a leaf without values.
+        available: The stored leaf under each name; None for a leaf without values, or the reason
+            why the installed libraries do not know it.
         values: Returns the Python scalars that are stored under names. It is called if the fit
             depends on their values.
         options: How to match.
@@ -154,7 +153,7 @@ def compare(
     for position, slot in enumerate(slots):
         if slot is None:
             name = add_prefix(options.prefix, paths[position])  # `rename` only has names for data
-            if name in available and _is_empty(available, name):
+            if name in available and available[name] is None:
                 outcome.used.add(name)  # neither of them is data
             continue
         route = routes[position]
@@ -166,7 +165,10 @@ def compare(
             continue
         outcome.used.add(route)
         stored = available[route]
-        if (id(slot), id(stored)) in fitting:
+        if isinstance(stored, str):
+            reason = f"the template has {show(slot.leaf)}, but the stored leaf {stored}"
+            outcome.refuse(position, reason, slot)
+        elif (id(slot), id(stored)) in fitting:
             outcome.found.append((position, route))
         elif stored is not None and _needs_value(slot, stored):
             waiting.append((position, route, slot, stored))
@@ -210,12 +212,16 @@ def _hint(slot: TemplateLeaf, stored: LeafSpec | None, rule: Rule | None) -> str
     return f"; this is the transpose, so give {rule!r} the pattern {pattern!r}"
 
 
-def _is_empty(available: Mapping[str, Any], name: str) -> bool:
-    """Return whether the leaf under a name has no values. Every tensor of a file has values."""
-    try:
-        return available[name] is None
-    except FileFormatError:  # a tensor of an unknown dtype
-        return False
+def _has_axes(stored: LeafSpec) -> bool:
+    """Return whether the axes of a tensor are those of its leaf."""
+    return stored.kind == "array" and stored.dtype != np.complex128
+
+
+def _predicate(stored: LeafSpec | str | None) -> str:
+    """Say what a stored leaf is, without its subject."""
+    if isinstance(stored, str):
+        return stored
+    return f"is {'not an array, or an array without values' if stored is None else show(stored)}"
 
 
 def _needs_value(slot: TemplateLeaf, stored: LeafSpec) -> bool:

@@ -9,7 +9,7 @@ from types import FrameType
 from typing import Any, Final
 
 from pytree2safetensors._collector import collector_paused
-from pytree2safetensors._errors import KeyPathError, WeightsMismatchError, nearest, shorten
+from pytree2safetensors._errors import KeyPathError, WeightsMismatchError, joined, nearest, shorten
 from pytree2safetensors._leaves.spec import LeafSpec, holds, noted_value
 from pytree2safetensors._load.checkpoint import OpenCheckpoint
 from pytree2safetensors._load.reading import read_leaves
@@ -125,17 +125,20 @@ def leaf_as_stored(spec: LeafSpec) -> TemplateLeaf:
 
 def warn_foreign(checkpoint: OpenCheckpoint, names: list[str]) -> None:
     """Warn once which leaves are NumPy arrays, and why."""
-    shown = ", ".join(f"{shorten(name)} ({checkpoint.spec_of(name).dtype})" for name in names[:20])
-    more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+    shown = joined([f"{shorten(name)} ({checkpoint.spec_of(name).dtype})" for name in names])
+    warn(
+        "JAX does not support the dtypes of some leaves here, so they are NumPy arrays without a "
+        f"sharding. In {checkpoint.label}: {shown}. Enable jax_enable_x64 for dtypes of 64 bits."
+    )
+
+
+def warn(message: str) -> None:
+    """Warn the caller of this package."""
     level = 1  # how far up the stack the caller of this package is
     frame: FrameType | None = sys._getframe()  # noqa: SLF001 - how CPython shows callers
     while frame is not None and _is_ours(frame.f_globals.get("__name__", "")):
         level, frame = level + 1, frame.f_back
-    warnings.warn(
-        "JAX does not support the dtypes of some leaves here, so they are NumPy arrays without a "
-        f"sharding. In {checkpoint.label}: {shown}{more}. Enable jax_enable_x64 for dtypes of 64 bits.",
-        stacklevel=level,
-    )
+    warnings.warn(message, stacklevel=level)
 
 
 def _is_ours(module: str) -> bool:
