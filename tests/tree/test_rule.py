@@ -90,7 +90,28 @@ def test_rules_are_equal_hashed_and_shown_by_what_they_are_made_of() -> None:
     assert rule != Rule("a.{l}", "b", "... (t d) -> l ... (d t)", l=3, t=1)
     assert Rule("a", None) != Rule(None, "a") != "a"
     assert repr(Rule(None, "a")) == "Rule(None, 'a')"
-    assert copy.deepcopy(rule) == rule == pickle.loads(pickle.dumps(rule))
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_copies_of_a_rule_are_equal(protocol: int) -> None:
+    rule = Rule("a.{l}", "b", "... (t d) -> l ... (d t)", t=2, l=3)
+    pickled = pickle.loads(pickle.dumps(rule, protocol))
+    for found in (copy.copy(rule), copy.deepcopy(rule), pickled):
+        assert found == rule
+        assert repr(found) == repr(rule)
+
+
+@pytest.mark.parametrize("name", ["name", "path", "pattern", "sizes", "other"])
+def test_a_rule_cannot_be_changed(name: str) -> None:
+    rule = Rule("w", "w", "(a b) -> a b", a=2)
+    before = repr(rule)
+    with pytest.raises(AttributeError, match=f"cannot assign to field '{name}'"):
+        setattr(rule, name, "x")
+    with pytest.raises(AttributeError, match=f"cannot delete field '{name}'"):
+        delattr(rule, name)
+    with pytest.raises(TypeError, match="does not support item assignment"):
+        rule.sizes["a"] = 3  # type: ignore[index] # what is tested
+    assert repr(rule) == before
 
 
 # Rule, spelled path, and the name that it gives; None if it does not match.

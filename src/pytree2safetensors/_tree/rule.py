@@ -7,9 +7,12 @@ on one side and belongs to the array on the other stacks arrays, or cuts one.
 Specification: *Rules*.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from itertools import product
-from typing import Final, NamedTuple
+from types import MappingProxyType
+from typing import NamedTuple
 
 from pytree2safetensors._arguments import checked
 from pytree2safetensors._tree.patterns import Dims, merged, read_pattern, spread
@@ -26,6 +29,7 @@ from pytree2safetensors._tree.placeholders import (
 )
 
 
+@dataclass(frozen=True, init=False, repr=False, eq=False)
 class Rule:
     """One correspondence between tensors of a file and leaves of a tree, in both directions.
 
@@ -42,15 +46,20 @@ class Rule:
 
     """
 
+    name: str | None
+    path: str | None
+    pattern: str
+    sizes: Mapping[str, int]
+
     @checked
     def __init__(
         self, name: str | None, path: str | None, pattern: str = "", /, **sizes: int
     ) -> None:
-        self.name: Final = name
-        self.path: Final = path
-        self.pattern: Final = pattern
-        self.sizes: Final[Mapping[str, int]] = sizes
+        vars(self).update(name=name, path=path, pattern=pattern, sizes=MappingProxyType(sizes))
         parse_rule(self)
+
+    def __reduce__(self) -> tuple[Callable[..., "Rule"], tuple[str | None, str | None, str]]:
+        return partial(Rule, **self.sizes), (self.name, self.path, self.pattern)
 
     def __repr__(self) -> str:
         parts = [repr(self.name), repr(self.path), *([repr(self.pattern)] if self.pattern else [])]
