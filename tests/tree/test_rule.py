@@ -23,6 +23,7 @@ BAD = [
     (("{l-1}", "{l}"), {}, "{l-1} is not a placeholder; write {l}, {l+3}, {6*b+i}, {p:q,k,v}, {*} or {=}"),
     (("t{²}", "x{²}"), {}, "{²} is not a placeholder; write {l}, {l+3}, {6*b+i}, {p:q,k,v}, {*} or {=}"),
     (("{2l}", "{l}"), {}, "{2l} is not a placeholder; write {l}, {l+3}, {6*b+i}, {p:q,k,v}, {*} or {=}"),
+    (("{1000000000000000000}", "l"), {}, "{1000000000000000000} is not a placeholder; write {l}, {l+3}, {6*b+i}, {p:q,k,v}, {*} or {=}"),
     (("{l+1:a,b}", "{l}"), {}, "{l+1:a,b} labels a sum; only a single axis has labels"),
     (("{p:a,a}", "{p}"), {}, "{p:a,a} has one label twice"),
     (("{p:a,b}", "{p:0,1,2}"), {}, "'p' has 2 labels in the name, and 3 in the path"),
@@ -127,6 +128,9 @@ NAMES = [
     (Rule("x.{l}", "layers.{l}.w.value"), "@layers@012@w@value", None),
     (Rule("x.{l}", "layers.{l}.w"), r"@layers@\(-1)@w", None),
     (Rule("x.{l}", "a.{l}"), "@a\\.3", "x.3"),
+    (Rule("x.{l}", "a.{l}"), "@a@" + "9" * 18, "x." + "9" * 18),
+    (Rule("x.{l}", "a.{l}"), "@a@1" + "0" * 18, None),
+    (Rule("x.{l}", "a.{l}"), "@a@" + "1" * 5000, None),
     (Rule("h.{l+3}.q", "layers.{l}.q"), "layers#1.q", "h.4.q"),
     (Rule("h.{l+3}.q", "layers#{l}.q"), "layers#1.q", "h.4.q"),
     (Rule("h.{2*l+1}.q", "layers#{l}.q"), "layers#4.q", "h.9.q"),
@@ -154,7 +158,9 @@ NAMES = [
 ]
 
 
-@pytest.mark.parametrize(("rule", "path", "name"), NAMES, ids=[f"{n[0]}-{n[1]}" for n in NAMES])
+@pytest.mark.parametrize(
+    ("rule", "path", "name"), NAMES, ids=[f"{n[0]}-{n[1][:99]}" for n in NAMES]
+)
 def test_a_rule_gives_a_leaf_its_name(rule: Rule, path: str, name: str | None) -> None:
     index = RuleIndex([rule])
     (match,) = index.match_paths([path])
@@ -168,6 +174,7 @@ def test_rules_without_a_path_match_names() -> None:
     names = ["vision.x", "h.0.b", "h.0.c", "h.01.a", "visionx"]
     assert index.match_names(names) == {"vision.x": 1, "h.0.b": 2}
     assert index.match_paths(["vision.x"]) == [None]
+    assert index.match_names(["h.1" + "0" * 5000 + ".b"]) == {}
 
 
 def test_two_leaves_of_one_dotted_path_are_refused() -> None:

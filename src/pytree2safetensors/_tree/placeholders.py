@@ -19,8 +19,8 @@ REST: Final = "*"  # stands for any text
 SPELLED: Final = "="  # stands for a whole spelled key path
 
 _PIECES: Final = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|([{}])")
-_TERM: Final = re.compile(r"(?:([0-9]+)\*)?([^\W\d]\w*)|([0-9]+)")
-_NUMBER: Final = "0|[1-9][0-9]*"
+_TERM: Final = re.compile(r"(?:([0-9]{1,18})\*)?([^\W\d]\w*)|([0-9]{1,18})")
+_NUMBER: Final = "0|[1-9][0-9]{0,17}"  # at most what a 64-bit integer holds
 _EXAMPLES: Final = "{l}, {l+3}, {6*b+i}, {p:q,k,v}, {*} or {=}"
 
 
