@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
+
 from pytree2safetensors._leaves.extents import Region, Shape, shape_of, within
 
 
@@ -156,16 +158,31 @@ def to_file(view: View, box: Box, values: Any) -> Any:
     return values.reshape([shape[axis] for axis in order]).transpose(back)
 
 
-def file_parts(view: View, region: Region, values: Any) -> Iterator[tuple[Source, Any]]:
+def file_parts(
+    view: View, region: Region, values: Any, name: str | None = None
+) -> Iterator[tuple[Source, Any]]:
     """Yield the parts of tensors that the values of a region of the leaf make.
 
-    `values` is a NumPy array, which is not copied, or a JAX array.
+    `values` is a NumPy array, which is not copied, or a JAX array. With a name, only the parts of
+    that tensor are made.
     """
     for box in boxes_of(view, region):
         is_whole = box.region == region
         shown = to_file(view, box, values if is_whole else values[within(box.region, region)])
         for source in sources_of(view, box):
-            yield source, shown[source.place]
+            if name in {None, source.name}:
+                yield source, shown[source.place]
+
+
+def tiled(parts: Sequence[tuple[Region, Any]], axis: int = 0) -> Any:
+    """Join regions that form a grid into one JAX array; they differ only from `axis` on."""
+    if len(parts) == 1:
+        return parts[0][1]
+    rows: dict[tuple[int, int], list[tuple[Region, Any]]] = {}
+    for part in parts:
+        rows.setdefault(part[0][axis], []).append(part)
+    made = [tiled(rows[bounds], axis + 1) for bounds in sorted(rows)]
+    return made[0] if len(made) == 1 else jnp.concatenate(made, axis)
 
 
 def region_of_tensor(view: View, name: str) -> Region:

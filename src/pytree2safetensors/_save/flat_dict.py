@@ -3,22 +3,26 @@
 Specification: *Trees and flat dicts*, *Rules*.
 """
 
+from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import NDArray
 
 from pytree2safetensors._arguments import checked
 from pytree2safetensors._format.tensor import TensorInfo
 from pytree2safetensors._leaves.assembled import Assembled, Placed, assemble
 from pytree2safetensors._leaves.describe import describe
-from pytree2safetensors._leaves.encode import host_array
-from pytree2safetensors._leaves.extents import Shape
+from pytree2safetensors._leaves.encode import host_array, part_of
+from pytree2safetensors._leaves.extents import Region, Shape
 from pytree2safetensors._leaves.families import Lost
 from pytree2safetensors._leaves.keys import is_key_dtype
+from pytree2safetensors._leaves.meshes import computed
 from pytree2safetensors._leaves.renaming import Rename, renamed
-from pytree2safetensors._leaves.views import View, file_parts
+from pytree2safetensors._leaves.to_jax import own_programs
+from pytree2safetensors._leaves.views import View, file_parts, region_of_tensor, tiled
 from pytree2safetensors._save.renamed import differ, misfit
 from pytree2safetensors._tree.flatten import PyTree, flatten
 from pytree2safetensors._tree.rule import Rule
@@ -101,12 +105,13 @@ def _is_same(one: Any, other: Any) -> bool:
 def _array_of(tensor: Assembled) -> Any:
     """Return the values of an assembled tensor: a JAX array if any of its leaves is one."""
     if not any(isinstance(leaf, jax.Array) for _, leaf in tensor.members):
-        return _joined(tensor, np)
+        return _joined(tensor)
     with_devices = [leaf for _, leaf in tensor.members if _is_committed(leaf)]
     if len({frozenset(leaf.sharding.device_set) for leaf in with_devices}) < 2:
-        return _joined(tensor, jnp)
+        return _joined_by_jax(tensor)
     members = [member._replace(leaf=host_array(member.leaf)) for member in tensor.members]
-    return jnp.asarray(_joined(tensor._replace(members=members), np))
+    with own_programs():
+        return jnp.asarray(_joined(tensor._replace(members=members)))
 
 
 def _is_committed(leaf: Any) -> bool:
@@ -114,16 +119,27 @@ def _is_committed(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array) and not is_traced and bool(getattr(leaf, "committed", True))
 
 
-def _joined(tensor: Assembled, xp: Any) -> Any:
-    view, first = tensor.members[0]
-    values = xp.zeros(view.fine, first.dtype)
-    for part_view, leaf in tensor.members:
-        whole = tuple((0, size) for size in part_view.shape)
-        for source, part in file_parts(part_view, whole, leaf):
-            if source.name == tensor.name:
-                index: Any = (*(slice(*bounds) for bounds in source.region), ...)
-                if xp is np:
-                    values[index] = part
-                else:
-                    values = values.at[index].set(part)
-    return values.reshape(view.stored)
+def _joined(tensor: Assembled) -> NDArray[Any]:
+    values = np.zeros(tensor.members[0].view.fine, tensor.members[0].leaf.dtype)
+    for region, part in _parts(tensor, [leaf for _, leaf in tensor.members]):
+        values[tuple(slice(*bounds) for bounds in region)] = part
+    return values.reshape(tensor.info.shape)
+
+
+def _joined_by_jax(tensor: Assembled) -> Any:
+    def join(leaves: list[Any]) -> Any:
+        parts = [*_parts(tensor, map(jnp.asarray, leaves))]
+        whole = tiled(parts) if parts else jnp.zeros(0, leaves[0].dtype)
+        return whole.reshape(tensor.info.shape)
+
+    return computed(join, [leaf for _, leaf in tensor.members])
+
+
+def _parts(tensor: Assembled, leaves: Iterable[Any]) -> Iterator[tuple[Region, Any]]:
+    """Yield the regions of a tensor, reshaped to `fine`, and what the leaves have there."""
+    for (view, _), leaf in zip(tensor.members, leaves, strict=True):
+        region = region_of_tensor(view, tensor.name)
+        index = tuple(slice(*bounds) for bounds in region)
+        cut = leaf[index] if isinstance(leaf, np.ndarray) else part_of(leaf, index)
+        for source, part in file_parts(view, region, cut, tensor.name):
+            yield source.region, part

@@ -1,0 +1,52 @@
+"""Arrays over meshes with explicit axes.
+
+Specification: *Leaves*.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+
+from pytree2safetensors._leaves.to_jax import own_programs
+
+_EXPLICIT: Final = getattr(getattr(jax.sharding, "AxisType", None), "Explicit", None)  # newer JAX
+
+
+def computed(make: Callable[[list[Any]], Any], leaves: Sequence[Any]) -> Any:
+    """Compute an array from leaves, and let JAX choose its sharding.
+
+    On a mesh with explicit axes, each operation would have to name the sharding of its result.
+    """
+    explicit: dict[Mesh, Mesh] = {}  # by the mesh with the same axes, which are not explicit
+    found = []
+    with own_programs():
+        for leaf in leaves:
+            mesh = _explicit_mesh(leaf)
+            if mesh is None:
+                found.append(leaf)
+            else:
+                free = Mesh(mesh.devices, mesh.axis_names)
+                explicit[free] = mesh
+                found.append(_moved(leaf, free))
+        made = make(found)
+        used: Any = getattr(made.sharding, "mesh", None) if explicit else None
+        return _moved(made, explicit[used]) if used in explicit else made
+
+
+def _explicit_mesh(leaf: Any) -> Mesh | None:
+    """Return the mesh of an array if it has explicit axes. A traced array has no devices."""
+    if _EXPLICIT is None or not isinstance(leaf, jax.Array) or isinstance(leaf, jax.core.Tracer):
+        return None
+    mesh: Any = getattr(leaf.sharding, "mesh", None)
+    return mesh if mesh is not None and _EXPLICIT in mesh.axis_types else None
+
+
+def _moved(array: Any, mesh: Mesh) -> jax.Array:
+    """Return an array in the same sharding on a mesh of the same devices. This copies nothing."""
+    old = array.sharding
+    moved: jax.Array = jax.device_put(
+        array, NamedSharding(mesh, old.spec, memory_kind=old.memory_kind)
+    )
+    return moved

@@ -1,0 +1,112 @@
+"""Flat dicts that rules make: how JAX computes them. The law is in test_rules."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+
+from oracle import assert_same_values
+from placed import P
+from pytree2safetensors import Rule, pytree2dict
+
+VALUES = np.arange(64, dtype=np.float32).reshape(8, 8)
+VALUES[3, 4] = np.nan
+IN_TWO = VALUES.reshape(2, 4, 8)
+RULES: dict[str, tuple[Rule, dict[str, Any], dict[str, Any]]] = {
+    "moved": (Rule("@w", "@w", "a b -> b a"), {"w": VALUES}, {"@w": VALUES.T}),
+    "merged": (Rule("@w", "@w", "(p a) b -> b p a"), {"w": IN_TWO}, {
+        "@w": IN_TWO.transpose(1, 2, 0).reshape(32, 2)
+    }),
+    "joined": (Rule("w", "@{p:a,b}", "(p a) b -> a b"), {"a": VALUES, "b": VALUES.T}, {
+        "w": np.concatenate([VALUES, VALUES.T])
+    }),
+    "grid": (Rule("w", "@{p}#{q}", "p (q a) b -> b a"), {"0": [VALUES] * 3, "1": [VALUES.T] * 3}, {
+        "w": np.stack([np.concatenate([part] * 3) for part in (VALUES.T, VALUES)])
+    }),
+    "cut": (Rule("w.{p}", "@w", "b -> p b"), {"w": VALUES}, {
+        f"w.{row}": VALUES[row] for row in range(8)
+    }),
+}  # fmt: skip
+
+
+@pytest.fixture(params=RULES)
+def case(request: pytest.FixtureRequest) -> Any:
+    return RULES[request.param]
+
+
+def check(case: Any, found: dict[str, Any]) -> None:
+    assert found.keys() == case[2].keys()
+    for name, values in case[2].items():
+        assert isinstance(found[name], jax.Array)
+        assert_same_values(np.asarray(found[name]), np.ascontiguousarray(values))
+
+
+def test_no_setting_of_jax_stops_a_rule(case: Any) -> None:
+    rule, tree, _ = case
+    tree = jax.tree_util.tree_map(jnp.asarray, tree)
+    with jax.debug_nans(True), jax.debug_infs(True), jax.transfer_guard("disallow"):
+        found = pytree2dict(tree, rename=[rule])
+    check(case, found)
+
+
+def test_no_setting_of_jax_stops_a_tensor_of_several_devices() -> None:
+    first, second = (jax.device_put(VALUES, device) for device in jax.devices()[:2])
+    rule, _, expected = RULES["joined"]
+    with jax.transfer_guard("disallow"):
+        found = pytree2dict({"a": first, "b": second}, rename=[rule])
+    assert_same_values(np.asarray(found["w"])[:8], expected["w"][:8])
+
+
+@pytest.mark.skipif(
+    not hasattr(jax, "set_mesh") or not hasattr(jax.sharding, "AxisType"),
+    reason="this JAX has no explicit axes",
+)
+@pytest.mark.parametrize("within", [False, True])
+def test_arrays_may_be_spread_over_explicit_axes(case: Any, within: bool) -> None:
+    rule, tree, _ = case
+    kinds = (jax.sharding.AxisType.Explicit,) * 2
+    mesh: Any = jax.make_mesh((4, 2), ("x", "y"), axis_types=kinds)
+
+    def put(values: Any) -> Any:
+        specs = {8: P("x", "y"), 2: P("y", "x")}
+        return jax.device_put(values, NamedSharding(mesh, specs[len(values)]))
+
+    tree = jax.tree_util.tree_map(put, tree)
+    if within:
+        with jax.set_mesh(mesh):
+            found = pytree2dict(tree, rename=[rule])
+            for leaf in found.values():
+                leaf + 1  # the mesh of the array is the mesh that JAX expects
+    else:
+        found = pytree2dict(tree, rename=[rule])
+    for leaf in found.values():
+        assert getattr(leaf.sharding, "mesh", mesh) == mesh
+    check(case, found)
+
+
+@pytest.mark.parametrize("name", ["joined", "cut"])
+def test_the_work_grows_with_the_size_of_the_tree(name: str) -> None:
+    count = 64
+    if name == "joined":
+        rule, tree = Rule("w", "#{p}", "(p a) b -> a b"), [jnp.asarray(VALUES)] * count
+    else:
+        rule, tree = Rule("w.{p}", "#0", "b -> p b"), [jnp.zeros((count, 64))]
+    traced = jax.make_jaxpr(lambda leaves: pytree2dict(leaves, rename=[rule]))(tree)
+    made = [out.aval for step in traced.eqns for out in step.outvars]
+    assert sum(math.prod(aval.shape) for aval in made) <= 8 * 64 * count
+
+
+def test_rules_have_gradients(case: Any) -> None:
+    rule, tree, _ = case
+    leaves = jax.tree_util.tree_map(lambda leaf: jnp.ones(leaf.shape), tree)
+
+    def total(leaves: Any) -> Any:
+        return sum((leaf**2).sum() for leaf in pytree2dict(leaves, rename=[rule]).values())
+
+    for function in (jax.grad(total), jax.jit(jax.grad(total))):
+        for leaf in jax.tree_util.tree_leaves(function(leaves)):
+            assert_same_values(np.asarray(leaf), np.full(leaf.shape, 2, np.float32))
