@@ -208,6 +208,23 @@ def test_parts_of_a_tensor_must_all_be_there(path: Path) -> None:
         save_pytree({"q": KERNEL, "k": KERNEL}, path, rename=[rule])
 
 
+@pytest.mark.parametrize("kind", [np.asarray, jnp.asarray])
+def test_parts_of_a_tensor_must_have_one_dtype(kind: Any, path: Path) -> None:
+    rule = Rule("qkv", "{p:q,k,v}", "(p h) e -> h e")
+    tree = {"q": kind(KERNEL), "k": kind(KERNEL).astype("bfloat16"), "v": kind(KERNEL)}
+    for function in (
+        lambda: save_pytree(tree, path, rename=[rule]),
+        lambda: pytree2dict(tree, rename=[rule]),
+    ):
+        with pytest.raises(WeightsMismatchError) as caught:
+            function()
+        reason = f"'@q': {rule!r} joins it, a leaf of float32, with '@k' of bfloat16"
+        assert caught.value.mismatched[0] == reason
+    assert not path.exists()
+    swapped = {name: KERNEL.astype(">f4" if name == "k" else "<f4") for name in tree}
+    np.testing.assert_array_equal(saved(swapped, [rule], path)["qkv"], np.vstack([KERNEL] * 3))
+
+
 def test_leaves_that_a_tensor_does_not_tell_are_refused(path: Path) -> None:
     tree = {
         "big": 2**70,

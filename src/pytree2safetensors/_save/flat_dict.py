@@ -23,7 +23,7 @@ from pytree2safetensors._leaves.meshes import computed
 from pytree2safetensors._leaves.renaming import Rename, renamed
 from pytree2safetensors._leaves.to_jax import own_programs
 from pytree2safetensors._leaves.views import View, file_parts, region_of_tensor, tiled
-from pytree2safetensors._save.renamed import differ, misfit
+from pytree2safetensors._save.renamed import differ, misfit, other_dtypes
 from pytree2safetensors._tree.flatten import PyTree, flatten
 from pytree2safetensors._tree.rule import Rule
 
@@ -73,6 +73,7 @@ def _renamed(paths: list[str], leaves: list[Any], rename: Rename) -> dict[str, A
             placed.append(Placed(route, rule, path, leaf, _BYTES))
         elif route is not None:
             _add(found, owners, route, path, leaf)
+    lost += other_dtypes(placed)
     if lost:
         raise misfit(lost, idle)
     for name, copies in assemble(placed).items():

@@ -3,8 +3,10 @@
 Specification: *Rules*.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final
+
+import numpy as np
 
 from pytree2safetensors._errors import (
     FileFormatError,
@@ -19,6 +21,7 @@ from pytree2safetensors._leaves.families import Lost
 from pytree2safetensors._leaves.ownership import is_global
 from pytree2safetensors._leaves.renaming import Rename, renamed
 from pytree2safetensors._leaves.spread import assembled_chunks
+from pytree2safetensors._leaves.views import View
 from pytree2safetensors._tree.rule import Rule
 
 # Kinds of leaves that need no note.
@@ -54,6 +57,7 @@ def place(
             unfit.append((path, leaf))
         elif route is not None and info is not None:
             placed.append(Placed(route, rule, path, leaf, info))
+    lost += other_dtypes(placed)
     if lost:
         raise misfit(lost, idle)
     return placed, unfit
@@ -64,6 +68,21 @@ def _shape_of(info: TensorInfo | None) -> Shape | None:
     if info is None or isinstance(info.kind, list):
         return None
     return info.shape if info.kind in {None, "weak", *NOTED_DTYPES} else None
+
+
+def other_dtypes(placed: Iterable[Placed]) -> Iterator[tuple[str, Rule | None, str]]:
+    """Yield the leaves that a rule joins with a leaf of another dtype."""
+    firsts: dict[tuple[str, int], Placed] = {}  # by tensor and rule
+    for item in placed:
+        if not isinstance(item.route, View):
+            continue
+        for name in item.route.names:
+            first = firsts.setdefault((name, id(item.rule)), item)
+            ours, others = (np.dtype(one.leaf.dtype).newbyteorder("=") for one in (item, first))
+            if ours != others:
+                reason = f"{item.rule!r} joins it, a leaf of {ours}, with {shorten(first.path)} of {others}"
+                yield item.path, item.rule, reason
+                break
 
 
 def misfit(
