@@ -13,17 +13,18 @@ from pytree2safetensors._tree.rule_index import RuleIndex
 STACK = "; to stack or cut arrays, give a pattern such as "
 GIVE = "; give sizes, as in "
 SIZE = "the size of the leaf's axis "
+HOLES = " is not a placeholder; write {l}, {l+3}, {6*b+i}, {p:q,k,v}, {*} or {=}"
 
 # Arguments, sizes, and what the message says after the rule.
 BAD = [
     ((None, None), {}, "it has neither a name nor a path"),
     (("w{", "w"), {}, "'w{' has a single '{'; write it twice"),
     (("w", "a}b"), {}, "'a}b' has a single '}'; write it twice"),
-    (("{}", "w"), {}, "{} is not a placeholder; write {l}, {l+3}, {6*b+i}, {p:q,k,v}, {*} or {=}"),
-    (("{l-1}", "{l}"), {}, "{l-1} is not a placeholder; write {l}, {l+3}, {6*b+i}, {p:q,k,v}, {*} or {=}"),
-    (("t{²}", "x{²}"), {}, "{²} is not a placeholder; write {l}, {l+3}, {6*b+i}, {p:q,k,v}, {*} or {=}"),
-    (("{2l}", "{l}"), {}, "{2l} is not a placeholder; write {l}, {l+3}, {6*b+i}, {p:q,k,v}, {*} or {=}"),
-    (("{1000000000000000000}", "l"), {}, "{1000000000000000000} is not a placeholder; write {l}, {l+3}, {6*b+i}, {p:q,k,v}, {*} or {=}"),
+    (("{}", "w"), {}, "{}" + HOLES),
+    (("{l-1}", "{l}"), {}, "{l-1}" + HOLES),
+    (("t{²}", "x{²}"), {}, "{²}" + HOLES),
+    (("{2l}", "{l}"), {}, "{2l}" + HOLES),
+    (("{1000000000000000000}", "l"), {}, "{1000000000000000000}" + HOLES),
     (("{l+1:a,b}", "{l}"), {}, "{l+1:a,b} labels a sum; only a single axis has labels"),
     (("{p:a,a}", "{p}"), {}, "{p:a,a} has one label twice"),
     (("{p:a,b}", "{p:0,1,2}"), {}, "'p' has 2 labels in the name, and 3 in the path"),
