@@ -4,11 +4,12 @@ Specification: *Errors*.
 """
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Final
 
-LISTED: Final = 20  # items of a list in a message
+_LISTED: Final = 20  # items of a list in a message
 
 
 class Pytree2SafetensorsError(Exception):
@@ -89,10 +90,16 @@ def shorten(text: str, limit: int = 200) -> str:
     return f"{text[:half]!r}...{text[-half:]!r} ({len(text):,} characters)"
 
 
-def joined(texts: Sequence[str], limit: int = LISTED) -> str:
+def joined(texts: Sequence[str], limit: int = _LISTED) -> str:
     """Join the first texts with commas, and say how many more there are."""
     more = f" and {len(texts) - limit:,} more" if len(texts) > limit else ""
     return ", ".join(texts[:limit]) + more
+
+
+def listed(lines: Iterable[str], count: int, indent: str = "    ") -> list[str]:
+    """Indent the first of `count` lines, and say how many more there are."""
+    more = [f"{indent}... and {count - _LISTED:,} more"] if count > _LISTED else []
+    return [*(indent + line for line in islice(lines, _LISTED)), *more]
 
 
 def nearest(name: str, candidates: Sequence[str]) -> str:

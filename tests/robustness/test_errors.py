@@ -233,12 +233,13 @@ def test_a_traced_value_is_reported() -> None:
     assert "Call this outside jit" in str(caught.value)
 
 
-def test_every_unsupported_leaf_is_listed() -> None:
+def test_the_first_unsupported_leaves_are_listed() -> None:
     with pytest.raises(UnsupportedLeafError) as caught:
         save_pytree([print] * 1000, io.BytesIO())
     lines = str(caught.value).splitlines()
     assert lines[0] == "1000 of the tree's leaves cannot be stored:"
-    assert lines[1:-1] == [f"  '#{i}': {FUNCTION}" for i in range(1000)]
+    assert lines[1:-2] == [f"  '#{i}': {FUNCTION}" for i in range(20)]
+    assert lines[-2] == "  ... and 980 more"
 
 
 METADATA: list[tuple[dict[str, str], str]] = [

@@ -9,13 +9,12 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
-from pytree2safetensors._errors import WeightsMismatchError, nearest, shorten
+from pytree2safetensors._errors import WeightsMismatchError, listed, nearest, shorten
 from pytree2safetensors._leaves.renaming import Rename, rules_in
 from pytree2safetensors._load.matching import Comparison, Options
 from pytree2safetensors._tree.paths import add_prefix, dotted, strip_prefix
 from pytree2safetensors._tree.rule_index import RuleIndex
 
-_LISTED: Final = 20  # of each kind of mismatch in a message
 _LOGGER: Final = logging.getLogger("pytree2safetensors")
 _COMPARED: Final = 40_000  # characters of names to search for the nearest
 
@@ -36,18 +35,18 @@ def check(outcome: Comparison, options: Options) -> None:
         return
     counts = f"{len(missing)} missing, {len(unexpected)} unexpected, {len(mismatched)} mismatched"
     candidates = _up_to(_COMPARED, unused)
-    missing_lines = [_missing_line(*pair, options, candidates) for pair in missing[:_LISTED]]
+    missing_lines = (_missing_line(*pair, options, candidates) for pair in missing)
     parts = [
         f"{options.label} does not fit the template: {counts}",
         *_section("missing (the template has them)", missing_lines, len(missing)),
         *_section(
             "unexpected (the template does not have them)",
-            [shorten(name) + _kept(name, outcome, options) for name in unexpected[:_LISTED]],
+            (shorten(name) + _kept(name, outcome, options) for name in unexpected),
             len(unexpected),
         ),
-        *_section("mismatched", mismatched[:_LISTED], len(mismatched)),
+        *_section("mismatched", mismatched, len(mismatched)),
         *_useless(options.rename, outcome.paths),
-        *_section("rules that match no path of the template", map(repr, idle[:_LISTED]), len(idle)),
+        *_section("rules that match no path of the template", map(repr, idle), len(idle)),
     ]
     paths = list(dict.fromkeys(path for path, _ in missing))
     if not fails:
@@ -105,10 +104,7 @@ def _useless(rename: Rename | None, paths: Sequence[str]) -> list[str]:
 
 
 def _section(title: str, lines: Iterable[str], count: int) -> list[str]:
-    if not count:
-        return []
-    more = [f"    ... and {count - _LISTED:,} more"] if count > _LISTED else []
-    return [f"  {title}:", *(f"    {line}" for line in lines), *more]
+    return [f"  {title}:", *listed(lines, count)] if count else []
 
 
 def _remedy(options: Options, missing: bool, castable: bool, nothing: bool, is_larger: bool) -> str:

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
-from pytree2safetensors._errors import UnsupportedLeafError, shorten
+from pytree2safetensors._errors import UnsupportedLeafError, listed, shorten
 from pytree2safetensors._format.layout import check_metadata
 from pytree2safetensors._format.note import NOTE, Note, write_note
 from pytree2safetensors._format.tensor import TensorInfo
@@ -106,7 +106,7 @@ def _check_unfit(unfit: list[tuple[str, Any]], *, skip: bool) -> None:
 
 
 def _unfit_message(unfit: list[tuple[str, Any]], valueless: bool) -> str:
-    lines = [f"  {shorten(name)}: {_type_name(leaf)}{_state(leaf)}" for name, leaf in unfit]
+    lines = (f"{shorten(name)}: {_type_name(leaf)}{_state(leaf)}" for name, leaf in unfit)
     remedy = (
         "Only concrete arrays can be saved. Call this outside jit; for a Ref, or another object that "
         "holds an array, save the array."
@@ -114,7 +114,8 @@ def _unfit_message(unfit: list[tuple[str, Any]], valueless: bool) -> str:
         else 'Save with unsupported="skip" to leave them out; load_into_pytree then keeps those of '
         "its template. (If it is an object of your own class, register the class as a pytree node.)"
     )
-    return "\n".join([f"{len(unfit)} of the tree's leaves cannot be stored:", *lines, remedy])
+    first = f"{len(unfit)} of the tree's leaves cannot be stored:"
+    return "\n".join([first, *listed(lines, len(unfit), "  "), remedy])
 
 
 def _state(leaf: Any) -> str:

@@ -12,6 +12,7 @@ from pytree2safetensors._errors import (
     FileFormatError,
     UnsupportedLeafError,
     WeightsMismatchError,
+    listed,
     shorten,
 )
 from pytree2safetensors._format.tensor import NOTED_DTYPES, SCALARS, TensorInfo
@@ -26,7 +27,6 @@ from pytree2safetensors._tree.rule import Rule
 
 # Kinds of leaves that need no note.
 _PLAIN: Final = frozenset({None, "weak", *SCALARS} - {"complex"})
-_LISTED: Final = 20
 
 
 def place(
@@ -90,9 +90,9 @@ def misfit(
 ) -> WeightsMismatchError:
     """Make the error for leaves without a place in the file."""
     parts = ["rename= does not fit the tree:"]
-    parts += _first(f"    {shorten(path)}: {reason}" for path, _, reason in lost)
+    parts += listed((f"{shorten(path)}: {reason}" for path, _, reason in lost), len(lost))
     if idle:
-        parts += ["  rules that match no path of the tree:", *_first(f"    {r!r}" for r in idle)]
+        parts += ["  rules that match no path of the tree:", *listed(map(repr, idle), len(idle))]
     parts.append(
         'As the last rule, Rule("{=}", "{=}") stores leaves under their own names; '
         "Rule(None, path) leaves one out."
@@ -100,12 +100,6 @@ def misfit(
     missing = [path for path, rule, _ in lost if rule is None]
     mismatched = [f"{shorten(path)}: {reason}" for path, rule, reason in lost if rule is not None]
     return WeightsMismatchError("\n".join(parts), missing, (), mismatched)
-
-
-def _first(lines: Iterable[str]) -> list[str]:
-    found = [*lines]
-    more = [f"    ... and {len(found) - _LISTED:,} more"] if len(found) > _LISTED else []
-    return [*found[:_LISTED], *more]
 
 
 def tensors_of(placed: Sequence[Placed]) -> tuple[dict[str, TensorInfo], dict[str, Any]]:
@@ -129,14 +123,14 @@ def tensors_of(placed: Sequence[Placed]) -> tuple[dict[str, TensorInfo], dict[st
 def _check_kinds(placed: Iterable[Placed]) -> None:
     """Raise an error for leaves that need a note."""
     noted = [
-        f"    {shorten(item.path)}: {kind[0] if isinstance(kind, list) else kind}"
+        f"{shorten(item.path)}: {kind[0] if isinstance(kind, list) else kind}"
         for item in placed
         if isinstance(kind := item.info.kind, list) or kind not in _PLAIN
     ]
     if noted:
         first = f"{len(noted)} of the tree's leaves need a note, which a file saved with rename= does not have:"
         last = "Convert them, leave them out with Rule(None, path), or save without rename=."
-        raise UnsupportedLeafError("\n".join([first, *_first(noted), last]))
+        raise UnsupportedLeafError("\n".join([first, *listed(noted, len(noted)), last]))
 
 
 def _check_equal(one: Copy, other: Copy) -> None:

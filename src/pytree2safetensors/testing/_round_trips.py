@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pytree2safetensors._errors import TreeStructureError, WeightsMismatchError, shorten
+from pytree2safetensors._errors import TreeStructureError, WeightsMismatchError, listed, shorten
 from pytree2safetensors._load.api import load_pytree
 from pytree2safetensors._load.into_template import load_into_pytree
 from pytree2safetensors._save.api import save_pytree
@@ -66,8 +66,8 @@ def _not_rebuilt(error: WeightsMismatchError) -> str:
         *(f"{shorten(name)} is new" for name in error.missing),
         *error.mismatched,
     ]
-    more = [f"... and {len(lines) - 20} more"] if len(lines) > 20 else []
-    return "\n".join(["unflattening the nodes of the tree gives another tree:", *lines[:20], *more])
+    first = "unflattening the nodes of the tree gives another tree:"
+    return "\n".join([first, *listed(lines, len(lines), "")])
 
 
 def _blank(leaf: Any) -> Any:
