@@ -261,7 +261,7 @@ def save_differently(folder: str, what: str) -> None:
         ("checksum", "the option checksum= is False on process 0 and True on process 1"),
         (
             "max_shard_size",
-            "the option max_shard_size= is None on process 0 and '1GB' on process 1",
+            "the option max_shard_size= is None on process 0 and 1000000000 on process 1",
         ),
     ],
 )
@@ -273,6 +273,18 @@ def test_processes_that_differ_save_nothing(
     for error, text in pair.fail(save_differently, old, what):
         assert error == "pytree2safetensors.FileFormatError"
         assert re.match(pattern, text), text
+
+
+def save_with_sizes(folder: str) -> None:
+    for number, sizes in enumerate([(700_000, np.int64(700_000)), ("700kB", 700_000)]):
+        size: Any = sizes[jax.process_index()]
+        p2s.save_pytree(large(), f"{folder}/{number}", max_shard_size=size)
+
+
+def test_a_size_may_be_spelled_differently(pair: Group, tmp_path: Path) -> None:
+    pair.run(save_with_sizes, tmp_path)
+    for name in "01":
+        assert set(p2s.load_pytree(tmp_path / name)) == {"rows", "columns"}
 
 
 def save_elsewhere(folder: str, elsewhere: str) -> None:

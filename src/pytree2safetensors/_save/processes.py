@@ -97,7 +97,9 @@ def _terms(contents: Contents, plan: SavePlan, target: Target, options: Options)
     # The folders above may be mounted elsewhere.
     name = os.path.basename(target.path.rstrip(os.sep))
     terms = {"the name of the file": repr(name)}
-    terms |= {f"the option {name}=": repr(value) for name, value in options._asdict().items()}
+    size = None if target.folder is None else target.limit  # not as it is spelled
+    values = options._replace(max_shard_size=size)._asdict()
+    terms |= {f"the option {name}=": repr(value) for name, value in values.items()}
     if target.folder is not None:  # in a single file, process 0 decides where the data start
         terms |= {
             f"the file {file.name}": f"{len(file.head)} bytes of {file.size}" for file in plan.files
