@@ -1,6 +1,7 @@
 """Messages about paths, file objects and sizes that cannot be used."""
 
 import io
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from pytree2safetensors import (
     save_pytree,
     save_pytree_async,
 )
+from pytree2safetensors._storage.remote_path import check_created, check_home
 
 TREE = {"a": np.zeros(3, np.float32)}
 
@@ -43,6 +45,20 @@ def test_a_missing_home_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "~").mkdir()
     save_pytree(TREE, "~/m.safetensors")
     load_pytree("~/m.safetensors")
+
+
+def test_a_missing_home_is_explained_on_windows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "sep", "\\")
+    monkeypatch.setattr(os, "altsep", "/")
+    for path in ("~\\m", "~/m", "~me\\x/m"):
+        with pytest.raises(FileNotFoundError, match=r"only a shell replaces '~'; call os\.path"):
+            check_home(path)
+        with pytest.raises(ValueError, match="begins with '~', which only a shell replaces"):
+            check_created(path)
+    check_home("~m")
 
 
 def test_a_closed_file_object_is_named(tmp_path: Path) -> None:

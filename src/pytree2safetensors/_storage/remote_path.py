@@ -124,20 +124,24 @@ def _local(path: str) -> str:
 
 def check_home(path: str) -> None:
     """Raise an error for a path below a missing folder called `~`, which only a shell replaces."""
-    first, slash, _ = path.partition("/")
-    if slash and first.startswith("~") and not os.path.lexists(first):
+    first = _first_folder(path)
+    if first != path and first.startswith("~") and not os.path.lexists(first):
         text = f"{os.strerror(errno.ENOENT)} (only a shell replaces '~'; call os.path.expanduser)"
         raise FileNotFoundError(errno.ENOENT, text, path)
 
 
 def check_created(folder: str) -> None:
     """Raise an error for a new folder called `~`, which only a shell replaces."""
-    first = folder.partition("/")[0]
+    first = _first_folder(folder)
     if first.startswith("~") and not os.path.lexists(first):
         raise ValueError(
             f"{shorten(folder)} begins with '~', which only a shell replaces; call "
             "os.path.expanduser, or make the folder first"
         )
+
+
+def _first_folder(path: str) -> str:
+    return path.replace(os.altsep or os.sep, os.sep).partition(os.sep)[0]
 
 
 def _remote(url: str) -> RemotePath:
