@@ -392,6 +392,32 @@ def test_what_cast_does_not_convert_is_reported() -> None:
         assert ("which cast=True does not convert" in str(caught.value)) is told
 
 
+RANGES = [
+    (jnp.int32(0), 2**40, "int32[]", "int (1099511627776), which int32 cannot hold"),
+    (np.uint8(0), -1, "uint8[]", "int (-1), which uint8 cannot hold"),
+    (np.float32(0), 1e300, "float32[]", "float (1e+300), which float32 cannot hold"),
+    (jnp.int32(0), 10**6000, "int32[]", "int (an int of 6,001 digits), which int32 cannot hold"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("cast", [False, True])
+@pytest.mark.parametrize(("leaf", "value", "wanted", "stored"), RANGES, ids=range(len(RANGES)))
+def test_a_value_out_of_range_is_the_reason(
+    leaf: Any, value: float, wanted: str, stored: str, cast: bool
+) -> None:
+    with pytest.raises(WeightsMismatchError) as caught:
+        set_weights({"a": leaf}, {"@a": value}, cast=cast)
+    reason = f"'@a': the template has {wanted}, but the stored leaf is a Python {stored}"
+    assert caught.value.mismatched == (reason,)
+
+
+def test_an_int_may_be_too_large_for_a_float() -> None:
+    with pytest.raises(
+        WeightsMismatchError, match=r"401 digits\), which a Python float cannot hold\n"
+    ):
+        set_weights({"a": 1.5}, {"@a": 10**400}, cast=True)
+
+
 def test_skipping_leaves_out_no_array(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedLeafError, match="concrete arrays"):
         save_pytree([struct((), np.int32), print], tmp_path / "file", unsupported="skip")

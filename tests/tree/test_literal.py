@@ -70,6 +70,13 @@ def test_a_long_value_is_shown_in_part() -> None:
     assert short_form(b"a" * 1000) == "b'" + "a" * 95 + "..."
 
 
+@pytest.mark.parametrize("digits", [101, 4300, 4301, 6000])
+def test_a_long_int_is_shown_by_its_number_of_digits(digits: int) -> None:
+    text = f"an int of {digits:,} digits"
+    assert short_form(10 ** (digits - 1)) == short_form(10**digits - 1) == text
+    assert short_form(-(10**digits) + 1) == text
+
+
 def test_a_name_may_begin_with_any_letter() -> None:
     assert string2keypath("X") == (GetAttrKey("X"),)
     assert string2keypath("Xy.X@X") == (GetAttrKey("Xy"), GetAttrKey("X"), DictKey("X"))

@@ -157,13 +157,20 @@ def misfit(slot: TemplateLeaf, stored: LeafSpec, value: Any, *, cast: bool) -> s
     if fits:
         return None
     of = f" ({short_form(value)})" if value is not None else ""
-    refused = (
-        cast and wanted.shape == stored.shape and {wanted.kind, stored.kind}.isdisjoint(_NO_NUMBERS)
-    )
-    why = ", which cast=True does not convert" if refused else ""
-    if stored.kind == "key" and wanted.dtype == np.uint32:
-        why = f"; put a key in the template, such as jax.random.key(0, impl={stored.impl!r})"
+    why = _explanation(wanted, stored, value, cast)
     return f"the template has {show(wanted)}, but the stored leaf is {show(stored)}{of}{why}"
+
+
+def _explanation(wanted: LeafSpec, stored: LeafSpec, value: Any, cast: bool) -> str:
+    """Say why a leaf does not fit, if its shape and kind do not show it."""
+    if stored.kind == "key" and wanted.dtype == np.uint32:
+        return f"; put a key in the template, such as jax.random.key(0, impl={stored.impl!r})"
+    if wanted.shape != stored.shape or not {wanted.kind, stored.kind}.isdisjoint(_NO_NUMBERS):
+        return ""
+    if value is not None and _dtype_fits(wanted, stored, None, cast):
+        holder = f"a Python {wanted.kind}" if wanted.dtype is None else wanted.dtype
+        return f", which {holder} cannot hold"
+    return ", which cast=True does not convert" if cast else ""
 
 
 def _dtype_fits(wanted: LeafSpec, stored: LeafSpec, value: Any, cast: bool) -> bool:

@@ -53,12 +53,15 @@ def with_type(value: object) -> str:
 
 _FIRST_ELEMENTS = reprlib.Repr()  # writing all of a large collection would take long
 _FIRST_ELEMENTS.maxstring = _FIRST_ELEMENTS.maxother = _FIRST_ELEMENTS.maxlong = 400
+_LONG = 10**100
 _COLLECTIONS = (dict, list, tuple, set, frozenset)
 
 
 def short_form(value: object) -> str:
     """Write a value, and cut it if it is long."""
     try:
+        if type(value) is int and abs(value) >= _LONG:
+            return f"an int of {_digits(abs(value)):,} digits"
         if type(value) in _COLLECTIONS:
             first = _FIRST_ELEMENTS.repr(value)
             shown = first.encode("ascii", "backslashreplace").decode("ascii")
@@ -68,6 +71,12 @@ def short_form(value: object) -> str:
     except Exception:  # noqa: BLE001 - a foreign __repr__ may raise anything
         return "a value"
     return shown if len(shown) <= 100 else shown[:97] + "..."
+
+
+def _digits(value: int) -> int:
+    """Return the number of digits of a positive int, which Python may refuse to convert to a str."""
+    found = int(math.log10(value))
+    return found + 1 if 10**found <= value else found
 
 
 # What `ascii` writes, and a bit more, so that an error can show the canonical spelling.
