@@ -2,7 +2,8 @@
 
 import json
 import math
-from typing import Any
+import re
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from command import Run, small, strictly
-from pytree2safetensors import save_pytree
+from pytree2safetensors import UnkeyedContainer, save_pytree
 from pytree2safetensors._cli.comparison import compare_files
 
 pytestmark = pytest.mark.usefixtures("own_folder")
@@ -32,7 +33,7 @@ DIFFERENT = """\
 ~ @values       float32[2,2] 2 of 4 differ, by at most 2.5, 1 not finite
 ~ @weak         float32[] weak -> float32[]
 ~ @zero         float32[3] 1 of 3 differ, by at most 0
-~ node @opt     tuple -> not noted
+~ node @opt     tuple -> list
 ~ metadata run  '42' -> '43'
 ~ metadata tag  'x' -> absent
 
@@ -85,6 +86,48 @@ def test_diff_says_which_leaves_differ_and_how(run: Run) -> None:
     code, out, err = run("diff", "a.safetensors", "b.safetensors")
     assert (code, err) == (1, "pytree2safetensors: a.safetensors and b.safetensors differ\n")
     assert out == DIFFERENT
+
+
+class Point(NamedTuple):
+    x: Any
+
+
+ONE = np.ones(1, np.int8)
+# Trees that differ, and the names and kinds of the nodes that differ.
+NODES: list[tuple[Any, Any, list[tuple[str, str | None, str | None]]]] = [
+    ((ONE,), [ONE], [("", "tuple", "list")]),
+    ((), {}, [("", "tuple", "dict")]),
+    ((), ONE, [("", "tuple", None)]),
+    ({"a": (ONE,)}, {"a": {"b": [ONE]}}, [("@a", "tuple", "dict")]),
+    ({"a": (ONE,)}, {"a": {"b": (ONE,)}}, [("@a", "tuple", "dict"), ("@a@b", None, "tuple")]),
+    ({"a": [()]}, {"a": Point(ONE)}, [("@a#0", "tuple", None)]),
+    ({"a": ()}, {"a": Point(ONE)}, [("@a", "tuple", "PyTreeContainer")]),
+    ({"a": ()}, {"a": UnkeyedContainer([ONE])}, [("@a", "tuple", "UnkeyedContainer")]),
+    ({"a": ()}, {"a": ONE, "b": ()}, [("@a", "tuple", None), ("@b", None, "tuple")]),
+    ({"a": {}}, {"a": {"b": ONE}}, []),
+    ([[]], [[ONE]], []),
+    ({"a": (), "b": None}, {"a": [], "b": [None]}, [
+        ("@a", "tuple", "list"), ("@b", "None", "list"), ("@b#0", None, "None"),
+    ]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("first", "second", "expected"), NODES, ids=range(len(NODES)))
+def test_diff_names_the_kinds_of_nodes(
+    first: Any, second: Any, expected: list[tuple[str, str | None, str | None]]
+) -> None:
+    save_pytree(first, "a.safetensors")
+    save_pytree(second, "b.safetensors")
+    assert compare_files("a.safetensors", "b.safetensors").nodes == expected
+    backwards = [(name, after, before) for name, before, after in expected]
+    assert compare_files("b.safetensors", "a.safetensors").nodes == backwards
+
+
+def test_diff_of_nodes_of_foreign_names(run: Run) -> None:
+    save_pytree({"a": ()}, "a.safetensors")
+    save_file({"@a@\\q": ONE, "b.c": ONE}, "b.safetensors")
+    _, out, _ = run("diff", "a.safetensors", "b.safetensors")
+    assert re.search(r"~ node @a +tuple -> absent\n", out)
 
 
 def test_diff_of_the_same_says_so(run: Run) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -16,7 +17,8 @@ from pytree2safetensors._leaves.spec import spec_of
 from pytree2safetensors._load.checkpoint import OpenCheckpoint
 from pytree2safetensors._load.opening import open_checkpoint
 from pytree2safetensors._storage.byte_source import PathLike
-from pytree2safetensors._types import Kind
+from pytree2safetensors._tree.paths import cut
+from pytree2safetensors._tree.spelling import INDEX, ITEM, UNKEYED
 
 
 class Values(NamedTuple):
@@ -67,7 +69,7 @@ class Difference(NamedTuple):
 
 
 class Change(NamedTuple):
-    """A metadata entry or a noted node that differs. A value is None if a file does not have it."""
+    """A metadata entry, or a node by its kind, that differs. None stands for what a file lacks."""
 
     name: str
     before: str | None
@@ -105,14 +107,38 @@ def compare_files(first: PathLike, second: PathLike) -> Comparison:
                 found.append(difference)
         return Comparison(
             found,
-            _changes(_spelled_kinds(old.note.nodes), _spelled_kinds(new.note.nodes)),
+            _node_changes(old, new),
             _changes(old.own_metadata(), new.own_metadata()),
             len(before.keys() & after.keys()),
         )
 
 
-def _spelled_kinds(nodes: Mapping[str, Kind]) -> dict[str, str]:
-    return {path: kind_text(nodes[path]) for path in nodes}
+def _node_changes(old: OpenCheckpoint, new: OpenCheckpoint) -> list[Change]:
+    names = old.note.nodes.keys() | new.note.nodes.keys()
+    return _changes(_kinds_of(names, old), _kinds_of(names, new))
+
+
+def _kinds_of(names: set[str], store: OpenCheckpoint) -> dict[str, str]:
+    """Return the kinds of nodes. Those that are not noted follow from the names of children."""
+    noted = store.note.nodes
+    kinds = {name: kind_text(noted[name]) for name in names & noted.keys()}
+    others = names - noted.keys()
+    if "" in others and not store.infos and not noted:
+        kinds[""] = "dict"
+    for name in [*store.infos, *noted] if others else []:
+        with suppress(ValueError):  # the root, which is not below anything, or a foreign name
+            above = name
+            while True:
+                above, segment = cut(above)
+                if above in others:
+                    kinds.setdefault(above, _kind_above(segment))
+    return kinds
+
+
+def _kind_above(segment: str) -> str:
+    if segment.startswith(UNKEYED):
+        return "UnkeyedContainer"
+    return {ITEM: "dict", INDEX: "list"}.get(segment[0], "PyTreeContainer")
 
 
 def _changes(before: Mapping[str, str], after: Mapping[str, str]) -> list[Change]:

@@ -80,9 +80,8 @@ def _values_text(values: Values) -> str:
 
 
 def _change(what: str, change: Change, show: Callable[[str], str]) -> Cells:
-    absent = "not noted" if what == "node" else "absent"
-    before = absent if change.before is None else show(change.before)
-    after = absent if change.after is None else show(change.after)
+    before = "absent" if change.before is None else show(change.before)
+    after = "absent" if change.after is None else show(change.after)
     return Cells(f"~ {what} {plain(change.name)}", f"{before} -> {after}", ("",), "yellow")
 
 
