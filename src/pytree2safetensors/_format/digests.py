@@ -15,6 +15,8 @@ from pytree2safetensors._format.tensor import TensorInfo
 DIGESTS: Final = "pytree2safetensors.sha256"  # the entry of the metadata, for tensors,
 METADATA: Final = "pytree2safetensors.sha256.metadata"  # and for all other metadata
 BLOCK: Final = 16 << 20  # bytes of a tensor that are hashed together; the last block may be shorter
+ALONE: Final = 1 << 18  # bytes: threads are slower for smaller blocks
+_encode: Final = json.JSONEncoder(separators=(",", ":")).encode
 _DIGITS: Final = 32  # hexadecimal: half of SHA-256 is enough to detect accidents
 
 
@@ -46,7 +48,7 @@ def hash_blocks(pieces: Iterable[Any]) -> list[bytes]:
 
 def digest_tensor(name: str, info: TensorInfo, hashes: Iterable[bytes]) -> str:
     """Compute the digest of a tensor: over its name, dtype, shape, and the hash of each block."""
-    head = json.dumps([name, info.dtype, list(info.shape)], separators=(",", ":"))
+    head = _encode([name, info.dtype, list(info.shape)])
     return hashlib.sha256(b"".join([head.encode(), *hashes])).hexdigest()[:_DIGITS]
 
 

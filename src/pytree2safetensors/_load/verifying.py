@@ -7,7 +7,13 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from itertools import groupby
 
-from pytree2safetensors._format.digests import block_bounds, check_digest, hash_block, hash_blocks
+from pytree2safetensors._format.digests import (
+    ALONE,
+    block_bounds,
+    check_digest,
+    hash_block,
+    hash_blocks,
+)
 from pytree2safetensors._format.tensor import BITS, TensorInfo
 from pytree2safetensors._leaves.extents import Part, gather
 from pytree2safetensors._load.checkpoint import OpenCheckpoint
@@ -29,6 +35,9 @@ def check_digests(checkpoint: OpenCheckpoint, places: Sequence[Place], pool: Rea
         info = checkpoint.infos[name]
         whole = next((place for place in mine if place.slot.region is None), None)
         if whole is not None:
+            if info.nbytes < ALONE:
+                check_digest(name, info, hash_blocks([whole.raw]), digests, checkpoint.label)
+                continue
             blocks = [whole.raw[start:stop] for start, stop in block_bounds(whole.slot.nbytes)]
             checks.append((name, info, pool.map(hash_block, blocks)))
             continue

@@ -9,15 +9,13 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import Any, Final
+from typing import Any
 
-from pytree2safetensors._format.digests import BLOCK, digest_tensor, hash_block
+from pytree2safetensors._format.digests import ALONE, BLOCK, digest_tensor, hash_block
 from pytree2safetensors._format.tensor import TensorInfo
 from pytree2safetensors._save.plan import FilePlan
 from pytree2safetensors._storage.threads import start
 from pytree2safetensors._types import Chunk
-
-_ALONE: Final = 1 << 18  # bytes: threads are slower for smaller blocks
 
 
 class Hashing:
@@ -71,7 +69,7 @@ class Hashing:
             self._partial = None
 
     def _begin(self, block: memoryview) -> Future[bytes] | bytes:
-        if len(block) < _ALONE:
+        if len(block) < ALONE:
             return hash_block(block)
         if len(self._running) >= self._most:
             self._running.popleft().result()
