@@ -1,7 +1,7 @@
 """Leaves of a dictionary, converted for a template."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +9,14 @@ import numpy as np
 
 from pytree2safetensors._leaves.decode import to_host
 from pytree2safetensors._leaves.encode import host_array
+from pytree2safetensors._leaves.meshes import computed
 from pytree2safetensors._leaves.spec import LeafSpec, TracedSpec
 from pytree2safetensors._leaves.to_jax import own_programs, to_jax, weaken, wrap_key
 from pytree2safetensors._leaves.views import View, leaf_of
-from pytree2safetensors._load.sharded import concrete, place
+from pytree2safetensors._load.sharded import place
 from pytree2safetensors._load.template import TemplateLeaf, to_python
+
+_BATCH: Final = 1 << 26  # bytes: copies for one call of JAX
 
 
 def given_spec(slot: TemplateLeaf | None, value: Any) -> LeafSpec | None:
@@ -23,16 +26,35 @@ def given_spec(slot: TemplateLeaf | None, value: Any) -> LeafSpec | None:
     return TracedSpec(*slot.leaf) if isinstance(value, jax.core.Tracer) else slot.leaf
 
 
+def fitted(pairs: Iterable[tuple[TemplateLeaf, Any]]) -> list[Any]:
+    """Convert leaves of a dictionary for leaves of the template, which have concrete shardings."""
+    found: list[Any] = []
+    batch: list[tuple[TemplateLeaf, Any]] = []
+    nbytes = 0
+    for slot, value in pairs:
+        copied = _copied(slot, value)
+        batch.append((slot, copied))
+        nbytes += copied.nbytes if isinstance(copied, np.ndarray) else 0
+        if nbytes >= _BATCH:
+            found += _finished(batch)
+            batch, nbytes = [], 0
+    return found + _finished(batch)
+
+
 def seen_through(view: View, dictionary: Mapping[str, Any]) -> Any:
     """Return the leaf that a rule makes of entries of a dictionary."""
-    given = {name: dictionary[name] for name in view.names}
-    if any(isinstance(value, jax.Array) for value in given.values()):
-        return leaf_of(view, {name: jnp.asarray(given[name]) for name in given}, jnp.stack)
-    return leaf_of(view, {name: host_array(given[name]) for name in given}, np.stack)
+    values = [dictionary[name] for name in view.names]
+    if any(isinstance(value, jax.Array) for value in values):
+        return computed(lambda found: _made_of(view, map(jnp.asarray, found), jnp.stack), values)
+    return _made_of(view, map(host_array, values), np.stack)
 
 
-def fitted(slot: TemplateLeaf, value: Any) -> Any:
-    """Convert a leaf of a dictionary for a leaf of the template."""
+def _made_of(view: View, arrays: Iterable[Any], stack: Any) -> Any:
+    return leaf_of(view, dict(zip(view.names, arrays, strict=True)), stack)
+
+
+def _copied(slot: TemplateLeaf, value: Any) -> Any:
+    """Convert a leaf on the host. An array that JAX made is only converted for NumPy."""
     if slot.target == "python":
         return value if type(value) is str else to_python(value, slot.leaf)
     dtype = slot.leaf.dtype
@@ -40,17 +62,31 @@ def fitted(slot: TemplateLeaf, value: Any) -> Any:
     if copied or (slot.target == "foreign" and value.dtype != dtype):  # JAX would narrow it
         # A copy, because JAX would use the memory of the caller's array.
         host = np.array(to_host(value, dtype), order="C")
-        if slot.target != "jax":
-            return host[()] if slot.target == "scalar" else host
-        with own_programs():
-            value = to_jax([host])[0]
-        if slot.leaf.weak:
-            value = weaken(value)
-    elif dtype is not None and value.dtype != dtype:
-        value = value.astype(dtype)
+        return host[()] if slot.target == "scalar" else host
+    return value
+
+
+def _finished(batch: Sequence[tuple[TemplateLeaf, Any]]) -> list[Any]:
+    """Make JAX arrays of arrays on the host, in one call, and convert and place all JAX arrays."""
+    hosts = {
+        position: value
+        for position, (slot, value) in enumerate(batch)
+        if slot.target == "jax" and isinstance(value, np.ndarray)
+    }
+    found = [value for _, value in batch]
+    with own_programs():
+        for position, made in zip(hosts, to_jax([*hosts.values()]), strict=True):
+            found[position] = weaken(made) if batch[position][0].leaf.weak else made
+        return [_placed(slot, value) for (slot, _), value in zip(batch, found, strict=True)]
+
+
+def _placed(slot: TemplateLeaf, value: Any) -> Any:
+    if not isinstance(value, jax.Array):
+        return value
+    if slot.leaf.dtype is not None and value.dtype != slot.leaf.dtype:
+        value = value.astype(slot.leaf.dtype)
     if slot.leaf.kind == "key" and value.dtype == np.uint32:
         value = wrap_key(value, slot.leaf.impl)
-    if not isinstance(value, jax.Array) or isinstance(value, jax.core.Tracer):
+    if slot.sharding is None or isinstance(value, jax.core.Tracer):
         return value  # JAX decides where a traced value is
-    sharding = None if slot.sharding is None else concrete(slot.sharding)
-    return value if sharding is None else place(value, sharding)
+    return place(value, slot.sharding)

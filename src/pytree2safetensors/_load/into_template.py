@@ -78,11 +78,16 @@ def set_weights(
     options = Options("the dictionary", strict, verbose, cast, prefix, rename, unexpected)
     matches = template.match(available, lambda _: dictionary, options)
     leaves = list(template.leaves)
-    for position, name in matches:
-        slot = template.slots[position]
-        if slot is not None:  # pragma: no branch - only leaves with a slot match
-            value = dictionary[name] if isinstance(name, str) else seen_through(name, dictionary)
-            leaves[position] = fitted(slot, value)
+    pairs = (
+        (
+            placed(slot),
+            dictionary[name] if isinstance(name, str) else seen_through(name, dictionary),
+        )
+        for position, name in matches
+        if (slot := template.slots[position]) is not None  # only leaves with a slot match
+    )
+    for (position, _), leaf in zip(matches, fitted(pairs), strict=True):
+        leaves[position] = leaf
     loaded: T = jax.tree_util.tree_unflatten(template.treedef, leaves)
     return loaded
 
@@ -160,8 +165,9 @@ def load_into_pytree(
                     python.append((position, name, leaf))
         scalars = read_scalars({name for _, name, _ in python})
         with jax.ensure_compile_time_eval():  # as where arrays are read
-            for position, name, leaf in python:
-                leaves[position] = fitted(leaf, scalars[name])
+            values = fitted((placed(leaf), scalars[name]) for _, name, leaf in python)
+        for (position, _, _), value in zip(python, values, strict=True):
+            leaves[position] = value
         found = read_leaves(checkpoint, [want for _, want in wanted], mmap=mmap, progress=report)
         for (position, _), value in zip(wanted, found, strict=True):
             leaves[position] = value
@@ -174,7 +180,7 @@ def load_into_pytree(
 
 def placed(leaf: TemplateLeaf) -> TemplateLeaf:
     """Return the same leaf, with its sharding on the current mesh."""
-    if leaf.sharding is None or leaf.target != "jax":
+    if leaf.sharding is None:
         return leaf
     sharding = concrete(leaf.sharding)
     return leaf if sharding is leaf.sharding else leaf._replace(sharding=sharding)

@@ -1,0 +1,86 @@
+"""Leaves of a dictionary: how JAX converts and places them."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+
+from oracle import assert_same, assert_same_values
+from placed import P
+from pytree2safetensors import Rule, set_weights
+from pytree2safetensors._leaves.to_jax import to_jax
+from pytree2safetensors._load import given
+
+Struct: Any = jax.ShapeDtypeStruct  # whose constructor JAX leaves untyped
+NANS = np.array([[np.nan, 1], [np.inf, 3]], np.float32)
+MOVED = [Rule("@w", "@w", "a b -> b a")]
+STACKED = [Rule("w.{l}", "@w", "a b -> l a b")]
+
+
+@pytest.mark.parametrize("kind", [np.asarray, jnp.asarray])
+@pytest.mark.parametrize(
+    ("names", "dtype", "options", "expected"),
+    [
+        (["@w"], np.float32, {}, NANS),
+        (["@w"], np.float16, {"cast": True}, NANS.astype(np.float16)),
+        (["@w"], np.float32, {"rename": MOVED}, np.ascontiguousarray(NANS.T)),
+        (["w.0", "w.1"], np.float32, {"rename": STACKED}, np.stack([NANS, NANS])),
+    ],
+)
+def test_no_setting_of_jax_stops_set_weights(
+    kind: Any, names: list[str], dtype: Any, options: Any, expected: Any
+) -> None:
+    dictionary = {name: kind(NANS) for name in names}
+    with jax.debug_nans(True), jax.debug_infs(True), jax.transfer_guard("disallow"):
+        found = set_weights({"w": Struct(expected.shape, dtype)}, dictionary, **options)["w"]
+    assert isinstance(found, jax.Array)
+    assert_same_values(np.asarray(found), expected)
+
+
+@pytest.mark.skipif(
+    not hasattr(jax, "set_mesh") or not hasattr(jax.sharding, "AxisType"),
+    reason="this JAX has no explicit axes",
+)
+@pytest.mark.parametrize("within", [False, True])
+def test_entries_may_be_spread_over_explicit_axes(within: bool) -> None:
+    kinds = (jax.sharding.AxisType.Explicit,) * 2
+    mesh: Any = jax.make_mesh((4, 2), ("x", "y"), axis_types=kinds)
+    values = np.arange(64, dtype=np.float32).reshape(8, 8)
+    entries = {f"w.{n}": jax.device_put(values, NamedSharding(mesh, P(n))) for n in "xy"}
+    rules = [Rule("w.{l:x,y}", "@w", "(p a) b -> p b (l a)", p=2)]
+    sharding = NamedSharding(mesh.abstract_mesh if within else mesh, P(None, "x"))
+    template = {"w": Struct((2, 8, 8), np.float32, sharding=sharding)}
+    if within:
+        with jax.set_mesh(mesh):
+            found = set_weights(template, entries, rename=rules)["w"]
+    else:
+        found = set_weights(template, entries, rename=rules)["w"]
+    assert found.sharding == NamedSharding(mesh, P(None, "x"))
+    half = values.reshape(2, 4, 8).transpose(0, 2, 1)
+    assert_same_values(np.asarray(found), np.concatenate([half, half], -1))
+
+
+@pytest.mark.parametrize(("batch", "calls"), [(1 << 26, 1), (1 << 14, 3)])
+def test_arrays_of_numpy_become_arrays_of_jax_in_few_calls(
+    batch: int, calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[int] = []
+
+    def counted(arrays: Any) -> Any:
+        sent.append(len(arrays))
+        return to_jax(arrays)
+
+    monkeypatch.setattr(given, "to_jax", counted)
+    monkeypatch.setattr(given, "_BATCH", batch)
+    small = [np.full(4, number, np.float32) for number in range(1200)]
+    tree = [*small, np.ones(5000, np.float32), 2.5, np.int32(7)]
+    template = [*map(jnp.zeros_like, tree[:-2]), 0.0, jnp.int32(0)]
+    expected = [*map(jnp.array, tree[:-2]), 2.5, jnp.int32(7)]
+    found = set_weights(template, {f"#{n}": leaf for n, leaf in enumerate(tree)})
+    for leaf in tree[:-2]:
+        leaf[:] = -1  # the arrays of the caller are copied
+    assert_same(found, expected)
+    assert (len(sent), sum(sent)) == (calls, 1202)
