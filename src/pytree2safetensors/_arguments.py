@@ -61,16 +61,27 @@ def _check(where: str, name: str, value: object) -> None:
 
 
 def _shown(value: object, rule: object) -> str:
-    kind = type(value).__name__
+    kind = _type_name(value)
+    if _is_rule(value):
+        return "a Rule; put it in a list"
     if isinstance(value, str):
         return shorten(value, 80)
+    if rule == _is_rename and isinstance(value, Sequence) and not isinstance(value, bytes):
+        wrong = next(entry for entry in value if not _is_rule(entry))
+        return f"a {kind} with an item of type {_type_name(wrong)}"
     if rule in _MAPPINGS and isinstance(value, Mapping):
         for key, entry in value.items():  # pragma: no branch - one of them is wrong
             if not isinstance(key, str):
-                return f"a {kind} with a key of type {type(key).__name__}"
+                return f"a {kind} with a key of type {_type_name(key)}"
             if not isinstance(entry, str) and rule != _has_names:
-                return f"a {kind} with a value of type {type(entry).__name__} at {shorten(key)}"
+                return f"a {kind} with a value of type {_type_name(entry)} at {shorten(key)}"
     return kind
+
+
+def _type_name(value: object) -> str:
+    """Name a type, with its module unless it is built in, because NumPy has types such as bool, too."""
+    kind = type(value)
+    return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
 
 
 def _is(*kinds: type) -> Callable[[object], bool]:
@@ -110,8 +121,13 @@ def _is_rename(value: object) -> bool:
         return True
     if isinstance(value, Mapping):
         return _maps_texts(value)
-    kinds = {type(rule).__name__ for rule in value} if isinstance(value, Sequence) else {""}
-    return not isinstance(value, str | bytes) and kinds <= {"Rule"}
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+        return False
+    return all(_is_rule(entry) for entry in value)
+
+
+def _is_rule(value: object) -> bool:
+    return type(value).__name__ == "Rule"  # which is above this module
 
 
 _MAPPINGS: Final = (_has_names, _is_metadata, _is_rename)

@@ -26,6 +26,17 @@ Spec: Any = jax.sharding.PartitionSpec
 Struct: Any = jax.ShapeDtypeStruct  # whose constructor JAX leaves untyped
 
 
+def test_a_function_that_gives_no_sharding_is_named_with_the_leaf(tmp_path: Path) -> None:
+    save_pytree({"w": jnp.ones(2)}, tmp_path / "file")
+    wrong: Any = lambda name, struct: 3  # noqa: E731 - types forbid it
+    with pytest.raises(TypeError) as caught:
+        load_abstract(tmp_path / "file", sharding=wrong)
+    assert str(caught.value) == (
+        "load_abstract: sharding= gives '@w' a value of type builtins.int, but it must give a "
+        "jax.sharding.Sharding or None"
+    )
+
+
 @pytest.mark.parametrize(
     ("names", "error"),
     [

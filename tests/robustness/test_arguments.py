@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 
 import pytree2safetensors as p2s
@@ -120,7 +121,25 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
     (
         lambda: p.load_into_pytree(BIG, "model", rename=[BYTES]),
         "load_into_pytree: rename must be a function, a mapping of strs to strs, or a sequence of "
-        "Rules, not list",
+        "Rules, not a list with an item of type bytes",
+    ),
+    (
+        lambda: p.load_into_pytree(BIG, "model", rename=(p.Rule("a", "a"), ("a", "b"))),
+        "load_into_pytree: rename must be a function, a mapping of strs to strs, or a sequence of "
+        "Rules, not a tuple with an item of type tuple",
+    ),
+    (
+        lambda: p.explain(BIG, "model", rename=p.Rule("a", "a")),
+        "explain: rename must be a function, a mapping of strs to strs, or a sequence of Rules, not a "
+        "Rule; put it in a list",
+    ),
+    (
+        lambda: p.load_pytree("model", mmap=np.float32(1)),
+        "load_pytree: mmap must be a bool, not numpy.float32",
+    ),
+    (
+        lambda: p.load_pytree("model", mmap=np.bool_(True)),
+        f"load_pytree: mmap must be a bool, not numpy.{np.bool_.__name__}",
     ),
     (
         lambda: p.dict2pytree([BIG]),

@@ -160,6 +160,12 @@ def _specs(
 def _sharded(name: str, leaf: LeafSpec, sharding: Shardings | None) -> jax.ShapeDtypeStruct:
     if callable(sharding):
         sharding = sharding(name, abstract(leaf))
+        if sharding is not None and not isinstance(sharding, jax.sharding.Sharding):
+            kind = f"{type(sharding).__module__}.{type(sharding).__qualname__}"
+            raise TypeError(
+                f"load_abstract: sharding= gives {shorten(name)} a value of type {kind}, but it must "
+                "give a jax.sharding.Sharding or None"
+            )
     return abstract(leaf, sharding)
 
 
