@@ -152,7 +152,7 @@ def test_what_several_processes_saved_loads_anywhere(pair: Group, tmp_path: Path
     pair.run(load_large, tmp_path / "eight")
 
 
-def save_with_what_is_local(folder: str) -> None:
+def save_with_what_is_local(folder: str, options: dict[str, Any]) -> None:
     rank = jax.process_index()
     tree = {
         "global": spread(np.arange(8, dtype=np.float32), P("x")),
@@ -166,11 +166,17 @@ def save_with_what_is_local(folder: str) -> None:
         "weak": jnp.asarray(1.5 + rank),
         "tuple": (1, None, {}),
     }
-    p2s.save_pytree(tree, f"{folder}/file", metadata={"rank": str(rank) * (rank + 1) * 5000})
+    metadata = {"rank": str(rank) * (rank + 1) * 5000}
+    p2s.save_pytree(tree, f"{folder}/file", metadata=metadata, **options)
 
 
-def test_what_is_no_global_array_comes_from_process_0(pair: Group, tmp_path: Path) -> None:
-    pair.run(save_with_what_is_local, tmp_path)
+@pytest.mark.parametrize("checksum", [False, True])
+@pytest.mark.parametrize("shards", [None, "100kB", "1GB"])
+def test_what_is_no_global_array_comes_from_process_0(
+    pair: Group, tmp_path: Path, shards: str | None, checksum: bool
+) -> None:
+    options = {"max_shard_size": shards, "checksum": checksum}
+    pair.run(save_with_what_is_local, tmp_path, options)
     found = p2s.load_pytree(tmp_path / "file")
     assert raw(found["global"]) == raw(np.arange(8, dtype=np.float32))
     assert raw(found["numpy"]) == raw(np.zeros((3, 5), np.int16))

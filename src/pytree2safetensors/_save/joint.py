@@ -75,7 +75,7 @@ class Work:
                 self._prepare(stack, token)
             self.joint = processes.agree(terms, self.interrupt, token=token, start=self.starts[0])
             self.commit = stack.pop_all()
-        if self.target.folder is None:  # metadata may differ, so only process 0 knows the length
+        if not plan.index_name:  # metadata may differ, so only process 0 knows the length
             self.starts = [self.joint.start]
         # Every process that agreed submits this, so the others never wait for it in vain.
         return saver.submit(self._run, label_of(self.target))

@@ -100,7 +100,7 @@ def _terms(contents: Contents, plan: SavePlan, target: Target, options: Options)
     size = None if target.folder is None else target.limit  # not as it is spelled
     values = options._replace(max_shard_size=size)._asdict()
     terms |= {f"the option {name}=": repr(value) for name, value in values.items()}
-    if target.folder is not None:  # in a single file, process 0 decides where the data start
+    if plan.index_name:  # in a single file, process 0 decides where the data start
         terms |= {
             f"the file {file.name}": f"{len(file.head)} bytes of {file.size}" for file in plan.files
         }
