@@ -86,8 +86,8 @@ def load_abstract(
 
     Args:
         path: A file, a binary file object, a folder of shards or its index.
-        flat: Return a flat dict from the names in the file to their leaves. The names do not have
-            to form a tree. A warning names leaves that the installed libraries do not know, such as
+        flat: Return a flat dict from the names in the file, below `prefix`, to their leaves. The names
+            do not have to form a tree. A warning names leaves that the installed libraries do not know, such as
             tensors of the packed dtype F4; the dict does not have them.
         prefix: A spelled key path. Load only the subtree there.
         separator: As for `load_pytree`.
