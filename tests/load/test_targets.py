@@ -1,22 +1,25 @@
 """What a leaf of a template becomes, from files and from dictionaries."""
 
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
 from pytree2safetensors import (
     Rule,
     WeightsMismatchError,
+    _errors,
     load_into_pytree,
     load_pytree,
     save_pytree,
     set_weights,
 )
-from pytree2safetensors._load import complaints
+from pytree2safetensors._format.tensor import NOTED_DTYPES, NUMPY
 
 Struct: Any = jax.ShapeDtypeStruct
 WIDE = np.array([1.0, 1 + 2.0**-50])  # not what float32 holds
@@ -89,10 +92,78 @@ def test_scalars_of_numpy_and_python_stay_what_they_are(load: Any, tmp_path: Pat
     assert found == tree
 
 
-def test_an_int_is_rounded_once(load: Any, tmp_path: Path) -> None:
+def test_an_int_becomes_a_float32_without_a_float64_in_between(load: Any, tmp_path: Path) -> None:
     number = 2**60 + 2**36 + 1  # float64 rounds it to the middle of two numbers of float32
     found = load({"a": np.float32(0)}, {"a": number}, tmp_path / "file", cast=True)["a"]
     assert int(found) == 2**60 + 2**37
+
+
+KINDS = [  # cast=True converts to the same kind or a later one
+    ["bool"],
+    ["uint1", "uint2", "uint4", "uint8", "uint16", "uint32", "uint64"],
+    ["int1", "int2", "int4", "int8", "int16", "int32", "int64"],
+    ["float4_e2m1fn", "float6_e2m3fn", "float6_e3m2fn", "float8_e3m4", "float8_e4m3",
+     "float8_e4m3b11fnuz", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz",
+     "float8_e8m0fnu", "bfloat16", "float16", "float32", "float64"],
+    ["complex64", "complex128"],
+]  # fmt: skip
+
+
+def dtype_of(name: str) -> Any:
+    return np.dtype(getattr(ml_dtypes, name, name))
+
+
+def known(names: Any) -> list[str]:
+    """The dtypes that the installed ml_dtypes has."""
+    return [name for name in names if hasattr(np, name) or hasattr(ml_dtypes, name)]
+
+
+def test_the_kinds_of_dtypes_are_those_of_files() -> None:
+    assert {*chain(*KINDS)} == {*NUMPY.values(), *NOTED_DTYPES, "complex128"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "stored"), [(kind, name) for kind in range(5) for name in known(KINDS[kind])]
+)
+def test_cast_converts_to_the_same_kind_or_a_later_one(kind: int, stored: str) -> None:
+    for other, names in enumerate(KINDS):
+        template = {n: np.zeros(2, dtype_of(n)) for n in known(names) if n != stored}
+        ones = np.ones(2).astype(dtype_of(stored))
+        given = {f"@{name}": ones for name in template}
+        if kind <= other:
+            found = set_weights(template, given, cast=True)
+            dtypes = {name: leaf.dtype.name for name, leaf in found.items()}
+            assert dtypes == {name: name for name in template}
+            # The only int1 that is not 0 is -1.
+            assert all((leaf == 1).all() for n, leaf in found.items() if "int1" not in {n, stored})
+        else:
+            with pytest.raises(WeightsMismatchError) as caught:
+                set_weights(template, given, cast=True)
+            assert len(caught.value.mismatched) == len(template)
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "expected"),
+    [
+        (np.int64(2**40), "int32", 0),
+        (np.uint8(200), "int8", -56),
+        (np.float32(1e9), "float16", np.inf),
+    ],
+)
+def test_values_that_do_not_fit_are_cast_as_numpy_does(
+    value: Any, dtype: str, expected: float, load: Any, tmp_path: Path
+) -> None:
+    template = {"a": np.zeros(2, dtype_of(dtype))}
+    found = load(template, {"a": np.full(2, value)}, tmp_path / "file", cast=True)["a"]
+    assert found.tolist() == [expected] * 2
+
+
+@pytest.mark.parametrize(("value", "dtype"), [(2**40, "int32"), (200, "int8"), (1e9, "float16")])
+def test_a_python_scalar_that_does_not_fit_is_not_cast(
+    value: Any, dtype: str, load: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(WeightsMismatchError, match="1 mismatched"):
+        load({"a": np.zeros((), dtype)}, {"a": value}, tmp_path / "file", cast=True)
 
 
 def test_an_array_of_jax_becomes_a_scalar_of_numpy() -> None:
@@ -127,7 +198,7 @@ def test_a_leaf_that_is_not_data_is_named(leaf: Any, load: Any, tmp_path: Path) 
 
 @pytest.mark.parametrize("list_", ["missing", "unexpected", "mismatched"])
 def test_a_long_list_of_mismatches_is_cut(list_: str) -> None:
-    names = [f"w{n:03}" for n in range(complaints._LISTED + 5)]
+    names = [f"w{n:03}" for n in range(_errors._LISTED + 5)]
     leaves = {name: np.zeros(2) for name in names}
     template = {} if list_ == "unexpected" else dict(leaves)
     given = {} if list_ == "missing" else {f"@{name}": np.zeros(3) for name in names}
@@ -136,7 +207,7 @@ def test_a_long_list_of_mismatches_is_cut(list_: str) -> None:
     text = str(caught.value)
     assert f"{len(names)} {list_}" in text
     shown = [name for name in names if f"'@{name}'" in text]
-    assert shown == names[: complaints._LISTED]
+    assert shown == names[: _errors._LISTED]
 
 
 @pytest.mark.parametrize(("count", "more"), [(20, ""), (21, " and 1 more")])

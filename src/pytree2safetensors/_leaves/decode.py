@@ -75,7 +75,11 @@ def to_host(value: Any, dtype: np.dtype[Any] | None) -> NDArray[Any]:
 
 
 def cast_array(values: NDArray[Any], dtype: np.dtype[Any] | None) -> NDArray[Any]:
-    """Convert values to a dtype if one is given, without warnings about lost precision."""
+    """Convert values to a dtype if one is given, without warnings about lost values.
+
+    NumPy and ml_dtypes convert them: integers wrap, floats overflow, and a wide dtype may become a
+    narrow one through a dtype in between, which rounds twice.
+    """
     if dtype is None or values.dtype == dtype:
         return values
     with np.errstate(all="ignore"):

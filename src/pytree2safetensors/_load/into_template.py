@@ -48,7 +48,9 @@ def set_weights(
             the template that do not fit; raise only if no leaf fits. The logger
             "pytree2safetensors" reports what did not fit.
         unexpected: "raise", or "skip" to ignore leaves that the template does not have.
-        cast: Convert dtypes to those of the template, if NumPy calls that a "same_kind" cast.
+        cast: Convert dtypes to those of the template, which must be of the same kind or a later one
+            in the order bool, unsigned integer, signed integer, float, complex. Values of arrays that
+            do not fit wrap or overflow, as in NumPy.
         prefix: A spelled key path. Use the entries below it.
         rename: Rules; or a function or mapping from a spelled key path of the template to the name
             in the dictionary.
@@ -118,7 +120,9 @@ def load_into_pytree(
             the template that do not fit; raise only if no leaf fits. The logger
             "pytree2safetensors" reports what did not fit.
         unexpected: "raise", or "skip" to ignore leaves that the template does not have.
-        cast: Convert dtypes to those of the template, if NumPy calls that a "same_kind" cast.
+        cast: Convert dtypes to those of the template, which must be of the same kind or a later one
+            in the order bool, unsigned integer, signed integer, float, complex. Values of arrays that
+            do not fit wrap or overflow, as in NumPy.
         prefix: A spelled key path. Load the subtree there.
         rename: Rules; or a function or mapping from a spelled key path of the template to the name
             in the file.
