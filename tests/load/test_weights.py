@@ -274,13 +274,32 @@ def deleted() -> jax.Array:
     return array
 
 
-@pytest.mark.parametrize("value", [struct((2,), np.float32), deleted(), None, [1, 2], print])
+@pytest.mark.parametrize("value", [struct((2,), np.float32), deleted(), None, print])
 @pytest.mark.parametrize("leaf", [struct((2,), np.float32), np.zeros(2, np.float32), 1.5])
 def test_what_has_no_values_fits_nothing(leaf: Any, value: Any) -> None:
     with pytest.raises(WeightsMismatchError) as caught:
         set_weights({"a": leaf, "b": 1}, {"@a": value, "@b": 2})
     assert caught.value.mismatched == (
         "'@a': the given value is not an array, or is an array without values",
+    )
+
+
+class Foreign:
+    """An array of another library."""
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+        return np.ones(2, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [([1, 2], "builtins.list"), ((1, 2), "builtins.tuple"), (Foreign(), "test_weights.Foreign")],
+)
+def test_what_numpy_converts_is_reported(value: Any, kind: str) -> None:
+    with pytest.raises(WeightsMismatchError) as caught:
+        set_weights({"a": np.zeros(2), "b": 1}, {"@a": value, "@b": 2})
+    assert caught.value.mismatched == (
+        f"'@a': the given value is of type {kind}; convert it with np.asarray",
     )
 
 

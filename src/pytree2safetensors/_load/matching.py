@@ -9,6 +9,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 
 from pytree2safetensors._errors import shorten
+from pytree2safetensors._leaves.describe import holds_array
 from pytree2safetensors._leaves.families import Lost
 from pytree2safetensors._leaves.renaming import Rename, renamed
 from pytree2safetensors._leaves.routes import Route, Routes
@@ -141,14 +142,14 @@ def compare(
         slots: What these leaves need; None for leaves that are not data.
         available: The stored leaf under each name; None for a leaf without values, or the reason
             why the installed libraries do not know it.
-        values: Returns the Python scalars that are stored under names. It is called if the fit
-            depends on their values.
+        values: Returns the Python scalars that are stored under names, or what was given there
+            instead of an array. It is called if the fit, or the reason, depends on their values.
         options: How to match.
     """
     outcome = Comparison(paths, slots, available, options)
     routes, rules, _ = outcome.routes
-    # Leaves that wait for the value of a Python scalar.
-    waiting: list[tuple[int, str, TemplateLeaf, LeafSpec]] = []
+    # Leaves that wait for the value of a Python scalar, or of what is not an array.
+    waiting: list[tuple[int, str, TemplateLeaf, LeafSpec | None]] = []
     fitting: set[tuple[int, int]] = set()  # slots and stored leaves, by identity
     for position, slot in enumerate(slots):
         if slot is None:
@@ -170,7 +171,7 @@ def compare(
             outcome.refuse(position, reason, slot)
         elif (id(slot), id(stored)) in fitting:
             outcome.found.append((position, route))
-        elif stored is not None and _needs_value(slot, stored):
+        elif stored is None or _needs_value(slot, stored):
             waiting.append((position, route, slot, stored))
         elif outcome.judge(
             position, route, slot, stored, hint=_hint(slot, stored, rules[position])
@@ -235,9 +236,17 @@ def _needs_value(slot: TemplateLeaf, stored: LeafSpec) -> bool:
     )
 
 
+def _not_an_array(value: Any) -> str:
+    is_foreign = hasattr(type(value), "__array__") and holds_array(value)
+    if is_foreign or isinstance(value, list | tuple):
+        kind = f"{type(value).__module__}.{type(value).__qualname__}"
+        return f"the given value is of type {kind}; convert it with np.asarray"
+    return "the given value is not an array, or is an array without values"
+
+
 def _unfit(slot: TemplateLeaf, stored: LeafSpec | None, value: Any, cast: bool) -> str | None:
     if stored is None:
-        return "the given value is not an array, or is an array without values"
+        return _not_an_array(value)
     if isinstance(stored, TracedSpec) and slot.target != "jax":
         return "the given value is traced, so it can only replace a JAX array"
     reason = misfit(slot, stored, value, cast=cast)
