@@ -105,8 +105,8 @@ def save_pytree_async(
 ) -> Future[None]:
     """Save a pytree in the background, as `save_pytree` does.
 
-    The values are copied before this function returns, so arrays may be donated or changed
-    afterwards. Saves finish in the order of the calls, including those of `save_pytree`. The
+    When this function returns, all values are copied, or their copies are started, so arrays may be
+    donated or changed. Saves finish in the order of the calls, including those of `save_pytree`. The
     interpreter does not exit before all saves are finished.
 
     Args:
