@@ -390,7 +390,7 @@ def test_rename_gives_strs(rename: Any, kind: str) -> None:
         set_weights({"a": 1, "b": 2}, {"@a": 3, "@b": 4}, rename=rename)
     where = "@b" if kind == "int" else "@a"
     assert kind in str(caught.value)
-    assert where in str(caught.value) or "jaxtyping" in type(caught.value).__module__
+    assert where in str(caught.value)
 
 
 def test_a_mapping_that_renames_nothing_is_reported() -> None:

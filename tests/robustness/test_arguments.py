@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -179,6 +180,11 @@ UNDECORATED: list[tuple[Callable[[], Any], str]] = [
         "string2keypath: string must be a spelled key path, which is a str, not bytes",
     ),
     (lambda: p.keypath2string(3), "keypath2string: path must be a tuple of keys, not int"),
+    (
+        lambda: p.keypath2string((jax.tree_util.DictKey("a"), "b")),
+        "cannot spell 'b' of type builtins.str: not one of JAX's own key classes (where the node "
+        "type is registered, give a GetAttrKey instead of this str), in a key path that begins '@a'",
+    ),
     (
         lambda: p.PyTreeContainer().__setitem__(3, 3),
         "an attribute name must be a str, not int",

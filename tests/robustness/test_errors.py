@@ -366,30 +366,6 @@ def test_what_is_no_key_path_is_reported(work: Callable[[], Any], text: str) -> 
     assert str(caught.value) == text
 
 
-MISTYPED: list[tuple[Callable[[], Any], str]] = [
-    (
-        lambda: keypath2string((jax.tree_util.DictKey("a"), "b")),  # type: ignore[arg-type] # the mistake
-        "cannot spell 'b' of type builtins.str: not one of JAX's own key classes (where the node "
-        "type is registered, give a GetAttrKey instead of this str), in a key path that begins '@a'",
-    ),
-    (
-        lambda: keypath2string(3),  # type: ignore[arg-type] # the mistake
-        "keypath2string: path must be a tuple of keys, not int",
-    ),
-    (
-        lambda: string2keypath(3),  # type: ignore[arg-type] # the mistake
-        "string2keypath: string must be a spelled key path, which is a str, not int",
-    ),
-]
-
-
-@pytest.mark.parametrize(("work", "text"), MISTYPED, ids=range(len(MISTYPED)))
-def test_what_is_of_another_type_is_no_key_path(work: Callable[[], Any], text: str) -> None:
-    with pytest.raises((KeyPathError, TypeError)) as caught:  # the tests' own checks come first
-        work()
-    assert str(caught.value) == text or type(caught.value).__name__ == "TypeCheckError"
-
-
 WRONG: list[Callable[[], Any]] = [
     lambda: save_pytree(1, 3),  # type: ignore[arg-type] # the mistake, here and below
     lambda: save_pytree(1, io.BytesIO(), metadata={"a": 1}),  # type: ignore[dict-item]
