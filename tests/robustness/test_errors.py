@@ -1,5 +1,6 @@
 """The messages of errors about trees, names and leaves."""
 
+import enum
 import io
 import os
 import pickle
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 
 import pytree2safetensors
+from oracle import assert_same
 from pytree2safetensors import (
     FileFormatError,
     KeyPathError,
@@ -127,7 +129,7 @@ TREES: list[tuple[Any, type[Exception], str]] = [
         UnsupportedLeafError,
         "3 of the tree's leaves cannot be stored:\n"
         f"  '@f': {FUNCTION}\n"
-        "  '@g#0': builtins.bytes\n"
+        "  '@g#0': builtins.bytes, which np.frombuffer(leaf, np.uint8) makes an array\n"
         "  '@g#1': numpy.ndarray of dtype <U1\n"
         'Save with unsupported="skip" to leave them out; load_into_pytree then keeps those of its '
         "template. (If it is an object of your own class, register the class as a pytree node.)",
@@ -138,7 +140,7 @@ TREES: list[tuple[Any, type[Exception], str]] = [
         "1 of the tree's leaves cannot be stored:\n"
         "  '@rng': numpy.random._generator.Generator, whose .bit_generator.state can be saved\n"
         'Save with unsupported="skip" to leave them out; load_into_pytree then keeps those of its '
-        "template. (If it is an object of your own class, register the class as a pytree node.)",
+        "template.",
     ),
     (
         {"a": jax.eval_shape(lambda: jnp.zeros(3)), "f": print},
@@ -231,6 +233,59 @@ def test_a_traced_value_is_reported() -> None:
     assert "'@a': jax._src" in str(caught.value)
     assert "Tracer, a traced value\n" in str(caught.value)
     assert "Call this outside jit" in str(caught.value)
+
+
+class Stage(enum.IntEnum):
+    TRAIN = 3
+
+
+class Pair(enum.Enum):
+    BOTH = (1, 2)
+
+
+class Meters(float):
+    """A float of another class."""
+
+
+HINTS: list[tuple[Any, str]] = [
+    (Stage.TRAIN, "test_errors.Stage, whose .value can be saved"),
+    (Pair.BOTH, "test_errors.Pair"),
+    (Meters(2.5), "test_errors.Meters, which float(leaf) converts"),
+    (np.str_("text"), "numpy.str_ of dtype <U4, which str(leaf) converts"),
+    (b"text", "builtins.bytes, which np.frombuffer(leaf, np.uint8) makes an array"),
+    (bytearray(2), "builtins.bytearray, which np.frombuffer(leaf, np.uint8) makes an array"),
+    (
+        np.datetime64(5, "s"),
+        "numpy.datetime64 of dtype datetime64[s], which .view(np.int64) makes integers",
+    ),
+    (
+        np.zeros(2, "m8[ms]"),
+        "numpy.ndarray of dtype timedelta64[ms], which .view(np.int64) makes integers",
+    ),
+    (np.array(["a"]), "numpy.ndarray of dtype <U1"),
+    (print, FUNCTION),
+]
+
+
+@pytest.mark.parametrize(("leaf", "text"), HINTS, ids=range(len(HINTS)))
+def test_an_unsupported_leaf_that_can_be_converted_says_how(leaf: Any, text: str) -> None:
+    with pytest.raises(UnsupportedLeafError) as caught:
+        save_pytree([leaf], io.BytesIO())
+    lines = str(caught.value).splitlines()
+    assert lines[1] == f"  '#0': {text}"
+    assert ("register the class" in lines[2]) is ("which" not in text and "whose" not in text)
+
+
+def test_the_hints_lead_to_leaves_that_can_be_saved(tmp_path: Path) -> None:
+    times = np.zeros(2, "m8[ms]")
+    tree = [
+        Stage.TRAIN.value,
+        str(np.str_("a")),
+        np.frombuffer(b"a", np.uint8),
+        times.view(np.int64),
+    ]
+    save_pytree(tree, tmp_path / "file")
+    assert_same(load_into_pytree(tree, tmp_path / "file"), tree)
 
 
 def test_the_first_unsupported_leaves_are_listed() -> None:

@@ -3,8 +3,9 @@
 Specification: *Saving*.
 """
 
+import enum
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ from pytree2safetensors._format.layout import check_metadata
 from pytree2safetensors._format.note import NOTE, Note, write_note
 from pytree2safetensors._format.tensor import TensorInfo
 from pytree2safetensors._leaves.describe import (
+    PYTHON_SCALARS,
     DeletedLeaf,
     describe,
     holds_array,
@@ -106,22 +108,35 @@ def _check_unfit(unfit: list[tuple[str, Any]], *, skip: bool) -> None:
 
 
 def _unfit_message(unfit: list[tuple[str, Any]], valueless: bool) -> str:
-    lines = (f"{shorten(name)}: {_type_name(leaf)}{_state(leaf)}" for name, leaf in unfit)
+    lines = (f"{shorten(name)}: {_type_name(leaf)}{_hint(leaf)}" for name, leaf in unfit)
+    own = any(not _hint(leaf) for _, leaf in unfit)
     remedy = (
         "Only concrete arrays can be saved. Call this outside jit; for a Ref, or another object that "
         "holds an array, save the array."
         if valueless
         else 'Save with unsupported="skip" to leave them out; load_into_pytree then keeps those of '
-        "its template. (If it is an object of your own class, register the class as a pytree node.)"
+        f"its template.{_REGISTER if own else ''}"
     )
     first = f"{len(unfit)} of the tree's leaves cannot be stored:"
     return "\n".join([first, *listed(lines, len(unfit), "  "), remedy])
 
 
-def _state(leaf: Any) -> str:
-    """Return a hint at the state of a random generator, which can be saved."""
-    is_generator = isinstance(leaf, np.random.Generator)
-    return ", whose .bit_generator.state can be saved" if is_generator else ""
+_REGISTER: Final = " (If it is an object of your own class, register the class as a pytree node.)"
+_BASES: Final = (str, int, float, complex)
+
+
+def _hint(leaf: Any) -> str:
+    """Say how to convert a leaf to one that can be saved."""
+    if isinstance(leaf, np.random.Generator):
+        return ", whose .bit_generator.state can be saved"
+    if isinstance(leaf, enum.Enum):
+        return ", whose .value can be saved" if type(leaf.value) in PYTHON_SCALARS else ""
+    if isinstance(leaf, bytes | bytearray):
+        return ", which np.frombuffer(leaf, np.uint8) makes an array"
+    if isinstance(leaf, np.ndarray | np.generic) and leaf.dtype.kind in "mM":
+        return ", which .view(np.int64) makes integers"
+    base = next((base for base in _BASES if isinstance(leaf, base)), None)
+    return "" if base in {None, type(leaf)} else f", which {base.__name__}(leaf) converts"
 
 
 def _type_name(leaf: Any) -> str:
