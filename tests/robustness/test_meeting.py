@@ -355,14 +355,17 @@ def test_an_interrupt_after_the_vote_waits_for_the_outcome() -> None:
 
 
 def test_the_second_interrupt_after_the_vote_is_raised() -> None:
-    group = Group(2)
+    group = Group(3)
     saves = group.run(group.agree)
     saves[1].vote(None)
     group.interrupt(1)
     group.interrupt(1)
     with pytest.raises(KeyboardInterrupt):
         saves[1].outcome(None)
+    saves[2].vote(None)
     saves[0].vote(None)  # process 1 had voted before it left
+    saves[0].announce(None)
+    saves[2].outcome(None)
 
 
 @pytest.mark.parametrize("where", [0, 1])
