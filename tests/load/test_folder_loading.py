@@ -206,6 +206,27 @@ def test_folders_without_one_checkpoint(tmp_path: Path, names: list[str], messag
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("size", "name"),
+    [(100, "model.safetensors"), ("5GB", INDEX), ("5GB", "a.safetensors.index.json")],
+)
+def test_names_of_folders_are_names_to_choose_from(
+    tmp_path: Path, size: int | str, name: str
+) -> None:
+    save_pytree(tree_of(1), tmp_path, max_shard_size=size)
+    (tmp_path / name).mkdir()
+    with pytest.raises(FileFormatError, match="; pass the path of the one to load"):
+        load_pytree(tmp_path)
+
+
+@pytest.mark.parametrize("variant", ["", "a.b"])
+def test_an_index_of_another_name_is_none(tmp_path: Path, variant: str) -> None:
+    save_pytree(tree_of(1), tmp_path, max_shard_size=100)
+    (tmp_path / INDEX).rename(tmp_path / f"model.safetensors.index.{variant}.json")
+    with pytest.raises(FileFormatError, match="but no index"):
+        load_pytree(tmp_path)
+
+
 def test_a_single_file_beside_shards_without_an_index_loads(tmp_path: Path) -> None:
     save_pytree(tree_of(1), tmp_path, max_shard_size="5GB")
     (tmp_path / shard_names(3)[0]).write_bytes(b"")

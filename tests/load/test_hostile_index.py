@@ -97,6 +97,15 @@ def test_an_index_is_not_trusted(tmp_path: Path, case: str) -> None:
     assert str(folder) in str(caught.value)
 
 
+def test_an_index_with_other_members_has_metadata(tmp_path: Path) -> None:
+    save_pytree(tree_of(1), tmp_path, max_shard_size=100)
+    index = json.loads((tmp_path / INDEX).read_text())
+    index["Metadata"] = index.pop("metadata")
+    (tmp_path / INDEX).write_text(json.dumps(index))
+    with pytest.raises(FileFormatError, match="has other entries but no metadata"):
+        load_pytree(tmp_path)
+
+
 BAD_TEXTS = {
     b"": "is not valid JSON",
     b"{": "is not valid JSON",

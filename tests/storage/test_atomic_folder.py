@@ -222,9 +222,8 @@ def test_a_reader_at_any_moment_finds_the_old_or_the_new_or_says_so(
     )
 
 
-@pytest.mark.parametrize("durable", [True, False])
-def test_files_reach_the_disk_before_their_names(tmp_path: Path, durable: bool) -> None:
-    save_pytree(tree_of(1), tmp_path, max_shard_size=100)
+def steps_of(save: Callable[[], None]) -> list[str]:
+    """The flushes, renames and removals of a save, in order."""
     steps: list[str] = []
 
     def act(call: Call) -> Any:
@@ -235,17 +234,36 @@ def test_files_reach_the_disk_before_their_names(tmp_path: Path, durable: bool) 
             source, target = (Path(path).name for path in call.args)
             steps.append(f"aside {source}" if target[0] == "." else f"name {target}")
         elif call.name == "unlink":
-            steps.append("remove")
+            name = Path(call.args[0]).name
+            steps.append("remove" if name[0] == "." else f"remove {name}")
         return call.run()
 
     with watched(act):
-        save_pytree(tree_of(2), tmp_path, max_shard_size=100, durable=durable)
-    steps = [step for step in steps if step != "remove"]
+        save()
+    return [step for step in steps if step != "remove"]
+
+
+@pytest.mark.parametrize("durable", [True, False])
+def test_files_reach_the_disk_before_their_names(tmp_path: Path, durable: bool) -> None:
+    save_pytree(tree_of(1), tmp_path, max_shard_size=100)
+    steps = steps_of(lambda: save_pytree(tree_of(2), tmp_path, max_shard_size=100, durable=durable))
     expected = ["flush"] * 4 + [f"aside {INDEX}", "flush folder"]
     for shard in shard_names(3):
         expected += [f"aside {shard}", f"name {shard}"]
     expected += ["flush folder", f"name {INDEX}", "flush folder"]
     assert steps == [step for step in expected if durable or "flush" not in step]
+
+
+def test_the_rival_goes_just_before_the_last_rename(tmp_path: Path) -> None:
+    def save(size: int | str) -> None:
+        save_pytree(tree_of(2), tmp_path, max_shard_size=size, durable=False)
+
+    save("5GB")
+    names = [f"name {shard}" for shard in shard_names(3)]
+    single = "model.safetensors"
+    assert steps_of(lambda: save(100)) == [*names, f"aside {single}", f"name {INDEX}"]
+    removed = [f"remove {shard}" for shard in shard_names(3)]
+    assert steps_of(lambda: save("5GB")) == [f"aside {INDEX}", f"name {single}", *removed]
 
 
 def test_new_folders_reach_the_disk(tmp_path: Path) -> None:
