@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 from oracle import assert_same
 from pytree2safetensors import load_into_pytree, load_pytree, save_pytree
 from pytree2safetensors._format.tensor import TensorInfo
+from pytree2safetensors._leaves import decode
 from pytree2safetensors._leaves.spec import LeafSpec
 from pytree2safetensors._leaves.staging import ALIGNMENT
 from pytree2safetensors._leaves.to_jax import TAKEN_OVER
+from pytree2safetensors._load import finishing
 from pytree2safetensors._load.checkpoint import OpenCheckpoint
 from pytree2safetensors._load.runs import plan_runs
 from pytree2safetensors._load.slots import Batch, Slot, Wanted
@@ -154,17 +156,71 @@ def test_runs_of_many_equal_tensors_come_back(tmp_path: Path) -> None:
         assert_same(load_pytree(tmp_path / "file", prefix=f"@{prefix}" if prefix else ""), expected)
 
 
-@pytest.mark.parametrize("nbytes", [0, 1, TAKEN_OVER - 1, TAKEN_OVER])
-@pytest.mark.parametrize("kind", ["array", "key"])
-@pytest.mark.parametrize("keeps_memory", [False, True])
-@pytest.mark.parametrize("target", ["jax", "numpy"])
-def test_small_plain_arrays_are_read_in_runs(
-    nbytes: int, kind: Any, keeps_memory: bool, target: Any
+def arrays(nbytes: int) -> dict[str, Any]:
+    return {f"w{n}": jnp.full(nbytes, n, jnp.uint8) for n in range(5)}
+
+
+def numpy_of(tree: Any) -> Any:
+    return jax.tree.map(np.asarray, tree)
+
+
+def placed(tree: Any) -> Any:
+    return jax.device_put(tree, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+
+
+# Trees, the options of their saves, and whether their arrays are rows of one array.
+ROWS: dict[str, tuple[Any, dict[str, Any], bool]] = {
+    "small": (arrays(1), {}, True),
+    "nearly large": (arrays(TAKEN_OVER - 1), {}, True),
+    "large": (arrays(TAKEN_OVER), {}, False),
+    "empty": (arrays(0), {}, False),
+    "with digests": (arrays(1), {"checksum": True}, False),
+    "NumPy arrays": (numpy_of(arrays(1)), {}, False),
+    "with a sharding": (placed(arrays(1)), {}, False),
+    "keys": ({f"k{n}": jax.random.key(n) for n in range(5)}, {}, False),
+    "scalars": ({f"s{n}": n for n in range(5)}, {}, False),
+}
+
+
+@pytest.mark.parametrize(("tree", "options", "are_rows"), ROWS.values(), ids=ROWS)
+@pytest.mark.parametrize("is_folder", [False, True])
+def test_small_plain_arrays_are_rows_of_one_array(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tree: Any,
+    options: dict[str, Any],
+    are_rows: bool,
+    is_folder: bool,
 ) -> None:
-    checkpoint = checkpoint_of([(TensorInfo("U8", (nbytes,), nbytes), FILES[0], 0)])
-    wanted = [Wanted("0", TemplateLeaf(LeafSpec(kind, None, (nbytes,)), target))]
-    batches, others = plan_runs(checkpoint, wanted, lambda _: keeps_memory, 1 << 20)
-    is_small = (kind, keeps_memory, target) == ("array", False, "jax") and 0 < nbytes < TAKEN_OVER
-    assert (bool(batches), others) == (is_small, [] if is_small else [(0, wanted[0])])
-    checkpoint.digests = {}
-    assert plan_runs(checkpoint, wanted, lambda _: False, 1 << 20) == ([], [(0, wanted[0])])
+    size = 3 * (TAKEN_OVER - 1) if is_folder else None  # three of them in one shard
+    save_pytree(tree, tmp_path / "m.safetensors", max_shard_size=size, **options)
+    alone: list[str] = []
+
+    def from_bytes(raw: Any, info: TensorInfo, name: str, *start: int) -> Any:
+        alone.append(name)
+        return decode.from_bytes(raw, info, name, *start)
+
+    monkeypatch.setattr(finishing, "from_bytes", from_bytes)
+    found = load_into_pytree(tree, tmp_path / "m.safetensors")
+    assert_same(found, tree)
+    assert sorted(alone) == ([] if are_rows else [f"@{name}" for name in tree])
+
+
+def test_the_reads_of_small_arrays_are_joined(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = arrays(3)
+    save_pytree(tree, tmp_path / "file")
+    reads: list[int] = []
+    real = ByteSource.fill
+
+    def fill(source: ByteSource, buffers: list[memoryview], offset: int) -> None:
+        reads.append(sum(map(len, buffers)))
+        real(source, buffers, offset)
+
+    monkeypatch.setattr(ByteSource, "fill", fill)
+    assert_same(load_pytree(tmp_path / "file"), tree)
+    assert reads[1:] == [15]  # after the header
+    del tree["w2"], reads[:]
+    assert_same(load_into_pytree(tree, tmp_path / "file", strict=False), tree)
+    assert reads[1:] == [6, 6]
