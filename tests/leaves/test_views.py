@@ -4,13 +4,14 @@ import math
 from itertools import pairwise
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from placed import select
 from pytree2safetensors._leaves.extents import Region
-from pytree2safetensors._leaves.views import View, file_parts, leaf_of
+from pytree2safetensors._leaves.views import View, boxes_of, file_parts, leaf_of, tiled
 
 axis_sizes = st.lists(st.integers(1, 3), max_size=3)
 
@@ -43,3 +44,17 @@ def test_a_region_writes_what_reads_as_it(case: tuple[View, Region]) -> None:
     expected = np.zeros(view.shape, int)
     expected[index_of(region)] = select(values, region)
     assert leaf_of(view, tensors, np.stack).tolist() == expected.tolist()
+
+
+@settings(max_examples=30)  # JAX compiles a program for each shape
+@given(views_and_regions())
+def test_the_boxes_of_a_region_are_a_grid_that_makes_it(case: tuple[View, Region]) -> None:
+    view, region = case
+    values = np.arange(math.prod(view.shape)).reshape(view.shape)
+    parts = [
+        (box.region, jnp.asarray(values[index_of(box.region)])) for box in boxes_of(view, region)
+    ]
+    expected = values[index_of(region)]
+    assert bool(parts) == bool(expected.size)
+    if parts:
+        assert tiled(parts[::-1]).tolist() == expected.tolist()

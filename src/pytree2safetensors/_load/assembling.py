@@ -18,7 +18,7 @@ from pytree2safetensors._leaves.decode import from_bytes
 from pytree2safetensors._leaves.extents import shape_of, within
 from pytree2safetensors._leaves.staging import aligned
 from pytree2safetensors._leaves.to_jax import own_programs
-from pytree2safetensors._leaves.views import to_leaf
+from pytree2safetensors._leaves.views import tiled, to_leaf
 from pytree2safetensors._load.checkpoint import OpenCheckpoint
 from pytree2safetensors._load.slots import Assembly, Piece
 
@@ -80,7 +80,7 @@ class Assembler:
             shape: The shape to give the region, if it is not its own.
             array: The piece, on the device of the use.
         """
-        number, view, region, boxes, *_ = piece.assembly
+        number, view, _, boxes, *_ = piece.assembly
         key = number, use
         found = self._arrays.setdefault(key, [])
         found.append((piece, array))
@@ -92,13 +92,9 @@ class Assembler:
             parts = []
             for index, box in enumerate(boxes):
                 mine = [part for other, part in found if other.box == index]
-                parts.append(_join(mine, box.shape, view.order, shape_of(box.region)))
-            if len(parts) == 1:
-                leaf: jax.Array = parts[0]
-            else:
-                leaf = jnp.zeros_like(parts[0], shape=shape_of(region))
-                for part, box in zip(parts, boxes, strict=True):
-                    leaf = leaf.at[within(box.region, region)].set(part)
+                made = _join(mine, box.shape, view.order, shape_of(box.region))
+                parts.append((box.region, made))
+            leaf: jax.Array = tiled(parts)
             return leaf if shape is None else leaf.reshape(shape)
 
     def _values(
