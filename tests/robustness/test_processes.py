@@ -18,6 +18,7 @@ from pytree2safetensors._leaves.encode import host_shard
 from pytree2safetensors._leaves.to_jax import TAKEN_OVER
 from pytree2safetensors._save import calls
 from pytree2safetensors._storage import file_source as _source
+from pytree2safetensors._storage.naming import temporary_prefix
 from together import (
     SPECS,
     Group,
@@ -339,6 +340,26 @@ def test_a_mesh_in_force_does_not_matter(pair: Group, tmp_path: Path) -> None:
 
 def replace_through_a_link(folder: str) -> None:
     save_large(folder + "/links")
+
+
+def names_meanwhile(folder: str) -> list[str]:
+    """The names in the folder of a link's target, during a save."""
+    found = set[str]()
+
+    def progress(*_: int) -> None:
+        found.update(path.name for path in Path(folder, "files").iterdir())
+
+    p2s.save_pytree(large(), f"{folder}/link", progress=progress)
+    return sorted(found - {"target"})
+
+
+def test_temporary_names_are_those_of_what_a_link_leads_to(pair: Group, tmp_path: Path) -> None:
+    """By these names, a later save of one process finds what a killed one has left."""
+    (tmp_path / "files").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "files" / "target")
+    for names in pair.run(names_meanwhile, tmp_path):
+        assert names
+        assert all(name.startswith(temporary_prefix("target")) for name in names)
 
 
 def test_links_and_permissions_stay(pair: Group, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from pytree2safetensors._save.share import (
 )
 from pytree2safetensors._save.words import Terms
 from pytree2safetensors._save.writing import Target, label_of, older_names, replacing_shards
-from pytree2safetensors._storage.atomic_file import joining, replacing
+from pytree2safetensors._storage.atomic_file import followed, joining, replacing
 from pytree2safetensors._storage.atomic_folder import replacing_together
 from pytree2safetensors._storage.descriptor import flush, read_at, reserve, write_at
 from pytree2safetensors._storage.naming import foreign, naming, temporary_name
@@ -68,8 +68,8 @@ class Work:
     def begin(self, processes: Processes, terms: Terms) -> Future[None]:
         """Agree with the other processes, and have the saver do the rest."""
         plan = self.plan
-        last = plan.index_name or plan.files[0].name or os.path.basename(self.target.path)
-        token = temporary_name(last)
+        name = plan.index_name or plan.files[0].name or followed(self.target.path)
+        token = temporary_name(os.path.basename(name))
         with ExitStack() as stack:
             if processes.process == 0:
                 self._prepare(stack, token)

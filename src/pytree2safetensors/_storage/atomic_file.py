@@ -82,7 +82,7 @@ def joining(path: LocalPath, name: str) -> Iterator[int]:
 
 def _split(path: str) -> tuple[str, str]:
     """Return the folder and the name of the file that a path leads to."""
-    parent, target = os.path.split(_followed(path))
+    parent, target = os.path.split(followed(path))
     if not target:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
     return parent, target
@@ -111,12 +111,12 @@ def is_special(path: LocalPath) -> bool:
         return False
     if not stat.S_ISREG(mode):  # a device, a pipe, a folder
         return True
-    target = _followed(os.fsdecode(path))
+    target = followed(os.fsdecode(path))
     # Linux shows a file without a name like this, for links such as /dev/fd/3.
     return target.endswith(" (deleted)") and not os.path.lexists(target)
 
 
-def _followed(path: str) -> str:
+def followed(path: str) -> str:
     """Follow symbolic links, even to a file that does not exist: links stay, their target is replaced."""
     for _ in range(_LINKS):
         try:
