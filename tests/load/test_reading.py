@@ -268,6 +268,11 @@ def test_a_packed_tensor_that_is_not_needed_raises_no_error(tmp_path: Path) -> N
         load_pytree(tmp_path / "file")
 
 
+def test_load_file_returns_no_leaf_that_has_no_tensor(tmp_path: Path) -> None:
+    save_pytree({"a": np.ones(2, np.float32), "s": "text", "i": 2**70}, tmp_path / "file")
+    assert list(pytree2safetensors.load_file(tmp_path / "file")) == ["@a"]
+
+
 def test_load_file_is_safetensors_own_function() -> None:
     import safetensors.flax
 

@@ -1,5 +1,7 @@
 """Several processes that save in the background, and how often the processes of a save meet."""
 
+import os
+import signal
 import threading
 import time
 from pathlib import Path
@@ -125,6 +127,21 @@ def test_what_fails_in_the_background_on_one_is_the_result_on_all(
     assert [said[1] for said in found] == ["None", "None"]
     assert "No space left on device" in found[where][0]
     assert f"process {where} could not save: No space left on device" in found[1 - where][0]
+    assert number_in(tmp_path / "file") == 1
+
+
+def interrupt_after_the_call(folder: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        slow_writes(patch, 0.1)
+        future = p2s.save_pytree_async(checkpoint(1), f"{folder}/file")
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(20)
+        future.result()
+
+
+def test_an_interrupt_after_the_call_does_not_end_the_save(pair: Group, tmp_path: Path) -> None:
+    pair.run(interrupt_after_the_call, tmp_path)
     assert number_in(tmp_path / "file") == 1
 
 
