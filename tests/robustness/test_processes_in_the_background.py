@@ -1,6 +1,5 @@
 """Several processes that save in the background, and how often the processes of a save meet."""
 
-import os
 import signal
 import threading
 import time
@@ -135,8 +134,7 @@ def interrupt_after_the_call(folder: str) -> None:
         slow_writes(patch, 0.1)
         future = p2s.save_pytree_async(checkpoint(1), f"{folder}/file")
         with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(20)
+            signal.raise_signal(signal.SIGINT)
         future.result()
 
 
