@@ -18,12 +18,9 @@ from oracle import assert_same
 from placed import is_committed
 from pytree2safetensors import Rule, load_into_pytree, load_pytree, save_pytree
 from pytree2safetensors._leaves import jax_versions, placement, staging
-from pytree2safetensors._leaves.spec import LeafSpec
 from pytree2safetensors._leaves.staging import Ring
 from pytree2safetensors._leaves.to_jax import to_jax
-from pytree2safetensors._load import plan, reading
-from pytree2safetensors._load.slots import Use
-from pytree2safetensors._load.template import TemplateLeaf
+from pytree2safetensors._load import finishing, plan, reading
 from pytree2safetensors._storage import read_pool
 from pytree2safetensors._storage.file_source import FileSource
 
@@ -295,35 +292,106 @@ def placed_on(*devices: jax.Device) -> NamedSharding:
     return NamedSharding(Mesh(np.array(devices), ("x",)), P())
 
 
-def test_which_leaves_have_memory_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    host, other = jax.devices()[:2]
-    monkeypatch.setattr(reading, "is_on_host", lambda device: device == host)
+HOST, OTHER = 0, 1  # the numbers of the devices that stand for these
 
-    def have(staged: bool, target: Any, *devices: jax.Device) -> bool:
-        spec = LeafSpec("array", np.dtype(np.float32), (2,))
-        return reading.keeps_memory(staged)(TemplateLeaf(spec, target, placed_on(*devices)))
-
-    for staged in (False, True):
-        assert have(staged, "numpy", host)
-        assert have(staged, "foreign", host)
-    assert not have(False, "jax", host)  # they share the memory of a batch
-    assert have(True, "jax", host)
-    assert have(True, "jax", host, other)
-    assert not have(True, "jax", other)
+# Leaves, and whether each has memory of its own: in a load of these alone, and beside others.
+OWN: dict[str, tuple[Any, tuple[bool, bool]]] = {
+    "NumPy": (lambda leaf: np.zeros(leaf.shape, leaf.dtype), (True, True)),
+    "host": (lambda leaf: on(leaf, HOST), (False, True)),  # the memory of a batch, or reused memory
+    "default": (lambda leaf: Struct(leaf.shape, leaf.dtype), (False, True)),
+    "both": (lambda leaf: on(leaf, HOST, OTHER), (True, True)),
+    "other": (lambda leaf: on(leaf, OTHER), (False, False)),
+}
 
 
-def test_which_values_are_rearranged_on_their_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def on(leaf: Any, *numbers: int) -> Any:
+    devices = [jax.devices()[number] for number in numbers]
+    sharding = SingleDeviceSharding(devices[0]) if len(devices) == 1 else placed_on(*devices)
+    return Struct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+@pytest.mark.parametrize("size", [3, 1500])
+@pytest.mark.parametrize(("make", "expected"), OWN.values(), ids=OWN)
+def test_which_leaves_have_memory_of_their_own(
+    link: Link,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    make: Any,
+    expected: tuple[bool, bool],
+    size: int,
+) -> None:
+    monkeypatch.setattr(reading, "is_on_host", lambda device: device == jax.devices()[HOST])
+    made: list[int] = []
+
+    def aligned(nbytes: int) -> Any:
+        made.append(nbytes)
+        return staging_aligned(nbytes)
+
+    staging_aligned = staging.aligned
+    for module in (reading, finishing):
+        monkeypatch.setattr(module, "aligned", aligned)
+    tree = tree_of(20, size)
+    save_pytree(tree, tmp_path / "file")
+    for beside_others, own in enumerate(expected):
+        template = {
+            name: on(leaf, OTHER) if beside_others and number % 2 else make(leaf)
+            for number, (name, leaf) in enumerate(tree.items())
+        }
+        made.clear()
+        found = load_into_pytree(template, tmp_path / "file")
+        link.finish()
+        for name, leaf in tree.items():
+            assert np.asarray(found[name]).tobytes() == np.asarray(leaf).tobytes()
+        assert made.count(4 * size) == own * (10 if beside_others else 20)
+
+
+def test_arrays_that_jax_cannot_hold_keep_no_reused_memory(link: Link, tmp_path: Path) -> None:
+    tree = tree_of(60, 1500)
+    tree |= {name: np.full(900, n, np.int64) for n, name in enumerate([*tree][::2])}
+    save_pytree(tree, tmp_path / "file")
+    link.reset()
+    with pytest.warns(UserWarning, match="x64"):
+        found = load_pytree(tmp_path / "file")
+    link.finish()
+    for name, leaf in tree.items():
+        assert found[name].tobytes() == leaf.tobytes()
+
+
+# Where an array goes, whether JAX cuts it for its devices, and the shape of what is transferred.
+REARRANGED: dict[str, tuple[Any, bool, tuple[int, int]]] = {
+    "by the default device": (lambda _: None, False, (3, 4)),
+    "before JAX cuts them": (lambda other: placed_on(other), True, (4, 3)),
+    "by a device": (lambda other: placed_on(other), False, (3, 4)),
+    "by the host": (lambda _: placed_on(jax.devices()[1]), False, (4, 3)),
+}
+
+
+@pytest.mark.parametrize(("sharding", "cut", "moved"), REARRANGED.values(), ids=REARRANGED)
+def test_which_values_are_rearranged_on_their_device(
+    link: Link,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    sharding: Any,
+    cut: bool,
+    moved: tuple[int, int],
+) -> None:
     default, host = jax.devices()[:2]
     monkeypatch.setattr(reading, "is_on_host", lambda device: device == host)
-    uses = {
-        Use(0, None, None): True,  # on the default device
-        Use(0, placed_on(default), None): False,  # JAX cuts them
-        Use(0, placed_on(default), default): True,
-        Use(0, placed_on(host), host): False,
+    if not cut:
+        monkeypatch.setattr(plan, "_CUT_BY_JAX", 0)
+    values = np.arange(12, dtype=np.float32).reshape(3, 4)
+    save_pytree({"w": values, "other": np.ones(9, np.float32)}, tmp_path / "file")
+    link.reset()
+    template = {
+        "w": Struct((4, 3), np.float32, sharding=sharding(default)),
+        "other": Struct((9,), np.float32),
     }
-    for use, expected in uses.items():
-        assert reading.far(True)(use) is expected
-        assert reading.far(False)(use) is False
+    rules = [Rule("@w", "@w", "a b -> b a"), Rule("{=}", "{=}")]
+    found = load_into_pytree(template, tmp_path / "file", rename=rules)
+    shapes = [value.shape for _, moving, _ in link.moving for value in moving]
+    link.finish()
+    assert np.array_equal(found["w"], values.T)
+    assert [shape for shape in shapes if len(shape) == 2] == [moved]
 
 
 def test_what_is_read_slowly_is_waited_for(
