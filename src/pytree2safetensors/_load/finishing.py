@@ -83,7 +83,7 @@ class Finisher:
             arrays += made
             done += positions[: len(made)]
             others += positions[len(made) :]
-            hosts += values
+            hosts += values  # those that are left
         arrays += to_jax(hosts, keeps_memory=not is_staged)
         for position, array in zip(done + others, arrays, strict=True):
             self.leaves[position] = array
