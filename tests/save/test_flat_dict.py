@@ -110,3 +110,19 @@ def test_rules_have_gradients(case: Any) -> None:
     for function in (jax.grad(total), jax.jit(jax.grad(total))):
         for leaf in jax.tree_util.tree_leaves(function(leaves)):
             assert_same_values(np.asarray(leaf), np.full(leaf.shape, 2, np.float32))
+
+
+@pytest.mark.parametrize("kind", [np.asarray, jnp.asarray])
+def test_leaves_without_elements_make_tensors_without_elements(kind: Any) -> None:
+    tree = {"a": kind(np.zeros((0, 3), np.int8)), "b": kind(np.zeros((2, 0), np.int8))}
+    rules = [Rule("b.{p}", "@b", "x -> p x"), Rule("a", "@a", "x y -> y x")]
+    found = pytree2dict(tree, rename=rules)
+    shapes = {name: (type(leaf), leaf.dtype, leaf.shape) for name, leaf in found.items()}
+    expected = type(tree["a"]), np.dtype(np.int8)
+    assert shapes == {"a": (*expected, (3, 0)), "b.0": (*expected, (0,)), "b.1": (*expected, (0,))}
+
+
+@pytest.mark.parametrize("kind", [np.float32, jnp.float32])
+def test_scalars_are_parts_of_a_tensor(kind: Any) -> None:
+    found = pytree2dict([kind(1), kind(2)], rename=[Rule("w", "#{p}", "p ->")])
+    assert_same_values(np.asarray(found["w"]), np.array([1, 2], np.float32))

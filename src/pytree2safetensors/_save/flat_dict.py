@@ -141,6 +141,6 @@ def _parts(tensor: Assembled, leaves: Iterable[Any]) -> Iterator[tuple[Region, A
     for (view, _), leaf in zip(tensor.members, leaves, strict=True):
         region = region_of_tensor(view, tensor.name)
         index = tuple(slice(*bounds) for bounds in region)
-        cut = leaf[index] if isinstance(leaf, np.ndarray) else part_of(leaf, index)
+        cut = part_of(leaf, index) if isinstance(leaf, jax.Array) else leaf[index]
         for source, part in file_parts(view, region, cut, tensor.name):
             yield source.region, part
