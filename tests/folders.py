@@ -1,5 +1,6 @@
 """Folders of shards that tests save: their trees, their names, and what a reader finds."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 
 from oracle import assert_loaded
 from pytree2safetensors import FileFormatError, load_pytree
-from pytree2safetensors._storage import folder as folder_module
+from pytree2safetensors._load import opening
 
 INDEX = "model.safetensors.index.json"
 
@@ -45,10 +46,10 @@ def outcome(folder: Path) -> str:
     return outcome_of(folder)
 
 
-def outcome_of(folder: Any) -> str:
-    """What a reader finds, here or in a store, if it does not wait for a save."""
+def outcome_of(folder: Any, *, waits: bool = False) -> str:
+    """What a reader finds, here or in a store, if it waits for a save or does not."""
     try:
-        with mock.patch.object(folder_module, "_PATIENCE", 0):
+        with nullcontext() if waits else mock.patch.object(opening, "without_savers", nullcontext):
             loaded = load_pytree(folder)
     except FileFormatError as error:
         if "but no index: a save was interrupted" in str(error):
