@@ -91,7 +91,7 @@ def _is_small(info: TensorInfo, leaf: TemplateLeaf) -> bool:
 
 
 def _runs(tensors: Iterable[_Small], limit: int) -> Iterator[tuple[int, list[Rows]]]:
-    """Yield the bytes of each run of at most `limit` bytes, and its rows."""
+    """Yield the bytes of each run of at most `limit` bytes, and its rows; there is at least one."""
     found: list[Rows] = []
     last: dict[_Form, Rows] = {}
     start, stop = 0, -1  # of the run in the file
@@ -110,5 +110,4 @@ def _runs(tensors: Iterable[_Small], limit: int) -> Iterator[tuple[int, list[Row
                 rows.step = place - rows.start
         rows.positions.append(position)
         stop = offset + form.nbytes
-    if found:
-        yield stop - start, found
+    yield stop - start, found
