@@ -18,12 +18,14 @@ from pytree2safetensors._leaves.to_jax import own_programs
 # of two, never frees it, and puts small arrays of its own into what is left of it.
 RING: Final = (63 << 20, 127 << 20, 255 << 20)  # bytes
 ALIGNMENT: Final = 256  # bytes: JAX takes over memory that is aligned to 64
+_PAGE: Final = 2 << 20  # bytes of a large page, which the system clears faster than many small ones
 
 
 def aligned(size: int) -> NDArray[np.uint8]:
     """Return fresh memory that JAX can take over."""
-    memory = np.empty(size + ALIGNMENT, np.uint8)
-    skip = -memory.ctypes.data % ALIGNMENT
+    alignment = ALIGNMENT if size < 2 * _PAGE else _PAGE
+    memory = np.empty(size + alignment, np.uint8)
+    skip = -memory.ctypes.data % alignment
     return memory[skip : skip + size]
 
 

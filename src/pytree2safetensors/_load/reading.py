@@ -14,6 +14,7 @@ from typing import Any, Final, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Sharding
 from numpy.typing import NDArray
 
 from pytree2safetensors._collector import collector_paused
@@ -100,18 +101,15 @@ def _read_leaves(
 
 def _staged_device(wanted: Sequence[Wanted]) -> jax.Device | None:
     """Return a device of the leaves that is not the host, or None."""
-    leaves = {id(leaf): leaf for _, leaf in wanted}
-    devices = {device for leaf in leaves.values() for device in _devices_of(leaf)}
+    leaves = {id(leaf): leaf for _, leaf in wanted}.values()
+    shardings = {leaf.sharding for leaf in leaves if leaf.target == "jax"}
+    devices = {device for sharding in shardings for device in _devices_of(sharding)}
     others = sorted((d for d in devices if not is_on_host(d)), key=lambda device: device.id)
     return others[0] if others else None
 
 
-def _devices_of(leaf: TemplateLeaf) -> Iterable[jax.Device]:
-    if leaf.target != "jax":
-        return ()
-    if leaf.sharding is None:
-        return [default_device()]
-    return leaf.sharding.addressable_devices
+def _devices_of(sharding: Sharding | None) -> Iterable[jax.Device]:
+    return [default_device()] if sharding is None else sharding.addressable_devices
 
 
 def far(staged: bool) -> Callable[[Use], bool]:
@@ -130,15 +128,18 @@ def far(staged: bool) -> Callable[[Use], bool]:
 
 def keeps_memory(staged: bool) -> Callable[[TemplateLeaf], bool]:
     """Return which leaves need their own memory, because they keep it."""
-    known: dict[int, bool] = {}
+    known: dict[Sharding | None, bool] = {}
+
+    def is_kept(sharding: Sharding | None) -> bool:
+        if sharding not in known:
+            known[sharding] = any(map(is_on_host, _devices_of(sharding)))
+        return known[sharding]
 
     def keeps(leaf: TemplateLeaf) -> bool:
-        found = known.get(id(leaf))
-        if found is None:
+        if leaf.target == "jax":
             # JAX arrays on the host keep a batch's memory, which is fine if all of them do.
-            shared = not staged or not any(map(is_on_host, _devices_of(leaf)))
-            found = known[id(leaf)] = leaf.target in {"numpy", "foreign"} or not shared
-        return found
+            return staged and is_kept(leaf.sharding)
+        return leaf.target in {"numpy", "foreign"}
 
     return keeps
 
