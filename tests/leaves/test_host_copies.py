@@ -93,7 +93,7 @@ def test_many_equal_small_arrays_are_copied_together(
     else:
         save_pytree(tree, tmp_path / "copied")
     assert (tmp_path / "copied").read_bytes() == (tmp_path / "plain").read_bytes()
-    # Stacks of 64, and what is left of each group; arrays of 4 bits are not stacked.
+    # Each group makes stacks of 64, and the rest move alone. 4-bit arrays are not stacked.
     assert counts[0] == 2 * (1 + 36) + (1 + 6) + 70 + 63 + 1
 
 

@@ -106,7 +106,7 @@ def test_a_share_is_copied_from_devices_by_one_call(
 def shares_of(
     contents: Contents, count: int, copied: bool, patch: pytest.MonkeyPatch
 ) -> list[share.Share]:
-    """The shares of several processes, of which each has some of the devices."""
+    """The shares of several processes. Each process has some of the devices."""
     devices = np.array_split(np.array(jax.devices()), count)
     mine: set[Any] = set()
 

@@ -121,7 +121,7 @@ def start_pinning(device: jax.Device, size: int) -> Any:
 
 
 def pinned_memory(owner: Any) -> NDArray[np.uint8] | None:
-    """Return the memory of an array of `start_pinning`, to write to; None if there is none."""
+    """Return the writable memory of an array that `start_pinning` made; None if it failed."""
     try:
         # Wait, because the zeros must not arrive after the data that are read into the memory.
         address = block_until_ready(owner).unsafe_buffer_pointer()

@@ -15,7 +15,7 @@ from pytree2safetensors._leaves.jax_versions import block_until_ready, pinned_me
 from pytree2safetensors._leaves.to_jax import own_programs
 
 # Measured on an H100: with fewer bytes, threads wait for room. JAX rounds pinned memory up to powers
-# of two, never frees it, and puts small arrays of its own into what is left of it.
+# of two and never frees it. The missing MiB leaves room for JAX's own small arrays.
 RING: Final = (63 << 20, 127 << 20, 255 << 20)  # bytes
 ALIGNMENT: Final = 256  # bytes: JAX takes over memory that is aligned to 64
 _PAGE: Final = 2 << 20  # bytes of a large page, which the system clears faster than many small ones
