@@ -82,6 +82,28 @@ def to_host(leaves: Sequence[Any]) -> list[Any]:
     found = list(leaves)
     if not _has_device_arrays(leaves):
         return found
+    with own_programs():
+        moves = _moves(leaves)
+        if not moves:
+            return found
+        copies = jax.device_put([m.array for m in moves], [m.pinned for m in moves])
+    for (positions, *_), copy in zip(moves, copies, strict=True):
+        parts = np.asarray(copy) if len(positions) > 1 else [copy]
+        for position, part in zip(positions, parts, strict=True):
+            found[position] = part
+    return found
+
+
+class _Move(NamedTuple):
+    """An array to copy to the host, and the sharding of the copy."""
+
+    positions: list[int]  # of the leaves that it consists of
+    array: jax.Array
+    pinned: Any
+
+
+def _moves(leaves: Sequence[Any]) -> list[_Move]:
+    """Return what to copy: first the stacks of many small arrays, because a save waits for them."""
     kinds: dict[tuple[Any, ...], list[int]] = {}  # the positions of equal arrays
     for position, leaf in enumerate(leaves):
         if isinstance(leaf, jax.Array):
@@ -97,35 +119,14 @@ def to_host(leaves: Sequence[Any]) -> list[Any]:
         if pinned is None:
             continue
         arrays = [leaves[i].addressable_data(0) if whole else leaves[i] for i in positions]
-        stop = 0
-        if whole and len(positions) >= _MANY and first.nbytes < _SMALL and not is_packed(dtype):
-            stop = len(positions) - len(positions) % _STACK
-            for start in range(0, stop, _STACK):
-                chunk = slice(start, start + _STACK)
-                with own_programs():
-                    stacked.append(_Move(positions[chunk], _stack(arrays[chunk]), pinned))
-        alone += [
-            _Move([i], a, pinned) for i, a in zip(positions[stop:], arrays[stop:], strict=True)
-        ]
-    moves = stacked + alone  # stacks first, because this waits for them
-    if not moves:
-        return found
-    with jax.transfer_guard("allow"):
-        copies = jax.device_put([m.array for m in moves], [m.pinned for m in moves])
-    for (positions, *_), copy in zip(moves, copies, strict=True):
-        for position, part in zip(
-            positions, np.asarray(copy) if len(positions) > 1 else [copy], strict=True
-        ):
-            found[position] = part
-    return found
-
-
-class _Move(NamedTuple):
-    """An array to copy to the host, and the sharding of the copy."""
-
-    positions: list[int]  # of the leaves that it consists of
-    array: jax.Array
-    pinned: Any
+        many = whole and len(positions) >= _MANY and first.nbytes < _SMALL and not is_packed(dtype)
+        stop = len(positions) - len(positions) % _STACK if many else 0
+        for start in range(0, stop, _STACK):
+            chunk = slice(start, start + _STACK)
+            stacked.append(_Move(positions[chunk], _stack(arrays[chunk]), pinned))
+        rest = zip(positions[stop:], arrays[stop:], strict=True)
+        alone += [_Move([position], array, pinned) for position, array in rest]
+    return stacked + alone
 
 
 @jax.jit
