@@ -37,9 +37,10 @@ LIMIT = 180  # seconds for one step of all processes, on a machine with much els
 # The package is checked at run time here as it is in the tests. A shell starts what runs in the
 # background with interrupts ignored, which Python would keep.
 START = (
-    "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "import os, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
     "from jaxtyping import install_import_hook as check; "
-    "check('pytree2safetensors', 'beartype.beartype'); sys.path.insert(0, sys.argv[1]); "
+    "'JAXTYPING_DISABLE' in os.environ or check('pytree2safetensors', 'beartype.beartype'); "
+    "sys.path.insert(0, sys.argv[1]); "
     "import together; together.main(*map(int, sys.argv[2:]))"
 )
 
