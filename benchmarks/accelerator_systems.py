@@ -30,33 +30,31 @@ def names_of(tree: Any) -> list[str]:
 class Ours:
     """This library."""
 
-    def save(self, tree: Any, path: Path, folder: bool) -> None:
-        import pytree2safetensors
+    def __init__(self) -> None:
+        from pytree2safetensors import load_pytree, save_pytree
 
-        pytree2safetensors.save_pytree(
-            tree, path, durable=False, max_shard_size=SHARD if folder else None
-        )
+        self.load_pytree, self.save_pytree = load_pytree, save_pytree
+
+    def save(self, tree: Any, path: Path, folder: bool) -> None:
+        self.save_pytree(tree, path, durable=False, max_shard_size=SHARD if folder else None)
 
     def load(self, path: Path, _template: Any) -> Any:
-        import pytree2safetensors
-
-        return pytree2safetensors.load_pytree(path)
+        return self.load_pytree(path)
 
 
 class Flax:
     """safetensors.flax, whose arrays are handed to the device."""
 
-    def save(self, tree: Any, path: Path, _folder: bool) -> None:
-        import safetensors.flax
+    def __init__(self) -> None:
+        from safetensors.flax import load_file, save_file
 
-        safetensors.flax.save_file(
-            dict(zip(names_of(tree), jax.tree.leaves(tree), strict=True)), path
-        )
+        self.load_file, self.save_file = load_file, save_file
+
+    def save(self, tree: Any, path: Path, _folder: bool) -> None:
+        self.save_file(dict(zip(names_of(tree), jax.tree.leaves(tree), strict=True)), path)
 
     def load(self, path: Path, template: Any) -> Any:
-        import safetensors.flax
-
-        found = jax.device_put(safetensors.flax.load_file(path), jax.devices()[0])
+        found = jax.device_put(self.load_file(path), jax.devices()[0])
         leaves = [found[name] for name in names_of(template)]
         return jax.tree.unflatten(jax.tree.structure(template), leaves)
 
@@ -64,16 +62,17 @@ class Flax:
 class Orbax:
     """orbax.checkpoint.StandardCheckpointer, waited for; it writes folders."""
 
-    def save(self, tree: Any, path: Path, _folder: bool) -> None:
-        import orbax.checkpoint
+    def __init__(self) -> None:
+        from orbax.checkpoint import StandardCheckpointer
 
-        with orbax.checkpoint.StandardCheckpointer() as checkpointer:
+        self.checkpointer = StandardCheckpointer
+
+    def save(self, tree: Any, path: Path, _folder: bool) -> None:
+        with self.checkpointer() as checkpointer:
             checkpointer.save(path.absolute(), tree)
 
     def load(self, path: Path, template: Any) -> Any:
-        import orbax.checkpoint
-
-        with orbax.checkpoint.StandardCheckpointer() as checkpointer:
+        with self.checkpointer() as checkpointer:
             return checkpointer.restore(path.absolute(), template)
 
 
@@ -179,9 +178,9 @@ def read(pool: ThreadPoolExecutor, descriptor: int, memory: Any, offset: int) ->
     list(pool.map(piece, range(0, len(view), PIECE)))
 
 
-SYSTEMS: dict[str, Any] = {
-    "pytree2safetensors": Ours(),
-    "safetensors.flax": Flax(),
-    "orbax": Orbax(),
-    "by hand": ByHand(),
+SYSTEMS: dict[str, Any] = {  # a system imports its library when it is made
+    "pytree2safetensors": Ours,
+    "safetensors.flax": Flax,
+    "orbax": Orbax,
+    "by hand": ByHand,
 }
