@@ -1,4 +1,4 @@
-"""PRNG keys whose implementation has no registered name."""
+"""PRNG keys whose implementation is unknown, or has no registered name."""
 
 from pathlib import Path
 
@@ -15,7 +15,12 @@ from pytree2safetensors import (
     load_pytree,
     save_pytree,
 )
-from pytree2safetensors._leaves.keys import implementation_name, implementation_of
+from pytree2safetensors._leaves.keys import (
+    UnknownHere,
+    implementation_name,
+    implementation_of,
+    key_shape,
+)
 
 UNNAMED = jax.extend.random.define_prng_impl(
     key_shape=(2,),
@@ -46,3 +51,14 @@ def test_such_keys_of_a_template_keep_their_values(tmp_path: Path) -> None:
     save_pytree({"key": jax.random.key(0), "w": 1.0}, tmp_path / "file")
     with pytest.raises(WeightsMismatchError, match="'@key'"):
         load_into_pytree({"key": key, "w": 0.0}, tmp_path / "file")
+
+
+def test_an_unknown_implementation_is_named() -> None:
+    with pytest.raises(UnknownHere) as caught:
+        key_shape("other", "@k")
+    reason = (
+        "is a key of the PRNG implementation 'other', which this process does not know; "
+        "register it, or install a newer JAX"
+    )
+    assert str(caught.value) == f"'@k' {reason}"
+    assert caught.value.reason == reason

@@ -182,6 +182,15 @@ def test_a_tensor_may_be_a_leaf_and_another_one_rearranged(path: Path) -> None:
     assert_same(found, {"a": expected.T, "b": expected, "c": expected.T})
 
 
+def test_what_has_no_elements_is_rearranged(path: Path) -> None:
+    safetensors.numpy.save_file({"w": zeros(0, 3), "v": numbers(2, 1)}, path)
+    rules = [Rule("w", "w", "o i -> i o"), Rule("v", "v", "o i -> i o")]
+    template = {"w": zeros(3, 0), "v": STRUCT((1, 2), np.float32)}
+    expected = {"w": zeros(3, 0), "v": jax.numpy.asarray(numbers(1, 2))}
+    for mmap in (False, True):
+        assert_same(load_into_pytree(template, path, rename=rules, mmap=mmap), expected)
+
+
 def test_what_rules_make_of_weakly_typed_scalars_is_not_weak(path: Path) -> None:
     save_pytree({"w0": jax.numpy.asarray(1.5), "w1": jax.numpy.asarray(2.5)}, path)
     rules = [Rule("@w{l}", "w", " -> l")]

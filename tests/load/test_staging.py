@@ -446,3 +446,23 @@ def test_many_equal_arrays_are_transferred_together(monkeypatch: pytest.MonkeyPa
         for array in found:
             assert is_committed(array) is (sharding is not None)
             assert sharding is None or array.sharding == sharding
+
+
+def test_equal_arrays_of_a_run_are_transferred_together(
+    link: Link, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = {f"w{n:04}": jnp.full(3, n, jnp.float32) for n in range(1100)}
+    save_pytree(tree, tmp_path / "file")
+    put: Any = jax.device_put
+    shapes: list[tuple[int, ...]] = []
+
+    def device_put(values: Any, *arguments: Any) -> Any:
+        shapes.extend(value.shape for value in (values if isinstance(values, list) else [values]))
+        return put(values, *arguments)
+
+    monkeypatch.setattr(jax, "device_put", device_put)
+    found = load_pytree(tmp_path / "file")
+    link.finish()
+    assert_same(found, tree)
+    moved = [shape for shape in shapes if shape]  # not what JAX itself makes
+    assert moved == [(128, 3)] * 8 + [(3,)] * (1100 - 8 * 128)

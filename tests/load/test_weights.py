@@ -430,6 +430,16 @@ def test_a_value_out_of_range_is_the_reason(
     assert caught.value.mismatched == (reason,)
 
 
+@pytest.mark.parametrize(
+    ("cast", "why"), [(False, ""), (True, ", which cast=True does not convert")]
+)
+def test_a_value_of_another_kind_is_not_called_too_large(cast: bool, why: str) -> None:
+    with pytest.raises(WeightsMismatchError) as caught:
+        set_weights({"a": np.int32(1)}, {"@a": 1.5}, cast=cast)
+    reason = "'@a': the template has int32[], but the stored leaf is a Python float (1.5)"
+    assert caught.value.mismatched == (reason + why,)
+
+
 def test_an_int_may_be_too_large_for_a_float() -> None:
     with pytest.raises(
         WeightsMismatchError, match=r"401 digits\), which a Python float cannot hold\n"

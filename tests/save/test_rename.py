@@ -212,15 +212,18 @@ def test_parts_of_a_tensor_must_all_be_there(path: Path) -> None:
 def test_parts_of_a_tensor_must_have_one_dtype(kind: Any, path: Path) -> None:
     rule = Rule("qkv", "{p:q,k,v}", "(p h) e -> h e")
     tree = {"q": kind(KERNEL), "k": kind(KERNEL).astype("bfloat16"), "v": kind(KERNEL)}
+    tree["bias"] = kind(np.zeros(2, np.float16))  # which no rule joins with any other
+    rules = [rule, Rule("{=}", "{=}")]
     for function in (
-        lambda: save_pytree(tree, path, rename=[rule]),
-        lambda: pytree2dict(tree, rename=[rule]),
+        lambda: save_pytree(tree, path, rename=rules),
+        lambda: pytree2dict(tree, rename=rules),
     ):
         with pytest.raises(WeightsMismatchError) as caught:
             function()
-        reason = f"'@q': {rule!r} joins it, a leaf of float32, with '@k' of bfloat16"
-        assert caught.value.mismatched[0] == reason
+        reason = f"{rule!r} joins it, a leaf of float32, with '@k' of bfloat16"
+        assert caught.value.mismatched == (f"'@q': {reason}", f"'@v': {reason}")
     assert not path.exists()
+    del tree["bias"]
     swapped = {name: KERNEL.astype(">f4" if name == "k" else "<f4") for name in tree}
     np.testing.assert_array_equal(saved(swapped, [rule], path)["qkv"], np.vstack([KERNEL] * 3))
 
