@@ -5,6 +5,7 @@ import io
 import os
 import pickle
 import re
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,15 @@ def test_each_error_is_the_packages_and_a_built_in_one(
 def test_what_is_deleted_cannot_be_stored() -> None:
     assert issubclass(DeletedLeaf, UnsupportedLeafError)
     assert issubclass(DeletedLeaf, RuntimeError)  # as JAX's own error of it is
+
+
+def test_a_traceback_names_the_public_class_for_a_deleted_array() -> None:
+    error = DeletedLeaf("text")
+    shown = traceback.format_exception_only(type(error), error)
+    assert shown == ["pytree2safetensors.UnsupportedLeafError: text\n"]
+    found = pickle.loads(pickle.dumps(error))
+    assert type(found) is UnsupportedLeafError
+    assert str(found) == "text"
 
 
 def test_there_are_no_other_errors() -> None:

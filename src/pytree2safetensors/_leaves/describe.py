@@ -60,6 +60,11 @@ def _describer(
 class DeletedLeaf(UnsupportedLeafError, RuntimeError):  # JAX raises this for it, too
     """An array was deleted or donated."""
 
+    __module__, __qualname__ = "pytree2safetensors", "UnsupportedLeafError"  # for tracebacks
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return UnsupportedLeafError, self.args
+
 
 def is_deleted(leaf: Any) -> bool:
     """Return whether a leaf is an array that was deleted or donated."""
