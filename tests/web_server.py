@@ -27,6 +27,7 @@ class WebServer:
         has_ranges: "yes", "no" (which it says), or "ignored".
         has_etags: Whether files have entity tags.
         key: What the header X-Key has to be, if anything.
+        refusal: The status of the answer to requests for other files, or without the key.
         before: Called with the number of each request, before it is answered; may change files, or
             raise a ConnectionError to drop the connection.
     """
@@ -38,6 +39,7 @@ class WebServer:
         self.has_ranges = "yes"
         self.has_etags = True
         self.key = ""
+        self.refusal = 404
         self.before: Callable[[int], None] = lambda number: None
         self.at_once = self.most_at_once = 0
         self.lock = threading.Lock()
@@ -83,7 +85,7 @@ class _Handler(QuietHandler):
         state = self.state
         content = state.files.get(self.path.partition("?")[0])
         if content is None or state.key not in {"", self.headers.get("X-Key")}:
-            self.reply(404)
+            self.reply(state.refusal)
             return
         etag, wanted = etag_of(content), self.headers.get("If-Match")
         if wanted is not None and wanted != etag:

@@ -272,6 +272,29 @@ def test_a_connection_that_is_dropped_is_the_stores_own_error(
         load_pytree(url)
 
 
+@pytest.mark.parametrize(
+    ("status", "reason"),
+    [(404, ""), (403, " (the server answers 403)"), (500, " (the server answers 500)")],
+)
+@pytest.mark.parametrize("name", ["m.safetensors", "run", "run/" + INDEX])
+def test_the_error_says_why_a_server_does_not_give_a_file(
+    server: WebServer, name: str, status: int, reason: str
+) -> None:
+    server.refusal = status
+    url = f"{server.url}/{name}"
+    with pytest.raises(FileNotFoundError) as caught:
+        load_pytree(f"{url}?X-Signature=abcdef")
+    assert str(caught.value) == f"[Errno 2] No such file or directory{reason}: '{url}?...'"
+
+
+def test_the_error_says_that_a_server_cannot_be_reached() -> None:
+    with pytest.raises(
+        FileNotFoundError, match=r"Cannot connect to host 127\.0\.0\.1:9 "
+    ) as caught:
+        load_pytree("http://127.0.0.1:9/m.safetensors")
+    assert caught.value.filename == "http://127.0.0.1:9/m.safetensors"
+
+
 def test_no_message_shows_credentials(server: WebServer, tmp_path: Path) -> None:
     url = publish(server, "/m.safetensors", tmp_path, large())
     secret = f"{url.replace('//', '//user:hunter2@')}?X-Signature=abcdef"

@@ -82,16 +82,15 @@ def open_checkpoint(path: PathLike | Readable, mmap: bool = False) -> OpenCheckp
 
 def _open_remotely(path: RemotePath) -> OpenCheckpoint:
     """Open the checkpoint that a path in a store means."""
-    *others, last = locate_remotely(path)
+    first, *others = locate_remotely(path)
+    try:
+        return _open_found(first)
+    except FileNotFoundError as error:
+        missing = error
     for found in others:
         with suppress(FileNotFoundError):
             return _open_found(found)
-    try:
-        return _open_found(last)
-    except FileNotFoundError:
-        if not others:
-            raise
-    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), hide_credentials(path.url))
+    raise FileNotFoundError(errno.ENOENT, missing.strerror, hide_credentials(path.url))
 
 
 def _open_found(path: RemotePath) -> OpenCheckpoint:

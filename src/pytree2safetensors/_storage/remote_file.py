@@ -45,9 +45,9 @@ def naming_url(path: RemotePath, missing: str = _READ_ONLY) -> Iterator[None]:
             yield
     except FileFormatError:
         raise
-    except FileNotFoundError:
-        code = errno.ENOENT
-        raise FileNotFoundError(code, os.strerror(code), hide_credentials(path.url)) from None
+    except FileNotFoundError as error:
+        text = os.strerror(errno.ENOENT) + _reason(error.__cause__)
+        raise FileNotFoundError(errno.ENOENT, text, hide_credentials(path.url)) from None
     except NotImplementedError:
         raise ValueError(f"{path.label} {missing}") from None
     except Exception as error:  # noqa: BLE001 - it is raised
@@ -56,6 +56,15 @@ def naming_url(path: RemotePath, missing: str = _READ_ONLY) -> Iterator[None]:
         if isinstance(error, ValueError) and "range requests" in str(error):
             raise _without_ranges(path) from None
         raise_with_url(error, path.url)
+
+
+def _reason(cause: BaseException | None) -> str:
+    """Return the reason why a web server does not give a file: fsspec calls all such files missing."""
+    status = getattr(cause, "status", None)
+    if cause is None or isinstance(cause, FileNotFoundError) or status == 404:
+        return ""
+    said = f"the server answers {status}" if status else hide_credentials(str(cause))
+    return f" ({said})"
 
 
 def _says_changed(error: Exception) -> bool:
