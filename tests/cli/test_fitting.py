@@ -16,7 +16,8 @@ import numpy as np
 from pytree2safetensors import Rule
 
 TREE = {"a": np.zeros((3, 2), np.float32)}
-RULES = [Rule("a.weight", "a", "o i -> i o")]
+ONE = Rule("a.weight", "a", "o i -> i o")
+RULES = [ONE]
 
 def template():
     return TREE
@@ -50,6 +51,16 @@ def test_a_file_is_compared_with_a_template(run: Run, model: str, template: str)
 def test_without_rules_the_paths_are_listed(run: Run, model: str) -> None:
     _, printed, _ = run("show", "model.safetensors", "--template", f"{model}:TREE")
     assert "  missing  '@a' = 'a'  float32[3,2]  no rule has this path" in printed.splitlines()
+
+
+def test_rules_of_a_wrong_type_are_refused(run: Run, model: str) -> None:
+    options = ["--template", f"{model}:TREE", "--rules", f"{model}:ONE"]
+    code, _, complaint = run("show", "model.safetensors", *options)
+    assert code == 2
+    assert (
+        "error: --rules: rename must be a function, a mapping of strs to strs, or a sequence of Rules, "
+        "not a Rule; put it in a list"
+    ) in " ".join(complaint.split())
 
 
 @pytest.mark.parametrize(

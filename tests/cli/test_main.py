@@ -80,6 +80,12 @@ def test_a_folder_without_files_gets_one_line(run: Run) -> None:
     assert "'folder'" in err
 
 
+def test_a_url_that_cannot_be_opened_gets_one_line(run: Run) -> None:
+    code, out, err = run("show", "no-such-store://bucket/file")
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert "'no-such-store://bucket/file' cannot be opened with fsspec" in err
+
+
 def test_a_file_name_of_control_characters_is_escaped(run: Run) -> None:
     code, _, err = run("show", "a\x1b\nb")
     assert (code, err) == (1, "pytree2safetensors: 'a\\x1b\\nb': No such file or directory\n")

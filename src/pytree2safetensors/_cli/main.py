@@ -48,7 +48,7 @@ def _print_answer(ask: Callable[[], Answer], as_json: bool, between: str | None)
         write(lines if as_json or between is None else (between, *lines))
         if answer.complaint:
             complain(answer.complaint)
-    except (OSError, Pytree2SafetensorsError) as error:
+    except (OSError, ValueError, Pytree2SafetensorsError) as error:  # as for URLs
         complain(_os_error(error) if isinstance(error, OSError) else str(error))
         return DIFFERENT
     return DIFFERENT if answer.complaint else FINE
@@ -126,10 +126,15 @@ def _with_command(arguments: Sequence[str]) -> list[str]:
 
 
 def _ask_show(command: argparse.ArgumentParser, options: argparse.Namespace) -> _Questions:
+    from pytree2safetensors._arguments import check
     from pytree2safetensors._cli.show import show
 
     if options.template is not None:
         rules = [] if options.rules is None else options.rules
+        try:
+            check("--rules", "rename", rules)
+        except TypeError as error:
+            command.error(str(error))
         return [
             partial(fitting, file, options.prefix, options.template, rules)
             for file in options.files
