@@ -11,7 +11,7 @@ from numbers import Integral
 from typing import Any, Final, ParamSpec, TypeVar
 
 from beartype import beartype
-from jax.sharding import Sharding
+from jax.sharding import Mesh, PartitionSpec, Sharding
 from jaxtyping import jaxtyped
 
 from pytree2safetensors._errors import shorten
@@ -35,9 +35,9 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
     @wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> R:  # beartype 0.17 knows no P.args
         for name, value in zip(positional, args, strict=False):
-            _check(where, name, value)
+            check(where, name, value)
         for name, value in kwargs.items():
-            _check(where, name if name in keywords else "**", value)
+            check(where, name if name in keywords else "**", value)
         call = inner
         try:
             bind(*args, **kwargs)
@@ -48,15 +48,18 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
     return wrapper
 
 
-def _check(where: str, name: str, value: object) -> None:
+def check(where: str, name: str, value: object) -> None:
+    """Raise a TypeError that names an argument if its value is of a wrong type."""
     rule = _RULES.get(f"{where} {name}") or _RULES.get(name)
     if rule is not None and not rule[0](value):
         name = "a size" if name == "**" else name
         remedy = _REMEDIES.get(f"{where} {name}", "")
         if name == "metadata" and isinstance(value, Mapping):
             remedy = "; json.dumps converts a value to a str, and json.loads converts it back"
+        if name == "sharding" and isinstance(value, Mesh | PartitionSpec):
+            remedy = "; a jax.sharding.NamedSharding has a mesh and a PartitionSpec"
         if name == "path" and isinstance(value, bytes):
-            remedy = "; os.fsdecode converts bytes to a str"
+            remedy = "; os.fsdecode converts a path to a str, and io.BytesIO converts contents to a file object"
         raise TypeError(f"{where}: {name} must be {rule[1]}, not {_shown(value, rule[0])}{remedy}")
 
 
@@ -146,7 +149,11 @@ _RULES: Final[Mapping[str, tuple[Callable[[object], bool], str]]] = {
         (lambda value: isinstance(value, str) and value in {"raise", "skip"}, "'raise' or 'skip'"),
     ),
     "sharding": (
-        lambda value: value is None or callable(value) or isinstance(value, Sharding),
+        lambda value: (  # a mesh can be called, as a decorator
+            value is None
+            or isinstance(value, Sharding)
+            or (callable(value) and not isinstance(value, Mesh))
+        ),
         "a sharding, or a function of a spelled key path and a jax.ShapeDtypeStruct",
     ),
     "max_shard_size": (_is_size, "a number of bytes, or a str such as '5GB'"),

@@ -108,6 +108,15 @@ def test_a_file_alone_loads_sharded(tmp_path: Path) -> None:
     assert load_into_pytree(below, path, prefix="@layer").w.sharding == rows
 
 
+def test_a_sharding_that_does_not_fit_is_named_with_the_leaf(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    save_pytree({"w": jnp.ones((2, 2)), "b": jnp.ones(2)}, path)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("x",))
+    rows = jax.sharding.NamedSharding(mesh, Spec(None, "x"))
+    with pytest.raises(ValueError, match="'@b'"):  # older releases of JAX check when they load
+        load_into_pytree(load_abstract(path, sharding=rows), path)
+
+
 def test_what_a_function_of_shardings_is_called_with(tmp_path: Path) -> None:
     save_pytree({"m": {"a": np.ones(2, np.float32)}}, tmp_path / "file")
     save_file({"m.a": np.ones(2, np.float32)}, tmp_path / "dotted")

@@ -17,6 +17,9 @@ import pytree2safetensors as p2s
 BIG = {f"layer{number}": {"w": float(number)} for number in range(20_000)}
 BYTES = b"x" * 20_000_000
 PATH = "must be a path, as a str or an os.PathLike, or a binary file object, not"
+OF_BYTES = (
+    "; os.fsdecode converts a path to a str, and io.BytesIO converts contents to a file object"
+)
 p: Any = p2s  # the mistakes below are none of its types
 used = p2s.save_pytree  # the first use of a name imports JAX, which takes its time
 
@@ -53,11 +56,11 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
     ),
     (
         lambda: p.load_pytree(BYTES),
-        f"load_pytree: path {PATH} bytes; os.fsdecode converts bytes to a str",
+        f"load_pytree: path {PATH} bytes{OF_BYTES}",
     ),
     (
         lambda: p.load_abstract(path=BYTES),
-        f"load_abstract: path {PATH} bytes; os.fsdecode converts bytes to a str",
+        f"load_abstract: path {PATH} bytes{OF_BYTES}",
     ),
     (lambda: p.load_metadata(None), f"load_metadata: path {PATH} NoneType"),
     (
@@ -100,6 +103,12 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
         lambda: p.load_abstract("model", sharding="x"),
         "load_abstract: sharding must be a sharding, or a function of a spelled key path and a "
         "jax.ShapeDtypeStruct, not 'x'",
+    ),
+    (
+        lambda: p.load_abstract("model", sharding=jax.sharding.Mesh(jax.devices(), ("x",))),
+        "load_abstract: sharding must be a sharding, or a function of a spelled key path and a "
+        f"jax.ShapeDtypeStruct, not {jax.sharding.Mesh.__module__}.Mesh; a jax.sharding.NamedSharding has a "
+        "mesh and a PartitionSpec",
     ),
     (
         lambda: p.load_pytree("model", prefix=("@a",)),

@@ -208,7 +208,16 @@ def test_a_file_object_cannot_be_mapped() -> None:
 
 SAVES: list[tuple[str, type[OSError], str]] = [
     ("", FileNotFoundError, "[Errno 2] No such file or directory: ''"),
-    ("folder", IsADirectoryError, "[Errno 21] Is a directory: 'folder'"),
+    (
+        "folder",
+        IsADirectoryError,
+        "[Errno 21] Is a directory (max_shard_size= saves to a folder): 'folder'",
+    ),
+    (
+        "new/",
+        FileNotFoundError,
+        "[Errno 2] No such file or directory (max_shard_size= saves to a folder): 'new/'",
+    ),
     (
         "nowhere/model",
         FileNotFoundError,

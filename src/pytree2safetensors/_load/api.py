@@ -166,7 +166,12 @@ def _sharded(name: str, leaf: LeafSpec, sharding: Shardings | None) -> jax.Shape
                 f"load_abstract: sharding= gives {shorten(name)} a value of type {kind}, but it must "
                 "give a jax.sharding.Sharding or None"
             )
-    return abstract(leaf, sharding)
+    try:
+        return abstract(leaf, sharding)
+    except ValueError as error:  # JAX's, which does not name the leaf
+        raise ValueError(
+            f"load_abstract: sharding= does not fit {shorten(name)}: {error}"
+        ) from None
 
 
 @checked

@@ -18,6 +18,7 @@ from pytree2safetensors._storage.naming import naming, temporary_name
 from pytree2safetensors._storage.progress import Progress
 from pytree2safetensors._types import Chunk
 
+_REMEDY: Final = " (max_shard_size= saves to a folder)"
 _LINKS: Final = 40  # symbolic links to follow, as many as Linux does
 
 
@@ -44,7 +45,7 @@ def replacing(path: LocalPath, *, durable: bool, name: str | None = None) -> Ite
     with naming(path), ExitStack() as stack:
         if is_special(given):
             held = stack.enter_context(Held())
-            yield held.open(given, os.O_WRONLY | os.O_TRUNC)
+            yield _opened(held, given)
             held.close()
             return
         parent, target = _split(given)
@@ -84,8 +85,17 @@ def _split(path: str) -> tuple[str, str]:
     """Return the folder and the name of the file that a path leads to."""
     parent, target = os.path.split(followed(path))
     if not target:
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+        remedy = _REMEDY if path else ""
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT) + remedy, path)
     return parent, target
+
+
+def _opened(held: Held, path: str) -> int:
+    """Open something that cannot be replaced."""
+    try:
+        return held.open(path, os.O_WRONLY | os.O_TRUNC)
+    except IsADirectoryError as error:
+        raise IsADirectoryError(error.errno, f"{error.strerror}{_REMEDY}", path) from None
 
 
 @contextmanager
