@@ -125,13 +125,17 @@ MISMATCHES: list[tuple[Any, dict[str, Any], tuple[int, int, int], str]] = [
         "No leaf fits, which is an error even with strict=False: rename= maps names; prefix= takes "
         "a subtree.",
     ),
-    (
-        {},
-        {"strict": False},
-        (0, 3, 0),
-        "  unexpected (the template does not have them):\n"
-        "    '@layer@b'\n    '@layer@w'\n    '@step'\n"
-        "No leaf fits, which is an error even with strict=False.",
+    *(
+        (
+            template,
+            options,
+            (0, 3, 0),
+            "  unexpected (the template does not have them):\n"
+            "    '@layer@b'\n    '@layer@w'\n    '@step'\n"
+            "The template has no array, number or string: give a model or its shapes, as from "
+            "jax.eval_shape, not a class, a function or shardings.",
+        )
+        for template, options in (({}, {"strict": False}), ({}, {}), (dict, {}))
     ),
     # What is abstract cannot be kept.
     (

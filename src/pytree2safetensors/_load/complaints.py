@@ -16,6 +16,10 @@ from pytree2safetensors._tree.paths import add_prefix, dotted, strip_prefix
 from pytree2safetensors._tree.rule_index import RuleIndex
 
 _LOGGER: Final = logging.getLogger("pytree2safetensors")
+_NOTHING_WANTED: Final = (
+    "The template has no array, number or string: give a model or its shapes, as from jax.eval_shape, "
+    "not a class, a function or shardings."
+)
 _COMPARED: Final = 40_000  # characters of names to search for the nearest
 
 
@@ -56,7 +60,8 @@ def check(outcome: Comparison, options: Options) -> None:
         _LOGGER.info("%s", "\n".join(parts), extra=lists)
         return
     is_larger = bool(unexpected) and not missing and not mismatched
-    parts.append(_remedy(options, bool(missing), outcome.castable, nothing, is_larger))
+    remedy = _remedy(options, bool(missing), outcome.castable, nothing, is_larger)
+    parts.append(remedy if wanted else _NOTHING_WANTED)
     raise WeightsMismatchError("\n".join(parts), paths, unexpected, mismatched)
 
 
