@@ -140,9 +140,17 @@ TREES: list[tuple[Any, type[Exception], str]] = [
         "3 of the tree's leaves cannot be stored:\n"
         f"  '@f': {FUNCTION}\n"
         "  '@g#0': builtins.bytes, which np.frombuffer(leaf, np.uint8) makes an array\n"
-        "  '@g#1': numpy.ndarray of dtype <U1\n"
+        "  '@g#1': numpy.ndarray of dtype <U1, whose .tolist() can be saved\n"
         'Save with unsupported="skip" to leave them out; load_into_pytree then keeps those of its '
         "template. (If it is an object of your own class, register the class as a pytree node.)",
+    ),
+    (
+        {"a": np.zeros(2, [("x", "f4")])},
+        UnsupportedLeafError,
+        "1 of the tree's leaves cannot be stored:\n"
+        "  '@a': numpy.ndarray of dtype [('x', '<f4')]\n"
+        'Save with unsupported="skip" to leave them out; load_into_pytree then keeps those of its '
+        "template.",
     ),
     (
         {"rng": np.random.default_rng(0)},
@@ -272,7 +280,7 @@ HINTS: list[tuple[Any, str]] = [
         np.zeros(2, "m8[ms]"),
         "numpy.ndarray of dtype timedelta64[ms], which .view(np.int64) makes integers",
     ),
-    (np.array(["a"]), "numpy.ndarray of dtype <U1"),
+    (np.array(["a"]), "numpy.ndarray of dtype <U1, whose .tolist() can be saved"),
     (print, FUNCTION),
 ]
 

@@ -109,7 +109,7 @@ def _check_unfit(unfit: list[tuple[str, Any]], *, skip: bool) -> None:
 
 def _unfit_message(unfit: list[tuple[str, Any]], valueless: bool) -> str:
     lines = (f"{shorten(name)}: {_type_name(leaf)}{_hint(leaf)}" for name, leaf in unfit)
-    own = any(not _hint(leaf) for _, leaf in unfit)
+    own = any(not (_hint(leaf) or isinstance(leaf, np.ndarray | np.generic)) for _, leaf in unfit)
     remedy = (
         "Only concrete arrays can be saved. Call this outside jit; for a Ref, or another object that "
         "holds an array, save the array."
@@ -135,6 +135,8 @@ def _hint(leaf: Any) -> str:
         return ", which np.frombuffer(leaf, np.uint8) makes an array"
     if isinstance(leaf, np.ndarray | np.generic) and leaf.dtype.kind in "mM":
         return ", which .view(np.int64) makes integers"
+    if isinstance(leaf, np.ndarray) and leaf.dtype.kind == "U":
+        return ", whose .tolist() can be saved"
     base = next((base for base in _BASES if isinstance(leaf, base)), None)
     return "" if base in {None, type(leaf)} else f", which {base.__name__}(leaf) converts"
 
