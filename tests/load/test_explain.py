@@ -32,7 +32,7 @@ def path(tmp_path: Path) -> Path:
 RULES = [
     Rule("h.{l}.q", "layers.{l}.q", "(h d) e -> e h d"),
     Rule("w.{l}", "w", "o i -> l i o"),
-    Rule("idle", "idle"),
+    Rule("idle.{p}", "idle.{p}"),
     Rule(None, "f"),
     Rule("vision.{*}", None),
 ]
@@ -55,7 +55,7 @@ def test_every_leaf_has_a_row(path: Path) -> None:
         "unused tensors:",
         "  'rest'",
         "rules that match no path of the template:",
-        "  Rule('idle', 'idle')",
+        "  Rule('idle.{p}', 'idle.{p}') (numbers match {p}; texts need labels, as in {p:a,b})",
     ]
 
 

@@ -55,7 +55,7 @@ def test_all_that_does_not_fit_is_listed() -> None:
         Rule("h.{l}.q.weight", "layers.{l}.q", "(h d) e -> e h d"),
         Rule("h.{l}.o.weight", "layers.{l}.o"),
         Rule("gone.{l}", "layers.{l}.gone"),
-        Rule("idle", "idle"),
+        Rule("idle.{p}", "idle.{p}"),
         Rule("vision.{*}", None),
     ]
     template = {
@@ -87,7 +87,7 @@ def test_all_that_does_not_fit_is_listed() -> None:
         f"    '@layers#0@q': the template has float32[6,2,8]; by {rules[0]!r} the tensor 'h.0.q.weight' "
         "would be [16,6], but it is float32[16,5]",
         "  rules that match no path of the template:",
-        "    Rule('idle', 'idle')",
+        "    Rule('idle.{p}', 'idle.{p}') (numbers match {p}; texts need labels, as in {p:a,b})",
         "No leaf fits, which is an error even with strict=False: rename= maps names; prefix= takes a subtree.",
     ]
     assert error.missing == ("@layers#0@gone", "@layers#1@new", "@layers#1@q")

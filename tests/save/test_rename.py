@@ -167,7 +167,7 @@ def test_values_that_are_not_numbers_may_be_tied(path: Path) -> None:
 
 def test_leaves_without_a_place_are_refused(path: Path) -> None:
     tree = {"a": {"kernel": KERNEL[0]}, "b": {"bias": KERNEL[0]}, "c": {"kernel": 1.0}}
-    idle = Rule("{*}.running_mean", "{*}.mean")
+    idle = Rule("running.{p}", "mean.{p}")
     for function in (
         lambda: save_pytree(tree, path, rename=[TRANSPOSED, idle]),
         lambda: pytree2dict(tree, rename=[TRANSPOSED, idle]),
@@ -180,7 +180,7 @@ def test_leaves_without_a_place_are_refused(path: Path) -> None:
             "    '@b@bias': no rule has this path",
             f"    '@c@kernel': {TRANSPOSED!r} rearranges axes, and this leaf is not an array",
             "  rules that match no path of the tree:",
-            f"    {idle!r}",
+            f"    {idle!r} (numbers match {{p}}; texts need labels, as in {{p:a,b}})",
             'As the last rule, Rule("{=}", "{=}") stores leaves under their own names; '
             "Rule(None, path) leaves one out.",
         ]

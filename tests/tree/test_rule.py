@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from pytree2safetensors._tree.placeholders import fill
-from pytree2safetensors._tree.rule import Rule
+from pytree2safetensors._tree.rule import Rule, describe_idle
 from pytree2safetensors._tree.rule_index import RuleIndex
 
 STACK = "; to stack or cut arrays, give a pattern such as "
@@ -187,3 +187,20 @@ def test_two_leaves_of_one_dotted_path_are_refused() -> None:
         "Rule('{*}', '{*}'): its path is dotted, and both '@c@d' and 'c.d' are 'c.d' with dots; "
         "write the path as one of them is spelled"
     )
+
+
+@pytest.mark.parametrize(
+    ("rule", "text"),
+    [
+        (Rule("h.{p}", "layers.{p}"), " (numbers match {p}; texts need labels, as in {p:a,b})"),
+        (
+            Rule("h.{l}.{p}", "layers.{l}.{p}"),
+            " (numbers match {l}, {p}; texts need labels, as in {p:a,b})",
+        ),
+        (Rule("h.{p:q,k}", "layers.{p}"), ""),
+        (Rule("h.{*}", "layers.{*}"), ""),
+        (Rule("h", "layers"), ""),
+    ],
+)
+def test_an_idle_rule_is_shown_with_its_numbers(rule: Rule, text: str) -> None:
+    assert describe_idle(rule) == f"{rule!r}{text}"

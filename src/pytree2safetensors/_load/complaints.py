@@ -13,6 +13,7 @@ from pytree2safetensors._errors import WeightsMismatchError, listed, nearest, sh
 from pytree2safetensors._leaves.renaming import Rename, rules_in
 from pytree2safetensors._load.matching import Comparison, Options
 from pytree2safetensors._tree.paths import add_prefix, dotted, strip_prefix
+from pytree2safetensors._tree.rule import describe_idle
 from pytree2safetensors._tree.rule_index import RuleIndex
 
 _LOGGER: Final = logging.getLogger("pytree2safetensors")
@@ -50,7 +51,7 @@ def check(outcome: Comparison, options: Options) -> None:
         ),
         *_section("mismatched", mismatched, len(mismatched)),
         *_useless(options.rename, outcome.paths),
-        *_section("rules that match no path of the template", map(repr, idle), len(idle)),
+        *_section("rules that match no path of the template", map(describe_idle, idle), len(idle)),
     ]
     paths = list(dict.fromkeys(path for path, _ in missing))
     if not fails:

@@ -22,6 +22,7 @@ from pytree2safetensors._load.template import show
 from pytree2safetensors._storage.byte_source import PathLike, Readable
 from pytree2safetensors._tree.flatten import PyTree
 from pytree2safetensors._tree.paths import dotted
+from pytree2safetensors._tree.rule import describe_idle
 
 _WIDEST: Final = 60  # characters of a column; longer cells are not aligned
 
@@ -76,7 +77,10 @@ def explain(
                 f"{checkpoint.label}: {len(found.found)} of {len(rows)} leaves fit",
                 *_aligned(rows),
                 *_listed("unused tensors", map(shorten, unexpected)),
-                *_listed("rules that match no path of the template", map(repr, found.routes.idle)),
+                *_listed(
+                    "rules that match no path of the template",
+                    map(describe_idle, found.routes.idle),
+                ),
             ]
         )
 

@@ -23,7 +23,7 @@ from pytree2safetensors._leaves.ownership import is_global
 from pytree2safetensors._leaves.renaming import Rename, renamed
 from pytree2safetensors._leaves.spread import assembled_chunks
 from pytree2safetensors._leaves.views import View
-from pytree2safetensors._tree.rule import Rule
+from pytree2safetensors._tree.rule import Rule, describe_idle
 
 # Kinds of leaves that need no note.
 _PLAIN: Final = frozenset({None, "weak", *SCALARS} - {"complex"})
@@ -92,7 +92,10 @@ def misfit(
     parts = ["rename= does not fit the tree:"]
     parts += listed((f"{shorten(path)}: {reason}" for path, _, reason in lost), len(lost))
     if idle:
-        parts += ["  rules that match no path of the tree:", *listed(map(repr, idle), len(idle))]
+        parts += [
+            "  rules that match no path of the tree:",
+            *listed(map(describe_idle, idle), len(idle)),
+        ]
     parts.append(
         'As the last rule, Rule("{=}", "{=}") stores leaves under their own names; '
         "Rule(None, path) leaves one out."
