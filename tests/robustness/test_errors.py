@@ -120,6 +120,10 @@ class Strs:
         return cls()
 
 
+class Unregistered:
+    """A class that JAX does not know."""
+
+
 def deleted() -> jax.Array:
     array = jnp.ones(3)
     array.delete()
@@ -143,6 +147,18 @@ TREES: list[tuple[Any, type[Exception], str]] = [
         "  '@g#1': numpy.ndarray of dtype <U1, whose .tolist() can be saved\n"
         'Save with unsupported="skip" to leave them out; load_into_pytree then keeps those of its '
         "template. (If it is an object of your own class, register the class as a pytree node.)",
+    ),
+    (
+        Unregistered(),
+        UnsupportedLeafError,
+        "the tree is a single leaf, which cannot be stored: test_errors.Unregistered. (If it is an "
+        "object of your own class, register the class as a pytree node.)",
+    ),
+    (
+        b"x",
+        UnsupportedLeafError,
+        "the tree is a single leaf, which cannot be stored: builtins.bytes, which "
+        "np.frombuffer(leaf, np.uint8) makes an array.",
     ),
     (
         {"a": np.zeros(2, [("x", "f4")])},

@@ -110,12 +110,17 @@ def _check_unfit(unfit: list[tuple[str, Any]], *, skip: bool) -> None:
 def _unfit_message(unfit: list[tuple[str, Any]], valueless: bool) -> str:
     lines = (f"{shorten(name)}: {_type_name(leaf)}{_hint(leaf)}" for name, leaf in unfit)
     own = any(not (_hint(leaf) or isinstance(leaf, np.ndarray | np.generic)) for _, leaf in unfit)
+    register = _REGISTER if own else ""
+    name, leaf = unfit[0]
+    if name == "" and not valueless:  # without it, nothing would be saved
+        found = f"{_type_name(leaf)}{_hint(leaf)}"
+        return f"the tree is a single leaf, which cannot be stored: {found}.{register}"
     remedy = (
         "Only concrete arrays can be saved. Call this outside jit; for a Ref, or another object that "
         "holds an array, save the array."
         if valueless
         else 'Save with unsupported="skip" to leave them out; load_into_pytree then keeps those of '
-        f"its template.{_REGISTER if own else ''}"
+        f"its template.{register}"
     )
     first = f"{len(unfit)} of the tree's leaves cannot be stored:"
     return "\n".join([first, *listed(lines, len(unfit), "  "), remedy])
