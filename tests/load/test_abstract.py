@@ -21,6 +21,7 @@ from pytree2safetensors import (
     pytree2dict,
     save_pytree,
 )
+from pytree2safetensors._load.sharded import misplaced
 
 Spec: Any = jax.sharding.PartitionSpec
 Struct: Any = jax.ShapeDtypeStruct  # whose constructor JAX leaves untyped
@@ -115,6 +116,14 @@ def test_a_sharding_that_does_not_fit_is_named_with_the_leaf(tmp_path: Path) -> 
     rows = jax.sharding.NamedSharding(mesh, Spec(None, "x"))
     with pytest.raises(ValueError, match="'@b'"):  # older releases of JAX check when they load
         load_into_pytree(load_abstract(path, sharding=rows), path)
+
+
+def test_a_sharding_with_more_axes_than_the_array_does_not_fit() -> None:
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("x",))
+    rows = jax.sharding.NamedSharding(mesh, Spec(None, "x"))
+    expected = f"it does not fit the sharding of its template, which has more axes: {rows}"
+    assert misplaced(rows, (2,)) == expected
+    assert misplaced(rows, (2, len(jax.devices()))) is None
 
 
 def test_what_a_function_of_shardings_is_called_with(tmp_path: Path) -> None:

@@ -38,6 +38,8 @@ def misplaced(sharding: Sharding, shape: tuple[int, ...]) -> str | None:
         found.shard_shape(shape)
     except ValueError as error:
         return f"it does not fit the sharding of its template: {error}"
+    except IndexError:  # before JAX 0.8, a template can have such a sharding
+        return f"it does not fit the sharding of its template, which has more axes: {found}"
     return None
 
 
