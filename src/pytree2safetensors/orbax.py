@@ -9,7 +9,11 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal, SupportsIndex
 
 import jax
-import orbax.checkpoint as ocp
+
+try:
+    import orbax.checkpoint as ocp
+except ImportError as error:
+    raise ImportError("pytree2safetensors.orbax needs Orbax; install orbax-checkpoint") from error
 
 from pytree2safetensors._load.api import Shardings, load_abstract, load_pytree
 from pytree2safetensors._load.into_template import load_into_pytree

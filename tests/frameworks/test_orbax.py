@@ -279,3 +279,13 @@ def test_a_kill_during_a_save_leaves_the_steps_before(background: bool, tmp_path
             manager.save(2, args=SafetensorsSave({"step": 2}))
             assert manager.restore(2) == {"step": 2}
     assert manager.all_steps() == [0, 1, 2]
+
+
+def test_without_orbax_the_error_says_what_to_install() -> None:
+    program = "import sys; sys.modules['orbax'] = None; import pytree2safetensors.orbax"
+    failed = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert failed.returncode == 1
+    said = failed.stderr.splitlines()[-1]
+    assert said == "ImportError: pytree2safetensors.orbax needs Orbax; install orbax-checkpoint"

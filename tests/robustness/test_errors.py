@@ -67,6 +67,7 @@ def test_what_is_deleted_cannot_be_stored() -> None:
 
 def test_a_traceback_names_the_public_class_for_a_deleted_array() -> None:
     error = DeletedLeaf("text")
+    assert type(error).__name__ == "UnsupportedLeafError"
     shown = traceback.format_exception_only(type(error), error)
     assert shown == ["pytree2safetensors.UnsupportedLeafError: text\n"]
     found = pickle.loads(pickle.dumps(error))

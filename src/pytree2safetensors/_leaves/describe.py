@@ -66,6 +66,9 @@ class DeletedLeaf(UnsupportedLeafError, RuntimeError):  # JAX raises this for it
         return UnsupportedLeafError, self.args
 
 
+DeletedLeaf.__name__ = UnsupportedLeafError.__name__
+
+
 def is_deleted(leaf: Any) -> bool:
     """Return whether a leaf is an array that was deleted or donated."""
     traced = isinstance(leaf, jax.core.Tracer)
