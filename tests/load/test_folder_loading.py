@@ -152,7 +152,7 @@ def test_numbers_in_the_metadata_of_other_programs_are_no_metadata(tmp_path: Pat
     ("names", "message"),
     [
         ([], "has no safetensors file and no index"),
-        (["config.json"], "has no safetensors file and no index"),
+        (["config.json"], "has no safetensors file and no index; it has 'config.json'"),
         (
             shard_names(2),
             "has 'model-00001-of-00002.safetensors' but no index: a save was interrupted or is in "
@@ -188,7 +188,10 @@ def test_numbers_in_the_metadata_of_other_programs_are_no_metadata(tmp_path: Pat
             )
             for count, more in ((5, ""), (6, " and 1 more"))
         ],
-        (["config.json", "weights.bin"], "has no safetensors file and no index"),
+        (
+            ["weights.bin", "config.json", *"abcd"],
+            "has no safetensors file and no index; it has 'a', 'b', 'c', 'config.json', 'd' and 1 more",
+        ),
         (
             ["-00001-of-00002.safetensors"],
             "has '-00001-of-00002.safetensors' but no index: a save was interrupted",

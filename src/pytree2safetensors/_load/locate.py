@@ -141,12 +141,13 @@ def _chosen(folder: str, names: list[str]) -> str:
     if not found:
         _check_not_cut_short(folder, [name for name in names if name.startswith(TEMPORARY)])
         other = next(filter(_OTHER_SHARD.fullmatch, names), None)
+        present = f"; it has {joined([*map(shorten, sorted(names))], 5)}" if names else ""
         hint = other and (
             f"; {shorten(other)} is not the name of a shard, which has the form "
             "'model-00001-of-00002.safetensors': rename it, or copy the complete folder again"
         )
         raise FileFormatError(
-            f"the folder {shorten(folder)} has no safetensors file and no index{hint or ''}"
+            f"the folder {shorten(folder)} has no safetensors file and no index{hint or present}"
         )
     return found[0]
 
