@@ -11,6 +11,7 @@ from pytree2safetensors._tree.rule import Rule, describe_idle
 from pytree2safetensors._tree.rule_index import RuleIndex
 
 STACK = "; to stack or cut arrays, give a pattern such as "
+SPACES = "; spaces separate axes, as in 'o i -> i o'"
 GIVE = "; give sizes, as in "
 SIZE = "the size of the leaf's axis "
 HOLES = " is not a placeholder; write {l}, {l+3}, {6*b+i}, {p:q,k,v}, {*} or {=}"
@@ -49,6 +50,9 @@ BAD = [
     (("w.{l}", "w"), {}, "'l' is only on the side of the file" + STACK + "'... -> l ...'"),
     (("w", "w.{l}"), {}, "'l' is only on the side of the tree" + STACK + "'l ... -> ...'"),
     (("w", "w", "a b -> a"), {}, "'b' is only on the side of the file"),
+    (("w", "w", "oi->io"), {}, "'oi' is only on the side of the file" + SPACES),
+    (("w", "w", "(hd) e -> e h d"), {}, "'hd' is only on the side of the file"),
+    (("w", "w", "a -> b"), {}, "'a' is only on the side of the file"),
     (("w", "w", "a -> a b"), {}, "'b' is only on the side of the tree"),
     (("w.{a}", "w.{a}", "a b -> b"), {}, "'a' is on the side of the file twice, in its name and in its pattern"),
     (("w.{a}", "w.{a}", "b -> a b"), {}, "'a' is on the side of the tree twice, in its path and in its pattern"),

@@ -143,7 +143,7 @@ def _parse(rule: Rule) -> ParsedRule:
             raise ValueError("it needs a name and a path to have a pattern or sizes")
         return ParsedRule(name, path, (), (), {}, (), ())
     in_file, in_tree = _axes(name, left, "file"), _axes(path, right, "tree")
-    _check_sides(in_file, in_tree, hints=not rule.pattern)
+    _check_sides(in_file, in_tree, rule.pattern)
     _check_sizes(rule.sizes, in_file, labels)
     counts = {**labels, **rule.sizes}
     left, right = merged(left, right, counts)
@@ -199,8 +199,9 @@ def _axes(side: Side, dims: Dims, which: str) -> list[str]:
     return found
 
 
-def _check_sides(in_file: list[str], in_tree: list[str], *, hints: bool) -> None:
-    for here, there, which, pattern in (
+def _check_sides(in_file: list[str], in_tree: list[str], pattern: str) -> None:
+    unspaced = not any(" " in side.strip() for side in pattern.split("->"))
+    for here, there, which, example in (
         (in_file, in_tree, "file", "... -> {} ..."),
         (in_tree, in_file, "tree", "{} ... -> ..."),
     ):
@@ -209,8 +210,12 @@ def _check_sides(in_file: list[str], in_tree: list[str], *, hints: bool) -> None
             continue
         if alone in {REST, SPELLED}:
             raise ValueError(f"{{{alone}}} is only on the side of the {which}")
-        hint = f"; to stack or cut arrays, give a pattern such as {pattern.format(alone)!r}"
-        raise ValueError(f"{alone!r} is only on the side of the {which}{hint if hints else ''}")
+        hint = ""
+        if not pattern:
+            hint = f"; to stack or cut arrays, give a pattern such as {example.format(alone)!r}"
+        elif unspaced and len(alone) > 1:  # as in einsum
+            hint = "; spaces separate axes, as in 'o i -> i o'"
+        raise ValueError(f"{alone!r} is only on the side of the {which}{hint}")
 
 
 def _check_sizes(sizes: Mapping[str, int], axes: list[str], labels: Mapping[str, int]) -> None:
