@@ -176,7 +176,8 @@ def equivalent() -> list[str]:
 
 def survived() -> list[str]:
     """List the changes that no test noticed."""
-    return changes(json.loads((MUTATION / "figures.json").read_text("utf-8"))["survived"])
+    found = json.loads((MUTATION / "figures.json").read_text("utf-8"))["survived"]
+    return changes(found) if found else ["None of this sample."]
 
 
 MAKERS: dict[str, Callable[..., list[str]]] = {
