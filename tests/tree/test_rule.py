@@ -41,6 +41,11 @@ BAD = [
     (("w", "w", "a -> a -> a"), {}, "a pattern has one arrow, as in '(h d) e -> e h d'"),
     (("w", "w", "a * -> a"), {}, "the pattern has '*', which is not an axis"),
     (("w", "w", "2 a -> a"), {}, "the pattern has '2', which is not an axis"),
+    (
+        ("w.{n}", "w", "a -> {n} a"),
+        {},
+        "the pattern has '{', which is not an axis; only names and paths have placeholders in braces",
+    ),
     (("w", "w", "(... a) -> a"), {}, "the pattern has '...', which is not an axis"),
     (("w", "w", "... a ... -> a"), {}, "a side of a pattern has '...' once at most"),
     (("w", "w", "... a -> a"), {}, "a pattern has '...' on both sides or on none"),

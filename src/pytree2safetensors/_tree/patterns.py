@@ -40,7 +40,8 @@ def _read_dims(side: str) -> Dims:
         axes = tuple(group.split()) if single is None else (single,)
         for axis in axes:
             if not axis.isidentifier() and axis != "1" and not (single and axis == "..."):
-                raise ValueError(f"the pattern has {axis!r}, which is not an axis")
+                hint = "; only names and paths have placeholders in braces" if axis in "{}" else ""
+                raise ValueError(f"the pattern has {axis!r}, which is not an axis{hint}")
         dims.append(tuple(axis for axis in axes if axis != "1"))
     return tuple(dims)
 
