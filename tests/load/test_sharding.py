@@ -30,6 +30,7 @@ from placed import (
     values_of,
 )
 from pytree2safetensors._leaves import extents
+from pytree2safetensors._leaves.spec import _holds
 
 # --- slices of every kind ---------------------------------------------------------------------
 
@@ -250,6 +251,45 @@ def test_abstract_meshes_mean_the_mesh_in_force(tmp_path: Path) -> None:
         r"abstract; load under jax\.set_mesh, or give the template concrete shardings",
     ):
         p2s.load_into_pytree(template, tmp_path / "file")
+
+
+@pytest.mark.skipif(not hasattr(jax, "typeof"), reason="this JAX has no types of arrays")
+def test_types_of_arrays_are_templates(tmp_path: Path) -> None:
+    values = values_of((8, 16))
+    p2s.save_pytree([values], tmp_path / "file")
+    found: Any = p2s.load_into_pytree([jax.typeof(values)], tmp_path / "file")[0]
+    assert_same(found, jnp.asarray(values))
+    assert not is_committed(found)
+
+
+@pytest.mark.skipif(not hasattr(jax, "shard_map"), reason="this JAX has it in another place")
+def test_a_load_in_a_shard_map_needs_jit(tmp_path: Path, mesh: Mesh) -> None:
+    values = np.ones((8, 16), ml_dtypes.bfloat16)
+    p2s.save_pytree([values], tmp_path / "file")
+    _holds.cache_clear()
+    placed = Struct((8, 16), values.dtype, sharding=NamedSharding(mesh, P("x")))
+
+    def plain(array: Any) -> Any:
+        return array + p2s.load_pytree(tmp_path / "file")[0][:1, :1]
+
+    def sharded(array: Any) -> Any:
+        return array + p2s.load_into_pytree([placed], tmp_path / "file")[0][:1, :1]
+
+    for function in (plain, sharded):
+        mapped = jax.shard_map(function, mesh=mesh, in_specs=P("x"), out_specs=P("x"))
+        with pytest.raises(
+            RuntimeError,
+            match=r"JAX makes no arrays in a function that jax\.shard_map or jax\.pmap runs without "
+            r"jax\.jit; load before the call, or compile it with jax\.jit",
+        ):
+            mapped(values)
+        with pytest.raises(FileNotFoundError):
+            jax.shard_map(
+                lambda _: p2s.load_pytree(tmp_path / "no"), mesh=mesh, in_specs=P(), out_specs=P()
+            )(values)
+    mapped = jax.shard_map(plain, mesh=mesh, in_specs=P("x"), out_specs=P("x"))
+    assert_same(np.asarray(jax.jit(mapped)(values)), values + values)
+    assert isinstance(p2s.load_pytree(tmp_path / "file")[0], jax.Array)
 
 
 def test_what_jax_cannot_divide_is_an_error_that_names_the_leaf(tmp_path: Path, mesh: Mesh) -> None:

@@ -19,7 +19,11 @@ from pytree2safetensors._format.tensor import (
     WEAK,
     TensorInfo,
 )
-from pytree2safetensors._leaves.jax_versions import ShapeDtypeStruct, structs_are_weak
+from pytree2safetensors._leaves.jax_versions import (
+    ShapeDtypeStruct,
+    block_until_ready,
+    structs_are_weak,
+)
 from pytree2safetensors._leaves.keys import UnknownHere, key_dtype, key_shape
 
 
@@ -120,7 +124,8 @@ def _holds(dtype: np.dtype[Any]) -> bool:
     try:
         # The answer must not depend on traces and transfer guards.
         with jax.ensure_compile_time_eval(), jax.transfer_guard("allow"):
-            jax.device_put(np.zeros((), dtype)).block_until_ready()
+            # In a shard_map that is not compiled, this is a tracer, which has nothing to wait for.
+            block_until_ready(jax.device_put(np.zeros((), dtype)))
     except Exception as error:  # a backend may raise anything
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
             raise  # a temporary error, which does not depend on the dtype

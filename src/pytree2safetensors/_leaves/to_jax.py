@@ -133,6 +133,12 @@ def own_programs() -> Iterator[None]:
         yield
 
 
+def is_mapped() -> bool:
+    """Return whether JAX makes tracers of values here, as in a shard_map that is not compiled."""
+    with jax.ensure_compile_time_eval(), own_programs():
+        return isinstance(jax.device_put(np.zeros((), np.uint8)), jax.core.Tracer)
+
+
 def weaken(array: jax.Array) -> jax.Array:
     """Make a 0-d array weakly typed, if JAX has a weak type of its dtype."""
     dtype = np.dtype(array.dtype)

@@ -18,6 +18,7 @@ from jax.sharding import Sharding
 from numpy.typing import NDArray
 
 from pytree2safetensors._collector import collector_paused
+from pytree2safetensors._errors import Pytree2SafetensorsError
 from pytree2safetensors._leaves.jax_versions import block_until_ready
 from pytree2safetensors._leaves.placement import is_on_host
 from pytree2safetensors._leaves.staging import (
@@ -28,7 +29,7 @@ from pytree2safetensors._leaves.staging import (
     aligned,
     default_device,
 )
-from pytree2safetensors._leaves.to_jax import own_programs
+from pytree2safetensors._leaves.to_jax import is_mapped, own_programs
 from pytree2safetensors._leaves.views import View
 from pytree2safetensors._load.checkpoint import OpenCheckpoint
 from pytree2safetensors._load.finishing import Finisher
@@ -71,10 +72,19 @@ def read_leaves(
     Raises:
         FileFormatError: The file changed, or its data contradicts its header or digests.
         OSError: The file cannot be read.
+        RuntimeError: JAX makes no arrays here.
     """
-    # A load in a traced function returns values.
-    with jax.ensure_compile_time_eval(), own_programs():
-        return _read_leaves(checkpoint, wanted, mmap, progress)
+    try:
+        # A load in a traced function returns values.
+        with jax.ensure_compile_time_eval(), own_programs():
+            return _read_leaves(checkpoint, wanted, mmap, progress)
+    except Exception as error:
+        if isinstance(error, OSError | Pytree2SafetensorsError) or not is_mapped():
+            raise
+        raise RuntimeError(
+            "JAX makes no arrays in a function that jax.shard_map or jax.pmap runs without "
+            "jax.jit; load before the call, or compile it with jax.jit"
+        ) from error
 
 
 def _read_leaves(

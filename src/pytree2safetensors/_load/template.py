@@ -106,7 +106,9 @@ def _look_at_any(leaf: Any) -> _Look | None:
     if seen is None:
         return None
     sharding = getattr(leaf, "sharding", None)
-    sharding = sharding if isinstance(sharding, jax.sharding.Sharding) else None
+    mesh = getattr(sharding, "mesh", None)  # the type of an array without a mesh has an empty one
+    if not isinstance(sharding, jax.sharding.Sharding) or getattr(mesh, "empty", False):
+        sharding = None
     weak = bool(getattr(leaf, "weak_type", False))
     return _Look("jax", *seen, weak, sharding, True, explicit_format(leaf))
 
