@@ -1,5 +1,6 @@
 """Progress: bars that end, and errors of the caller's function."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -120,3 +121,26 @@ def test_a_bar_says_what_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     load_into_pytree({"a": np.zeros(3)}, tmp_path / "model", progress=True)
     assert [desc for _, desc in seen] == ["saving", "loading", "loading", "loading"]
     assert seen[-1] == (24, "loading")
+
+
+@pytest.mark.parametrize("checksum", [False, True])
+def test_a_function_is_called_at_least_every_64_mib(tmp_path: Path, checksum: bool) -> None:
+    calls: list[tuple[int, int]] = []
+    options: dict[str, Any] = {"progress": lambda *call: calls.append(call)}
+    tree = {"a": np.zeros(130 << 20, np.uint8)}
+    for work in (
+        lambda: save_pytree(tree, tmp_path / "model", durable=False, checksum=checksum, **options),
+        lambda: load_pytree(tmp_path / "model", **options),
+    ):
+        calls.clear()
+        work()
+        done = [0, *(count for count, _ in calls)]
+        assert max(after - before for before, after in pairwise(done)) <= 64 << 20
+        assert calls[-1][0] == calls[-1][1]
+
+
+def test_a_map_calls_the_function_only_at_its_end(tmp_path: Path) -> None:
+    calls: list[tuple[int, int]] = []
+    save_pytree({"a": np.zeros(70 << 20, np.uint8)}, tmp_path / "model", durable=False)
+    load_pytree(tmp_path / "model", mmap=True, progress=lambda *call: calls.append(call))
+    assert calls == [(70 << 20, 70 << 20)]

@@ -37,16 +37,17 @@ def load_pytree(
 
     Args:
         path: A file, a binary file object, a folder of shards or its index.
-        prefix: A spelled key path. Load only the subtree there.
+        prefix: A spelled key path. Load only the subtree there. With `separator`, the beginning of
+            names, up to a separator.
         separator: The text that joins keys in names from another program, such as "." in PyTorch.
             The tree has lists where all keys are indices, and dicts elsewhere.
         mmap: Map the file instead of reading it. The file must not change afterwards.
         progress: True for a progress bar, or a function of (done_bytes, total_bytes).
 
     Returns:
-        The tree that was saved. Nodes of other types become `PyTreeContainer`s. Arrays are
-        uncommitted JAX arrays. If JAX cannot hold a dtype in this process, they are NumPy arrays,
-        and there is one warning.
+        The tree that was saved. Nodes of other types load by their keys: as `PyTreeContainer`s,
+        dicts, lists or, without keys, `UnkeyedContainer`s. Arrays are uncommitted JAX arrays. If JAX
+        cannot hold a dtype in this process, they are NumPy arrays, and there is one warning.
 
     Raises:
         FileFormatError: The file is damaged, or is not a safetensors file.
@@ -54,7 +55,7 @@ def load_pytree(
             file into a template.
         TreeStructureError: The names do not form a tree.
         WeightsMismatchError: The file has nothing at `prefix`.
-        ValueError: `mmap` is True, and `path` is a file object.
+        ValueError: `mmap` is True, and `path` is a file object or a URL.
         OSError: The file cannot be read.
 
     Specification: *Loading*.
@@ -89,11 +90,11 @@ def load_abstract(
         flat: Return a flat dict from the names in the file, below `prefix`, to their leaves. The names
             do not have to form a tree. A warning names leaves that the installed libraries do not know, such as
             tensors of the packed dtype F4; the dict does not have them.
-        prefix: A spelled key path. Load only the subtree there.
+        prefix: As for `load_pytree`.
         separator: As for `load_pytree`.
         sharding: A sharding for all arrays, or a function that takes the spelled key path and the
-            `jax.ShapeDtypeStruct` of an array and returns its sharding or None; with a separator,
-            it takes the name instead. With shardings, the result is a template that loads sharded
+            `jax.ShapeDtypeStruct` of an array and returns its sharding or None; with `flat` or a
+            separator, it takes the name instead. With shardings, the result is a template that loads sharded
             arrays.
 
     Returns:

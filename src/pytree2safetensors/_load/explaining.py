@@ -54,6 +54,7 @@ def explain(
         WeightsMismatchError: The file has nothing at `prefix`.
         FileFormatError: The file is damaged, or is not a safetensors file.
         KeyPathError: A key path of `module` cannot be spelled, or `prefix` is not a key path.
+        TreeStructureError: JAX cannot flatten `module`.
         OSError: The file cannot be read.
 
     Specification: *Rules*.

@@ -112,8 +112,8 @@ def load_into_pytree(
     """Load a file into a template, and read only what the template needs.
 
     Args:
-        module: The template. Its leaves are arrays, `jax.ShapeDtypeStruct`s, NumPy arrays or Python
-            scalars. If a leaf has a sharding, the loaded array has it, too.
+        module: The template. Its leaves are arrays, `jax.ShapeDtypeStruct`s, NumPy arrays, Python
+            scalars, strs and PRNG keys. If a leaf has a sharding, the loaded array has it, too.
         path: A file, a binary file object, a folder of shards or its index.
         verbose: Print on stderr what did not fit with `strict=False`.
         strict: Raise if any leaf is missing, unexpected or mismatched. If False, keep the leaves of
@@ -137,7 +137,7 @@ def load_into_pytree(
         FileFormatError: The file is damaged, or is not a safetensors file.
         KeyPathError: A key path of `module` cannot be spelled, or `prefix` is not a key path.
         TreeStructureError: JAX cannot flatten `module`.
-        ValueError: `mmap` is True, and `path` is a file object.
+        ValueError: `mmap` is True, and `path` is a file object or a URL.
         OSError: The file cannot be read.
 
     Specification: *Loading into a template*.

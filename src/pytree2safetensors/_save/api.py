@@ -50,8 +50,8 @@ def save_pytree(
         path: The file to write, or a binary file object. An existing file is replaced atomically.
             With `max_shard_size`, a folder, or a file in it whose stem the shards get.
         metadata: Strings to store beside the tensors, for `load_metadata`.
-        unsupported: "raise", or "skip" to leave out leaves that a file cannot hold. Traced and
-            abstract arrays and references always raise.
+        unsupported: "raise", or "skip" to leave out leaves that a file cannot hold. Traced,
+            abstract, deleted, donated and unreduced arrays and references always raise.
         durable: Flush the file to disk before returning.
         checksum: Store a digest of each tensor, which loading verifies.
         max_shard_size: Split the tree into files of at most this size, as model hubs do: a number
@@ -66,8 +66,9 @@ def save_pytree(
         WeightsMismatchError: `rename` does not fit the tree.
         KeyPathError: A key cannot be spelled, or two leaves have the same spelling.
         TreeStructureError: JAX cannot flatten the tree.
-        FileFormatError: The format does not allow these metadata or a header of this size, or
-            `rename` gives the same name to leaves that differ.
+        FileFormatError: The format does not allow these metadata or a header of this size,
+            `rename` gives the same name to leaves that differ, or several processes do not save the
+            same tree.
         ValueError: `max_shard_size` is not a size, or is given with a file object.
         OSError: The file cannot be written. The old file is unchanged.
 
@@ -129,7 +130,7 @@ def save_pytree_async(
         WeightsMismatchError: `rename` does not fit the tree.
         KeyPathError: A key cannot be spelled, or two leaves have the same spelling.
         TreeStructureError: JAX cannot flatten the tree.
-        FileFormatError: The format does not allow these metadata.
+        FileFormatError: As for `save_pytree`.
         ValueError: `max_shard_size` is not a size, or is given with a file object.
 
     Specification: *Saving*.
