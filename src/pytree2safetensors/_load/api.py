@@ -45,9 +45,10 @@ def load_pytree(
         progress: True for a progress bar, or a function of (done_bytes, total_bytes).
 
     Returns:
-        The tree that was saved. Nodes of other types load by their keys: as `PyTreeContainer`s,
-        dicts, lists or, without keys, `UnkeyedContainer`s. Arrays are uncommitted JAX arrays. If JAX
-        cannot hold a dtype in this process, they are NumPy arrays, and there is one warning.
+        The tree that was saved. The keys of its children decide whether a node of another type
+        becomes a `PyTreeContainer`, a dict, a list or an `UnkeyedContainer`. Arrays are uncommitted
+        JAX arrays. If JAX cannot hold a dtype in this process, they are NumPy arrays, and there is
+        one warning.
 
     Raises:
         FileFormatError: The file is damaged, or is not a safetensors file.
