@@ -87,7 +87,7 @@ def _batches_of(requests: Sequence[_Request], limit: int, digested: bool) -> Ite
             if last > number:
                 together = _bytes_together(requests[number : last + 1], digested)
                 room = limit - together if together else limit
-        if region in shared and piece is None:
+        if region in shared and piece is None and not keeps:
             shared[region].uses.extend(uses)
             continue
         nbytes = info.nbytes if region is None else nbytes_of(region, info)
