@@ -248,3 +248,18 @@ def test_saving_and_loading_need_no_means_that_windows_lacks(
             save_pytree(version(number), tmp_path / "folder", max_shard_size=700)
             assert_holds(tmp_path / "file", number)
             assert_holds(tmp_path / "folder", number)
+
+
+@posix
+@pytest.mark.parametrize("limit", [None, "1GB"])
+def test_only_a_save_to_a_folder_replaces_a_symbolic_link(
+    tmp_path: Path, limit: str | None
+) -> None:
+    target, link = tmp_path / "target", tmp_path / "folder" / "model.safetensors"
+    save_pytree({"a": 1}, target)
+    link.parent.mkdir()
+    link.symlink_to(target)
+    save_pytree({"a": 2}, link, max_shard_size=limit)
+    assert load_pytree(link) == {"a": 2}
+    assert link.is_symlink() == (limit is None)
+    assert load_pytree(target) == {"a": 2 if limit is None else 1}
