@@ -35,8 +35,9 @@ def keypath2string(path: KeyPath) -> str:
         The spelling. `string2keypath` reads it back as an equal path. The empty path is spelled "".
 
     Raises:
-        KeyPathError: A key cannot be spelled: it is of another type, an index is negative or a
-            bool, a name is not a str, or a dict key is not a literal.
+        KeyPathError: A key cannot be spelled: it is of another type, an index is negative, too large
+            or a bool, a name is not a str, a text has a lone surrogate, or a dict key is not a
+            literal.
 
     Specification: *Key paths*.
 
