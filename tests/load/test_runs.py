@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from oracle import assert_same
 from pytree2safetensors import load_into_pytree, load_pytree, save_pytree
+from pytree2safetensors._format.header import MAX_DIMENSIONS
 from pytree2safetensors._format.tensor import TensorInfo
 from pytree2safetensors._leaves import decode
 from pytree2safetensors._leaves.spec import LeafSpec
@@ -224,3 +225,10 @@ def test_the_reads_of_small_arrays_are_joined(
     del tree["w2"], reads[:]
     assert_same(load_into_pytree(tree, tmp_path / "file", strict=False), tree)
     assert reads[1:] == [6, 6]
+
+
+@pytest.mark.parametrize("axes", [MAX_DIMENSIONS - 1, MAX_DIMENSIONS])
+def test_small_arrays_may_have_as_many_axes_as_numpy_has(axes: int, tmp_path: Path) -> None:
+    tree = [np.full((1,) * axes, n, np.float32) for n in range(3)]
+    save_pytree(tree, tmp_path / "file")
+    assert_same(load_pytree(tmp_path / "file"), [jax.device_put(leaf) for leaf in tree])

@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeAlias
 
+from pytree2safetensors._format.header import MAX_DIMENSIONS
 from pytree2safetensors._format.tensor import TensorInfo
 from pytree2safetensors._leaves.staging import ALIGNMENT
 from pytree2safetensors._leaves.to_jax import TAKEN_OVER
@@ -87,7 +88,8 @@ def _small_tensors(
 def _is_small(info: TensorInfo, leaf: TemplateLeaf) -> bool:
     plain = info.kind is None and leaf.leaf.kind == "array" and leaf.target == "jax"
     placed = leaf.sharding is not None or leaf.format is not None
-    return plain and not placed and 0 < info.nbytes < TAKEN_OVER
+    has_rows = len(info.shape) < MAX_DIMENSIONS  # rows are an array with another axis
+    return plain and not placed and has_rows and 0 < info.nbytes < TAKEN_OVER
 
 
 def _runs(tensors: Iterable[_Small], limit: int) -> Iterator[tuple[int, list[Rows]]]:
