@@ -12,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from oracle import assert_same
-from pytree2safetensors import load_into_pytree, load_pytree, save_pytree
+from pytree2safetensors import UnsupportedLeafError, load_into_pytree, load_pytree, save_pytree
 from pytree2safetensors._format.header import MAX_DIMENSIONS
 from pytree2safetensors._format.tensor import TensorInfo
 from pytree2safetensors._leaves import decode
@@ -232,3 +232,13 @@ def test_small_arrays_may_have_as_many_axes_as_numpy_has(axes: int, tmp_path: Pa
     tree = [np.full((1,) * axes, n, np.float32) for n in range(3)]
     save_pytree(tree, tmp_path / "file")
     assert_same(load_pytree(tmp_path / "file"), [jax.device_put(leaf) for leaf in tree])
+
+
+def test_a_complex128_array_has_an_axis_less_than_its_tensor(tmp_path: Path) -> None:
+    most = MAX_DIMENSIONS - 1
+    values = np.ones((1,) * most, np.complex128)
+    save_pytree([values], tmp_path / "file")
+    assert_same(load_into_pytree([values], tmp_path / "file"), [values])
+    text = f"complex128, which needs a .reshape, because its tensor would have more than {MAX_DIMENSIONS} axes"
+    with pytest.raises(UnsupportedLeafError, match=text):
+        save_pytree([values[None]], tmp_path / "file")

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from pytree2safetensors._errors import UnsupportedLeafError
+from pytree2safetensors._format.header import MAX_DIMENSIONS
 from pytree2safetensors._format.tensor import DTYPE_NAMES, NOTED_DTYPES, TensorInfo
 from pytree2safetensors._leaves.jax_versions import REFERENCE
 from pytree2safetensors._leaves.keys import data_shape, implementation_name, is_key_dtype
@@ -156,7 +157,7 @@ def info_of(dtype: np.dtype[Any], shape: tuple[int, ...]) -> TensorInfo | None:
         return TensorInfo(DTYPE_NAMES[name], shape, count * dtype.itemsize)
     if name in NOTED_DTYPES:
         return TensorInfo(NOTED_DTYPES[name], shape, count, name)
-    if name == "complex128":
+    if name == "complex128" and len(shape) < MAX_DIMENSIONS:  # its tensor has another axis
         return TensorInfo("F64", (*shape, 2), count * 16, name)
     return None
 

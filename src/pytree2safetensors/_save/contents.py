@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from pytree2safetensors._errors import UnsupportedLeafError, listed, shorten
+from pytree2safetensors._format.header import MAX_DIMENSIONS
 from pytree2safetensors._format.layout import check_metadata
 from pytree2safetensors._format.note import NOTE, Note, write_note
 from pytree2safetensors._format.tensor import TensorInfo
@@ -142,6 +143,8 @@ def _hint(leaf: Any) -> str:
         return ", which .view(np.int64) makes integers"
     if isinstance(leaf, np.ndarray) and leaf.dtype.kind == "U":
         return ", whose .tolist() can be saved"
+    if isinstance(leaf, np.ndarray) and leaf.dtype == np.complex128:
+        return f", which needs a .reshape, because its tensor would have more than {MAX_DIMENSIONS} axes"
     base = next((base for base in _BASES if isinstance(leaf, base)), None)
     return "" if base in {None, type(leaf)} else f", which {base.__name__}(leaf) converts"
 
