@@ -181,14 +181,21 @@ def test_a_file_opened_as_text_is_refused_whatever_its_bytes(tmp_path: Path) -> 
         load_pytree(file)  # type: ignore[arg-type] # what is tested
 
 
-def test_a_file_object_that_gives_no_bytes_is_refused() -> None:
-    class Texts:
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("text", "the Reader gives str, not bytes; open it in binary mode"),
+        (None, "the Reader gives NoneType, not bytes; let it wait for data"),  # as a pipe that does not block
+    ],
+)  # fmt: skip
+def test_a_file_object_that_gives_no_bytes_is_refused(content: Any, said: str) -> None:
+    class Reader:
         def read(self, size: int = -1, /) -> Any:
-            return "text"
+            return content
 
     with pytest.raises(TypeError) as caught:
-        load_pytree(Texts())
-    assert str(caught.value) == "the Texts gives str, not bytes; open it in binary mode"
+        load_pytree(Reader())
+    assert str(caught.value) == said
 
 
 def test_a_file_object_need_not_be_able_to_flush() -> None:

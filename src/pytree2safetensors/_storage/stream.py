@@ -118,7 +118,8 @@ def _checked_bytes(content: Any, label: str) -> bytes | bytearray | memoryview:
 
 
 def _no_bytes(kind: type, label: str) -> TypeError:
-    return TypeError(f"{label} gives {kind.__name__}, not bytes; open it in binary mode")
+    remedy = "let it wait for data" if kind is type(None) else "open it in binary mode"
+    return TypeError(f"{label} gives {kind.__name__}, not bytes; {remedy}")
 
 
 def _label_of(file: Any) -> str:
