@@ -298,6 +298,10 @@ HINTS: list[tuple[Any, str]] = [
         "numpy.ndarray of dtype timedelta64[ms], which .view(np.int64) makes integers",
     ),
     (np.array(["a"]), "numpy.ndarray of dtype <U1, whose .tolist() can be saved"),
+    (
+        np.ma.masked_array([1j]),
+        f"{np.ma.MaskedArray.__module__}.MaskedArray of dtype complex128, whose .data and .mask can be saved",
+    ),
     (print, FUNCTION),
 ]
 

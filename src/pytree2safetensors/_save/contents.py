@@ -135,6 +135,8 @@ def _hint(leaf: Any) -> str:
     """Say how to convert a leaf to one that can be saved."""
     if isinstance(leaf, np.random.Generator):
         return ", whose .bit_generator.state can be saved"
+    if isinstance(leaf, np.ma.MaskedArray):
+        return ", whose .data and .mask can be saved"
     if isinstance(leaf, enum.Enum):
         return ", whose .value can be saved" if type(leaf.value) in PYTHON_SCALARS else ""
     if isinstance(leaf, bytes | bytearray):
@@ -143,7 +145,7 @@ def _hint(leaf: Any) -> str:
         return ", which .view(np.int64) makes integers"
     if isinstance(leaf, np.ndarray) and leaf.dtype.kind == "U":
         return ", whose .tolist() can be saved"
-    if isinstance(leaf, np.ndarray) and leaf.dtype == np.complex128:
+    if isinstance(leaf, np.ndarray) and leaf.ndim == MAX_DIMENSIONS and leaf.dtype == np.complex128:
         return f", which needs a .reshape, because its tensor would have more than {MAX_DIMENSIONS} axes"
     base = next((base for base in _BASES if isinstance(leaf, base)), None)
     return "" if base in {None, type(leaf)} else f", which {base.__name__}(leaf) converts"
