@@ -198,6 +198,17 @@ def test_a_file_object_that_gives_no_bytes_is_refused(content: Any, said: str) -
     assert str(caught.value) == said
 
 
+@pytest.mark.parametrize("count", [-1, 10_000, 1.5])
+def test_a_file_object_that_gives_a_wrong_count_is_refused(count: Any) -> None:
+    class Writer:
+        def write(self, data: Any) -> Any:
+            return count
+
+    said = rf"the Writer returned {count} from write, not how many of \d+ bytes it wrote"
+    with pytest.raises(OSError, match=said):
+        save_pytree({"w": np.zeros(3)}, Writer())
+
+
 def test_a_file_object_need_not_be_able_to_flush() -> None:
     class Writer:
         content = b""

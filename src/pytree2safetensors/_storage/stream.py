@@ -6,7 +6,8 @@ import os
 import threading
 from collections.abc import Iterable
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Protocol
+from operator import index
+from typing import TYPE_CHECKING, Any, Protocol, SupportsIndex
 
 import numpy as np
 from numpy.typing import NDArray
@@ -138,12 +139,21 @@ def write_stream(
     for _, piece in cut(chunks):
         rest = piece
         while len(rest):
-            count = file.write(rest)
-            if count == 0 or (count is None and isinstance(file, io.RawIOBase)):
-                raise OSError(errno.EIO, "the file object wrote nothing")
-            rest = rest[len(rest) if count is None else count :]
+            rest = rest[_taken(file, file.write(rest), len(rest)) :]
         report.add(len(piece))
     flush = getattr(file, "flush", None)
     if flush is not None:
         flush()
     report.finish()
+
+
+def _taken(file: Writable, count: Any, size: int) -> int:
+    """Return how many of `size` bytes a file object has written, from what its `write` returned."""
+    if count is None and not isinstance(file, io.RawIOBase):
+        return size
+    if not count:
+        raise OSError(errno.EIO, "the file object wrote nothing")
+    if not isinstance(count, SupportsIndex) or not 0 < index(count) <= size:
+        said = f"returned {count!r} from write, not how many of {size} bytes it wrote"
+        raise OSError(errno.EIO, f"{_label_of(file)} {said}")
+    return index(count)
