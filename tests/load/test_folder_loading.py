@@ -6,7 +6,6 @@ import os
 import shutil
 import sys
 import warnings
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from pytree2safetensors import (
     load_pytree,
     save_pytree,
 )
-from pytree2safetensors._load import locate, opening
+from pytree2safetensors._load import locate
 from pytree2safetensors._load.checkpoint import OpenCheckpoint
 from pytree2safetensors._load.locate import Index
 from pytree2safetensors._load.opening import open_checkpoint
@@ -248,30 +247,6 @@ def test_a_missing_index_beside_shards(tmp_path: Path) -> None:
 
 
 FIRST, SECOND, THIRD = shard_names(3)
-
-
-@pytest.mark.parametrize("limit", [100, 40])
-def test_a_reader_whose_index_is_replaced_starts_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
-) -> None:
-    save_pytree(tree_of(1), tmp_path, max_shard_size=100)
-    saves = [lambda: save_pytree(tree_of(2), tmp_path, max_shard_size=limit)]
-    real = Index.open
-
-    def save_meanwhile(index: Index, shard: str) -> Any:
-        if shard == sorted(index.shards)[1] and saves:
-            saves.pop()()
-        return real(index, shard)
-
-    monkeypatch.setattr(Index, "open", save_meanwhile)
-    assert is_same(tree_of(2), load_pytree(tmp_path))
-    saves += [lambda: save_pytree(tree_of(1), tmp_path, max_shard_size=100)] * 5
-    assert is_same(tree_of(1), load_pytree(tmp_path))  # at last without savers
-    monkeypatch.setattr(opening, "without_savers", nullcontext)  # a system without locks
-    saves += [lambda: save_pytree(tree_of(2), tmp_path, max_shard_size=100)] * 10
-    with pytest.raises(FileFormatError, match="is being replaced by another save; load it after"):
-        load_pytree(tmp_path)
-    assert is_same(tree_of(2), load_pytree(tmp_path))
 
 
 def descriptors_in(folder: Path) -> int:

@@ -4,7 +4,7 @@ import errno
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from pytree2safetensors import (
     save_pytree,
 )
 from pytree2safetensors._load import opening
+from pytree2safetensors._load.locate import Index
 from pytree2safetensors._storage import file_source
 from pytree2safetensors._storage import folder as folder_module
 from pytree2safetensors._storage.folder import Folder
@@ -127,3 +128,27 @@ def test_a_listing_that_lacks_the_only_file_is_not_believed(
     monkeypatch.setattr(os, "listdir", listed)
     assert is_same(tree_of(1), load_pytree(tmp_path))
     assert not listings
+
+
+@pytest.mark.parametrize("limit", [100, 40])
+def test_a_reader_whose_index_is_replaced_starts_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    save_pytree(tree_of(1), tmp_path, max_shard_size=100)
+    saves = [lambda: save_pytree(tree_of(2), tmp_path, max_shard_size=limit)]
+    real = Index.open
+
+    def save_meanwhile(index: Index, shard: str) -> Any:
+        if shard == sorted(index.shards)[1] and saves:
+            saves.pop()()
+        return real(index, shard)
+
+    monkeypatch.setattr(Index, "open", save_meanwhile)
+    assert is_same(tree_of(2), load_pytree(tmp_path))
+    saves += [lambda: save_pytree(tree_of(1), tmp_path, max_shard_size=100)] * 5
+    assert is_same(tree_of(1), load_pytree(tmp_path))  # at last without savers
+    monkeypatch.setattr(opening, "without_savers", nullcontext)  # a system without locks
+    saves += [lambda: save_pytree(tree_of(2), tmp_path, max_shard_size=100)] * 10
+    with pytest.raises(FileFormatError, match="is being replaced by another save; load it after"):
+        load_pytree(tmp_path)
+    assert is_same(tree_of(2), load_pytree(tmp_path))
