@@ -3,13 +3,15 @@
 import io
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from safetensors.numpy import load
 
-from pytree2safetensors import save_pytree
+from pytree2safetensors import Rule, save_pytree
 from pytree2safetensors._leaves import encode
 from pytree2safetensors._save import chunks
 from pytree2safetensors._save.contents import collect
@@ -51,3 +53,17 @@ def test_chunks_follow_each_other(sizes: list[tuple[int, str]]) -> None:
     if sum(small) == sum(2 * size for size, _ in sizes) >= JOINED:
         assert len(found) <= sum(small) // JOINED + 1
         assert all(JOINED <= length < JOINED + SMALL for length in joined[:-1])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # pmap is on its way out
+@pytest.mark.parametrize("axis", [0, 1])
+def test_large_arrays_that_pmap_returns(axis: int) -> None:
+    values = np.arange(1 << 16, dtype=np.float32).reshape(8, 8, 1024)
+    array = jax.pmap(lambda part: part, in_axes=axis, out_axes=axis)(values)
+    for rename, expected in (
+        (None, values),
+        ([Rule("#0", "#0", "a b c -> b a c")], values.swapaxes(0, 1)),
+    ):
+        file = io.BytesIO()
+        save_pytree([array], file, rename=rename)
+        assert load(file.getvalue())["#0"].tobytes() == expected.tobytes()

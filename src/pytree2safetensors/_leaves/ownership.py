@@ -11,7 +11,7 @@ from typing import Any, Final, NamedTuple
 import jax
 
 from pytree2safetensors._errors import UnsupportedLeafError
-from pytree2safetensors._leaves.extents import Region, Shape, region_of
+from pytree2safetensors._leaves.extents import Region, Shape, region_of, shape_of
 
 _KNOWN: Final = 4096  # remembered shardings and shapes; a train state has few
 
@@ -40,7 +40,7 @@ def ownership(sharding: Any, shape: Shape) -> Ownership:
     owners: dict[Region, Any] = {}
     for _, region, device in held:
         owners.setdefault(region, device)
-    if not _tile(set(owners), shape, sharding.shard_shape(shape)):
+    if not _tile(set(owners), shape):
         raise UnsupportedLeafError(
             f"the shards of an array of shape {shape} do not tile it: {sharding}"
         )
@@ -49,10 +49,13 @@ def ownership(sharding: Any, shape: Shape) -> Ownership:
     return Ownership(frozenset(owners.values()), digest)
 
 
-def _tile(regions: set[Region], shape: Shape, shard: Shape) -> bool:
+def _tile(regions: set[Region], shape: Shape) -> bool:
     """Return whether regions of one shape cover an array exactly once."""
     if 0 in shape:
         return True
+    shard = shape_of(next(iter(regions)))  # the shard shape of pmap lacks an axis
+    if 0 in shard:
+        return False
     fit = all(
         start % size == 0 and stop - start == size
         for region in regions

@@ -132,11 +132,19 @@ def _parts_of(
 def _held(leaf: Any) -> list[tuple[Region, Any]]:
     """Return the regions of a leaf that this process writes."""
     if isinstance(leaf, Owned):
-        return [*leaf.shards]
+        return [(region, _with_axes(data, region)) for region, data in leaf.shards]
     if isinstance(leaf, jax.Array) and not (leaf.is_fully_replicated and leaf.is_fully_addressable):
-        return [*owned(leaf, TensorInfo("", leaf.shape, 0)).shards]
+        return _held(owned(leaf, TensorInfo("", leaf.shape, 0)))
     values = leaf.addressable_data(0) if isinstance(leaf, jax.Array) else host_array(leaf)
     return [(tuple((0, size) for size in values.shape), values)]
+
+
+def _with_axes(data: Any, region: Region) -> Any:
+    """Return the values of a shard with all axes of its array. The shards of pmap lack one."""
+    if data.ndim == len(region):
+        return data
+    with own_programs():
+        return data.reshape(shape_of(region))
 
 
 def _in_a_row(values: NDArray[Any], info: TensorInfo, position: int) -> Iterator[Chunk]:
