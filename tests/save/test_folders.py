@@ -211,7 +211,8 @@ def test_a_file_in_place_of_the_folder_is_an_error(tmp_path: Path) -> None:
 
 def test_a_folder_in_place_of_a_shard_is_an_error(tmp_path: Path) -> None:
     (tmp_path / shard_names(3)[1]).mkdir()
-    with pytest.raises(IsADirectoryError):
+    text = rf"\(the save would replace or remove '{shard_names(3)[1]}'\)"
+    with pytest.raises(IsADirectoryError, match=text):
         save_pytree(tree_of(1), tmp_path, max_shard_size=100)
     assert names_in(tmp_path) == [shard_names(3)[1]]
 
@@ -353,6 +354,7 @@ def test_the_error_for_shards_without_an_index_names_the_path_of_the_save(tmp_pa
 
 def test_what_cannot_be_removed_afterwards_is_an_error_before(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").mkdir()
-    with pytest.raises(IsADirectoryError):
+    text = r"\(the save would replace or remove 'model.safetensors'\)"
+    with pytest.raises(IsADirectoryError, match=text):
         save_pytree({"a": np.zeros(9), "b": np.zeros(9)}, tmp_path, max_shard_size=80)
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, suppre
 from functools import partial
 from typing import NamedTuple
 
+from pytree2safetensors._errors import shorten
 from pytree2safetensors._storage.descriptor import Held, flush, write_chunks
 from pytree2safetensors._storage.folder import Folder
 from pytree2safetensors._storage.naming import temporary_name
@@ -140,7 +141,8 @@ def _replaced(folder: Folder, name: str) -> os.stat_result | None:
     status = folder.status(name)
     if status is not None and not stat.S_ISREG(status.st_mode):
         code = errno.EISDIR if stat.S_ISDIR(status.st_mode) else errno.EEXIST
-        raise OSError(code, os.strerror(code), name)
+        text = f"{os.strerror(code)} (the save would replace or remove {shorten(name)})"
+        raise OSError(code, text, name)
     return status
 
 
