@@ -189,6 +189,32 @@ def test_an_interrupt_at_the_start_of_the_work_waits_for_its_end(
     assert steps == ["done"]
 
 
+@pytest.mark.parametrize("error", [Interrupted("stop"), RuntimeError("stop"), KeyError("stop")])
+def test_what_a_handler_raises_while_a_thread_starts_is_raised(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = threading.Thread.start
+
+    def start(thread: threading.Thread) -> None:
+        try:
+            real(thread)
+            thread.join(0.2)
+            raise error
+        except Exception:
+            # Python looks the thread up to forget it, and after its start there is nothing to forget.
+            if isinstance(error, Interrupted):
+                raise KeyError(thread)  # noqa: B904 - as Python raises it
+            raise
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    steps: list[str] = []
+    with pytest.raises(type(error), match="stop"):
+        threads.undisturbed(lambda: steps.append("done"))
+    assert steps == ["done"]
+    with ThreadPoolExecutor(1) as pool, pytest.raises(type(error), match="stop"):
+        threads.start(pool, lambda: None)
+
+
 def test_an_interpreter_that_ends_saves_and_loads_without_threads(tmp_path: Path) -> None:
     script = f"""
 import atexit, sys, threading

@@ -21,13 +21,25 @@ def starting() -> Iterator[None]:
     try:
         _starting.add(here)
         yield
+    except KeyError as error:
+        raise _interrupt(error) from None
     finally:
         _starting.discard(here)
+
+
+def _interrupt(error: BaseException) -> BaseException:
+    """Return what a signal handler raised in `Thread.start`, which may raise a KeyError for it."""
+    masks = isinstance(error, KeyError) and any(isinstance(k, threading.Thread) for k in error.args)
+    return error.__context__ or error if masks else error
 
 
 def is_starting() -> bool:
     """Return whether this is a signal handler that has interrupted the start of a task."""
     return threading.get_ident() in _starting
+
+
+def _says_no_threads(error: RuntimeError) -> bool:
+    return any(reason in str(error) for reason in _NO_THREADS)
 
 
 def start(pool: ThreadPoolExecutor, task: Callable[[], T]) -> Future[T]:
@@ -37,7 +49,7 @@ def start(pool: ThreadPoolExecutor, task: Callable[[], T]) -> Future[T]:
             with starting():
                 return pool.submit(task)
         except RuntimeError as error:
-            if not any(reason in str(error) for reason in _NO_THREADS):
+            if not _says_no_threads(error):
                 raise
     done: Future[T] = Future()
     done.set_result(task())
@@ -66,12 +78,14 @@ def undisturbed(work: Callable[[], object]) -> None:
     interrupts: list[BaseException] = []
     try:
         threading.Thread(target=run, name="pytree2safetensors").start()
-    except RuntimeError:
-        run()
-    except BaseException as error:
-        if claim.acquire(blocking=False):  # the thread will never start
-            raise
-        interrupts.append(error)
+    except BaseException as error:  # noqa: BLE001 - raised here, or below
+        interrupt = _interrupt(error)
+        if isinstance(interrupt, RuntimeError) and _says_no_threads(interrupt):
+            run()
+        elif claim.acquire(blocking=False):  # the thread will never start
+            raise interrupt from None
+        else:
+            interrupts.append(interrupt)
     while True:
         try:
             done.wait()
