@@ -69,6 +69,17 @@ def test_what_jax_cannot_hold_is_a_warning_that_names_it(tmp_path: Path) -> None
     assert "'@b'" not in str(caught[0].message)
 
 
+def test_a_warning_gives_dtypes_of_the_template_and_names_python_scalars(tmp_path: Path) -> None:
+    save_pytree({"a": KERNEL, "b": 3}, tmp_path / "file")
+    template = {"a": Struct((2, 3), np.float64), "b": Struct((), np.int64)}
+    with pytest.warns(UserWarning, match="does not support the dtypes") as caught:
+        found = load_into_pytree(template, tmp_path / "file", cast=True)
+    assert {type(leaf) for leaf in found.values()} == {np.ndarray}
+    (message,) = (str(warning.message) for warning in caught)
+    assert "'@a' (float64)" in message
+    assert "'@b' (int64)" in message
+
+
 @pytest.mark.parametrize("package", ["pytree2safetensors", "jaxtyping", "beartype", "another"])
 def test_a_warning_names_the_caller_of_the_package_and_its_type_checks(
     package: str, tmp_path: Path

@@ -175,7 +175,8 @@ def load_into_pytree(
         found = read_leaves(checkpoint, [want for _, want in wanted], mmap=mmap, progress=report)
         for (position, _), value in zip(wanted, found, strict=True):
             leaves[position] = value
-        foreign = [want.name for _, want in wanted if want.leaf.target == "foreign"]
+        foreign = [Wanted(name, leaf) for _, name, leaf in python if leaf.target == "foreign"]
+        foreign += [want for _, want in wanted if want.leaf.target == "foreign"]
         if foreign:
             warn_foreign(checkpoint, foreign)
         loaded: T = jax.tree_util.tree_unflatten(template.treedef, leaves)

@@ -98,8 +98,7 @@ def load_stored(
             for position in range(len(noted) + len(wanted))
         ]
     if any(leaf.target == "foreign" for leaf in leaves.values()):
-        foreign = [want.name for want in wanted if want.leaf.target == "foreign"]
-        warn_foreign(checkpoint, foreign)
+        warn_foreign(checkpoint, [want for want in wanted if want.leaf.target == "foreign"])
     return found
 
 
@@ -123,9 +122,9 @@ def leaf_as_stored(spec: LeafSpec) -> TemplateLeaf:
     return TemplateLeaf(spec, "foreign" if foreign else "jax")
 
 
-def warn_foreign(checkpoint: OpenCheckpoint, names: list[str]) -> None:
+def warn_foreign(checkpoint: OpenCheckpoint, wanted: Iterable[Wanted]) -> None:
     """Warn once which leaves are NumPy arrays, and why."""
-    shown = joined([f"{shorten(name)} ({checkpoint.spec_of(name).dtype})" for name in names])
+    shown = joined([f"{shorten(want.name)} ({want.leaf.leaf.dtype})" for want in wanted])
     warn(
         "JAX does not support the dtypes of some leaves here, so they are NumPy arrays without a "
         f"sharding. In {checkpoint.label}: {shown}. Enable jax_enable_x64 for dtypes of 64 bits."
