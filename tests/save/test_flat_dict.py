@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from oracle import assert_same_values
 from placed import P
-from pytree2safetensors import Rule, pytree2dict
+from pytree2safetensors import Rule, pytree2dict, set_weights
 
 VALUES = np.arange(64, dtype=np.float32).reshape(8, 8)
 VALUES[3, 4] = np.nan
@@ -126,3 +126,32 @@ def test_leaves_without_elements_make_tensors_without_elements(kind: Any) -> Non
 def test_scalars_are_parts_of_a_tensor(kind: Any) -> None:
     found = pytree2dict([kind(1), kind(2)], rename=[Rule("w", "#{p}", "p ->")])
     assert_same_values(np.asarray(found["w"]), np.array([1, 2], np.float32))
+
+
+@pytest.mark.parametrize("spec", [P("x"), P("y"), P(None, "y")])
+@pytest.mark.parametrize("kind", [None, "pinned_host"])
+def test_arrays_that_are_spread_and_copied(spec: Any, kind: str | None) -> None:
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("x", "y"))
+    if kind is not None and len(jax.devices()[0].addressable_memories()) == 1:
+        pytest.skip("this JAX knows one kind of memory on the CPU")
+    values = np.arange(8 * 8 * 4, dtype=np.float32).reshape(8, 8, 4)
+    leaf = jax.device_put(values, NamedSharding(mesh, spec, memory_kind=kind))
+    joined = np.concatenate([values, values], 1)
+    cases: list[tuple[Rule, Any, dict[str, Any]]] = [
+        (Rule("w.{p}", "@w", "... -> p ..."), {"w": leaf}, {
+            f"w.{n}": values[n] for n in range(8)
+        }),
+        (Rule("w.{l}", "@{p:a,b}", "(p i) o -> l i o"), {"a": leaf, "b": leaf}, {
+            f"w.{n}": joined[n] for n in range(8)
+        }),
+        (Rule("w", "@{p:a,b}", "p ... -> ..."), {"a": leaf, "b": leaf}, {
+            "w": np.stack([values, values])
+        }),
+    ]  # fmt: skip
+    for rule, tree, expected in cases:
+        found = pytree2dict(tree, rename=[rule])
+        check((rule, tree, expected), found)
+        back = set_weights(tree, found, rename=[rule])
+        for name, array in back.items():
+            assert array.sharding == tree[name].sharding
+            assert_same_values(np.asarray(array), values)

@@ -1,19 +1,21 @@
 """All shims for versions of JAX, which rename and add names."""
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import lru_cache
 from typing import Any, Final
 
 import jax
 import jax.experimental
+import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
 # JAX has no types for these.
 block_until_ready: Any = jax.block_until_ready
 ShapeDtypeStruct: Any = jax.ShapeDtypeStruct  # JAX has no types for its constructor
+_VERSION: Final[Any] = jax.__version_info__
 # The type of references to arrays, which is public since JAX 0.8.
 REFERENCE: Final[Any] = getattr(jax, "Ref", ())
 
@@ -130,3 +132,30 @@ def pinned_memory(owner: Any) -> NDArray[np.uint8] | None:
     buffer: Any = (ctypes.c_uint8 * owner.size).from_address(address)
     buffer.owner = owner  # the NumPy array keeps the buffer alive, and the buffer keeps the memory
     return np.frombuffer(buffer, np.uint8)
+
+
+def concatenated(arrays: Sequence[Any], axis: int) -> Any:
+    """Join JAX arrays on an axis, as `jnp.concatenate` does.
+
+    Before JAX 0.5, `jnp.concatenate` gives wrong values for arrays that are spread over some axes of
+    a mesh and copied over others.
+    """
+    if _VERSION >= (0, 5) or not any(map(_is_spread, arrays)):
+        return jnp.concatenate(arrays, axis)
+    # Coverage is measured with a newer JAX.
+    return _written_together(arrays, axis)  # pragma: no cover
+
+
+def _written_together(arrays: Sequence[Any], axis: int) -> Any:  # pragma: no cover - as above
+    if len(arrays) == 1:
+        return arrays[0]
+    middle = len(arrays) // 2
+    first, second = (_written_together(half, axis) for half in (arrays[:middle], arrays[middle:]))
+    shape = list(first.shape)
+    shape[axis] += second.shape[axis]
+    whole = jax.lax.dynamic_update_slice_in_dim(jnp.zeros(shape, first.dtype), first, 0, axis)
+    return jax.lax.dynamic_update_slice_in_dim(whole, second, first.shape[axis], axis)
+
+
+def _is_spread(array: Any) -> bool:  # pragma: no cover - as above
+    return not isinstance(array, jax.core.Tracer) and len(array.sharding.device_set) > 1

@@ -12,9 +12,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
+import jax
 
 from pytree2safetensors._leaves.extents import Region, Shape, shape_of, within
+from pytree2safetensors._leaves.jax_versions import concatenated
 
 
 class View(NamedTuple):
@@ -171,7 +172,16 @@ def file_parts(
         shown = to_file(view, box, values if is_whole else values[within(box.region, region)])
         for source in sources_of(view, box):
             if name in {None, source.name}:
-                yield source, shown[source.place]
+                yield source, _selected(shown, source.place)
+
+
+def _selected(values: Any, place: tuple[Any, ...]) -> Any:
+    """Return the values at an index that ends with an ellipsis."""
+    if isinstance(values, jax.Array):  # indexing fails in host memory
+        for number in place[:-1]:
+            values = jax.lax.index_in_dim(values, number, keepdims=False)
+        return values
+    return values[place]
 
 
 def tiled(parts: Sequence[tuple[Region, Any]], axis: int = 0) -> Any:
@@ -182,7 +192,7 @@ def tiled(parts: Sequence[tuple[Region, Any]], axis: int = 0) -> Any:
     for part in parts:
         rows.setdefault(part[0][axis], []).append(part)
     made = [tiled(rows[bounds], axis + 1) for bounds in sorted(rows)]
-    return made[0] if len(made) == 1 else jnp.concatenate(made, axis)
+    return made[0] if len(made) == 1 else concatenated(made, axis)
 
 
 def region_of_tensor(view: View, name: str) -> Region:
@@ -200,7 +210,12 @@ def region_of_tensor(view: View, name: str) -> Region:
 
 def leaf_of(view: View, tensors: Mapping[str, Any], stack: Any) -> Any:
     """Make the leaf from whole tensors; `stack` is the function of NumPy or JAX."""
-    index = tuple(slice(*bounds) for bounds in view.region)
-    parts = [tensors[name].reshape(view.fine)[index] for name in view.names]
+    parts = [_cut_out(tensors[name].reshape(view.fine), view.region) for name in view.names]
     memory = (parts[0] if len(parts) == 1 else stack(parts)).reshape(view.sizes)
     return memory.transpose(view.order).reshape(view.shape)
+
+
+def _cut_out(values: Any, region: Region) -> Any:
+    if isinstance(values, jax.Array):  # indexing fails in host memory
+        return jax.lax.slice(values, *zip(*region, strict=True)) if region else values
+    return values[tuple(slice(*bounds) for bounds in region)]
