@@ -4,9 +4,9 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 from pytree2safetensors._cli.answer import Answer
 from pytree2safetensors._cli.fitting import fitting, named_object
@@ -42,16 +42,22 @@ def _print_answer(ask: Callable[[], Answer], as_json: bool, between: str | None)
     """Print one answer, and before it a line that separates it from the previous one."""
     try:
         answer = ask()
-        lines: Iterable[str] = (
-            [json.dumps(answer.content(), allow_nan=False)] if as_json else answer.lines()
-        )
+        found: Any = answer.content() if as_json else [*answer.lines()]
+    except (OSError, ValueError, Pytree2SafetensorsError) as error:  # ValueError: for URLs
+        return _failed(error)
+    lines = [json.dumps(found, allow_nan=False)] if as_json else found
+    try:
         write(lines if as_json or between is None else (between, *lines))
-        if answer.complaint:
-            complain(answer.complaint)
-    except (OSError, ValueError, Pytree2SafetensorsError) as error:  # as for URLs
-        complain(_os_error(error) if isinstance(error, OSError) else str(error))
-        return DIFFERENT
+    except OSError as error:  # such as a full disk
+        return _failed(error)
+    if answer.complaint:
+        complain(answer.complaint)
     return DIFFERENT if answer.complaint else FINE
+
+
+def _failed(error: Exception) -> int:
+    complain(_os_error(error) if isinstance(error, OSError) else str(error))
+    return DIFFERENT
 
 
 def _os_error(error: OSError) -> str:
