@@ -169,7 +169,9 @@ def file_parts(
     """
     for box in boxes_of(view, region):
         is_whole = box.region == region
-        shown = to_file(view, box, values if is_whole else values[within(box.region, region)])
+        shown = to_file(
+            view, box, values if is_whole else _cut_out(values, within(box.region, region))
+        )
         for source in sources_of(view, box):
             if name in {None, source.name}:
                 yield source, _selected(shown, source.place)
@@ -210,12 +212,14 @@ def region_of_tensor(view: View, name: str) -> Region:
 
 def leaf_of(view: View, tensors: Mapping[str, Any], stack: Any) -> Any:
     """Make the leaf from whole tensors; `stack` is the function of NumPy or JAX."""
-    parts = [_cut_out(tensors[name].reshape(view.fine), view.region) for name in view.names]
+    index = tuple(slice(*bounds) for bounds in view.region)
+    parts = [_cut_out(tensors[name].reshape(view.fine), index) for name in view.names]
     memory = (parts[0] if len(parts) == 1 else stack(parts)).reshape(view.sizes)
     return memory.transpose(view.order).reshape(view.shape)
 
 
-def _cut_out(values: Any, region: Region) -> Any:
-    if isinstance(values, jax.Array):  # indexing fails in host memory
-        return jax.lax.slice(values, *zip(*region, strict=True)) if region else values
-    return values[tuple(slice(*bounds) for bounds in region)]
+def _cut_out(values: Any, index: tuple[slice, ...]) -> Any:
+    """Return the values at an index with a slice for each axis."""
+    if isinstance(values, jax.Array) and index:  # indexing fails in host memory
+        return jax.lax.slice(values, [s.start for s in index], [s.stop for s in index])
+    return values[index]
