@@ -157,26 +157,26 @@ def load_into_pytree(
         report = reporter(progress, "loading", jax.process_index)
         leaves = list(template.leaves)
         wanted: list[tuple[int, Wanted]] = []
-        python: list[tuple[int, str, TemplateLeaf]] = []  # stored as Python scalars and strs
+        python: list[tuple[int, Wanted]] = []  # stored as Python scalars and strs
         with collector_paused():
             for position, name in matches:
                 leaf = template.slots[position]
                 if leaf is None:  # pragma: no cover - only leaves with a slot match
                     continue
-                if isinstance(name, View) or checkpoint.spec_of(name).kind in {"array", "key"}:
-                    wanted.append((position, Wanted(name, placed(leaf))))
-                else:
-                    python.append((position, name, leaf))
-        scalars = read_scalars({name for _, name, _ in python})
+                is_array = isinstance(name, View) or checkpoint.spec_of(name).kind in {
+                    "array",
+                    "key",
+                }
+                (wanted if is_array else python).append((position, Wanted(name, placed(leaf))))
+        scalars = read_scalars({want.name for _, want in python})
         with jax.ensure_compile_time_eval():  # as where arrays are read
-            values = fitted((placed(leaf), scalars[name]) for _, name, leaf in python)
-        for (position, _, _), value in zip(python, values, strict=True):
+            values = fitted((want.leaf, scalars[want.name]) for _, want in python)
+        for (position, _), value in zip(python, values, strict=True):
             leaves[position] = value
         found = read_leaves(checkpoint, [want for _, want in wanted], mmap=mmap, progress=report)
         for (position, _), value in zip(wanted, found, strict=True):
             leaves[position] = value
-        foreign = [Wanted(name, leaf) for _, name, leaf in python if leaf.target == "foreign"]
-        foreign += [want for _, want in wanted if want.leaf.target == "foreign"]
+        foreign = [want for _, want in (*python, *wanted) if want.leaf.target == "foreign"]
         if foreign:
             warn_foreign(checkpoint, foreign)
         loaded: T = jax.tree_util.tree_unflatten(template.treedef, leaves)
