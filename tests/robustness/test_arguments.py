@@ -206,7 +206,7 @@ UNDECORATED: list[tuple[Callable[[], Any], str]] = [
     *(
         (
             lambda key=key: p.keypath2string((key,)),
-            f"cannot spell {shown}: not one of JAX's own key classes, in a key path that begins ''",
+            f"cannot spell {shown}: not one of JAX's own key classes, in the first key of a key path",
         )
         for key, shown in (
             (

@@ -147,12 +147,12 @@ TREES: list[tuple[Any, type[Exception], str]] = [
         "  '@g#0': builtins.bytes, which np.frombuffer(leaf, np.uint8) makes an array\n"
         "  '@g#1': numpy.ndarray of dtype <U1, whose .tolist() can be saved\n"
         'Save with unsupported="skip" to leave them out; load_into_pytree then keeps those of its '
-        "template. (If it is an object of your own class, register the class as a pytree node.)",
+        "template. (To save an object of your own class, register the class as a pytree node.)",
     ),
     (
         Unregistered(),
         UnsupportedLeafError,
-        "the tree is a single leaf, which cannot be stored: test_errors.Unregistered. (If it is an "
+        "the tree is a single leaf, which cannot be stored: test_errors.Unregistered. (To save an "
         "object of your own class, register the class as a pytree node.)",
     ),
     (
@@ -206,8 +206,8 @@ TREES: list[tuple[Any, type[Exception], str]] = [
     (
         {"\ud800": 1},
         KeyPathError,
-        "a dict key with a lone surrogate, '\\ud800', has no UTF-8 spelling, in a key path that "
-        "begins ''",
+        "a dict key with a lone surrogate, '\\ud800', has no UTF-8 spelling, in the first key "
+        "of a key path",
     ),
     (
         [Twins()],
@@ -239,7 +239,7 @@ TREES: list[tuple[Any, type[Exception], str]] = [
         "1 of the tree's leaves cannot be stored:\n"
         "  '@s': builtins.str with the two halves of a surrogate pair, which JSON would join to "
         'one character\nSave with unsupported="skip" to leave them out; load_into_pytree then keeps '
-        "those of its template. (If it is an object of your own class, register the class as a pytree "
+        "those of its template. (To save an object of your own class, register the class as a pytree "
         "node.)",
     ),
     (
@@ -438,7 +438,7 @@ def test_names_that_make_no_tree_are_reported(
 KEYPATHS: list[tuple[Callable[[], Any], str]] = [
     (
         lambda: keypath2string((jax.tree_util.SequenceKey(-1),)),
-        "an index is at least 0 and at most 2147483647, not -1, in a key path that begins ''",
+        "an index is at least 0 and at most 2147483647, not -1, in the first key of a key path",
     ),
     (
         lambda: string2keypath(".a"),

@@ -36,7 +36,7 @@ MISMATCHES: list[tuple[Any, dict[str, Any], tuple[int, int, int], str]] = [
         {},
         (1, 0, 0),
         "  missing (the template has them):\n    '@rate'\n"
-        f"rename= maps names; prefix= takes a subtree; {KEEP}",
+        f"rename= maps names; prefix= selects a subtree; {KEEP}",
     ),
     (
         {"step": 3},
@@ -111,7 +111,7 @@ MISMATCHES: list[tuple[Any, dict[str, Any], tuple[int, int, int], str]] = [
         "    '@step'\n"
         "  mismatched:\n"
         "    '@layer@w': the template has float32[6], but the stored leaf is float32[2,3]\n"
-        "No leaf fits, which is an error even with strict=False: rename= maps names; prefix= takes "
+        "No leaf fits, so strict=False does not help: rename= maps names; prefix= selects "
         "a subtree.",
     ),
     # No leaf fits.
@@ -122,7 +122,7 @@ MISMATCHES: list[tuple[Any, dict[str, Any], tuple[int, int, int], str]] = [
         "  missing (the template has them):\n    '@x'\n"
         "  unexpected (the template does not have them):\n"
         "    '@layer@b'\n    '@layer@w'\n    '@step'\n"
-        "No leaf fits, which is an error even with strict=False: rename= maps names; prefix= takes "
+        "No leaf fits, so strict=False does not help: rename= maps names; prefix= selects "
         "a subtree.",
     ),
     *(

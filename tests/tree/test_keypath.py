@@ -318,13 +318,13 @@ def test_arguments_of_other_types() -> None:
     run = subprocess.run(
         [sys.executable, "-c", WRONG_TYPES], stdout=subprocess.PIPE, check=True, text=True
     )
-    no_key = "not one of JAX's own key classes, in a key path that begins ''"
+    no_key = "not one of JAX's own key classes, in the first key of a key path"
     assert json.loads(run.stdout) == [
         "string2keypath: string must be a spelled key path, which is a str, not NoneType",
         "string2keypath: string must be a spelled key path, which is a str, not bytes",
         "keypath2string: path must be a tuple of keys, not int",
         "cannot spell 'a' of type builtins.str: not one of JAX's own key classes (where the node type "
-        "is registered, give a GetAttrKey instead of this str), in a key path that begins ''",
+        "is registered, give a GetAttrKey instead of this str), in the first key of a key path",
         f"cannot spell None of type builtins.NoneType: {no_key}",
     ]
 

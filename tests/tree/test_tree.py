@@ -151,7 +151,7 @@ def test_conflicts_name_both(names: list[str], message: str) -> None:
 OTHERS: list[tuple[dict[str, Any], str]] = [
     (
         {"@a": 1, "@\\(1)": 2},
-        "JAX cannot sort the keys of the dict at '', of these types: int, str; "
+        "JAX cannot sort the keys of the dict at the root, of these types: int, str; "
         "use keys that compare with each other",
     ),
     (

@@ -74,17 +74,17 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "pytree2safetensors",
         description="Show, compare and verify safetensors files from any program.",
-        epilog="Exit codes: 0 fine, 1 different or damaged, 2 wrong usage.",
+        epilog="Exit codes: 0 success, 1 different, damaged or unreadable, 2 wrong usage.",
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="show | diff | verify")
-    a_file = "a file, a folder of shards or its index"
+    a_file = "a file, a folder of shards or its index: a path or URL"
 
     command = commands.add_parser(
-        "show", help="list what is in files, without reading large arrays"
+        "show", help="list what is in files, without reading large arrays (the default)"
     )
     command.add_argument("files", metavar="FILE", nargs="+", help=a_file)
-    command.add_argument("--prefix", default="", help="show only what is below this key path")
+    command.add_argument("--prefix", default="", help="show only the leaves below this key path")
     command.add_argument("--paths", action="store_true", help="print whole key paths in each row")
     command.add_argument("--all", action="store_true", help="print a row for every leaf")
     command.add_argument(
@@ -97,19 +97,17 @@ def _parser() -> argparse.ArgumentParser:
         "--rules",
         metavar="MODULE:NAME",
         type=named_object,
-        help="rules for names and axes, as for rename=",
+        help="a sequence of rules, as for rename=; needs --template",
     )
     command.set_defaults(questions=partial(_ask_show, command))
 
     command = commands.add_parser("diff", help="list the leaves that differ between two files")
     command.add_argument("first", metavar="A", help=a_file)
-    command.add_argument("second", metavar="B", help="another one")
+    command.add_argument("second", metavar="B", help="what to compare it with")
     command.add_argument("--all", action="store_true", help="print every difference")
     command.set_defaults(questions=_ask_diff)
 
-    command = commands.add_parser(
-        "verify", help="check files for damage, which reads all of their data"
-    )
+    command = commands.add_parser("verify", help="read all data of files, and check it for damage")
     command.add_argument("files", metavar="FILE", nargs="+", help=a_file)
     command.add_argument("--all", action="store_true", help="print every problem")
     command.set_defaults(questions=_ask_verify)

@@ -116,11 +116,11 @@ def _section(title: str, lines: Iterable[str], count: int) -> list[str]:
 def _remedy(options: Options, missing: bool, castable: bool, nothing: bool, is_larger: bool) -> str:
     if not options.strict and not nothing:
         return "strict=False keeps the leaves of the template, but an abstract or deleted leaf has no value to keep."
-    remedies = ["rename= maps names", "prefix= takes a subtree"] if missing else []
+    remedies = ["rename= maps names", "prefix= selects a subtree"] if missing else []
     remedies += ["cast=True converts dtypes"] if castable else []
     if nothing:
         listed = f": {'; '.join(remedies)}" if remedies else ""
-        return f"No leaf fits, which is an error even with strict=False{listed}."
+        return f"No leaf fits, so strict=False does not help{listed}."
     if is_larger:
         remedies.append('unexpected="skip" ignores leaves that the template does not have')
     return "; ".join([*remedies, "strict=False loads what fits"]) + "."

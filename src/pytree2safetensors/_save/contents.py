@@ -127,7 +127,7 @@ def _unfit_message(unfit: list[tuple[str, Any]], valueless: bool) -> str:
     return "\n".join([first, *listed(lines, len(unfit), "  "), remedy])
 
 
-_REGISTER: Final = " (If it is an object of your own class, register the class as a pytree node.)"
+_REGISTER: Final = " (To save an object of your own class, register the class as a pytree node.)"
 _BASES: Final = (str, int, float, complex)
 
 

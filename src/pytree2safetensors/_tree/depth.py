@@ -94,7 +94,8 @@ def too_deep(name: str) -> TreeStructureError:
 def unsortable(name: str, keys: Iterable[Any]) -> TreeStructureError:
     """Make the error for a dict whose keys JAX cannot sort."""
     kinds = ", ".join(sorted({type(key).__name__ for key in keys}))
+    where = f"at {shorten(name)}" if name else "at the root"
     return TreeStructureError(
-        f"JAX cannot sort the keys of the dict at {shorten(name)}, of these types: {kinds}; "
+        f"JAX cannot sort the keys of the dict {where}, of these types: {kinds}; "
         "use keys that compare with each other"
     )

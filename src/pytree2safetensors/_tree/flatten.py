@@ -16,6 +16,7 @@ from pytree2safetensors._tree.containers import PyTreeContainer, UnkeyedContaine
 from pytree2safetensors._tree.depth import DEEP, DepthCheck, too_deep, unsortable
 from pytree2safetensors._tree.spelling import (
     join,
+    located,
     spell_attr,
     spell_flat_index,
     spell_item,
@@ -222,7 +223,7 @@ def _spelled(speller: Callable[[Any], str], key: Any, name: str) -> str:
     try:
         return speller(key)
     except KeyPathError as error:
-        raise KeyPathError(f"{error}, in a key path that begins {shorten(name)}") from None
+        raise located(error, name) from None
 
 
 @checked

@@ -52,9 +52,16 @@ def keypath2string(path: KeyPath) -> str:
         try:
             pieces.append(spell_key(key))
         except KeyPathError as error:
-            so_far = shorten(join("", *pieces))
-            raise KeyPathError(f"{error}, in a key path that begins {so_far}") from None
+            raise located(error, join("", *pieces)) from None
     return join("", *pieces)
+
+
+def located(error: KeyPathError, above: str) -> KeyPathError:
+    """Add to the error of a key which keys are before it."""
+    where = (
+        f"in a key path that begins {shorten(above)}" if above else "in the first key of a key path"
+    )
+    return KeyPathError(f"{error}, {where}")
 
 
 def join(prefix: str, *segments: str) -> str:
