@@ -53,6 +53,16 @@ def test_such_keys_of_a_template_keep_their_values(tmp_path: Path) -> None:
         load_into_pytree({"key": key, "w": 0.0}, tmp_path / "file")
 
 
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg", "unsafe_rbg"])
+def test_keys_are_saved_and_loaded_while_transfers_are_guarded(tmp_path: Path, impl: str) -> None:
+    key = jax.random.key(1, impl=impl)
+    with jax.transfer_guard("disallow"):
+        save_pytree({"key": key}, tmp_path / "file")
+        found = load_into_pytree({"key": key}, tmp_path / "file")
+    assert found["key"].dtype == key.dtype
+    assert (jax.random.key_data(found["key"]) == jax.random.key_data(key)).all()
+
+
 def test_an_unknown_implementation_is_named() -> None:
     with pytest.raises(UnknownHere) as caught:
         key_shape("other", "@k")
