@@ -160,12 +160,15 @@ def _read_compact(text: str) -> tuple[Tensors, dict[str, str]] | None:
         for name, look, start, stop in zip(names, looks, starts, stops, strict=True):
             info = known.get(look)
             if info is None:
-                content = {"dtype": look[0], "shape": read_json(f"[{look[1]}]", "")}
-                info = known[look] = _form(name, content | {"data_offsets": [start, stop]}, "")
+                dtype, shape = look
+                sizes = [*map(int, shape.split(","))] if shape else []
+                if ",".join(map(str, sizes)) != shape:
+                    return None
+                info = known[look] = _info(name, dtype, sizes, start, stop, "")
             elif stop - start != info.nbytes:
                 return None
             infos.append(info)
-    except FileFormatError:  # `_read` has the better message
+    except (FileFormatError, ValueError):  # `_read` has the better message
         return None
     return Tensors(names, infos, starts), metadata
 
@@ -202,11 +205,14 @@ def _form(name: str, content: dict[str, Any], file: str) -> TensorInfo:
         raise FileFormatError(f"{file} has the name {shorten(name)}, which holds a lone surrogate")
     match content:
         case {"dtype": str(dtype), "shape": list(sizes), "data_offsets": [int(start), int(stop)]}:
-            pass
-        case _:
-            raise FileFormatError(
-                f"{file} describes {shorten(name)} without a proper dtype, shape and data_offsets"
-            )
+            return _info(name, dtype, sizes, start, stop, file)
+    raise FileFormatError(
+        f"{file} describes {shorten(name)} without a proper dtype, shape and data_offsets"
+    )
+
+
+def _info(name: str, dtype: str, sizes: list[Any], start: int, stop: int, file: str) -> TensorInfo:
+    """Check what the entry of one tensor says."""
     if dtype not in BITS:
         raise FileFormatError(f"{file} gives {shorten(name)} the unknown dtype {shorten(dtype)}")
     if len(sizes) > MAX_DIMENSIONS:
