@@ -39,6 +39,9 @@ from pytree2safetensors._tree.paths import dotted
 from pytree2safetensors._tree.rule_index import RuleIndex
 from pytree2safetensors.testing import keypaths
 
+# JAX compiles a program for each shape.
+COMPILED = max(20, settings().max_examples // 20)
+
 
 def routed(case: Correspondence, *, complete: bool = True) -> Routes:
     found = [*case.leaves()]
@@ -203,7 +206,7 @@ def save_in_background(*arguments: Any, **options: Any) -> None:
     save_pytree_async(*arguments, **options).result()
 
 
-@settings(max_examples=20)  # JAX compiles a program for each shape
+@settings(max_examples=COMPILED)
 @given(st.data(), correspondences())
 def test_law_9_a_flat_dict_is_the_file(data: Any, case: Correspondence) -> None:
     file = case.file()
@@ -304,7 +307,7 @@ def write(path: Path, file: dict[str, NDArray[Any]], checksum: bool) -> None:
     save_pytree(tree, path, rename=names, checksum=True)
 
 
-@settings(max_examples=20)  # JAX compiles a program for each shape
+@settings(max_examples=COMPILED)
 @given(st.data(), correspondences())
 def test_law_9_holds_for_set_weights(data: Any, case: Correspondence) -> None:
     file = case.file()
