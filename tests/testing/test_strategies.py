@@ -350,6 +350,15 @@ def test_pytrees_keep_to_their_sizes(tree: Any) -> None:
         assert type(node) is int or len(node) >= 1
 
 
+@pytest.mark.parametrize("least", [1, 2, 3, 5])
+def test_nodes_have_at_least_as_many_children_as_asked_for(least: int) -> None:
+    found = generated(pytrees(st.just(0), min_size=least, max_depth=1), 300)
+    nodes = [tree for tree in found if type(tree) is not int]
+    assert min(len(jax.tree_util.tree_leaves(node)) for node in nodes) >= least
+    too_small = {type(None), Nothing} | ({Pair, Record} if least > 2 else set())
+    assert {type(node) for node in nodes} == set(NODES) - too_small
+
+
 def test_pytrees_of_unknown_nodes() -> None:
     with pytest.raises(ValueError, match="nodes are some of NODES, and these are not"):
         pytrees(nodes=[set])

@@ -34,16 +34,17 @@ def pytrees(
         leaves: A strategy for the leaves.
         nodes: The types of the nodes, which must be in `NODES`. The types in `SELF_DESCRIBING` load
             without a template.
-        min_size: The smallest number of children of a node. If it is at least 1, there are no
-            `None`s.
+        min_size: The smallest number of children of a node. Nodes that always have fewer, such as
+            `None`, are left out.
         max_depth: The largest number of nested nodes. It is small by default, so that failures are
             readable.
     """
     unknown = set(nodes) - set(NODES)
     if unknown:
         raise ValueError(f"nodes are some of NODES, and these are not: {unknown}")
-    unfit = _CHILDLESS if min_size else ()
-    kinds = tuple(kind for kind in NODES if kind in nodes and kind not in unfit)
+    kinds = tuple(
+        kind for kind in NODES if kind in nodes and _SIZES.get(kind, min_size) >= min_size
+    )
     return _trees(leaves, kinds, min_size, max_depth)
 
 
@@ -66,9 +67,13 @@ def _choices(
     return [leaves] * (len(nodes) // 3 + 1) + nodes
 
 
-_CHILDLESS: Final = (type(None), Nothing)
+_SIZES: Final[Mapping[type, int]] = {type(None): 0, Nothing: 0, Pair: 2, Record: 2}
 _Children = SearchStrategy[Any]
-_MOST = 4  # children of one node, enough for a tree of few leaves
+
+
+def _most(least: int) -> int:
+    """Return the largest number of children of a node, small so that a tree has few leaves."""
+    return max(4, least)
 
 
 def _dicts(children: _Children, least: int) -> SearchStrategy[dict[Any, Any]]:
@@ -80,16 +85,17 @@ def _dicts(children: _Children, least: int) -> SearchStrategy[dict[Any, Any]]:
         st.binary(max_size=8),
         st.tuples(st.integers(), texts()),
     )
-    alone = st.dictionaries(literals(), children, min_size=least, max_size=1)
-    return st.one_of(
-        *(st.dictionaries(kind, children, min_size=least, max_size=_MOST) for kind in sortable),
-        alone,
-    )
+    dicts = [
+        st.dictionaries(kind, children, min_size=least, max_size=_most(least)) for kind in sortable
+    ]
+    if least < 2:
+        dicts.append(st.dictionaries(literals(), children, min_size=least, max_size=1))
+    return st.one_of(dicts)
 
 
 def _ordered_dicts(children: _Children, least: int) -> SearchStrategy[Any]:
     # JAX does not sort these, so they may have keys of any kinds.
-    pairs = st.dictionaries(texts() | literals(), children, min_size=least, max_size=_MOST)
+    pairs = st.dictionaries(texts() | literals(), children, min_size=least, max_size=_most(least))
     return pairs.map(OrderedDict).filter(_flattens)
 
 
@@ -113,17 +119,18 @@ def _makes_none_keys() -> bool:
 
 
 def _lists(children: _Children, least: int) -> SearchStrategy[list[Any]]:
-    return st.lists(children, min_size=least, max_size=_MOST)
+    return st.lists(children, min_size=least, max_size=_most(least))
 
 
 def _containers(children: _Children, least: int) -> SearchStrategy[Any]:
-    attrs = st.dictionaries(texts(), children, min_size=least, max_size=_MOST)
+    attrs = st.dictionaries(texts(), children, min_size=least, max_size=_most(least))
     return st.builds(PyTreeContainer, attrs)
 
 
 def _keyed(children: _Children, least: int) -> SearchStrategy[Any]:
     return st.builds(
-        Keyed, st.dictionaries(keys().map(spell_key), children, min_size=least, max_size=_MOST)
+        Keyed,
+        st.dictionaries(keys().map(spell_key), children, min_size=least, max_size=_most(least)),
     )
 
 
