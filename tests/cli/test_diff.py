@@ -261,7 +261,7 @@ def test_diff_json(run: Run) -> None:
             {
                 "name": "@s",
                 "differs": ["missing"],
-                "before": {"name": "@s", "kind": "float", "bytes": 8},
+                "before": {"name": "@s", "kind": "float", "bytes": 8, "value": "inf"},
                 "after": None,
                 "values": None,
             },
@@ -269,7 +269,7 @@ def test_diff_json(run: Run) -> None:
                 "name": "@t",
                 "differs": ["added"],
                 "before": None,
-                "after": {"name": "@t", "kind": "int", "bytes": 8},
+                "after": {"name": "@t", "kind": "int", "bytes": 8, "value": "1"},
                 "values": None,
             },
             {

@@ -1,6 +1,6 @@
 """Every code block of the README and of the documentation runs, and its output is correct.
 
-`UPDATE_SCREENS=1 pytest tests/test_docs.py` writes what commands print into the pages.
+`UPDATE_SCREENS=1 pytest tests/project/test_docs.py` writes what commands print into the pages.
 """
 
 import ast

@@ -150,6 +150,7 @@ def _changes(before: Mapping[str, str], after: Mapping[str, str]) -> list[Change
 def _compare(
     name: str, before: Leaf | None, after: Leaf | None, old: OpenCheckpoint, new: OpenCheckpoint
 ) -> Difference | None:
+    before, after = before and with_value(before, old), after and with_value(after, new)
     if before is None or after is None:
         return Difference(name, ["added" if before is None else "missing"], before, after)
     aspects: list[Aspect] = []
@@ -161,7 +162,6 @@ def _compare(
         aspects.append("shape")
     if aspects:
         return Difference(name, aspects, before, after)
-    before, after = with_value(before, old), with_value(after, new)
     if before.kind in {"array", "key"}:
         values = _compare_values(name, old, new)
         return Difference(name, ["values"], before, after, values) if values.differing else None

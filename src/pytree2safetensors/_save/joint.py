@@ -1,8 +1,7 @@
 """The work of one process in a save of several: each writes its share, and process 0 commits.
 
 The steps are prepare, agree, write, written, hash, vote, commit and outcome. Written and hash are
-only for checksums. A checksum describes the bytes that reached the file system, because each process
-reads back blocks that another process wrote.
+only for checksums. A checksum describes the bytes in the file system, because they are read back.
 
 Specification: *Saving*, *Sharded folders*, *Digests*.
 """
