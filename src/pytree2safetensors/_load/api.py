@@ -36,7 +36,7 @@ def load_pytree(
     """Load the tree in a safetensors file, without a template.
 
     Args:
-        path: A file, a binary file object, a folder of shards or its index.
+        path: The path or URL of a file, a folder of shards or its index; or a binary file object.
         prefix: A spelled key path. Load only the subtree there. With `separator`, the beginning of
             names, up to a separator.
         separator: The text that joins keys in names from another program, such as "." in PyTorch.
@@ -87,7 +87,7 @@ def load_abstract(
     """Load a tree with a `jax.ShapeDtypeStruct` in place of each array. The arrays are not read.
 
     Args:
-        path: A file, a binary file object, a folder of shards or its index.
+        path: The path or URL of a file, a folder of shards or its index; or a binary file object.
         flat: Return a flat dict from the names in the file, below `prefix`, to their leaves. The names
             do not have to form a tree. A warning names leaves that the installed libraries do not know, such as
             tensors of the packed dtype F4; the dict does not have them.
@@ -181,7 +181,7 @@ def load_metadata(path: PathLike | Readable) -> dict[str, str]:
     """Load the metadata that was passed to `save_pytree`.
 
     Args:
-        path: A file, a binary file object, a folder of shards or its index.
+        path: The path or URL of a file, a folder of shards or its index; or a binary file object.
 
     Returns:
         The metadata, without the entries that this package writes itself, such as a `format` of

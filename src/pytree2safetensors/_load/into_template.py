@@ -114,7 +114,7 @@ def load_into_pytree(
     Args:
         module: The template. Its leaves are arrays, `jax.ShapeDtypeStruct`s, NumPy arrays, Python
             scalars, strs and PRNG keys. If a leaf has a sharding, the loaded array has it, too.
-        path: A file, a binary file object, a folder of shards or its index.
+        path: The path or URL of a file, a folder of shards or its index; or a binary file object.
         verbose: Print on stderr what did not fit with `strict=False`.
         strict: Raise if any leaf is missing, unexpected or mismatched. If False, keep the leaves of
             the template that do not fit; raise only if no leaf fits. The logger

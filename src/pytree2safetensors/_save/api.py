@@ -47,8 +47,9 @@ def save_pytree(
 
     Args:
         tree: Any pytree of arrays, Python scalars, strs and PRNG keys.
-        path: The file to write, or a binary file object. An existing file is replaced atomically.
-            With `max_shard_size`, a folder, or a file in it whose stem the shards get.
+        path: The path or URL of the file to write, or a binary file object. An existing file is
+            replaced atomically. With `max_shard_size`, a folder, or a file in it whose stem the
+            shards get.
         metadata: Strings to store beside the tensors, for `load_metadata`.
         unsupported: "raise", or "skip" to leave out leaves that a file cannot hold. Traced,
             abstract, deleted, donated and unreduced arrays and references always raise.
