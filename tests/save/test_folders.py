@@ -187,6 +187,18 @@ def test_relative_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert is_same(tree_of(2), load_pytree("sub"))
 
 
+@pytest.mark.skipif(os.sep == "\\", reason="a backslash separates folders there")
+@pytest.mark.parametrize("limit", [100, 10**6])
+def test_a_stem_that_no_index_can_name_is_refused(tmp_path: Path, limit: int) -> None:
+    message = (
+        r"shards cannot have the stem 'a\\b', because an index names files in a way that every system "
+        "understands; choose a name without a backslash"
+    )
+    with pytest.raises(FileFormatError, match=f"^{re.escape(message)}$"):
+        save_pytree(tree_of(1), tmp_path / "run" / r"a\b.safetensors", max_shard_size=limit)
+    assert names_in(tmp_path) == []
+
+
 def test_stems_of_any_characters(tmp_path: Path) -> None:
     for stem in ["a b", "ü", "model-00001-of-00002", "a:b", "a\nb", ""]:
         save_pytree(tree_of(1), tmp_path / f"{stem}.safetensors", max_shard_size=100)

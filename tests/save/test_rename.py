@@ -1,5 +1,6 @@
 """Saving under other names: ties, errors and their messages. The law is in test_rules."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from pytree2safetensors import (
     WeightsMismatchError,
     load_file,
     load_metadata,
+    load_pytree,
     pytree2dict,
     save_pytree,
     save_pytree_async,
@@ -79,6 +81,27 @@ def test_a_function_that_gives_no_name_is_refused(path: Path) -> None:
         TypeError, match="rename= gives '@w' a name of type int, but a name must be a str"
     ):
         save_pytree({"w": 1.0}, path, rename=lambda _: 3)  # type: ignore[arg-type] # what is tested
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("__metadata__", "a name that the header uses for the metadata"),
+        ("a\ud800", "a name that holds a lone surrogate and has no UTF-8 form"),
+    ],
+)
+@pytest.mark.parametrize("kind", [Rule, dict])
+@pytest.mark.parametrize("options", [{}, {"max_shard_size": 4}])
+def test_names_that_no_header_can_hold_are_refused(
+    name: str, reason: str, kind: Any, options: Any, path: Path
+) -> None:
+    save_pytree({"old": 1}, path)
+    rename: Any = [Rule("b", "b"), Rule(name, "a")] if kind is Rule else {"@a": name}
+    message = f"'@a' would be stored as {name!r}, {reason}; give it another name"
+    with pytest.raises(FileFormatError, match=f"^{re.escape(message)}$"):
+        save_pytree({"a": KERNEL, "b": KERNEL}, path, rename=rename, **options)
+    assert load_pytree(path) == {"old": 1}
+    assert [*path.parent.iterdir()] == [path]
 
 
 def test_leaves_without_a_name_are_not_saved(path: Path) -> None:

@@ -102,6 +102,15 @@ def index_name(stem: str) -> str:
     return f"{stem}{SUFFIX}.index.json"
 
 
+def check_stem(stem: str) -> None:
+    """Raise an error if an index cannot name shards with this stem."""
+    if not _is_plain(stem + SUFFIX):
+        raise FileFormatError(
+            f"shards cannot have the stem {shorten(stem)}, because an index names files in a way that "
+            "every system understands; choose a name without a backslash"
+        )
+
+
 def stem_of(name: str) -> str | None:
     """Return the stem of a shard's name; None if it is not the name of a shard."""
     match = SHARD_NAME.fullmatch(name)

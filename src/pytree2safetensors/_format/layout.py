@@ -108,6 +108,20 @@ def _padded(header: str, size: int, limit: int) -> bytes:
     return length.to_bytes(LENGTH_BYTES, "little") + header.ljust(length).encode("ascii")
 
 
+def check_name(name: str, path: str) -> None:
+    """Raise an error if the header cannot hold the name under which the leaf at `path` is stored."""
+    if name == METADATA:
+        reason = "the header uses for the metadata"
+    elif SURROGATE.search(name):
+        reason = "holds a lone surrogate and has no UTF-8 form"
+    else:
+        return
+    raise FileFormatError(
+        f"{shorten(path)} would be stored as {shorten(name)}, a name that {reason}; "
+        "give it another name"
+    )
+
+
 def check_metadata(metadata: Mapping[str, str]) -> None:
     """Raise an error if the format cannot hold a caller's metadata."""
     for key, value in metadata.items():

@@ -68,8 +68,8 @@ def save_pytree(
         KeyPathError: A key cannot be spelled, or two leaves have the same spelling.
         TreeStructureError: JAX cannot flatten the tree.
         FileFormatError: The format does not allow these metadata or a header of this size,
-            `rename` gives the same name to leaves that differ, or several processes do not save the
-            same tree.
+            `rename` gives the same name to leaves that differ or a name that no file can hold, the
+            name of the shards has a backslash, or several processes do not save the same tree.
         ValueError: `max_shard_size` is not a size, or is given with a file object.
         OSError: The file cannot be written. The old file is unchanged.
 

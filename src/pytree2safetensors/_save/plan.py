@@ -15,6 +15,7 @@ from pytree2safetensors._format.digests import add_digests, blank_digests
 from pytree2safetensors._format.index import (
     SUFFIX,
     TOTAL_SIZE,
+    check_stem,
     index_name,
     into_shards,
     write_index,
@@ -91,6 +92,7 @@ def plan_file(contents: Contents, *, checksum: bool, name: str = "") -> SavePlan
 def plan_folder(contents: Contents, stem: str, limit: int, *, checksum: bool) -> SavePlan:
     """Plan shards of at most `limit` bytes of tensors and their index, or one file if that is enough."""
     infos, _, metadata = contents
+    check_stem(stem)
     if TOTAL_SIZE in metadata:
         raise FileFormatError(
             f"the metadata may not set {TOTAL_SIZE!r}, which the index of shards sets itself; "

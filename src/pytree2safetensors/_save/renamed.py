@@ -15,6 +15,7 @@ from pytree2safetensors._errors import (
     listed,
     shorten,
 )
+from pytree2safetensors._format.layout import check_name
 from pytree2safetensors._format.tensor import NOTED_DTYPES, SCALARS, TensorInfo
 from pytree2safetensors._leaves.assembled import Assembled, Copy, Placed, assemble
 from pytree2safetensors._leaves.extents import Shape
@@ -110,12 +111,14 @@ def tensors_of(placed: Sequence[Placed]) -> tuple[dict[str, TensorInfo], dict[st
 
     Raises:
         UnsupportedLeafError: A leaf needs a note.
-        FileFormatError: Two leaves that differ are stored as one tensor.
+        FileFormatError: Two leaves that differ are stored as one tensor, or a tensor has a name that
+            no header can hold.
     """
     _check_kinds(placed)
     found = assemble(placed)
     made: dict[str, Any] = {}
     for name, copies in found.items():
+        check_name(name, copies[0].path)
         for other in copies[1:]:
             _check_equal(copies[0], other)
         view, leaf = copies[0].tensor.members[0]
