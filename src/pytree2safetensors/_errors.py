@@ -90,6 +90,11 @@ def shorten(text: str, limit: int = 200) -> str:
     return f"{text[:half]!r}...{text[-half:]!r} ({len(text):,} characters)"
 
 
+def node_at(name: str) -> str:
+    """Write where a node is; the empty key path is that of the root."""
+    return shorten(name) if name else "the root"
+
+
 def joined(texts: Sequence[str], limit: int = _LISTED) -> str:
     """Join the first texts with commas, and say how many more there are."""
     more = f" and {len(texts) - limit:,} more" if len(texts) > limit else ""

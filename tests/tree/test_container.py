@@ -132,6 +132,12 @@ def test_vars_make_a_node_of_another_type(container: PyTreeContainer) -> None:
     assert layer.bias is container.bias
 
 
+def test_a_container_is_no_mapping() -> None:
+    for name in ("keys", "w"):
+        with pytest.raises((TypeError, ValueError)):
+            dict(PyTreeContainer({name: 1}))
+
+
 def test_a_name_is_a_str() -> None:
     container = PyTreeContainer()
     with pytest.raises(

@@ -123,9 +123,9 @@ EQUAL = "have dict keys that are equal in Python"
 CONFLICTS: list[tuple[list[str], str]] = [
     (["a.b", "a@c"], f"'a@c' and 'a.b' {BOTH.format(repr('a'))}"),
     (["a@c", "a.b"], f"'a.b' and 'a@c' {BOTH.format(repr('a'))}"),
-    (["a", "@a"], f"'@a' and 'a' {BOTH.format(repr(''))}"),
-    (["a", "#0"], f"'#0' and 'a' {BOTH.format(repr(''))}"),
-    (["#0", "#\\(0)"], f"'#\\\\(0)' and '#0' {BOTH.format(repr(''))}"),
+    (["a", "@a"], f"'@a' and 'a' {BOTH.format('the root')}"),
+    (["a", "#0"], f"'#0' and 'a' {BOTH.format('the root')}"),
+    (["#0", "#\\(0)"], f"'#\\\\(0)' and '#0' {BOTH.format('the root')}"),
     (["#0#0", "#0@a"], f"'#0@a' and '#0#0' {BOTH.format(repr('#0'))}"),
     (["@a.b.c", "@a.b#0@c"], f"'@a.b#0@c' and '@a.b.c' {BOTH.format(repr('@a.b'))}"),
     (["a", "a.b"], f"'a' and 'a.b' {PLACE}"),
@@ -159,11 +159,11 @@ OTHERS: list[tuple[dict[str, Any], str]] = [
         "JAX cannot sort the keys of the dict at 'x', of these types: NoneType, str; "
         "use keys that compare with each other",
     ),
-    ({"#\\(1)": 1}, "the node without keys at '' lacks 1 of its 2 children"),
+    ({"#\\(1)": 1}, "the node without keys at the root lacks 1 of its 2 children"),
     ({"a#\\(0)": 1, "a#\\(5)": 1}, "the node without keys at 'a' lacks 4 of its 6 children"),
     (
         {"#\\(2147483647)": 1},
-        "the node without keys at '' lacks 2147483647 of its 2147483648 children",
+        "the node without keys at the root lacks 2147483647 of its 2147483648 children",
     ),
 ]
 

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import jax
 
-from pytree2safetensors._errors import TreeStructureError, shorten
+from pytree2safetensors._errors import TreeStructureError, node_at
 from pytree2safetensors._tree.containers import PyTreeContainer, UnkeyedContainer
 
 DEEP: Final = 200  # levels that JAX can flatten for certain
@@ -86,7 +86,7 @@ def _most_lists() -> int:
 def too_deep(name: str) -> TreeStructureError:
     """Make the error for a tree that is cyclic or too deep."""
     return TreeStructureError(
-        f"the tree below {shorten(name)} is cyclic, or nested deeper than JAX can flatten; "
+        f"the tree below {node_at(name)} is cyclic, or nested deeper than JAX can flatten; "
         "flatten it into fewer levels"
     )
 
@@ -94,8 +94,7 @@ def too_deep(name: str) -> TreeStructureError:
 def unsortable(name: str, keys: Iterable[Any]) -> TreeStructureError:
     """Make the error for a dict whose keys JAX cannot sort."""
     kinds = ", ".join(sorted({type(key).__name__ for key in keys}))
-    where = f"at {shorten(name)}" if name else "at the root"
     return TreeStructureError(
-        f"JAX cannot sort the keys of the dict {where}, of these types: {kinds}; "
+        f"JAX cannot sort the keys of the dict at {node_at(name)}, of these types: {kinds}; "
         "use keys that compare with each other"
     )

@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from pytree2safetensors._errors import KeyPathError, TreeStructureError, shorten
+from pytree2safetensors._errors import KeyPathError, TreeStructureError, node_at, shorten
 from pytree2safetensors._tree.containers import PyTreeContainer, UnkeyedContainer, container_of
 from pytree2safetensors._tree.depth import DEEP, TOO_DEEP, DepthCheck, too_deep, unsortable
 from pytree2safetensors._tree.keypath import read_segment, split, string2keypath
@@ -167,7 +167,7 @@ class _Trie:
         other = next(iter(node.entries))
         return TreeStructureError(
             f"{shorten(name)} and {shorten(self.at(node, other))} make the node at "
-            f"{shorten(self.name_of(node))} two kinds of node at once"
+            f"{node_at(self.name_of(node))} two kinds of node at once"
         )
 
     def taken(self, parent: _Node, key: Any, name: str) -> TreeStructureError:
@@ -238,14 +238,14 @@ class _Trie:
         if node.marker == UNKEYED:
             if missing:
                 raise TreeStructureError(
-                    f"the node without keys at {shorten(self.name_of(node))} lacks {missing} of "
+                    f"the node without keys at {node_at(self.name_of(node))} lacks {missing} of "
                     f"its {length} children"
                 )
             return UnkeyedContainer([entries[index] for index in range(length)])
         self.gaps += missing
         if self.gaps > MAX_GAPS:
             raise TreeStructureError(
-                f"the list at {shorten(self.name_of(node))} would have {length} elements, and "
+                f"the list at {node_at(self.name_of(node))} would have {length} elements, and "
                 f"the tree more than {MAX_GAPS} gaps"
             )
         children = [entries.get(index) for index in range(length)]
