@@ -14,6 +14,7 @@ from pytree2safetensors import (
     FileFormatError,
     Rule,
     WeightsMismatchError,
+    explain,
     load_into_pytree,
     save_pytree,
     set_weights,
@@ -45,6 +46,31 @@ def refusal(
     with pytest.raises(WeightsMismatchError) as caught:
         set_weights(template, file, rename=rules, **options)
     return caught.value
+
+
+NO_LAYERS = np.zeros((0, 3, 2), np.float32)
+
+
+@pytest.mark.parametrize(
+    "leaf", [NO_LAYERS, jax.numpy.asarray(NO_LAYERS), STRUCT((0, 3, 2), np.float32)]
+)
+@pytest.mark.parametrize("cast", [False, True])
+def test_a_stack_may_have_no_tensors(path: Path, leaf: Any, cast: bool) -> None:
+    rules = [Rule("h.{l}.w", "w", "o i -> l i o"), Rule("b", "b")]
+    file = {"b": numbers(2)}
+    tree = {"w": NO_LAYERS, "b": file["b"]}
+    template = {"w": leaf, "b": file["b"]}
+    save_pytree(tree, path, rename=rules)
+    assert safetensors.numpy.load_file(path).keys() == {"b"}
+    for found in (
+        load_into_pytree(template, path, rename=rules, cast=cast),
+        set_weights(template, file, rename=rules, cast=cast),
+    ):
+        assert isinstance(found["w"], np.ndarray if leaf is NO_LAYERS else jax.Array)
+        assert_same({**found, "w": np.asarray(found["w"])}, tree)
+    lines = explain(template, path, rename=rules).splitlines()
+    assert lines[0] == f"'{path}': 2 of 2 leaves fit"
+    assert "  fits  '@w' = 'w'  float32[0,3,2]  no tensors  'o i -> l i o'" in lines
 
 
 # --- what does not fit ------------------------------------------------------------------------
@@ -82,8 +108,8 @@ def test_all_that_does_not_fit_is_listed() -> None:
         "    'h.1.qq.weight'",
         "    'rest'",
         "  mismatched:",
-        "    '@layers#0@o': the template has float32[6,16], but the stored leaf is float32[16,6]; "
-        f"this is the transpose, so give {rules[1]!r} the pattern 'o i -> i o'",
+        "    '@layers#0@o': the template has float32[6,16], but the stored leaf 'h.0.o.weight' is "
+        f"float32[16,6]; this is the transpose, so give {rules[1]!r} the pattern 'o i -> i o'",
         f"    '@layers#0@q': the template has float32[6,2,8]; by {rules[0]!r} the tensor 'h.0.q.weight' "
         "would be [16,6], but it is float32[16,5]",
         "  rules that match no path of the template:",
@@ -137,7 +163,8 @@ STACK = Rule("w.{l}", "w", "o i -> l i o")
         ),
         (
             {"w.0": zeros(4, 3).astype(np.float64), "w.1": zeros(4, 3).astype(np.float64)},
-            "'@w': the template has float32[2,3,4], but the stored leaf is float64[2,3,4]",
+            "'@w': the template has float32[2,3,4], but the stored leaf from 'w.0', 'w.1' is "
+            "float64[2,3,4]",
         ),
     ],
 )

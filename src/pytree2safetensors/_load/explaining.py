@@ -116,6 +116,8 @@ def _tensors(route: Route, available: Mapping[str, LeafSpec | None]) -> str:
     if route is None or isinstance(route, Lost):  # pragma: no cover - what fits has tensors
         return ""
     names = route.names if isinstance(route, View) else (route,)
+    if not names:
+        return "no tensors"
     stored = available[names[0]]
     shown = "" if stored is None else show(stored)
     if len(names) == 1:

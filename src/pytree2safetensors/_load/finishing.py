@@ -17,7 +17,6 @@ from pytree2safetensors._collector import collector_paused
 from pytree2safetensors._errors import errors_of
 from pytree2safetensors._leaves.decode import cast_array, from_bytes, python_value, rows_of
 from pytree2safetensors._leaves.extents import shape_of
-from pytree2safetensors._leaves.spec import numpy_dtype
 from pytree2safetensors._leaves.staging import aligned
 from pytree2safetensors._leaves.to_jax import many_to_jax, to_jax, weaken, wrap_key
 from pytree2safetensors._load.assembling import Assembler, rearranged
@@ -120,9 +119,7 @@ class Finisher:
         for position, (source, leaf) in enumerate(self.wanted):
             if isinstance(source, str) or 0 not in source.shape:
                 continue
-            info = self.checkpoint.infos[source.names[0]]
-            values = np.zeros(source.shape, numpy_dtype(info, source.names[0]))
-            host = cast_array(values, leaf.leaf.dtype)
+            host = np.zeros(source.shape, leaf.leaf.dtype)
             jaxed = leaf.target == "jax"
             self.leaves[position] = to_jax([host], [leaf.sharding])[0] if jaxed else host
 

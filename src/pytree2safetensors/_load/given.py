@@ -50,6 +50,8 @@ def seen_through(view: View, dictionary: Mapping[str, Any]) -> Any:
 
 
 def _made_of(view: View, arrays: Iterable[Any], stack: Any) -> Any:
+    if not view.names:
+        return np.zeros(view.shape, np.bool_)  # a stack of no tensors, of any dtype
     return leaf_of(view, dict(zip(view.names, arrays, strict=True)), stack)
 
 

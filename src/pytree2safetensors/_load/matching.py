@@ -8,7 +8,7 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from pytree2safetensors._errors import shorten
+from pytree2safetensors._errors import joined, shorten
 from pytree2safetensors._leaves.describe import holds_array
 from pytree2safetensors._leaves.families import Lost
 from pytree2safetensors._leaves.renaming import Rename, renamed
@@ -63,11 +63,12 @@ class Comparison:
         hint: str = "",
     ) -> bool:
         """Return whether a stored leaf fits a template leaf; `value` is that of a Python scalar."""
-        reason = _unfit(slot, stored, value, self.cast)
-        if reason is None:
+        if _unfit(slot, stored, value, self.cast) is None:
             self.found.append((position, source))
             return True
-        self.refuse(position, reason + hint, slot)
+        origin = _origin(source, self.paths[position])
+        reason = _unfit(slot, stored, value, self.cast, origin)
+        self.refuse(position, f"{reason}{hint}", slot)
         self.castable |= _unfit(slot, stored, value, True) is None
         return False
 
@@ -93,7 +94,7 @@ class Comparison:
             self.miss(position, name, slot)
         if missing:
             return
-        dtype: np.dtype[Any] | None = None
+        dtype = None if view.names else slot.leaf.dtype  # a stack of no tensors
         for name in view.names:
             stored = self.available[name]
             if isinstance(stored, LeafSpec) and _has_axes(stored) and stored.shape == view.stored:
@@ -167,7 +168,8 @@ def compare(
         outcome.used.add(route)
         stored = available[route]
         if isinstance(stored, str):
-            reason = f"the template has {show(slot.leaf)}, but the stored leaf {stored}"
+            origin = _origin(route, paths[position])
+            reason = f"the template has {show(slot.leaf)}, but the stored leaf{origin} {stored}"
             outcome.refuse(position, reason, slot)
         elif (id(slot), id(stored)) in fitting:
             outcome.found.append((position, route))
@@ -244,12 +246,21 @@ def _not_an_array(value: Any) -> str:
     return "the given value is not an array, or is an array without values"
 
 
-def _unfit(slot: TemplateLeaf, stored: LeafSpec | None, value: Any, cast: bool) -> str | None:
+def _origin(source: str | View, path: str) -> str:
+    """Say where the file has a leaf, if that is not its path."""
+    if isinstance(source, str):
+        return "" if source == path else f" {shorten(source)}"
+    return f" from {joined([*map(shorten, source.names)])}" if source.names else ""
+
+
+def _unfit(
+    slot: TemplateLeaf, stored: LeafSpec | None, value: Any, cast: bool, origin: str = ""
+) -> str | None:
     if stored is None:
         return _not_an_array(value)
     if isinstance(stored, TracedSpec) and slot.target != "jax":
         return "the given value is traced, so it can only replace a JAX array"
-    reason = misfit(slot, stored, value, cast=cast)
+    reason = misfit(slot, stored, value, cast=cast, origin=origin)
     if reason is None and slot.sharding is not None and slot.target == "jax":
         reason = misplaced(slot.sharding, slot.leaf.shape)
     return reason

@@ -152,6 +152,8 @@ def _requests(
             for region, use in _uses(leaf, info.shape, info.nbytes, position):
                 yield source, info, region, [use], None, keeps
             continue
+        if 0 in source.shape:
+            continue  # it may be a stack of no tensors
         info = checkpoint.infos[source.names[0]]
         nbytes = math.prod(source.shape) * BITS[info.dtype] // 8
         regions: dict[Region, list[Use]] = {}

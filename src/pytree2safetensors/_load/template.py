@@ -142,10 +142,12 @@ def _slot(look: _Look) -> TemplateLeaf | None:
     return TemplateLeaf(spec, target, sharding, abstract, layout)
 
 
-def misfit(slot: TemplateLeaf, stored: LeafSpec, value: Any, *, cast: bool) -> str | None:
+def misfit(
+    slot: TemplateLeaf, stored: LeafSpec, value: Any, *, cast: bool, origin: str = ""
+) -> str | None:
     """Return why a stored leaf does not fit a template leaf; None if it does.
 
-    `value` is the value of a stored Python scalar.
+    `value` is the value of a stored Python scalar, and `origin` says which leaf this is.
     """
     wanted = slot.leaf
     fits = False
@@ -160,7 +162,9 @@ def misfit(slot: TemplateLeaf, stored: LeafSpec, value: Any, *, cast: bool) -> s
         return None
     of = f" ({short_form(value)})" if value is not None else ""
     why = _explanation(wanted, stored, value, cast)
-    return f"the template has {show(wanted)}, but the stored leaf is {show(stored)}{of}{why}"
+    return (
+        f"the template has {show(wanted)}, but the stored leaf{origin} is {show(stored)}{of}{why}"
+    )
 
 
 def _explanation(wanted: LeafSpec, stored: LeafSpec, value: Any, cast: bool) -> str:
