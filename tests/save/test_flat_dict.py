@@ -155,3 +155,29 @@ def test_arrays_that_are_spread_and_copied(spec: Any, kind: str | None) -> None:
         for name, array in back.items():
             assert array.sharding == tree[name].sharding
             assert_same_values(np.asarray(array), values)
+
+
+def placed(values: Any, order: list[int], spec: Any) -> jax.Array:
+    mesh = Mesh(np.array(jax.devices())[order].reshape(4, 2), ("x", "y"))
+    array: jax.Array = jax.device_put(values, NamedSharding(mesh, spec))
+    return array
+
+
+FORWARDS, BACKWARDS = [*range(8)], [*range(7, -1, -1)]
+
+
+@pytest.mark.parametrize("orders", [(FORWARDS, BACKWARDS), (FORWARDS, FORWARDS)])
+def test_arrays_that_jax_cannot_join_are_joined_on_the_host(orders: Any) -> None:
+    rule = Rule("w", "{p:a,b}", "(c a) p d -> (c a) () d", c=2)  # the rows of x are not whole in c
+    values = np.arange(32, dtype=np.float32).reshape(8, 1, 4)
+    parts = values, values + 32
+    tree = {
+        name: placed(part, order, P("x", None, "y"))
+        for name, part, order in zip("ab", parts, orders, strict=True)
+    }
+    found = pytree2dict(tree, rename=[rule])
+    check((rule, tree, {"w": np.concatenate(parts, 1)}), found)
+    back = set_weights(tree, found, rename=[rule])
+    for name, part in zip("ab", parts, strict=True):
+        assert back[name].sharding == tree[name].sharding
+        assert_same_values(np.asarray(back[name]), part)

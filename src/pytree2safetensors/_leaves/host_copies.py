@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pytree2safetensors._leaves.as_bits import moved_as_bits
 from pytree2safetensors._leaves.encode import host_array
 from pytree2safetensors._leaves.jax_versions import pinned_sharding
 from pytree2safetensors._leaves.keys import is_key_dtype
@@ -131,7 +132,7 @@ def _moves(leaves: Sequence[Any]) -> list[_Move]:
 
 @jax.jit
 def _stack(arrays: list[Any]) -> Any:
-    return jnp.stack(arrays)
+    return moved_as_bits(jnp.stack, arrays)
 
 
 def snapshot(leaves: Sequence[Any]) -> list[Any]:

@@ -7,8 +7,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
+from pytree2safetensors._leaves.as_bits import moved_as_bits
+from pytree2safetensors._leaves.encode import host_array
 from pytree2safetensors._leaves.to_jax import own_programs
 
 _EXPLICIT: Final = getattr(getattr(jax.sharding, "AxisType", None), "Explicit", None)  # newer JAX
@@ -30,9 +33,21 @@ def computed(make: Callable[[list[Any]], Any], leaves: Sequence[Any]) -> Any:
                 free = Mesh(mesh.devices, mesh.axis_names)
                 explicit[free] = mesh
                 found.append(_moved(leaf, free))
-        made = make(found)
+        made = _made(make, found)
         used: Any = getattr(made.sharding, "mesh", None) if explicit else None
         return _moved(made, explicit[used]) if used in explicit else made
+
+
+def _made(make: Callable[[list[Any]], Any], leaves: list[Any]) -> Any:
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        return make(leaves)
+    arrays = [*map(jnp.asarray, leaves)]
+    try:
+        return moved_as_bits(make, arrays)
+    except ValueError:  # JAX finds no sharding for the result, or no common order of the devices
+        if not all(array.is_fully_addressable for array in arrays):
+            raise
+        return moved_as_bits(make, [jnp.asarray(host_array(array)) for array in arrays])
 
 
 def _explicit_mesh(leaf: Any) -> Mesh | None:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from pytree2safetensors._errors import errors_of
 from pytree2safetensors._format.tensor import BITS
+from pytree2safetensors._leaves.as_bits import moved_as_bits
 from pytree2safetensors._leaves.decode import from_bytes
 from pytree2safetensors._leaves.extents import shape_of, within
 from pytree2safetensors._leaves.staging import aligned
@@ -94,7 +95,10 @@ class Assembler:
                 mine = [part for other, part in found if other.box == index]
                 made = _join(mine, box.shape, view.order, shape_of(box.region))
                 parts.append((box.region, made))
-            leaf: jax.Array = tiled(parts)
+            regions, arrays = zip(*parts, strict=True)
+            leaf: jax.Array = moved_as_bits(
+                lambda found: tiled([*zip(regions, found, strict=True)]), arrays
+            )
             return leaf if shape is None else leaf.reshape(shape)
 
     def _values(
@@ -111,7 +115,8 @@ def _join(
     parts: list[jax.Array], shape: tuple[int, ...], order: tuple[int, ...], final: tuple[int, ...]
 ) -> jax.Array:
     """Stack parts, and view them as a region of a leaf, in one program."""
-    return jnp.stack(parts).reshape(shape).transpose(order).reshape(final)
+    stacked: jax.Array = moved_as_bits(jnp.stack, parts)
+    return stacked.reshape(shape).transpose(order).reshape(final)
 
 
 def rearranged(assembly: Assembly, values: Any) -> Any:

@@ -5,6 +5,7 @@ from typing import Any, Final
 import jax
 from jax.sharding import Sharding, SingleDeviceSharding
 
+from pytree2safetensors._leaves.as_bits import moved_as_bits
 from pytree2safetensors._leaves.encode import host_array
 from pytree2safetensors._leaves.keys import is_key_dtype
 from pytree2safetensors._leaves.placement import is_unreduced
@@ -47,8 +48,7 @@ def place(value: Any, sharding: Sharding) -> jax.Array:
     """Place the values of an array in a sharding that may span several processes."""
     is_global = not getattr(value, "is_fully_addressable", True)
     if is_global or is_ordinary(sharding, value.shape):
-        moved: jax.Array = jax.device_put(value, sharding)
-        return moved
+        return _moved(value, sharding)
     if is_key_dtype(value.dtype):
         shards = [
             jax.device_put(value[index], _single(device, sharding))
@@ -57,6 +57,16 @@ def place(value: Any, sharding: Sharding) -> jax.Array:
         return jax.make_array_from_single_device_arrays(value.shape, sharding, shards)
     host = host_array(value)
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
+def _moved(value: jax.Array, sharding: Sharding) -> jax.Array:
+    def move(arrays: list[Any]) -> Any:
+        return jax.device_put(arrays[0], sharding)
+
+    is_spread = len(value.sharding.device_set) > 1 and value.sharding != sharding
+    # The second move gives the sharding its own form, and moves nothing.
+    moved: jax.Array = move([moved_as_bits(move, [value]) if is_spread else value])
+    return moved
 
 
 def is_ordinary(sharding: Sharding, shape: tuple[int, ...]) -> bool:

@@ -21,7 +21,6 @@ from pytree2safetensors._leaves.families import Lost
 from pytree2safetensors._leaves.keys import is_key_dtype
 from pytree2safetensors._leaves.meshes import computed
 from pytree2safetensors._leaves.renaming import Rename, renamed
-from pytree2safetensors._leaves.to_jax import own_programs
 from pytree2safetensors._leaves.views import View, file_parts, region_of_tensor, tiled
 from pytree2safetensors._save.renamed import differ, misfit, other_dtypes
 from pytree2safetensors._tree.flatten import PyTree, flatten
@@ -107,17 +106,7 @@ def _array_of(tensor: Assembled) -> Any:
     """Return the values of an assembled tensor: a JAX array if any of its leaves is one."""
     if not any(isinstance(leaf, jax.Array) for _, leaf in tensor.members):
         return _joined(tensor)
-    with_devices = [leaf for _, leaf in tensor.members if _is_committed(leaf)]
-    if len({frozenset(leaf.sharding.device_set) for leaf in with_devices}) < 2:
-        return _joined_by_jax(tensor)
-    members = [member._replace(leaf=host_array(member.leaf)) for member in tensor.members]
-    with own_programs():
-        return jnp.asarray(_joined(tensor._replace(members=members)))
-
-
-def _is_committed(leaf: Any) -> bool:
-    is_traced = isinstance(leaf, jax.core.Tracer)
-    return isinstance(leaf, jax.Array) and not is_traced and bool(getattr(leaf, "committed", True))
+    return _joined_by_jax(tensor)
 
 
 def _joined(tensor: Assembled) -> NDArray[Any]:
