@@ -95,6 +95,11 @@ def node_at(name: str) -> str:
     return shorten(name) if name else "the root"
 
 
+def plural(number: int, singular: str, plural: str) -> str:
+    """Write a number with its noun: `1 leaf`, `1,000 leaves`."""
+    return f"{number:,} {singular if number == 1 else plural}"
+
+
 def joined(texts: Sequence[str], limit: int = _LISTED) -> str:
     """Join the first texts with commas, and say how many more there are."""
     more = f" and {len(texts) - limit:,} more" if len(texts) > limit else ""

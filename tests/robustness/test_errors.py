@@ -142,7 +142,7 @@ TREES: list[tuple[Any, type[Exception], str]] = [
     (
         {"f": print, "g": [b"x", np.array(["a"]), 1]},
         UnsupportedLeafError,
-        "3 of the tree's leaves cannot be stored:\n"
+        "3 leaves of the tree cannot be stored:\n"
         f"  '@f': {FUNCTION}\n"
         "  '@g#0': builtins.bytes, which np.frombuffer(leaf, np.uint8) makes an array\n"
         "  '@g#1': numpy.ndarray of dtype <U1, whose .tolist() can be saved\n"
@@ -164,7 +164,7 @@ TREES: list[tuple[Any, type[Exception], str]] = [
     (
         {"a": np.zeros(2, [("x", "f4")])},
         UnsupportedLeafError,
-        "1 of the tree's leaves cannot be stored:\n"
+        "1 leaf of the tree cannot be stored:\n"
         "  '@a': numpy.ndarray of dtype [('x', '<f4')]\n"
         'Save with unsupported="skip" to leave them out; load_into_pytree then keeps those of its '
         "template.",
@@ -172,7 +172,7 @@ TREES: list[tuple[Any, type[Exception], str]] = [
     (
         {"rng": np.random.default_rng(0)},
         UnsupportedLeafError,
-        "1 of the tree's leaves cannot be stored:\n"
+        "1 leaf of the tree cannot be stored:\n"
         "  '@rng': numpy.random._generator.Generator, whose .bit_generator.state can be saved\n"
         'Save with unsupported="skip" to leave them out; load_into_pytree then keeps those of its '
         "template.",
@@ -180,11 +180,11 @@ TREES: list[tuple[Any, type[Exception], str]] = [
     (
         {"a": jax.eval_shape(lambda: jnp.zeros(3)), "f": print},
         UnsupportedLeafError,
-        "2 of the tree's leaves cannot be stored:\n"
+        "2 leaves of the tree cannot be stored:\n"
         f"  '@a': {jax.ShapeDtypeStruct.__module__}.ShapeDtypeStruct of dtype float32\n"
         f"  '@f': {FUNCTION}\n"
-        "Only concrete arrays can be saved. Call this outside jit; for a Ref, or another object that "
-        "holds an array, save the array.",
+        "Only concrete arrays can be saved: call this outside jit, and save the array that a Ref or "
+        "another object holds.",
     ),
     (
         {"a": deleted()},
@@ -236,7 +236,7 @@ TREES: list[tuple[Any, type[Exception], str]] = [
     (
         {"s": "\ud83d\ude00"},
         UnsupportedLeafError,
-        "1 of the tree's leaves cannot be stored:\n"
+        "1 leaf of the tree cannot be stored:\n"
         "  '@s': builtins.str with the two halves of a surrogate pair, which JSON would join to "
         'one character\nSave with unsupported="skip" to leave them out; load_into_pytree then keeps '
         "those of its template. (To save an object of your own class, register the class as a pytree "
@@ -267,7 +267,7 @@ def test_a_traced_value_is_reported() -> None:
         jax.jit(lambda x: save_pytree({"a": x}, io.BytesIO()))(1.0)
     assert "'@a': jax._src" in str(caught.value)
     assert "Tracer, a traced value\n" in str(caught.value)
-    assert "Call this outside jit" in str(caught.value)
+    assert "call this outside jit" in str(caught.value)
 
 
 class Stage(enum.IntEnum):
@@ -331,7 +331,7 @@ def test_the_first_unsupported_leaves_are_listed() -> None:
     with pytest.raises(UnsupportedLeafError) as caught:
         save_pytree([print] * 1000, io.BytesIO())
     lines = str(caught.value).splitlines()
-    assert lines[0] == "1000 of the tree's leaves cannot be stored:"
+    assert lines[0] == "1,000 leaves of the tree cannot be stored:"
     assert lines[1:-2] == [f"  '#{i}': {FUNCTION}" for i in range(20)]
     assert lines[-2] == "  ... and 980 more"
 

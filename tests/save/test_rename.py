@@ -263,7 +263,7 @@ def test_leaves_that_a_tensor_does_not_tell_are_refused(path: Path) -> None:
     with pytest.raises(UnsupportedLeafError) as caught:
         save_pytree(tree, path, rename=[Rule("{=}", "{=}")])
     assert str(caught.value).splitlines() == [
-        "6 of the tree's leaves need a note, which a file saved with rename= does not have:",
+        "6 leaves of the tree need a note, which a file saved with rename= does not have:",
         "    '@big': int",
         "    '@complex': complex",
         "    '@int4': int4",

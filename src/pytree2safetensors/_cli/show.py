@@ -14,12 +14,11 @@ from pytree2safetensors._cli.terminal import (
     labelled,
     line,
     plain,
-    plural,
     size,
     table,
 )
 from pytree2safetensors._collector import collector_paused
-from pytree2safetensors._errors import shorten
+from pytree2safetensors._errors import plural, shorten
 from pytree2safetensors._load.opening import open_checkpoint
 
 _MOST_METADATA: Final = 20

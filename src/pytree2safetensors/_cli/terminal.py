@@ -60,11 +60,6 @@ def _scaled(number: int, *units: str) -> str:
     return f"{value:.1f}{units[place]}"
 
 
-def plural(number: int, singular: str, plural: str) -> str:
-    """Write a number with its noun: `1 leaf`, `1,000 leaves`."""
-    return f"{number:,} {singular if number == 1 else plural}"
-
-
 # --- lines ------------------------------------------------------------------------------------
 
 

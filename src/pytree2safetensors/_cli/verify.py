@@ -8,12 +8,13 @@ from numpy.typing import NDArray
 
 from pytree2safetensors._cli.answer import MOST_LINES, Answer
 from pytree2safetensors._cli.comparison import items
-from pytree2safetensors._cli.terminal import labelled, line, plain, plural, size
+from pytree2safetensors._cli.terminal import labelled, line, plain, size
 from pytree2safetensors._errors import (
     FileFormatError,
     KeyPathError,
     Pytree2SafetensorsError,
     TreeStructureError,
+    plural,
     shorten,
 )
 from pytree2safetensors._format.digests import digest_tensor, hash_blocks

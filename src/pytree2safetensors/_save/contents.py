@@ -10,7 +10,7 @@ from typing import Any, Final, Literal, NamedTuple
 import jax
 import numpy as np
 
-from pytree2safetensors._errors import UnsupportedLeafError, listed, shorten
+from pytree2safetensors._errors import UnsupportedLeafError, listed, plural, shorten
 from pytree2safetensors._format.header import MAX_DIMENSIONS
 from pytree2safetensors._format.layout import check_metadata
 from pytree2safetensors._format.note import NOTE, Note, write_note
@@ -117,13 +117,13 @@ def _unfit_message(unfit: list[tuple[str, Any]], valueless: bool) -> str:
         found = f"{_type_name(leaf)}{_hint(leaf)}"
         return f"the tree is a single leaf, which cannot be stored: {found}.{register}"
     remedy = (
-        "Only concrete arrays can be saved. Call this outside jit; for a Ref, or another object that "
-        "holds an array, save the array."
+        "Only concrete arrays can be saved: call this outside jit, and save the array that a Ref or "
+        "another object holds."
         if valueless
         else 'Save with unsupported="skip" to leave them out; load_into_pytree then keeps those of '
         f"its template.{register}"
     )
-    first = f"{len(unfit)} of the tree's leaves cannot be stored:"
+    first = f"{plural(len(unfit), 'leaf', 'leaves')} of the tree cannot be stored:"
     return "\n".join([first, *listed(lines, len(unfit), "  "), remedy])
 
 

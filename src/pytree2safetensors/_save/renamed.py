@@ -13,6 +13,7 @@ from pytree2safetensors._errors import (
     UnsupportedLeafError,
     WeightsMismatchError,
     listed,
+    plural,
     shorten,
 )
 from pytree2safetensors._format.layout import check_name
@@ -134,7 +135,8 @@ def _check_kinds(placed: Iterable[Placed]) -> None:
         if isinstance(kind := item.info.kind, list) or kind not in _PLAIN
     ]
     if noted:
-        first = f"{len(noted)} of the tree's leaves need a note, which a file saved with rename= does not have:"
+        needing = plural(len(noted), "leaf of the tree needs", "leaves of the tree need")
+        first = f"{needing} a note, which a file saved with rename= does not have:"
         last = "Convert them, leave them out with Rule(None, path), or save without rename=."
         raise UnsupportedLeafError("\n".join([first, *listed(noted, len(noted)), last]))
 
