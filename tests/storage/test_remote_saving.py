@@ -267,7 +267,7 @@ def test_nothing_is_uploaded_after_a_failure(store: type[ObjectStore]) -> None:
 def test_a_web_server_is_not_written_to() -> None:
     with web_server() as server:
         url = server.url + "/m.safetensors"
-        with pytest.raises(ValueError, match="cannot be written to: its store is only read"):
+        with pytest.raises(ValueError, match="cannot be written to: its store is read-only"):
             save_pytree(tree_of(1), url)
 
 

@@ -22,7 +22,7 @@ _VERSION: Final = (
     "ETag", "etag", "generation", "version_id", "VersionId", "md5Hash", "Content-MD5", "Digest",
     "blob_id", "Last-Modified", "LastModified", "last_modified", "updated", "mtime", "modified",
 )  # fmt: skip
-_READ_ONLY = "cannot be written to: its store is only read"
+_READ_ONLY = "cannot be written to: its store is read-only"
 
 
 def _turn(fs: Any) -> AbstractContextManager[Any]:
