@@ -166,6 +166,12 @@ STACK = Rule("w.{l}", "w", "o i -> l i o")
             "'@w': the template has float32[2,3,4], but the stored leaf from 'w.0', 'w.1' is "
             "float64[2,3,4]",
         ),
+        (
+            {"w.0": zeros(4, 3).astype(complex), "w.1": zeros(4, 3).astype(complex)},
+            f"'@w': the template has float32[2,3,4]; by {STACK!r} the tensor 'w.0' would be "
+            "[4,3], but it is complex128[4,3], which no pattern can rearrange, because a file stores "
+            "it as float64",
+        ),
     ],
 )
 def test_every_tensor_of_a_leaf_must_fit(file: dict[str, Any], line: str) -> None:

@@ -106,6 +106,8 @@ class Comparison:
                 f"the template has {show(slot.leaf)}; by {self.routes.rules[position]!r} the tensor "
                 f"{shorten(name)} would be {expected}, but it {_predicate(stored)}"
             )
+            if stored is not None and not isinstance(stored, str) and stored.dtype == np.complex128:
+                reason += ", which no pattern can rearrange, because a file stores it as float64"
             self.refuse(position, reason, slot)
             return
         seen = LeafSpec("array", dtype, slot.leaf.shape)
