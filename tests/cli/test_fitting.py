@@ -8,6 +8,7 @@ import pytest
 import safetensors.numpy
 
 from command import Run
+from pytree2safetensors import save_pytree
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 
@@ -48,9 +49,12 @@ def test_a_file_is_compared_with_a_template(run: Run, model: str, template: str)
     assert json.loads(printed) == {"file": "model.safetensors", "lines": FITS}
 
 
-def test_without_rules_the_paths_are_listed(run: Run, model: str) -> None:
+def test_without_rules_the_names_are_compared(run: Run, model: str) -> None:
     _, printed, _ = run("show", "model.safetensors", "--template", f"{model}:TREE")
-    assert "  missing  '@a' = 'a'  float32[3,2]  no rule has this path" in printed.splitlines()
+    assert "  missing  '@a' = 'a'  float32[3,2]  there is no '@a'" in printed.splitlines()
+    save_pytree({"a": np.ones((3, 2), np.float32)}, "own.safetensors")
+    _, printed, _ = run("show", "own.safetensors", "--template", f"{model}:TREE")
+    assert printed.startswith("'own.safetensors': 1 of 1 leaves fit\n")
 
 
 def test_rules_of_a_wrong_type_are_refused(run: Run, model: str) -> None:

@@ -1,4 +1,4 @@
-"""`show --template`: whether a file fits a template, by rules.
+"""`show --template`: whether a file fits a template, with or without rules.
 
 Specification: *Rules*.
 """

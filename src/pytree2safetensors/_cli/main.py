@@ -134,13 +134,12 @@ def _ask_show(command: argparse.ArgumentParser, options: argparse.Namespace) -> 
     from pytree2safetensors._cli.show import show
 
     if options.template is not None:
-        rules = [] if options.rules is None else options.rules
         try:
-            check("--rules", "rename", rules)
+            check("--rules", "rename", options.rules)
         except TypeError as error:
             command.error(str(error))
         return [
-            partial(fitting, file, options.prefix, options.template, rules)
+            partial(fitting, file, options.prefix, options.template, options.rules)
             for file in options.files
         ]
     if options.rules is not None:

@@ -57,6 +57,7 @@ def load_pytree(
         TreeStructureError: The names do not form a tree.
         WeightsMismatchError: The file has nothing at `prefix`.
         ValueError: `mmap` is True, and `path` is a file object or a URL.
+        RuntimeError: A function that `jax.shard_map` runs without `jax.jit` cannot load.
         OSError: The file cannot be read.
 
     Specification: *Loading*.

@@ -138,6 +138,7 @@ def load_into_pytree(
         KeyPathError: A key path of `module` cannot be spelled, or `prefix` is not a key path.
         TreeStructureError: JAX cannot flatten `module`.
         ValueError: `mmap` is True, and `path` is a file object or a URL.
+        RuntimeError: A function that `jax.shard_map` runs without `jax.jit` cannot load.
         OSError: The file cannot be read.
 
     Specification: *Loading into a template*.
