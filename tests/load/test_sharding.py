@@ -30,6 +30,7 @@ from placed import (
     values_of,
 )
 from pytree2safetensors._leaves import extents
+from pytree2safetensors._leaves.jax_versions import enable_x64
 from pytree2safetensors._leaves.spec import _holds
 
 # --- slices of every kind ---------------------------------------------------------------------
@@ -355,6 +356,42 @@ def test_a_mesh_that_is_set_changes_nothing(mesh: Mesh, tmp_path: Path) -> None:
     assert not any(map(is_committed, jax.tree_util.tree_leaves(found)))
     assert {len(leaf.devices()) for leaf in jax.tree_util.tree_leaves(found)} == {1}
     assert raw(traced["w"]) == raw(np.ones(3, np.float32))
+
+
+@pytest.mark.parametrize("x64", [False, True])
+def test_a_mesh_that_a_trace_keeps_changes_nothing(mesh: Mesh, tmp_path: Path, x64: bool) -> None:
+    sharding: Any = jax.sharding
+    enter = getattr(jax, "set_mesh", None) or getattr(sharding, "use_mesh", None)
+    if enter is None or not hasattr(sharding, "get_abstract_mesh"):
+        pytest.skip("this JAX sets no mesh")
+    equal = [np.full(3, n, np.float64 if x64 else np.float32) for n in range(1100)]
+    alone = jax.devices()[5]  # not on the mesh
+    part = Mesh(np.array(jax.devices()[:4]), ("x",))
+    with enable_x64(x64):
+        p2s.save_pytree([equal, jnp.asarray(1.5), jax.random.key(0), 7], tmp_path / "file")
+        template = p2s.load_abstract(tmp_path / "file", sharding=SingleDeviceSharding(alone))
+        template[3] = jnp.asarray(0)
+        plain = p2s.load_pytree(tmp_path / "file")
+    found: list[Any] = []
+
+    def load(_: Any) -> None:
+        found.append(p2s.load_pytree(tmp_path / "file"))
+        found.append(p2s.load_into_pytree(template, tmp_path / "file"))
+
+    with enter(part), jax.default_device(alone), enable_x64(x64):
+        jax.eval_shape(load, 0.0)
+        assert_same(found[0], plain)
+    arrays = [leaf for leaf in jax.tree_util.tree_leaves(found[0]) if isinstance(leaf, jax.Array)]
+    assert not any(map(is_committed, arrays))
+    assert {device for leaf in arrays for device in leaf.devices()} == {alone}
+    *sharded, scalar = found[1]
+    places = {leaf.sharding for leaf in jax.tree_util.tree_leaves(sharded)}
+    assert places == {SingleDeviceSharding(alone)}
+    assert found[1][1].aval.weak_type
+    assert int(scalar) == 7
+    assert scalar.aval.weak_type
+    assert len(scalar.devices()) == 1
+    assert not is_committed(scalar)
 
 
 def test_set_weights_puts_leaves_into_shardings(mesh: Mesh) -> None:

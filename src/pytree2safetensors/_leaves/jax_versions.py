@@ -29,12 +29,18 @@ def structs_are_weak() -> bool:
     return True
 
 
+def has_mesh() -> bool:
+    """Return whether a mesh is set here."""
+    sharding: Any = jax.sharding
+    current = getattr(sharding, "get_abstract_mesh", None)  # JAX 0.5.0 and older lack it
+    return current is not None and not current().empty
+
+
 @contextmanager
 def no_mesh() -> Iterator[None]:
     sharding: Any = jax.sharding
-    current = getattr(sharding, "get_abstract_mesh", None)  # JAX 0.5.0 and older lack it
     with ExitStack() as stack:
-        if current is not None and not current().empty:
+        if has_mesh():
             enter = getattr(jax, "set_mesh", None) or sharding.use_mesh  # its name before JAX 0.8
             with suppress(ValueError):  # a trace keeps the mesh that it began with
                 stack.enter_context(enter(sharding.Mesh(np.empty((), object), ())))

@@ -9,6 +9,7 @@ from pytree2safetensors._arguments import checked
 from pytree2safetensors._collector import collector_paused
 from pytree2safetensors._leaves.renaming import Rename, rules_in
 from pytree2safetensors._leaves.views import View
+from pytree2safetensors._load.eager import eagerly
 from pytree2safetensors._load.flat_template import flat_template, stored_for
 from pytree2safetensors._load.given import fitted, given_spec, seen_through
 from pytree2safetensors._load.matching import Options
@@ -170,8 +171,7 @@ def load_into_pytree(
                 }
                 (wanted if is_array else python).append((position, Wanted(name, placed(leaf))))
         scalars = read_scalars({want.name for _, want in python})
-        with jax.ensure_compile_time_eval():  # as where arrays are read
-            values = fitted((want.leaf, scalars[want.name]) for _, want in python)
+        values = eagerly(lambda: fitted((want.leaf, scalars[want.name]) for _, want in python))
         for (position, _), value in zip(python, values, strict=True):
             leaves[position] = value
         found = read_leaves(checkpoint, [want for _, want in wanted], mmap=mmap, progress=report)

@@ -29,9 +29,10 @@ from pytree2safetensors._leaves.staging import (
     aligned,
     default_device,
 )
-from pytree2safetensors._leaves.to_jax import is_mapped, own_programs
+from pytree2safetensors._leaves.to_jax import is_mapped
 from pytree2safetensors._leaves.views import View
 from pytree2safetensors._load.checkpoint import OpenCheckpoint
+from pytree2safetensors._load.eager import eagerly
 from pytree2safetensors._load.finishing import Finisher
 from pytree2safetensors._load.plan import plan_batches
 from pytree2safetensors._load.ranges import Place, mapped, plan_reads
@@ -75,9 +76,7 @@ def read_leaves(
         RuntimeError: JAX makes no arrays here.
     """
     try:
-        # A load in a traced function returns values.
-        with jax.ensure_compile_time_eval(), own_programs():
-            return _read_leaves(checkpoint, wanted, mmap, progress)
+        return eagerly(lambda: _read_leaves(checkpoint, wanted, mmap, progress))
     except Exception as error:
         if isinstance(error, OSError | Pytree2SafetensorsError) or not is_mapped():
             raise
