@@ -97,6 +97,8 @@ def save_with(folder: str, what: str, where: int) -> None:
                 raise KeyboardInterrupt
 
             patch.setattr(joint, "write_at", interrupt)
+        elif what == "rules":
+            options["rename"] = [p2s.Rule("a", "b") if here else p2s.Rule("{=}", "{=}")]
         elif what == "deleted" and here:
             tree["rows"].delete()
         elif what == "commit" and here:
@@ -119,6 +121,7 @@ def save_with(folder: str, what: str, where: int) -> None:
     [
         ("unsupported", "pytree2safetensors.UnsupportedLeafError", "'@function'"),
         ("key path", "pytree2safetensors.KeyPathError", "nan"),
+        ("rules", "pytree2safetensors.WeightsMismatchError", "no rule has this path"),
         ("unsortable", "pytree2safetensors.TreeStructureError", "sort"),
         ("metadata", "pytree2safetensors.FileFormatError", "'pytree2safetensors'"),
         ("disk full", "builtins.OSError", os.strerror(errno.ENOSPC)),

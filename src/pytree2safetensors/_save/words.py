@@ -13,6 +13,7 @@ from pytree2safetensors._errors import (
     KeyPathError,
     TreeStructureError,
     UnsupportedLeafError,
+    WeightsMismatchError,
 )
 
 _TEXT: Final = 400  # characters of an error that are sent to the others
@@ -108,7 +109,13 @@ LEFT: Final = Failure("left", "it was interrupted, or waited too long for the ot
 
 _KINDS: Final[dict[str, type[Exception]]] = {
     kind.__name__: kind
-    for kind in (FileFormatError, KeyPathError, TreeStructureError, UnsupportedLeafError)
+    for kind in (
+        FileFormatError,
+        KeyPathError,
+        TreeStructureError,
+        UnsupportedLeafError,
+        WeightsMismatchError,
+    )
 }
 
 
