@@ -307,6 +307,25 @@ def test_processes_do_not_compare_what_they_hold_parts_of(of: str, path: Path) -
     )
 
 
+def test_a_flat_dict_does_not_compare_what_processes_hold_parts_of() -> None:
+    tree = {"embed": KERNEL, "head": KERNEL.copy()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pytree2safetensors._save.flat_dict.is_global", lambda _: True)
+        with pytest.raises(FileFormatError, match="they are spread over several processes, which"):
+            pytree2dict(tree, rename=lambda _: "w")
+        empty = {"a": KERNEL[:0], "b": KERNEL[:0].copy()}
+        assert_same(pytree2dict(empty, rename=lambda _: "w"), {"w": KERNEL[:0]})
+
+
+@pytest.mark.parametrize("pattern", ["(p o) i -> o i", "p o i -> o i"])
+def test_parts_without_values_need_no_comparison(pattern: str, path: Path) -> None:
+    tree = {"q": np.zeros((0, 3), np.float32), "k": np.zeros((0, 3), np.float32)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pytree2safetensors._save.renamed.is_global", lambda _: True)
+        save_pytree(tree, path, rename=[Rule("qk", "{p:q,k}", pattern)])
+    assert load_file(path)["qk"].size == 0
+
+
 def test_one_array_at_two_paths_needs_no_comparison(path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pytree2safetensors._save.renamed.is_global", lambda _: True)

@@ -20,9 +20,10 @@ from pytree2safetensors._leaves.extents import Region, Shape
 from pytree2safetensors._leaves.families import Lost
 from pytree2safetensors._leaves.keys import is_key_dtype
 from pytree2safetensors._leaves.meshes import computed
+from pytree2safetensors._leaves.ownership import is_global
 from pytree2safetensors._leaves.renaming import Rename, renamed
 from pytree2safetensors._leaves.views import View, file_parts, region_of_tensor, tiled
-from pytree2safetensors._save.renamed import differ, misfit, other_dtypes
+from pytree2safetensors._save.renamed import differ, incomparable, misfit, other_dtypes
 from pytree2safetensors._tree.flatten import PyTree, flatten
 from pytree2safetensors._tree.rule import Rule
 
@@ -87,19 +88,24 @@ def _shape_of(leaf: Any) -> Shape | None:
 
 
 def _add(found: dict[str, Any], owners: dict[str, str], name: str, path: str, leaf: Any) -> None:
-    if owners.setdefault(name, path) != path and not _is_same(found[name], leaf):
-        raise differ(owners[name], path, name)
+    owner = owners.setdefault(name, path)
+    if owner != path:
+        _check_equal(found[name], leaf, (owner, path, name))
     found.setdefault(name, leaf)
 
 
-def _is_same(one: Any, other: Any) -> bool:
-    """Return whether two leaves are equal, if they have values."""
+def _check_equal(one: Any, other: Any, places: tuple[str, str, str]) -> None:
+    """Check that two leaves under one name are equal, if they have values."""
     if one is other or isinstance(one, jax.core.Tracer) or isinstance(other, jax.core.Tracer):
-        return True
-    infos = describe([one, other])
-    if None in infos or infos[0] != infos[1]:
-        return False
-    return host_array(one).tobytes() == host_array(other).tobytes()
+        return
+    info, other_info = describe([one, other])
+    if info is None or info != other_info:
+        raise differ(*places)
+    if is_global(one) or is_global(other):
+        if info.nbytes:
+            raise incomparable(*places)
+    elif host_array(one).tobytes() != host_array(other).tobytes():
+        raise differ(*places)
 
 
 def _array_of(tensor: Assembled) -> Any:

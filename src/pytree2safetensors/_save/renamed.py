@@ -144,7 +144,7 @@ def _check_kinds(placed: Iterable[Placed]) -> None:
 def _check_equal(one: Copy, other: Copy) -> None:
     """Check that leaves that are stored as one tensor have the same bytes."""
     if one.tensor.info == other.tensor.info:
-        if _is_same(one.tensor, other.tensor):
+        if not one.tensor.info.nbytes or _is_same(one.tensor, other.tensor):
             return
         _check_local(one, other)
         chunks = zip(assembled_chunks(one.tensor), assembled_chunks(other.tensor), strict=True)
@@ -157,11 +157,7 @@ def _check_local(one: Copy, other: Copy) -> None:
     """Raise an error for arrays that cannot be compared, because no process has all of them."""
     members = [*one.tensor.members, *other.tensor.members]
     if any(is_global(leaf) for _, leaf in members):
-        raise FileFormatError(
-            f"{shorten(one.path)} and {shorten(other.path)} are both stored as "
-            f"{shorten(one.tensor.name)}, but they are spread over several processes, which cannot "
-            "compare them; leave one of them out with Rule(None, path)"
-        )
+        raise incomparable(one.path, other.path, one.tensor.name)
 
 
 def differ(one: str, other: str, name: str) -> FileFormatError:
@@ -169,6 +165,15 @@ def differ(one: str, other: str, name: str) -> FileFormatError:
     return FileFormatError(
         f"{shorten(one)} and {shorten(other)} are both stored as {shorten(name)}, but they differ; "
         "give one of them another name, or leave it out with Rule(None, path)"
+    )
+
+
+def incomparable(one: str, other: str, name: str) -> FileFormatError:
+    """Make the error for leaves that would be one tensor, and of which no process has all values."""
+    return FileFormatError(
+        f"{shorten(one)} and {shorten(other)} are both stored as {shorten(name)}, but they are "
+        "spread over several processes, which cannot compare them; leave one of them out with "
+        "Rule(None, path)"
     )
 
 
