@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from fsspec import AbstractFileSystem
 
+from folders import is_same
 from pytree2safetensors import (
     WeightsMismatchError,
     load_into_pytree,
@@ -59,6 +61,28 @@ def test_a_missing_home_is_explained_on_windows(
         with pytest.raises(ValueError, match="begins with '~', which only a shell replaces"):
             check_created(path)
     check_home("~m")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no folder can have such a name there")
+@pytest.mark.parametrize(
+    "url", [" s3://bucket/run", "s_3://bucket/run", "s3 ://bucket/run", "Z:/x"]
+)
+def test_a_url_that_is_misspelled_makes_no_folder(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    first = url.partition("/")[0]
+    message = (
+        f"'{url}' begins with '{first}', which looks like a part of a URL; correct the URL, or make "
+        "the folder first"
+    )
+    for save in (save_pytree, save_pytree_async):
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            save(TREE, url, max_shard_size=100)
+    assert [*tmp_path.iterdir()] == []
+    (tmp_path / first).mkdir()
+    save_pytree(TREE, url, max_shard_size=100)
+    assert is_same(TREE, load_pytree(url))
 
 
 def test_a_closed_file_object_is_named(tmp_path: Path) -> None:

@@ -131,12 +131,19 @@ def check_home(path: str) -> None:
 
 
 def check_created(folder: str) -> None:
-    """Raise an error for a new folder called `~`, which only a shell replaces."""
-    first = _first_folder(folder)
-    if first.startswith("~") and not os.path.lexists(first):
+    """Raise an error for a new folder called `~` or like a scheme, which is probably a mistake."""
+    first = _first_folder(os.path.splitdrive(folder)[1])
+    if os.path.lexists(first):
+        return
+    if first.startswith("~"):
         raise ValueError(
             f"{shorten(folder)} begins with '~', which only a shell replaces; call "
             "os.path.expanduser, or make the folder first"
+        )
+    if first.endswith(":"):
+        raise ValueError(
+            f"{shorten(folder)} begins with {shorten(first)}, which looks like a part of a URL; correct "
+            "the URL, or make the folder first"
         )
 
 
