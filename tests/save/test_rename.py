@@ -1,5 +1,6 @@
 """Saving under other names: ties, errors and their messages. The law is in test_rules."""
 
+import io
 import re
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors
+from hypothesis import given
+from hypothesis import strategies as st
 
 from oracle import assert_same, assert_same_values
 from pytree2safetensors import (
@@ -17,6 +20,7 @@ from pytree2safetensors import (
     UnsupportedLeafError,
     WeightsMismatchError,
     load_file,
+    load_into_pytree,
     load_metadata,
     load_pytree,
     pytree2dict,
@@ -28,6 +32,7 @@ from pytree2safetensors._save import renamed
 
 TRANSPOSED = Rule("{*}.weight", "{*}.kernel", "o i -> i o")
 STRUCT: Any = jax.eval_shape(lambda: np.float32(0))
+CHARACTERS = st.characters(categories=["L", "P", "Z", "Cc", "Cs"])  # with lone surrogates
 KERNEL = np.arange(6, dtype=np.float32).reshape(2, 3)
 
 
@@ -102,6 +107,20 @@ def test_names_that_no_header_can_hold_are_refused(
         save_pytree({"a": KERNEL, "b": KERNEL}, path, rename=rename, **options)
     assert load_pytree(path) == {"old": 1}
     assert [*path.parent.iterdir()] == [path]
+
+
+@given(st.lists(st.text(CHARACTERS) | st.just("__metadata__"), min_size=2, max_size=2))
+def test_what_a_save_under_any_names_accepts_loads(names: list[str]) -> None:
+    rename = dict(zip(("@a", "@b"), names, strict=True))
+    tree = {"a": KERNEL, "b": KERNEL + 1}
+    file = io.BytesIO()
+    try:
+        save_pytree(tree, file, rename=rename, checksum=True)
+    except FileFormatError:
+        assert not file.getvalue()
+        return
+    file.seek(0)
+    assert_same(load_into_pytree(tree, file, rename=rename), tree)
 
 
 def test_leaves_without_a_name_are_not_saved(path: Path) -> None:
