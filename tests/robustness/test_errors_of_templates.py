@@ -145,6 +145,14 @@ MISMATCHES: list[tuple[Any, dict[str, Any], tuple[int, int, int], str]] = [
         "  missing (the template has them):\n    '@new'\n"
         "strict=False keeps the leaves of the template, but an abstract or deleted leaf has no value to keep.",
     ),
+    (
+        {**STORED, "new": STRUCT},
+        {},
+        (1, 0, 0),
+        "  missing (the template has them):\n    '@new'\n"
+        "rename= maps names; prefix= selects a subtree; strict=False does not help, because an "
+        "abstract or deleted leaf has no value to keep.",
+    ),
 ]
 
 

@@ -61,7 +61,7 @@ def check(outcome: Comparison, options: Options) -> None:
         _LOGGER.info("%s", "\n".join(parts), extra=lists)
         return
     is_larger = bool(unexpected) and not missing and not mismatched
-    remedy = _remedy(options, bool(missing), outcome.castable, nothing, is_larger)
+    remedy = _remedy(outcome, options, nothing, is_larger)
     parts.append(remedy if wanted else _NOTHING_WANTED)
     raise WeightsMismatchError("\n".join(parts), paths, unexpected, mismatched)
 
@@ -113,14 +113,16 @@ def _section(title: str, lines: Iterable[str], count: int) -> list[str]:
     return [f"  {title}:", *listed(lines, count)] if count else []
 
 
-def _remedy(options: Options, missing: bool, castable: bool, nothing: bool, is_larger: bool) -> str:
+def _remedy(outcome: Comparison, options: Options, nothing: bool, is_larger: bool) -> str:
     if not options.strict and not nothing:
         return "strict=False keeps the leaves of the template, but an abstract or deleted leaf has no value to keep."
-    remedies = ["rename= maps names", "prefix= selects a subtree"] if missing else []
-    remedies += ["cast=True converts dtypes"] if castable else []
+    remedies = ["rename= maps names", "prefix= selects a subtree"] if outcome.missing else []
+    remedies += ["cast=True converts dtypes"] if outcome.castable else []
     if nothing:
         listed = f": {'; '.join(remedies)}" if remedies else ""
         return f"No leaf fits, so strict=False does not help{listed}."
     if is_larger:
         remedies.append('unexpected="skip" ignores leaves that the template does not have')
-    return "; ".join([*remedies, "strict=False loads what fits"]) + "."
+    lenient = "does not help, because an abstract or deleted leaf has no value to keep"
+    remedies.append(f"strict=False {lenient if outcome.lost else 'loads what fits'}")
+    return f"{'; '.join(remedies)}."
