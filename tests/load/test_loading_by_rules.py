@@ -425,3 +425,15 @@ def test_a_part_of_a_tensor_with_digests_is_not_checked(
     path.write_bytes(damaged)
     with pytest.raises(FileFormatError, match="'@z'"):
         load_into_pytree(template, path, rename=rules)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_template_fits_if_rules_say_that_none_of_it_is_in_the_file(
+    path: Path, strict: bool
+) -> None:
+    save_pytree({"w": numbers(3)}, path)
+    template = {"freqs": numbers(2)}
+    rules = [Rule(None, "freqs"), Rule("@w", None)]
+    assert load_into_pytree(template, path, rename=rules, strict=strict) == template
+    with pytest.raises(WeightsMismatchError, match="1 unexpected"):
+        load_into_pytree(template, path, rename=rules[:1], strict=strict)

@@ -32,8 +32,8 @@ def check(outcome: Comparison, options: Options) -> None:
     unexpected = unused if options.unexpected == "raise" else []
     idle = outcome.routes.idle
     wanted = any(slot is not None for slot in outcome.slots)
-    nothing = not outcome.found and (wanted or bool(unexpected))
     left = bool(missing or unexpected or mismatched)
+    nothing = left and not outcome.found
     fails = (options.strict and left) or outcome.lost or nothing
     is_reported = options.verbose or _LOGGER.isEnabledFor(logging.INFO)
     if not fails and not (is_reported and left):
