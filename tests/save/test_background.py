@@ -120,6 +120,36 @@ def test_save_pytree_waits_for_earlier_saves_in_the_background(tmp_path: Path, n
     assert load_pytree(tmp_path / name) == {"a": "new"}
 
 
+@pytest.mark.parametrize("stop", ["cancel", "interrupt"])
+def test_save_pytree_waits_for_saves_before_one_that_was_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: str
+) -> None:
+    started, go_on = threading.Event(), threading.Event()
+
+    def wait(*_: int) -> None:
+        started.set()
+        go_on.wait(20)
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    background = save_pytree_async({"a": 1}, tmp_path / "file", progress=wait)
+    started.wait(20)
+    if stop == "cancel":
+        assert save_pytree_async({"a": 2}, tmp_path / "file").cancel()
+    else:
+        with monkeypatch.context() as patch:
+            patch.setattr(concurrent.futures.ThreadPoolExecutor, "submit", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                save_pytree_async({"a": 2}, tmp_path / "file")
+    timer = threading.Timer(0.1, go_on.set)
+    timer.start()
+    save_pytree({"a": 3}, tmp_path / "file")
+    timer.join()
+    assert background.done()
+    assert load_pytree(tmp_path / "file") == {"a": 3}
+
+
 def test_save_pytree_leaves_the_errors_of_earlier_saves_to_their_futures(tmp_path: Path) -> None:
     background = save_pytree_async({"a": 1}, tmp_path / "missing" / "file")
     save_pytree({"a": 2}, tmp_path / "file")

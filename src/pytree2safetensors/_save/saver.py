@@ -17,7 +17,7 @@ from pytree2safetensors._storage.threads import is_starting, starting
 _NAME: Final = "pytree2safetensors-save"
 
 _savers: list[ThreadPoolExecutor] = []  # None before the first save
-_last: list[threading.Event] = []  # set when the last submitted save has ended
+_unfinished = set[threading.Event]()  # of each submitted save, set when it has ended
 
 
 class _Save(Future[None]):
@@ -86,10 +86,15 @@ def submit(save: Callable[[], None], where: str) -> Future[None]:
         _savers.append(ThreadPoolExecutor(1, _NAME))
     ended = threading.Event()  # does not keep an error and its snapshot alive, unlike the future
     future = _Save(where)
-    future.add_done_callback(lambda _: ended.set())
+
+    def end(_: object) -> None:
+        _unfinished.discard(ended)
+        ended.set()
+
+    future.add_done_callback(end)
     try:
         with starting():
-            _last[:] = [ended]
+            _unfinished.add(ended)
             _savers[0].submit(_run, save, future)
     except BaseException:  # an interrupt: nobody has the future, and later saves wait for its end
         future.cancel()
@@ -116,7 +121,7 @@ def wait_for_earlier() -> None:
         RuntimeError: This is a signal handler, and the saves wait for what it has interrupted.
     """
     if not is_current():  # a thread cannot wait for itself
-        for ended in _last:
+        for ended in list(_unfinished):  # also those before one that was cancelled
             if is_starting() and not ended.is_set():
                 raise RuntimeError(
                     "this signal handler cannot wait for the background save that is under way; "
@@ -134,7 +139,7 @@ def _forget() -> None:
     for save in _saves:  # the parent process gets the errors
         save._is_retrieved = True  # noqa: SLF001 - a class of this module
     _savers.clear()
-    _last.clear()
+    _unfinished.clear()
 
 
 if hasattr(os, "register_at_fork"):  # a child process does not have its parent's thread
