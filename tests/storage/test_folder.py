@@ -188,7 +188,7 @@ def test_what_a_saver_is_still_writing_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with Folder(str(tmp_path), listed=True) as folder, Held() as held:
-        folder.create(held, temporary_name("model"), None)
+        folder.create(held, temporary_name("model"), "model", None)
         later(monkeypatch, 25)
         save_pytree(version(1), tmp_path / "model")
         assert len(litter(tmp_path)) == 1

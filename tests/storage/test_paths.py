@@ -4,6 +4,7 @@ import errno
 import io
 import os
 import stat
+import struct
 import sys
 import threading
 from pathlib import Path
@@ -134,6 +135,52 @@ def test_a_replaced_file_keeps_its_owner(tmp_path: Path) -> None:
     save_pytree(version(2), path)
     status = path.stat()
     assert (status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode)) == (12345, 54321, 0o640)
+
+
+@posix
+@pytest.mark.parametrize("code", [errno.EPERM, errno.EINVAL], ids=["not allowed", "in a container"])
+@pytest.mark.parametrize("in_group", [True, False])
+def test_a_file_whose_owner_cannot_be_kept_keeps_its_group_or_is_closed_to_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, in_group: bool
+) -> None:
+    path = tmp_path / "model"
+    save_pytree(version(1), path)
+    path.chmod(0o664)
+    status, changed = os.stat, list[tuple[int, int]]()
+
+    def of_another(*args: Any, **options: Any) -> os.stat_result:
+        found = list(status(*args, **options))
+        found[4:6] = 12345, 54321  # the owner and the group
+        return os.stat_result(found)
+
+    def change(_: int, owner: int, group: int) -> None:
+        if owner != -1 or not in_group:
+            raise OSError(code, os.strerror(code))
+        changed.append((owner, group))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", of_another)
+        patch.setattr(os, "fchown", change)
+        save_pytree(version(2), path)
+    assert_holds(path, 2)
+    assert changed == [(-1, 54321)] * in_group
+    assert stat.S_IMODE(path.stat().st_mode) == (0o664 if in_group else 0o644)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems keep access lists elsewhere")
+def test_a_replaced_file_keeps_its_access_list(tmp_path: Path) -> None:
+    entries = [(1, 6, -1), (2, 6, 12345), (4, 0, -1), (16, 6, -1), (32, 0, -1)]
+    access = struct.pack("<I", 2) + b"".join(struct.pack("<HHi", *entry) for entry in entries)
+    path = tmp_path / "model.safetensors"
+    for limit in (None, "1GB"):
+        save_pytree(version(1), path)
+        try:
+            os.setxattr(path, "system.posix_acl_access", access)
+        except OSError:
+            pytest.skip("the file system has no access lists")
+        save_pytree(version(2), path, max_shard_size=limit)
+        assert os.getxattr(path, "system.posix_acl_access") == access
+        assert_holds(path, 2)
 
 
 @posix

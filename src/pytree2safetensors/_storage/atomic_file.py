@@ -52,12 +52,12 @@ def replacing(path: LocalPath, *, durable: bool, name: str | None = None) -> Ite
         folder = Folder(parent, listed=durable)
         with _explaining(parent, durable):
             stack.enter_context(folder)
-        status = folder.status(target)
+        old = folder.status(target)
         temporary = name or temporary_name(target)
         with ExitStack() as undo:
             undo.callback(folder.discard, temporary)
             held = undo.enter_context(Held())
-            descriptor = folder.create(held, temporary, status)
+            descriptor = folder.create(held, temporary, target, old)
             yield descriptor
             if durable:
                 flush(descriptor)

@@ -86,8 +86,9 @@ def replacing_together(
 
         @contextmanager
         def creating(name: str, flushed: bool) -> Iterator[int]:
+            old = _replaced(folder, name)
             with Held() as held:
-                descriptor = folder.create(held, temporaries[name], _replaced(folder, name))
+                descriptor = folder.create(held, temporaries[name], name, old)
                 yield descriptor
                 if flushed:
                     flush(descriptor)

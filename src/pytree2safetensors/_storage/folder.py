@@ -2,7 +2,6 @@
 
 import errno
 import os
-import stat
 import sys
 import time
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from typing import Final
 from pytree2safetensors._errors import shorten
 from pytree2safetensors._storage.descriptor import Held
 from pytree2safetensors._storage.naming import temporary_prefix
+from pytree2safetensors._storage.permissions import keep_permissions
 
 if sys.platform != "win32":
     import fcntl
@@ -59,24 +59,26 @@ class Folder:
     def _at(self, name: str) -> str:
         return name if self._descriptor is not None else os.path.join(self.path, name)
 
+    def _from_root(self, name: str) -> str:
+        """Return a path for the calls that cannot look up a name in an open folder."""
+        folder = self.path if self._descriptor is None else f"/proc/self/fd/{self._descriptor}"
+        return os.path.join(folder, name)
+
     def open(self, held: Held, name: str, flags: int, mode: int = 0o777) -> int:
         """Open a file."""
         return held.open(self._at(name), flags, mode, self._descriptor)
 
-    def create(self, held: Held, name: str, like: os.stat_result | None) -> int:
-        """Create a file with the permissions that `open` gives, or those of the file it replaces."""
+    def create(self, held: Held, name: str, target: str, old: os.stat_result | None) -> int:
+        """Create a file with the permissions that `open` gives, or those of the target it replaces."""
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
         # Nobody else may open it before it has its permissions.
-        descriptor = self.open(held, name, flags, 0o666 if like is None else 0o600)
+        descriptor = self.open(held, name, flags, 0o666 if old is None else 0o600)
         if sys.platform != "win32":
             with suppress(OSError):  # the file system has no locks
                 # Shows that this saver is alive.
                 fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            if like is not None:
-                if (os.geteuid(), os.getegid()) != (like.st_uid, like.st_gid):
-                    with suppress(PermissionError):  # only the superuser can change the owner
-                        os.fchown(descriptor, like.st_uid, like.st_gid)
-                os.fchmod(descriptor, stat.S_IMODE(like.st_mode))
+        if old is not None:
+            keep_permissions(descriptor, old, self._from_root(target))
         return descriptor
 
     def status(self, name: str) -> os.stat_result | None:

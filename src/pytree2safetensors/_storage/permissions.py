@@ -1,0 +1,48 @@
+"""The permissions of a file that replaces another one."""
+
+import errno
+import os
+import stat
+import sys
+from contextlib import suppress
+from typing import Final
+
+_ACCESS_LIST: Final = "system.posix_acl_access"  # of Linux: permissions of further users and groups
+
+
+def keep_permissions(descriptor: int, old: os.stat_result, path: str) -> None:
+    """Give a new file the group, permissions and owner of the old one, as far as the system allows.
+
+    If it keeps another group, the group may do only what everybody may.
+
+    Args:
+        descriptor: The new file.
+        old: The status of the old file.
+        path: The old file.
+    """
+    if sys.platform == "win32":
+        return
+    new, mode = os.fstat(descriptor), stat.S_IMODE(old.st_mode)
+    try:
+        if new.st_gid != old.st_gid:
+            os.fchown(descriptor, -1, old.st_gid)
+    except OSError:  # this user is not in the group, or the system has no groups
+        mode = mode & ~stat.S_IRWXG | (mode & stat.S_IRWXO) << 3
+    else:
+        _copy_access_list(descriptor, path)
+    os.fchmod(descriptor, mode)
+    if new.st_uid != old.st_uid:  # last, because only the owner can change the rest
+        with suppress(OSError):  # only the superuser can, and not in every container
+            os.fchown(descriptor, old.st_uid, -1)
+
+
+def _copy_access_list(descriptor: int, path: str) -> None:
+    if sys.platform == "linux":
+        try:
+            found = os.getxattr(path, _ACCESS_LIST)
+        except OSError as error:
+            # No list, a file system without lists, or no file or /proc to ask.
+            if error.errno not in {errno.ENODATA, errno.ENOTSUP, errno.ENOENT}:
+                raise
+        else:
+            os.setxattr(descriptor, _ACCESS_LIST, found)
