@@ -18,7 +18,7 @@ import pytest
 import pytree2safetensors._storage.descriptor
 import pytree2safetensors._storage.progress
 from oracle import assert_loaded
-from pytree2safetensors import load_metadata, load_pytree, save_pytree
+from pytree2safetensors import FileFormatError, load_metadata, load_pytree, save_pytree
 from versions import assert_holds, litter, posix, version
 
 # --- links, permissions, and what is no file --------------------------------------------------
@@ -270,6 +270,26 @@ def test_the_tree_of_the_caller_is_untouched(tmp_path: Path, checksum: bool) -> 
     assert list(inner) == ["z", "a"]
     assert list(metadata.items()) == [("z", "1"), ("a", "2")]
     assert load_metadata(tmp_path / "model") == metadata
+
+
+@pytest.mark.parametrize("checksum", [False, True])
+def test_an_array_that_changes_its_size_during_the_save_is_an_error(
+    tmp_path: Path, checksum: bool
+) -> None:
+    save_pytree(version(1), tmp_path / "model")
+    tree = {"a": np.zeros(40 << 20, np.uint8), "b": np.ones(1 << 20, np.uint16)}
+
+    def shrink(*_: int) -> None:
+        tree["b"].resize(1000, refcheck=False)
+
+    with pytest.raises(FileFormatError) as caught:
+        save_pytree(tree, tmp_path / "model", progress=shrink, checksum=checksum)
+    assert str(caught.value) == (
+        "an array changed its size while it was saved; save a copy of it, or use "
+        "save_pytree_async, which copies the tree"
+    )
+    assert_holds(tmp_path / "model", 1)
+    assert not litter(tmp_path)
 
 
 def test_skipping_leaves_changes_nothing_of_the_callers(tmp_path: Path) -> None:

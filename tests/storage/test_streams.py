@@ -198,7 +198,7 @@ def test_a_file_object_that_gives_no_bytes_is_refused(content: Any, said: str) -
     assert str(caught.value) == said
 
 
-@pytest.mark.parametrize("count", [-1, 10_000, 1.5])
+@pytest.mark.parametrize("count", [-1, 10_000, 1.5, True])
 def test_a_file_object_that_gives_a_wrong_count_is_refused(count: Any) -> None:
     class Writer:
         def write(self, data: Any) -> Any:

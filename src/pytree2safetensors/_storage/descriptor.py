@@ -9,6 +9,7 @@ from functools import partial
 from itertools import repeat
 from typing import Final
 
+from pytree2safetensors._errors import FileFormatError
 from pytree2safetensors._storage.naming import foreign
 from pytree2safetensors._storage.progress import Progress, Report
 from pytree2safetensors._types import Chunk
@@ -57,7 +58,7 @@ def write_chunks(
     report = Report(progress, size)
     preallocate(descriptor, size)
     position = 0
-    for offset, piece in cut(chunks):
+    for offset, piece in cut(chunks, size):
         if offset != position:
             os.lseek(descriptor, offset, os.SEEK_SET)
         _write_all(descriptor, piece)
@@ -66,17 +67,28 @@ def write_chunks(
     report.finish()
 
 
-def cut(chunks: Iterable[Chunk]) -> Iterator[Chunk]:
-    """Split long chunks."""
+def cut(chunks: Iterable[Chunk], size: int) -> Iterator[Chunk]:
+    """Split long chunks.
+
+    Raises:
+        FileFormatError: They do not have `size` bytes together.
+    """
     iterator = iter(chunks)
+    rest = size
     while True:
         with foreign():  # making them runs the caller's code
             chunk = next(iterator, None)
         if chunk is None:
-            return
+            break
         offset, piece = chunk
+        rest -= len(piece)
         for start in range(0, len(piece), _STEP):
             yield offset + start, piece[start : start + _STEP]
+    if rest:
+        raise FileFormatError(
+            "an array changed its size while it was saved; save a copy of it, or use "
+            "save_pytree_async, which copies the tree"
+        )
 
 
 def _write_all(descriptor: int, piece: memoryview) -> None:

@@ -257,7 +257,7 @@ def write_remote(
     report = Report(progress, size)
     pending = Pending(path)
     try:
-        write_pending(pending, chunks, report)
+        write_pending(pending, chunks, size, report)
         report.finish()
         pending.commit()
     except BaseException:
@@ -265,8 +265,8 @@ def write_remote(
         raise
 
 
-def write_pending(pending: Pending, chunks: Iterable[Chunk], report: Report) -> None:
+def write_pending(pending: Pending, chunks: Iterable[Chunk], size: int, report: Report) -> None:
     """Write chunks that follow each other."""
-    for _, piece in cut(chunks):
+    for _, piece in cut(chunks, size):
         pending.write(piece)
         report.add(len(piece))

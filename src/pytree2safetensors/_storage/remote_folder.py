@@ -52,7 +52,7 @@ def replace_remotely(
         for part in parts:
             pending = Pending(folder.joined(part.name))
             written.append(pending)
-            write_pending(pending, part.chunks, report)
+            write_pending(pending, part.chunks, part.size, report)
             pending.finish()
         report.finish()
         if any(part.name in names for part in others):

@@ -136,7 +136,7 @@ def write_stream(
         raise TypeError(f"{type(file).__name__} takes text, not bytes; open it in binary mode")
     _check_open(file, _label_of(file), "writable", "writing")
     report = Report(progress, size)
-    for _, piece in cut(chunks):
+    for _, piece in cut(chunks, size):
         rest = piece
         while len(rest):
             rest = rest[_taken(file, file.write(rest), len(rest)) :]
@@ -153,7 +153,7 @@ def _taken(file: Writable, count: Any, size: int) -> int:
         return size
     if not count:
         raise OSError(errno.EIO, "the file object wrote nothing")
-    if not isinstance(count, SupportsIndex) or not 0 < index(count) <= size:
+    if isinstance(count, bool) or not isinstance(count, SupportsIndex) or not 0 < index(count) <= size:
         said = f"returned {count!r} from write, not how many of {size} bytes it wrote"
         raise OSError(errno.EIO, f"{_label_of(file)} {said}")
     return index(count)
