@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
@@ -11,6 +12,7 @@ from jax.sharding import NamedSharding
 from oracle import assert_same, assert_same_values
 from placed import P
 from pytree2safetensors import Rule, set_weights
+from pytree2safetensors._leaves.spec import holds
 from pytree2safetensors._leaves.to_jax import to_jax
 from pytree2safetensors._load import given
 
@@ -61,6 +63,17 @@ def test_entries_may_be_spread_over_explicit_axes(within: bool) -> None:
     assert found.sharding == NamedSharding(mesh, P(None, "x"))
     half = values.reshape(2, 4, 8).transpose(0, 2, 1)
     assert_same_values(np.asarray(found), np.concatenate([half, half], -1))
+
+
+@pytest.mark.parametrize("name", ["uint1", "float6_e2m3fn", "float6_e3m2fn", "float8_e5m2"])
+def test_arrays_are_cast_even_if_no_program_of_jax_can_do_it(name: str) -> None:
+    if not hasattr(ml_dtypes, name) or not holds(np.dtype(getattr(ml_dtypes, name))):
+        pytest.skip("this JAX has no such dtype")
+    wide = jnp.arange(2, dtype=np.float32)
+    narrow = jax.device_put(np.asarray(wide).astype(getattr(ml_dtypes, name)))
+    assert_same(set_weights([wide], {"#0": narrow}, cast=True), [wide])
+    if "float" in name:
+        assert_same(set_weights([narrow], {"#0": wide}, cast=True), [narrow])
 
 
 @pytest.mark.parametrize(("batch", "calls"), [(1 << 26, 1), (1 << 14, 3)])

@@ -17,6 +17,8 @@ from pytree2safetensors._load.sharded import place
 from pytree2safetensors._load.template import TemplateLeaf, to_python
 
 _BATCH: Final = 1 << 26  # bytes: copies for one call of JAX
+# JAX has arrays of these dtypes, but a program that converts them fails, or ends the process.
+_WITHOUT_CASTS: Final = frozenset({"int1", "uint1", "float6_e2m3fn", "float6_e3m2fn"})
 
 
 def given_spec(slot: TemplateLeaf | None, value: Any) -> LeafSpec | None:
@@ -56,16 +58,26 @@ def _made_of(view: View, arrays: Iterable[Any], stack: Any) -> Any:
 
 
 def _copied(slot: TemplateLeaf, value: Any) -> Any:
-    """Convert a leaf on the host. An array that JAX made is only converted for NumPy."""
+    """Convert a leaf on the host. An array that JAX made is only converted if JAX cannot do it."""
     if slot.target == "python":
         return value if type(value) is str else to_python(value, slot.leaf)
     dtype = slot.leaf.dtype
     copied = slot.target in {"numpy", "scalar"} or not isinstance(value, jax.Array)
-    if copied or (slot.target == "foreign" and value.dtype != dtype):  # JAX would narrow it
+    if copied or (value.dtype != dtype and not _is_cast_by_jax(slot, value)):
         # A copy, because JAX would use the memory of the caller's array.
         host = np.array(to_host(value, dtype), order="C")
         return host[()] if slot.target == "scalar" else host
     return value
+
+
+def _is_cast_by_jax(slot: TemplateLeaf, value: jax.Array) -> bool:
+    """Return whether JAX converts an array for a leaf of another dtype."""
+    if slot.target == "foreign":  # JAX would narrow it
+        return False
+    if slot.leaf.dtype is None or isinstance(value, jax.core.Tracer):
+        return True
+    names = {value.dtype.name, slot.leaf.dtype.name}
+    return names.isdisjoint(_WITHOUT_CASTS) or not value.is_fully_addressable
 
 
 def _finished(batch: Sequence[tuple[TemplateLeaf, Any]]) -> list[Any]:
