@@ -117,6 +117,8 @@ def _remedy(outcome: Comparison, options: Options, nothing: bool, is_larger: boo
     if not options.strict and not nothing:
         return "strict=False keeps the leaves of the template, but an abstract or deleted leaf has no value to keep."
     remedies = ["rename= maps names", "prefix= selects a subtree"] if outcome.missing else []
+    if any(name is None for _, name in outcome.missing):
+        remedies[1:] = ["Rule(None, path) keeps a leaf of the template"]
     remedies += ["cast=True converts dtypes"] if outcome.castable else []
     if nothing:
         listed = f": {'; '.join(remedies)}" if remedies else ""
