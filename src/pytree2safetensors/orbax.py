@@ -66,9 +66,14 @@ class SafetensorsHandler(ocp.AsyncCheckpointHandler):
 
         Raises:
             Pytree2SafetensorsError: As `load_pytree` and `load_into_pytree` raise it.
+            ValueError: There is a template and a sharding.
         """
         path, asked = os.fspath(directory), args or SafetensorsRestore()
         template = asked.item
+        if template is not None and asked.sharding is not None:
+            raise ValueError(
+                "SafetensorsRestore: the template says where its arrays go, so sharding= needs item=None"
+            )
         if template is None and asked.sharding is None:
             return load_pytree(path, prefix=asked.prefix)
         if template is None:
@@ -116,7 +121,7 @@ class SafetensorsRestore(ocp.args.CheckpointArgs):
 
     Attributes:
         item: A template for `load_into_pytree`. By default, load the tree in the file.
-        sharding: The shardings of the arrays, as for `load_abstract`. Ignored with a template.
+        sharding: The shardings of the arrays, as for `load_abstract`, if there is no template.
         strict: As for `load_into_pytree`.
         unexpected: As for `load_into_pytree`.
         cast: As for `load_into_pytree`.

@@ -139,6 +139,36 @@ def test_metadata_are_shapes_from_the_header(tmp_path: Path) -> None:
         assert expected["layers"][0][0] == Struct((3, 4), jnp.bfloat16)
 
 
+def test_a_run_that_orbax_began_goes_on_in_the_same_folder(tmp_path: Path) -> None:
+    tree = {"w": jnp.arange(3.0), "step": 0}
+    with closing(ocp.CheckpointManager(tmp_path)) as manager:
+        manager.save(0, args=ocp.args.StandardSave(tree))
+    with manager_of(tmp_path, max_to_keep=2) as manager:
+        with pytest.raises(p2s.FileFormatError) as caught:
+            manager.restore(manager.latest_step(), args=SafetensorsRestore(tree))
+        assert str(caught.value) == (
+            f"the folder {str(tmp_path / '0' / 'default')!r} has no safetensors file and no index; "
+            "Orbax wrote it: restore it with Orbax, and save the result"
+        )
+    with closing(ocp.CheckpointManager(tmp_path)) as manager:
+        restored = manager.restore(0, args=ocp.args.StandardRestore(tree))
+    with manager_of(tmp_path, max_to_keep=2) as manager:
+        for step in 1, 2:
+            manager.save(step, args=SafetensorsSave(restored | {"step": step}))
+        manager.wait_until_finished()
+        assert manager.all_steps() == [1, 2]
+        assert_same(manager.restore(2, args=SafetensorsRestore(tree)), tree | {"step": 2})
+
+
+def test_a_template_and_shardings_exclude_each_other(tmp_path: Path) -> None:
+    everywhere = NamedSharding(Mesh(np.array(jax.devices()), ("x",)), P())
+    with manager_of(tmp_path) as manager:
+        manager.save(0, args=SafetensorsSave(state(0)))
+        message = "^SafetensorsRestore: the template says where its arrays go, so sharding= needs "
+        with pytest.raises(ValueError, match=message + "item=None$"):
+            manager.restore(0, args=SafetensorsRestore(state(0), sharding=everywhere))
+
+
 def test_checkpointers_of_orbax_take_the_handler(tmp_path: Path) -> None:
     for number, kind in enumerate((ocp.Checkpointer, ocp.AsyncCheckpointer)):
         with kind(SafetensorsHandler()) as checkpointer:

@@ -33,6 +33,11 @@ from pytree2safetensors._storage.remote_path import RemotePath, hide_credentials
 # How other programs number shards, or used to.
 _OTHER_SHARD: Final = re.compile(r".*\.safetensors-[0-9]+-of-[0-9]+", re.DOTALL)
 
+_OF_ORBAX: Final = {
+    "_METADATA",
+    "manifest.ocdbt",
+}  # in each of its checkpoints, there is one of these
+
 
 class Index(NamedTuple):
     """The content of an index: where the tensors are, and their metadata."""
@@ -146,6 +151,8 @@ def _chosen(folder: str, names: list[str]) -> str:
             f"; {shorten(other)} is not the name of a shard, which has the form "
             "'model-00001-of-00002.safetensors': rename it, or copy the complete folder again"
         )
+        if not _OF_ORBAX.isdisjoint(names):
+            hint = "; Orbax wrote it: restore it with Orbax, and save the result"
         raise FileFormatError(
             f"the folder {shorten(folder)} has no safetensors file and no index{hint or present}"
         )
