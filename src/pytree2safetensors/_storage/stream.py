@@ -153,7 +153,11 @@ def _taken(file: Writable, count: Any, size: int) -> int:
         return size
     if not count:
         raise OSError(errno.EIO, "the file object wrote nothing")
-    if isinstance(count, bool) or not isinstance(count, SupportsIndex) or not 0 < index(count) <= size:
+    if (
+        isinstance(count, bool)
+        or not isinstance(count, SupportsIndex)
+        or not 0 < index(count) <= size
+    ):
         said = f"returned {count!r} from write, not how many of {size} bytes it wrote"
         raise OSError(errno.EIO, f"{_label_of(file)} {said}")
     return index(count)
