@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -277,6 +277,56 @@ def test_a_signal_handler_that_would_wait_for_ever_gets_an_error(tmp_path: Path)
         going_on.set()
     future.result()
     assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("kind", ["save", "result", "wait"])
+def test_a_signal_handler_can_wait_for_a_save_that_its_thread_waits_for(kind: str) -> None:
+    """Whatever line of the interrupted wait it comes before."""
+
+    def run(number: int) -> bool:
+        started, go_on = threading.Event(), threading.Event()
+
+        def save() -> None:
+            started.set()
+            go_on.wait()
+
+        future = saver.submit(save, "'a'")
+        started.wait()
+        waits: dict[str, Callable[[], object]] = {
+            "save": saver.wait_for_earlier,
+            "result": future.result,
+            "wait": lambda: wait([future]),
+        }
+        lines = iter(range(number))
+
+        def trace(*event: Any) -> Any:
+            if event[1] == "line" and next(lines, None) is None:
+                sys.settrace(None)
+                go_on.set()
+                saver.wait_for_earlier()
+                return None
+            return trace
+
+        def wait_interrupted() -> None:
+            sys.settrace(trace)
+            try:
+                waits[kind]()
+            finally:
+                sys.settrace(None)
+
+        thread = threading.Thread(target=wait_interrupted, daemon=True)
+        thread.start()
+        thread.join(0.02)
+        go_on.set()
+        thread.join(20)
+        assert not thread.is_alive(), f"line {number}"
+        future.result()
+        return next(lines, None) is None
+
+    number = 0
+    while run(number):
+        number += 1
+    assert number > 2
 
 
 def test_an_error_of_a_signal_handler_is_not_taken_for_a_lack_of_threads() -> None:

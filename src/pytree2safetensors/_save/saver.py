@@ -17,7 +17,30 @@ from pytree2safetensors._storage.threads import is_starting, starting
 _NAME: Final = "pytree2safetensors-save"
 
 _savers: list[ThreadPoolExecutor] = []  # None before the first save
-_unfinished = set[threading.Event]()  # of each submitted save, set when it has ended
+
+
+class _End:
+    """The end of a save. A signal handler can wait for it, even if it interrupts such a wait.
+
+    A `threading.Event` has a lock, which the interrupted wait may hold.
+    """
+
+    def __init__(self) -> None:
+        self.has_come, self._until = False, threading.Lock()
+        self._until.acquire()
+
+    def come(self) -> None:
+        if not self.has_come:
+            self.has_come = True
+            self._until.release()
+
+    def wait(self) -> None:
+        if not self.has_come:
+            with self._until:
+                pass
+
+
+_unfinished = set[_End]()  # of each submitted save that has not ended
 
 
 class _Save(Future[None]):
@@ -80,37 +103,39 @@ def submit(save: Callable[[], None], where: str) -> Future[None]:
     if not threading.main_thread().is_alive() or is_starting():
         wait_for_earlier()
         future = _Save(where)
-        _run(save, future)
+        _run(save, future, lambda: None)
         return future
     if not _savers:
         _savers.append(ThreadPoolExecutor(1, _NAME))
-    ended = threading.Event()  # does not keep an error and its snapshot alive, unlike the future
+    end = _End()  # does not keep an error and its snapshot alive, unlike the future
     future = _Save(where)
 
-    def end(_: object) -> None:
-        _unfinished.discard(ended)
-        ended.set()
+    def ended(_: object = None) -> None:
+        _unfinished.discard(end)
+        end.come()
 
-    future.add_done_callback(end)
+    future.add_done_callback(ended)  # if it is cancelled
     try:
         with starting():
-            _unfinished.add(ended)
-            _savers[0].submit(_run, save, future)
+            _unfinished.add(end)
+            _savers[0].submit(_run, save, future, ended)
     except BaseException:  # an interrupt: nobody has the future, and later saves wait for its end
         future.cancel()
         raise
     return future
 
 
-def _run(save: Callable[[], None], future: Future[None]) -> None:
+def _run(save: Callable[[], None], future: Future[None], ended: Callable[[], None]) -> None:
     if not future.set_running_or_notify_cancel():
         return
     try:
         save()
     except BaseException as error:  # noqa: BLE001 - the future raises it
+        ended()  # first, because a thread that a signal has interrupted may have locked the future
         future.set_exception(error)
         del save, future  # the traceback would keep them alive
     else:
+        ended()
         future.set_result(None)
 
 
@@ -121,13 +146,13 @@ def wait_for_earlier() -> None:
         RuntimeError: This is a signal handler, and the saves wait for what it has interrupted.
     """
     if not is_current():  # a thread cannot wait for itself
-        for ended in list(_unfinished):  # also those before one that was cancelled
-            if is_starting() and not ended.is_set():
+        for end in list(_unfinished):  # also those before one that was cancelled
+            if is_starting() and not end.has_come:
                 raise RuntimeError(
                     "this signal handler cannot wait for the background save that is under way; "
                     "set a flag in the handler, and save after it"
                 )
-            ended.wait()
+            end.wait()
 
 
 def is_current() -> bool:
