@@ -334,7 +334,7 @@ def penzai_mlp(seed: int) -> Any:
     mlp = simple_mlp.MLP.from_config(
         name="mlp", init_base_rng=key(seed), feature_sizes=[2, 4, 1], activation_fn=jax.nn.relu
     )
-    return pz.unbind_params(mlp)[1]
+    return pz.freeze_params(mlp)
 
 
 # --- JAX itself -------------------------------------------------------------------------------

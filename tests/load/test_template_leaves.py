@@ -66,11 +66,33 @@ class Variable:
         self.value = value
 
 
-def test_skip_leaves_out_no_variable_that_holds_an_array(tmp_path: Path) -> None:
+@pytest.mark.parametrize("value", [jnp.ones(3), {"array": np.ones(3)}])
+def test_skip_leaves_out_no_variable_that_holds_an_array(value: object, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedLeafError, match="the array that a Ref or another object holds"):
-        save_pytree({"w": Variable(jnp.ones(3))}, tmp_path / "file", unsupported="skip")
+        save_pytree({"w": Variable(value)}, tmp_path / "file", unsupported="skip")
+    assert not (tmp_path / "file").exists()
+
+
+def test_skip_leaves_out_other_variables(tmp_path: Path) -> None:
     save_pytree({"w": Variable("text"), "f": print, "a": 1}, tmp_path / "file", unsupported="skip")
     assert load_pytree(tmp_path / "file") == {"a": 1}
+
+
+class Secretive:
+    """An object whose attributes cannot be read."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise NotImplementedError(name)
+
+
+def test_an_object_whose_attributes_cannot_be_read_is_no_array(tmp_path: Path) -> None:
+    tree = {"a": np.ones(2, np.float32), "secret": Secretive()}
+    with pytest.raises(UnsupportedLeafError, match=f"'@secret': {__name__}.Secretive\n"):
+        save_pytree(tree, tmp_path / "file")
+    save_pytree(tree, tmp_path / "file", unsupported="skip")
+    found = load_into_pytree(tree, tmp_path / "file")
+    assert found["a"].tolist() == [1, 1]
+    assert found["secret"] is tree["secret"]
 
 
 def test_a_packed_tensor_under_the_name_of_a_function_stops_no_lenient_load(

@@ -76,6 +76,14 @@ def is_deleted(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array) and not traced and leaf.is_deleted()
 
 
+def attribute_of(leaf: Any, name: str) -> Any:
+    """Return an attribute of a leaf of any type; None if it cannot be read."""
+    try:
+        return getattr(leaf, name, None)
+    except Exception:  # noqa: BLE001 - a property of any type may raise anything
+        return None
+
+
 _CONVERSIONS: Final = ("__array__", "__dlpack__", "__jax_array__")
 
 
@@ -85,11 +93,13 @@ def converts_to_arrays(kind: type) -> bool:
 
 
 def holds_array(leaf: Any) -> bool:
-    """Return whether a leaf that a file cannot hold can convert itself to an array."""
+    """Return whether a leaf that a file cannot hold converts itself to an array, or is a box of arrays."""
     if isinstance(leaf, np.ndarray | np.generic | jax.Array | type):
         return False  # an array of NumPy or JAX that a file cannot hold
-    held = getattr(leaf, "value", None)
-    return converts_to_arrays(type(leaf)) or isinstance(held, np.ndarray | np.generic | jax.Array)
+    if converts_to_arrays(type(leaf)):
+        return True
+    held = jax.tree.leaves(attribute_of(leaf, "value"))
+    return any(isinstance(one, np.ndarray | np.generic | jax.Array) for one in held)
 
 
 def is_sum(leaf: Any) -> bool:

@@ -10,7 +10,12 @@ import jax
 import numpy as np
 
 from pytree2safetensors._leaves.decode import holds_value
-from pytree2safetensors._leaves.describe import PYTHON_SCALARS, converts_to_arrays, info_of
+from pytree2safetensors._leaves.describe import (
+    PYTHON_SCALARS,
+    attribute_of,
+    converts_to_arrays,
+    info_of,
+)
 from pytree2safetensors._leaves.jax_versions import REFERENCE, explicit_format
 from pytree2safetensors._leaves.keys import implementation_of, is_key_dtype, key_shape
 from pytree2safetensors._leaves.spec import LeafSpec, holds, rank_of
@@ -105,16 +110,16 @@ def _look_at_any(leaf: Any) -> _Look | None:
     seen = _shape_and_dtype(leaf)
     if seen is None:
         return None
-    sharding = getattr(leaf, "sharding", None)
+    sharding = attribute_of(leaf, "sharding")
     mesh = getattr(sharding, "mesh", None)  # the type of an array without a mesh has an empty one
     if not isinstance(sharding, jax.sharding.Sharding) or getattr(mesh, "empty", False):
         sharding = None
-    weak = bool(getattr(leaf, "weak_type", False))
+    weak = bool(attribute_of(leaf, "weak_type"))
     return _Look("jax", *seen, weak, sharding, True, explicit_format(leaf))
 
 
 def _shape_and_dtype(leaf: Any) -> tuple[tuple[int, ...], Any] | None:
-    shape, dtype = getattr(leaf, "shape", None), getattr(leaf, "dtype", None)
+    shape, dtype = attribute_of(leaf, "shape"), attribute_of(leaf, "dtype")
     if not isinstance(shape, tuple) or dtype is None:
         return None
     try:

@@ -18,6 +18,7 @@ from pytree2safetensors._format.tensor import TensorInfo
 from pytree2safetensors._leaves.describe import (
     PYTHON_SCALARS,
     DeletedLeaf,
+    attribute_of,
     describe,
     holds_array,
     is_deleted,
@@ -158,7 +159,7 @@ def _type_name(leaf: Any) -> str:
         return f"{name}, a traced value"
     if kind is str:
         return f"{name} with the two halves of a surrogate pair, which JSON would join to one character"
-    dtype = getattr(leaf, "dtype", None)
+    dtype = attribute_of(leaf, "dtype")
     return f"{name} of dtype {dtype}" if dtype is not None else name
 
 
