@@ -86,7 +86,7 @@ class Secretive:
 
 
 def test_an_object_whose_attributes_cannot_be_read_is_no_array(tmp_path: Path) -> None:
-    tree = {"a": np.ones(2, np.float32), "secret": Secretive()}
+    tree: dict[str, Any] = {"a": np.ones(2, np.float32), "secret": Secretive()}
     with pytest.raises(UnsupportedLeafError, match=f"'@secret': {__name__}.Secretive\n"):
         save_pytree(tree, tmp_path / "file")
     save_pytree(tree, tmp_path / "file", unsupported="skip")
