@@ -1,5 +1,6 @@
 """Moving floats: no operation of JAX changes the bits of NaNs, of subnormals or of zeros."""
 
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,10 +10,12 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding
 from numpy.typing import NDArray
+from safetensors.numpy import load_file
 
-from placed import P
-from pytree2safetensors import Rule, pytree2dict, set_weights
+from placed import P, Struct
+from pytree2safetensors import Rule, pytree2dict, save_pytree, set_weights
 from pytree2safetensors._leaves.as_bits import moved_as_bits
+from pytree2safetensors._leaves.jax_versions import enable_x64
 
 DTYPES: list[Any] = [
     ml_dtypes.bfloat16,
@@ -106,3 +109,56 @@ def test_rules_have_derivatives(rule: Rule) -> None:
 
     found = jax.grad(total)({"a": leaf, "b": leaf})
     assert (found["a"] == 3).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("spec", [P(), P("x"), P(None, "y"), P("x", "y")])
+def test_spreading_keeps_all_bits(dtype: Any, spec: Any) -> None:
+    values = patterns(dtype)
+    sharding = NamedSharding(mesh_of(slice(None)), spec)
+    for given in (jnp.asarray(values), jax.device_put(values, jax.devices()[5])):
+        found = set_weights({"w": jax.device_put(values, sharding)}, {"@w": given})["w"]
+        assert found.sharding == sharding
+        assert_bits(found, values)
+
+
+KINDS = [memory.kind for memory in jax.devices()[0].addressable_memories()]
+
+
+@pytest.mark.parametrize("kinds", [(one, other) for one in KINDS for other in KINDS])
+def test_placing_in_another_memory_of_other_devices(kinds: tuple[str, str]) -> None:
+    values = patterns(np.float16)
+    template, given = (
+        NamedSharding(mesh_of(order), P("x"), memory_kind=kind)
+        for order, kind in zip(
+            (slice(None, None, -1), [0, 2, 4, 6, 1, 3, 5, 7]), kinds, strict=True
+        )
+    )
+    tree = {"w": Struct(values.shape, values.dtype, sharding=template)}
+    found = set_weights(tree, {"@w": jax.device_put(values, given)})["w"]
+    assert found.sharding == template
+    assert_bits(found, values)
+
+
+WIDE: list[Any] = [np.float64, np.complex128, np.int64, np.uint64]
+
+
+@pytest.mark.parametrize("dtype", WIDE)
+@pytest.mark.parametrize("place", [None, P(), P("x", "y")])
+def test_arrays_of_64_bits_stay_so_without_x64(tmp_path: Path, dtype: Any, place: Any) -> None:
+    values = np.arange(1 << 8, dtype=dtype).reshape(16, 16) * dtype(1.0000000001e15)
+    with enable_x64(True):
+        sharding = place if place is None else NamedSharding(mesh_of(slice(None)), place)
+        array = jax.device_put(values, sharding)
+        template = {"w": jax.device_put(values, jax.devices()[3])}
+    assert_bits(set_weights(template, {"@w": array})["w"], values)
+    assert_bits(set_weights({"w": array}, {"@w": template["w"]})["w"], values)
+    rules = [Rule("w", "{p:a,b}", "(p i) o -> o i")]
+    if dtype is np.complex128:  # which rules cannot rearrange
+        return
+    with enable_x64(True):
+        tree = {"a": jax.device_put(values[:8].T, sharding), "b": jnp.asarray(values[8:].T)}
+    assert_bits(pytree2dict(tree, rename=rules)["w"], values)
+    assert_bits(set_weights(tree, {"w": array}, rename=rules)["a"], values[:8].T.copy())
+    save_pytree(tree, tmp_path / "file", rename=rules)
+    assert_bits(load_file(tmp_path / "file")["w"], values)

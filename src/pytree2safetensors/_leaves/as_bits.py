@@ -25,7 +25,7 @@ def moved_as_bits(move: Callable[[list[Any]], Any], arrays: Sequence[Any]) -> An
         return jax.lax.complex(*(moved_as_bits(move, part) for part in parts))
     info: Any = jnp.finfo  # which JAX leaves untyped
     bits = _BITS.get(info(dtype).bits) if jnp.issubdtype(dtype, np.floating) else None
-    if bits is None or jax.dtypes.canonicalize_dtype(bits) != bits:
+    if bits is None:
         return move([*arrays])
     cast = jax.lax.bitcast_convert_type
     return cast(move([cast(array, bits) for array in arrays]), dtype)

@@ -83,7 +83,7 @@ def to_host(leaves: Sequence[Any]) -> list[Any]:
     found = list(leaves)
     if not _has_device_arrays(leaves):
         return found
-    with own_programs():
+    with own_programs(leaves):
         moves = _moves(leaves)
         if not moves:
             return found

@@ -24,7 +24,7 @@ def computed(make: Callable[[list[Any]], Any], leaves: Sequence[Any]) -> Any:
     """
     explicit: dict[Mesh, Mesh] = {}  # by the mesh with the same axes, which are not explicit
     found = []
-    with own_programs():
+    with own_programs(leaves):
         for leaf in leaves:
             mesh = _explicit_mesh(leaf)
             if mesh is None:

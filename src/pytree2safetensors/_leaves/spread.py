@@ -119,7 +119,7 @@ def _parts_of(
     unit = f"u{BITS[info.dtype] // 8}"
     is_moved = view.order != tuple(range(len(view.order)))
     if is_moved and isinstance(data, jax.Array) and computes(data):
-        with own_programs():  # JAX moves axes faster than NumPy
+        with own_programs([data]):  # JAX moves axes faster than NumPy
             for source, moved in file_parts(view, shared, part_of(data, within(shared, region))):
                 values = host_shard(moved)
                 yield source, np.ndarray(values.shape, unit, to_bytes(values, info))
@@ -143,7 +143,7 @@ def _with_axes(data: Any, region: Region) -> Any:
     """Return the values of a shard with all axes of its array. The shards of pmap lack one."""
     if data.ndim == len(region):
         return data
-    with own_programs():
+    with own_programs([data]):
         return data.reshape(shape_of(region))
 
 

@@ -3,8 +3,8 @@
 Specification: *Loading*.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from typing import Any, Final
 
@@ -16,6 +16,7 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from numpy.typing import NDArray
 
 from pytree2safetensors._leaves.jax_versions import enable_x64, no_mesh
+from pytree2safetensors._leaves.keys import is_key_dtype
 
 TAKEN_OVER: Final = 1 << 12  # bytes: JAX gets the memory of larger arrays, without a copy
 _CHUNK = 128  # arrays in one call of the identity
@@ -116,12 +117,15 @@ def _may_stack(sharding: Sharding, keeps_memory: bool) -> bool:
 
 
 @contextmanager
-def own_programs() -> Iterator[None]:
+def own_programs(leaves: Iterable[Any] = ()) -> Iterator[None]:
     """Let JAX run the programs of a load, whatever its settings are.
 
     A user who checks for NaNs or transfers does not mean those of a load. Without jit, a program may
     return its arguments, which are not JAX arrays. Under a mesh, it spreads its results over the
-    devices.
+    devices. Without x64, it narrows arrays of 64 bits.
+
+    Args:
+        leaves: The leaves that the programs use, if some may be JAX arrays of 64 bits.
     """
     with (
         jax.debug_nans(False),
@@ -129,8 +133,16 @@ def own_programs() -> Iterator[None]:
         jax.transfer_guard("allow"),
         jax.disable_jit(False),
         no_mesh(),
+        enable_x64(True) if any(map(_is_too_wide, leaves)) else nullcontext(),
     ):
         yield
+
+
+def _is_too_wide(leaf: Any) -> bool:
+    """Return whether a leaf is an array of JAX that x64 has to be on for."""
+    if not isinstance(leaf, jax.Array) or is_key_dtype(leaf.dtype):
+        return False
+    return bool(jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype)
 
 
 def is_mapped() -> bool:

@@ -9,6 +9,7 @@ from pytree2safetensors._leaves.as_bits import moved_as_bits
 from pytree2safetensors._leaves.encode import host_array
 from pytree2safetensors._leaves.keys import is_key_dtype
 from pytree2safetensors._leaves.placement import is_unreduced
+from pytree2safetensors._leaves.to_jax import own_programs
 
 _ANY_MESH: Final = getattr(jax.sharding, "AbstractMesh", ())  # JAX 0.4.30 has none
 
@@ -46,6 +47,11 @@ def misplaced(sharding: Sharding, shape: tuple[int, ...]) -> str | None:
 
 def place(value: Any, sharding: Sharding) -> jax.Array:
     """Place the values of an array in a sharding that may span several processes."""
+    with own_programs([value]):
+        return _placed(value, sharding)
+
+
+def _placed(value: Any, sharding: Sharding) -> jax.Array:
     is_global = not getattr(value, "is_fully_addressable", True)
     if is_global or is_ordinary(sharding, value.shape):
         return _moved(value, sharding)
@@ -60,12 +66,15 @@ def place(value: Any, sharding: Sharding) -> jax.Array:
 
 
 def _moved(value: jax.Array, sharding: Sharding) -> jax.Array:
-    def move(arrays: list[Any]) -> Any:
-        return jax.device_put(arrays[0], sharding)
-
-    is_spread = len(value.sharding.device_set) > 1 and value.sharding != sharding
-    # The second move gives the sharding its own form, and moves nothing.
-    moved: jax.Array = move([moved_as_bits(move, [value]) if is_spread else value])
+    devices: Any = value.sharding.device_set | sharding.device_set
+    if len(devices) > 1 and value.sharding != sharding:
+        # JAX cannot change the devices and the kind of memory at once.
+        kind = next(iter(devices)).default_memory().kind
+        ordinary = sharding.with_memory_kind(kind)
+        value = jax.device_put(value, value.sharding.with_memory_kind(kind))
+        value = moved_as_bits(lambda arrays: jax.device_put(arrays[0], ordinary), [value])
+    # This gives the array the sharding in its own form, or in another kind of memory.
+    moved: jax.Array = jax.device_put(value, sharding)
     return moved
 
 
