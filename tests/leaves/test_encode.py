@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytree2safetensors import FileFormatError, load_pytree, save_pytree
+from pytree2safetensors import FileFormatError, load_pytree, save_pytree, save_pytree_async
 from pytree2safetensors._format.tensor import NUMPY, TensorInfo
 from pytree2safetensors._leaves import encode, spec
 from pytree2safetensors._leaves.decode import holds_value
@@ -77,3 +77,22 @@ def test_a_dtype_that_an_older_ml_dtypes_lacks_is_reported(
     assert "'@w' is of the dtype bfloat17, which this ml_dtypes lacks; install a newer one" in str(
         caught.value
     )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e5m2"])
+@pytest.mark.parametrize("size", [8, 80])
+def test_an_array_in_another_layout_is_saved_while_transfers_are_guarded(
+    tmp_path: Path, dtype: str, size: int
+) -> None:
+    layouts = pytest.importorskip("jax.experimental.layout")
+    if not hasattr(layouts, "Format"):
+        pytest.skip("this JAX gives layouts other names")
+    array = jnp.arange(size).reshape(2, -1).astype(dtype)
+    form = layouts.Format(layouts.Layout(major_to_minor=(1, 0)), array.sharding)
+    with jax.transfer_guard("allow"):
+        moved = jax.device_put(array, form)
+    with jax.transfer_guard("disallow"):
+        save_pytree({"a": moved}, tmp_path / "file")
+        save_pytree_async({"a": moved, "b": moved}, tmp_path / "async").result()
+    for name in ("file", "async"):
+        assert (load_pytree(tmp_path / name)["a"] == array).all()

@@ -5,6 +5,7 @@ Specification: *Leaves*.
 
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any, Final
 
 import jax
@@ -77,7 +78,8 @@ def host_shard(data: jax.Array) -> NDArray[Any]:
     if is_key_dtype(data.dtype):
         data = _key_data(data)
     if is_in_place(data):
-        return np.asarray(data)
+        with suppress(RuntimeError):  # in another layout, it is copied, which a guard may forbid
+            return np.asarray(data)
     with jax.transfer_guard("allow"):  # users guard the transfers of programs, not those of saves
         if data.nbytes >= TAKEN_OVER:
             # Another array with the same memory, which keeps the copy instead.
