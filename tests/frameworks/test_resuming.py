@@ -95,7 +95,66 @@ def flax_nnx(seed: int) -> tuple[Any, Step]:
     return state, step
 
 
-@pytest.mark.parametrize("framework", [linen, equinox, haiku, flax_nnx])
+class Noisy(eqx.Module):
+    layer: eqx.nn.Linear
+    norm: eqx.nn.BatchNorm
+    dropout: eqx.nn.Dropout
+
+    def __init__(self, key: jax.Array) -> None:
+        self.layer = eqx.nn.Linear(5, 2, key=key)
+        self.norm = eqx.nn.BatchNorm(2, axis_name="batch", mode="batch")
+        self.dropout = eqx.nn.Dropout(0.5)
+
+    def __call__(self, x: Any, state: Any, key: Any) -> tuple[Any, Any]:
+        x, state = self.norm(self.layer(x), state)
+        return self.dropout(x, key=key), state
+
+
+def equinox_with_state(seed: int) -> tuple[Any, Step]:
+    model, state = eqx.nn.make_with_state(Noisy)(jax.random.key(seed))
+    schedule = optax.cosine_decay_schedule(1e-2, 10)
+    optimizer = optax.apply_if_finite(optax.chain(optax.clip(1.0), optax.adamw(schedule)), 2)
+
+    @eqx.filter_jit
+    def step(carry: Any) -> tuple[Any, jax.Array]:
+        model, state, moments, key = carry
+        key, drawn = jax.random.split(key)
+
+        def loss(model: Any) -> Any:
+            keys = jax.random.split(drawn, len(X))
+            batched = jax.vmap(model, (0, None, 0), (0, None), axis_name="batch")
+            out, new = batched(X[..., 0], state, keys)
+            return jnp.mean((out - Y) ** 2), new
+
+        (value, state), gradients = eqx.filter_value_and_grad(loss, has_aux=True)(model)
+        arrays = eqx.filter(model, eqx.is_inexact_array)
+        updates, moments = optimizer.update(gradients, moments, arrays)
+        return (eqx.apply_updates(model, updates), state, moments, key), value
+
+    moments = optimizer.init(eqx.filter(model, eqx.is_inexact_array))
+    return (model, state, moments, jax.random.key(seed)), step
+
+
+def halves(seed: int) -> tuple[Any, Step]:
+    """Parameters in bfloat16, with an optimizer that makes its state float32 in the first step."""
+    params = {"w": jax.random.normal(jax.random.key(seed), (5, 2), jnp.bfloat16)}
+    optimizer = optax.MultiSteps(optax.inject_hyperparams(optax.adam)(learning_rate=1e-2), 2)
+
+    @jax.jit
+    def step(carry: Any) -> tuple[Any, jax.Array]:
+        params, state = carry
+        value, gradients = jax.value_and_grad(
+            lambda params: jnp.mean((X[..., 0] @ params["w"] - Y) ** 2)
+        )(params)
+        updates, state = optimizer.update(gradients, state, params)
+        return (optax.apply_updates(params, updates), state), value
+
+    # As a template, the state after a step has the dtypes of all later ones.
+    start = params, optimizer.init(params)
+    return step(start)[0], step
+
+
+@pytest.mark.parametrize("framework", [linen, equinox, equinox_with_state, haiku, flax_nnx, halves])
 def test_resumed_training_gives_the_same_losses(
     framework: Callable[[int], tuple[Any, Step]], tmp_path: Path
 ) -> None:

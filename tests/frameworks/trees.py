@@ -93,6 +93,43 @@ def equinox_batch_norm_with_state(seed: int) -> Any:
     return norm, state
 
 
+class Stateful(eqx.Module):
+    norm: eqx.nn.SpectralNorm[eqx.nn.Linear]
+    count: eqx.nn.StateIndex[jax.Array]
+    name: str
+    rate: float
+    width: int = eqx.field(static=True)
+
+    def __init__(self, seed: int) -> None:
+        layer = eqx.nn.Linear(3, 3, key=key(seed))
+        self.norm = eqx.nn.SpectralNorm(layer, "weight", key=key(seed))
+        self.count = eqx.nn.StateIndex(jnp.array(seed))
+        self.name, self.rate, self.width = f"net {seed}", seed / 4, 3
+
+
+@tree
+def equinox_stateful(seed: int) -> Any:
+    return eqx.nn.make_with_state(Stateful)(seed)
+
+
+class Sharing(eqx.Module):
+    layers: eqx.nn.Shared
+
+    def __init__(self, seed: int) -> None:
+        layers = (
+            eqx.nn.Embedding(5, 4, key=key(seed)),
+            eqx.nn.Linear(4, 5, use_bias=False, key=key(seed)),
+        )
+        self.layers = eqx.nn.Shared(
+            layers, lambda pair: pair[1].weight, lambda pair: pair[0].weight
+        )
+
+
+@tree
+def equinox_shared(seed: int) -> Any:
+    return Sharing(seed)
+
+
 @tree
 def equinox_stacked_layers(seed: int) -> Any:
     return eqx.filter_vmap(lambda one: eqx.nn.Linear(3, 3, key=one))(jax.random.split(key(seed), 4))
@@ -140,6 +177,12 @@ def linen_partitioned(seed: int) -> Any:
 
 
 @tree
+def linen_logically_partitioned(seed: int) -> Any:
+    kernel_init = nn.with_logical_partitioning(nn.initializers.normal(), ("embed", "mlp"))
+    return nn.Dense(3, kernel_init=kernel_init).init(key(seed), jnp.ones((1, 2)))
+
+
+@tree
 def linen_lstm(seed: int) -> Any:
     cell = nn.RNN(nn.LSTMCell(4))
     return cell.init(key(seed), jnp.ones((1, 3, 2)))
@@ -180,6 +223,18 @@ def nnx_state(seed: int) -> Any:
 @tree
 def nnx_split_state(seed: int) -> Any:
     return nnx.split(NnxNet(nnx.Rngs(seed)))[1]
+
+
+class NnxTied(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.embed = nnx.Embed(5, 4, rngs=rngs)
+        self.head = self.embed
+        self.scale = nnx.Param(jnp.ones(4), note="with metadata")
+
+
+@tree
+def nnx_tied_state(seed: int) -> Any:
+    return nnx.state(NnxTied(nnx.Rngs(seed)))
 
 
 @tree
@@ -280,6 +335,27 @@ def optax_ema(seed: int) -> Any:
 @tree
 def optax_multi_steps(seed: int) -> Any:
     return stepped(optax.MultiSteps(optax.adam(1e-3), 2).gradient_transformation(), seed)
+
+
+@tree
+def optax_partition(seed: int) -> Any:
+    parts = {1: optax.adam(1e-3), 2: optax.set_to_zero()}
+    return stepped(optax.partition(parts, {"dense": 1, "head": [2, 1]}), seed)
+
+
+@tree
+def optax_named_chain(seed: int) -> Any:
+    return stepped(
+        optax.named_chain(
+            ("adam", optax.scale_by_adam()), ("rate", optax.scale_by_schedule(lambda step: -step))
+        ),
+        seed,
+    )
+
+
+@tree
+def optax_schedule_free(seed: int) -> Any:
+    return stepped(optax.contrib.schedule_free_adamw(1e-2), seed)
 
 
 @tree
