@@ -183,6 +183,22 @@ def test_a_replaced_file_keeps_its_access_list(tmp_path: Path) -> None:
         assert_holds(path, 2)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems keep access lists elsewhere")
+def test_a_file_whose_access_list_cannot_be_kept_is_closed_to_its_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    path = tmp_path / "model"
+    save_pytree(version(1), path)
+    path.chmod(0o664)
+    monkeypatch.setattr(os, "getxattr", fail)
+    save_pytree(version(2), path)
+    assert_holds(path, 2)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+
+
 @posix
 def test_hard_links_part_ways(tmp_path: Path) -> None:
     path, other = tmp_path / "model", tmp_path / "other"
@@ -277,10 +293,11 @@ def test_an_array_that_changes_its_size_during_the_save_is_an_error(
     tmp_path: Path, checksum: bool
 ) -> None:
     save_pytree(version(1), tmp_path / "model")
-    tree = {"a": np.zeros(40 << 20, np.uint8), "b": np.ones(1 << 20, np.uint16)}
+    shrunk = np.ones(1 << 20, np.uint16)
+    tree = {"a": np.zeros(40 << 20, np.uint8), "b": shrunk}
 
     def shrink(*_: int) -> None:
-        tree["b"].resize(1000, refcheck=False)
+        shrunk.resize(1000, refcheck=False)
 
     with pytest.raises(FileFormatError) as caught:
         save_pytree(tree, tmp_path / "model", progress=shrink, checksum=checksum)

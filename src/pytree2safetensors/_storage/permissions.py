@@ -13,7 +13,7 @@ _ACCESS_LIST: Final = "system.posix_acl_access"  # of Linux: permissions of furt
 def keep_permissions(descriptor: int, old: os.stat_result, path: str) -> None:
     """Give a new file the group, permissions and owner of the old one, as far as the system allows.
 
-    If it keeps another group, the group may do only what everybody may.
+    If its group or its access list would differ, the group may do only what everybody may.
 
     Args:
         descriptor: The new file.
@@ -26,10 +26,9 @@ def keep_permissions(descriptor: int, old: os.stat_result, path: str) -> None:
     try:
         if new.st_gid != old.st_gid:
             os.fchown(descriptor, -1, old.st_gid)
-    except OSError:  # this user is not in the group, or the system has no groups
-        mode = mode & ~stat.S_IRWXG | (mode & stat.S_IRWXO) << 3
-    else:
         _copy_access_list(descriptor, path)
+    except OSError:  # this user is not in the group, or the file system knows no such thing
+        mode = mode & ~stat.S_IRWXG | (mode & stat.S_IRWXO) << 3
     os.fchmod(descriptor, mode)
     if new.st_uid != old.st_uid:  # last, because only the owner can change the rest
         with suppress(OSError):  # only the superuser can, and not in every container
