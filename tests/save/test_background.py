@@ -409,6 +409,24 @@ def test_an_interrupt_of_the_call_stops_the_save_and_no_later_one(
     assert {file.name for file in tmp_path.iterdir()} == {"b", "c"}
 
 
+@pytest.mark.parametrize(
+    "said", ["can't start new thread", "cannot schedule new futures after interpreter shutdown"]
+)
+def test_without_threads_the_call_saves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise RuntimeError(said)
+
+    save_pytree_async({"a": 1}, tmp_path / "a")
+    with monkeypatch.context() as patch:
+        patch.setattr(concurrent.futures.ThreadPoolExecutor, "submit", refuse)
+        assert save_pytree_async({"a": 2}, tmp_path / "a").done()
+        assert load_pytree(tmp_path / "a") == {"a": 2}
+        assert isinstance(save_pytree_async({}, tmp_path / "b" / "c").exception(), OSError)
+    save_pytree({"a": 3}, tmp_path / "a")
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="a system without fork")
 def test_a_child_does_not_warn_of_the_errors_of_its_parent(tmp_path: Path) -> None:
     future = save_pytree_async({"a": 1}, tmp_path / "missing" / "a")

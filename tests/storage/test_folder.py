@@ -172,6 +172,26 @@ def test_a_day_later_a_save_of_the_same_path_removes_what_a_killed_one_left(
     assert_holds(tmp_path / "model", 2)
 
 
+@posix
+def test_what_a_killed_save_left_of_a_read_only_file_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left_behind(tmp_path, "model").chmod(0o444)
+    later(monkeypatch, 25)
+    open_as_root = os.open
+
+    def opened(path: str, flags: int, *args: Any, **options: Any) -> int:
+        if path in [left.name for left in litter(tmp_path)] and flags & (os.O_RDWR | os.O_WRONLY):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return open_as_root(path, flags, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", opened)
+        with Folder(str(tmp_path), listed=True) as folder:
+            folder.remove_abandoned("model")
+    assert not litter(tmp_path)
+
+
 @pytest.mark.parametrize("limit", [100, "5GB"])
 def test_a_day_later_a_save_of_the_same_folder_removes_what_a_killed_one_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int | str

@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Final
 from weakref import WeakSet
 
-from pytree2safetensors._storage.threads import is_starting, starting
+from pytree2safetensors._storage.threads import is_starting, says_no_threads, starting
 
 _NAME: Final = "pytree2safetensors-save"
 
@@ -97,14 +97,11 @@ def _warn_all() -> None:
 def submit(save: Callable[[], None], where: str) -> Future[None]:
     """Save on the saver's thread, after everything that was submitted before.
 
-    If no thread can start, because the interpreter is exiting or this is a signal handler, save
-    before this returns. `where` is the path for a warning about an error that is never retrieved.
+    If no thread can start, for example because the interpreter is exiting or this is a signal
+    handler, save before this returns. `where` is the path for a warning about an error that is never retrieved.
     """
     if not threading.main_thread().is_alive() or is_starting():
-        wait_for_earlier()
-        future = _Save(where)
-        _run(save, future, lambda: None)
-        return future
+        return _saved_now(save, where)
     if not _savers:
         _savers.append(ThreadPoolExecutor(1, _NAME))
     end = _End()  # does not keep an error and its snapshot alive, unlike the future
@@ -119,9 +116,18 @@ def submit(save: Callable[[], None], where: str) -> Future[None]:
         with starting():
             _unfinished.add(end)
             _savers[0].submit(_run, save, future, ended)
-    except BaseException:  # an interrupt: nobody has the future, and later saves wait for its end
-        future.cancel()
-        raise
+    except BaseException as error:
+        future.cancel()  # nobody has it, and later saves wait for its end
+        if not says_no_threads(error):  # but an interrupt
+            raise
+        return _saved_now(save, where)
+    return future
+
+
+def _saved_now(save: Callable[[], None], where: str) -> Future[None]:
+    wait_for_earlier()
+    future = _Save(where)
+    _run(save, future, lambda: None)
     return future
 
 

@@ -157,7 +157,11 @@ class Folder:
         if status is None or time.time() - max(status.st_mtime, status.st_ctime) < _DAY:
             return
         with Held() as held:
-            descriptor = self.open(held, name, os.O_RDWR | getattr(os, "O_NONBLOCK", 0))
+            no_wait = getattr(os, "O_NONBLOCK", 0)
+            try:
+                descriptor = self.open(held, name, os.O_RDWR | no_wait)
+            except PermissionError:  # it is to replace a file that is only read
+                descriptor = self.open(held, name, os.O_RDONLY | no_wait)
             if sys.platform != "win32":
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails if a saver has it
         self.unlink(name)

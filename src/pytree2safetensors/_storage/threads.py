@@ -38,8 +38,9 @@ def is_starting() -> bool:
     return threading.get_ident() in _starting
 
 
-def _says_no_threads(error: RuntimeError) -> bool:
-    return any(reason in str(error) for reason in _NO_THREADS)
+def says_no_threads(error: BaseException) -> bool:
+    """Return whether an error of Python says that no thread can start."""
+    return isinstance(error, RuntimeError) and any(reason in str(error) for reason in _NO_THREADS)
 
 
 def start(pool: ThreadPoolExecutor, task: Callable[[], T]) -> Future[T]:
@@ -49,7 +50,7 @@ def start(pool: ThreadPoolExecutor, task: Callable[[], T]) -> Future[T]:
             with starting():
                 return pool.submit(task)
         except RuntimeError as error:
-            if not _says_no_threads(error):
+            if not says_no_threads(error):
                 raise
     done: Future[T] = Future()
     done.set_result(task())
@@ -80,7 +81,7 @@ def undisturbed(work: Callable[[], object]) -> None:
         threading.Thread(target=run, name="pytree2safetensors").start()
     except BaseException as error:  # noqa: BLE001 - raised here, or below
         interrupt = _interrupt(error)
-        if isinstance(interrupt, RuntimeError) and _says_no_threads(interrupt):
+        if says_no_threads(interrupt):
             run()
         elif claim.acquire(blocking=False):  # the thread will never start
             raise interrupt from None
