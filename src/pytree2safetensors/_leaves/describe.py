@@ -98,7 +98,10 @@ def holds_array(leaf: Any) -> bool:
         return False  # an array of NumPy or JAX that a file cannot hold
     if converts_to_arrays(type(leaf)):
         return True
-    held = jax.tree.leaves(attribute_of(leaf, "value"))
+    try:
+        held = jax.tree.leaves(attribute_of(leaf, "value"))
+    except Exception:  # noqa: BLE001 - no tree: with a cycle, or with keys that JAX cannot sort
+        return False
     return any(isinstance(one, np.ndarray | np.generic | jax.Array) for one in held)
 
 
