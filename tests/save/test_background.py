@@ -165,6 +165,25 @@ def test_a_callback_of_a_save_in_the_background_can_save(tmp_path: Path) -> None
     assert load_pytree(tmp_path / "other") == {"b": 2}
 
 
+@pytest.mark.parametrize("method", ["result", "exception"])
+def test_a_callback_of_a_background_save_cannot_wait_for_another(tmp_path: Path, method: str) -> None:
+    said: list[str] = []
+
+    def wait(*_: int) -> None:
+        later = save_pytree_async({"b": 2}, tmp_path / "other")
+        with pytest.raises(RuntimeError) as caught:
+            getattr(later, method)()
+        said.append(str(caught.value))
+
+    save_pytree_async({"a": 1}, tmp_path / "file", progress=wait).result(20)
+    assert said == [
+        "a callback of a background save cannot wait for a background save, because they run one "
+        "after the other; wait in another thread"
+    ]
+    save_pytree({"c": 3}, tmp_path / "file")
+    assert load_pytree(tmp_path / "other") == {"b": 2}
+
+
 def test_what_the_call_can_check_it_raises(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedLeafError, match="'@f'"):
         save_pytree_async({"f": len}, tmp_path / "file")

@@ -55,6 +55,7 @@ class _Save(Future[None]):
 
     # The runtime checks of the tests distinguish ints from floats.
     def result(self, timeout: int | float | None = None) -> None:  # noqa: PYI041
+        self._check_wait(timeout)
         try:
             super().result(timeout)
         finally:
@@ -62,9 +63,17 @@ class _Save(Future[None]):
             del self  # the traceback would keep the error and its snapshot alive
 
     def exception(self, timeout: int | float | None = None) -> BaseException | None:  # noqa: PYI041
+        self._check_wait(timeout)
         error = super().exception(timeout)
         self._is_retrieved = True
         return error
+
+    def _check_wait(self, timeout: int | float | None) -> None:  # noqa: PYI041 - as above
+        if timeout is None and is_current() and not self.done():
+            raise RuntimeError(
+                "a callback of a background save cannot wait for a background save, because they run one "
+                "after the other; wait in another thread"
+            )
 
     def _get_snapshot(self) -> Any:  # pragma: no cover - asyncio calls it from Python 3.15 on
         self._is_retrieved = True
