@@ -48,6 +48,7 @@ NOTES: list[tuple[bytes, str]] = [
     (leaves({"@a": "float128"}), "the unknown or malformed leaf kind 'float128'"),
     (leaves({"@a": ["int", "7"]}), "the unknown or malformed leaf kind 'int'"),
     (leaves({"@a": ["int", "0x7fffffffffffffff"]}), "the unknown or malformed leaf kind 'int'"),
+    (leaves({"@a": ["int", "-0x8000000000000000"]}), "the unknown or malformed leaf kind 'int'"),
     (leaves({"@a": ["int", "0x0" + "f" * 20]}), "the unknown or malformed leaf kind 'int'"),
     (leaves({"@a": ["int", "0x" + "F" * 20]}), "the unknown or malformed leaf kind 'int'"),
     (leaves({"@a": ["int", "__import__('os')"]}), "the unknown or malformed leaf kind 'int'"),

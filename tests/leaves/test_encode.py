@@ -39,6 +39,11 @@ def test_a_contiguous_tensor_is_one_block_without_a_copy() -> None:
     assert np.shares_memory(block, values)
 
 
+def test_every_byte_of_booleans_becomes_0_or_1() -> None:
+    odd = np.array([0, 1, 2, 255], np.uint8).view(np.bool_)
+    assert encode.canonical_bools(odd).view(np.uint8).tolist() == [0, 1, 1, 1]
+
+
 @pytest.mark.parametrize(
     ("leaf", "kind"), [(2**63, ["int", "0x8000000000000000"]), ("text", ["str", "text"])]
 )

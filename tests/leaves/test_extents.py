@@ -87,12 +87,14 @@ def test_gather_gives_the_bytes_of_parts(
     found = bytearray(expected.nbytes)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(extents, "BAND", limit)
-        end = -1
+        end, size = -1, 0
         for offset, piece in gather(parts, shape, 2):
             assert offset > end or not offset or limit < 100  # neighbours within a band are one
             end = offset + len(piece)
             found[offset:end] = piece
+            size += len(piece)
     assert bytes(found) == expected.tobytes()
+    assert size == sum(part.values.nbytes for part in parts)  # and no bytes between them
 
 
 def test_common_is_none_where_regions_do_not_meet() -> None:

@@ -32,6 +32,7 @@ def test_reading_inverts_writing(value: Any) -> None:
         ")",
         ",",
         "1,",
+        "1,2",
         "1 2",
         "1)",
         "(1",

@@ -29,7 +29,7 @@ class Point(NamedTuple):
         ((1,), "(1,)"),
         ({"a": (), 3: {}}, "{'a': (), 3: {}}"),
         (OrderedDict(b=1), "OrderedDict({'b': 1})"),
-        (Point(1, [2]), "Point(x=1, y=[2])"),
+        (Point(jnp.zeros(1), [2]), "Point(x=float32[1], y=[2])"),
         (UnkeyedContainer([1, UnkeyedContainer()]), "UnkeyedContainer([1, UnkeyedContainer([])])"),
         (PyTreeContainer(), "PyTreeContainer()"),
     ],
@@ -42,6 +42,18 @@ def test_a_container_shows_its_leaves(leaf: Any, shown: str) -> None:
 def test_a_long_str_is_cut() -> None:
     shown = f"'{'x' * 22}'...'{'x' * 22}' (1,000 characters)"
     assert repr(PyTreeContainer({"a": "x" * 1000})) == f"PyTreeContainer(\n  a={shown},\n)"
+
+
+def test_a_tuple_of_one_element_has_a_comma_only_on_one_line() -> None:
+    shown = repr(PyTreeContainer({"a": ("x" * 40,), "b": ("x" * 1000,)}))
+    cut = f"'{'x' * 22}'...'{'x' * 22}' (1,000 characters)"
+    assert shown == f"PyTreeContainer(\n  a=('{'x' * 40}',),\n  b=({cut},),\n)"
+    nested = repr(PyTreeContainer({"a": (["x" * 40, "y" * 40],)}))
+    assert nested.splitlines()[1:-1] == [
+        "  a=(",
+        f"    ['{'x' * 40}', '{'y' * 40}'],",
+        "  ),",
+    ]
 
 
 @pytest.mark.parametrize(("width", "lines"), [(88, 1), (89, 3)])

@@ -48,6 +48,7 @@ BAD = [
     ),
     (("w", "w", "(... a) -> a"), {}, "the pattern has '...', which is not an axis"),
     (("w", "w", "... a ... -> a"), {}, "a side of a pattern has '...' once at most"),
+    (("w", "w", "... a -> ... a ..."), {}, "a side of a pattern has '...' once at most"),
     (("w", "w", "... a -> a"), {}, "a pattern has '...' on both sides or on none"),
     (("{*}", "w"), {}, "{*} is only on the side of the file"),
     (("w", "{*}"), {}, "{*} is only on the side of the tree"),
