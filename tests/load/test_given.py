@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import NamedSharding
 
 from oracle import assert_same, assert_same_values
-from placed import P
+from placed import P, raw
 from pytree2safetensors import Rule, set_weights
 from pytree2safetensors._leaves.spec import holds
 from pytree2safetensors._leaves.to_jax import to_jax
@@ -40,6 +40,14 @@ def test_no_setting_of_jax_stops_set_weights(
         found = set_weights({"w": Struct(expected.shape, dtype)}, dictionary, **options)["w"]
     assert isinstance(found, jax.Array)
     assert_same_values(np.asarray(found), expected)
+
+
+@pytest.mark.parametrize("kind", [np.asarray, jnp.asarray])
+def test_the_data_of_keys_become_keys(kind: Any) -> None:
+    keys = jax.random.split(jax.random.key(3), 2)
+    found = set_weights({"k": keys}, {"@k": kind(jax.random.key_data(keys))})["k"]
+    assert found.dtype == keys.dtype
+    assert raw(found) == raw(keys)
 
 
 @pytest.mark.skipif(

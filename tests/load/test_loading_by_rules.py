@@ -140,6 +140,20 @@ def test_a_leaf_that_no_file_has_keeps_its_value_and_needs_one() -> None:
         )
 
 
+def test_a_tensor_with_reversed_axes_gets_a_pattern() -> None:
+    rule = Rule("w", "w")
+    error = refusal({"w": zeros(2, 3, 4)}, {"w": zeros(4, 3, 2)}, [rule])
+    assert f"; this is the transpose, so give {rule!r} the pattern 'a b c -> c b a'" in str(error)
+
+
+def test_unexpected_names_are_in_order(path: Path) -> None:
+    file = {"w": numbers(1), "b": numbers(2).astype(np.float64), "a": numbers(1)}
+    safetensors.numpy.save_file(file, path)
+    with pytest.raises(WeightsMismatchError) as caught:
+        load_into_pytree({"w": zeros(1)}, path, rename=[Rule("w", "w")])
+    assert caught.value.unexpected == ("a", "b")
+
+
 STACK = Rule("w.{l}", "w", "o i -> l i o")
 
 

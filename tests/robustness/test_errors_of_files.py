@@ -34,6 +34,7 @@ def _zip(path: Path) -> None:
 
 MAKERS: dict[str, Callable[[Path], object]] = {
     "missing": lambda path: None,
+    "missing.safetensors": lambda path: None,
     "nowhere/model": lambda path: None,
     "folder": Path.mkdir,
     "empty": lambda path: path.write_bytes(b""),
@@ -49,6 +50,11 @@ MAKERS: dict[str, Callable[[Path], object]] = {
 
 PATHS: list[tuple[str, type[Exception], str]] = [
     ("missing", FileNotFoundError, "[Errno 2] No such file or directory: 'missing'"),
+    (
+        "missing.safetensors",
+        FileNotFoundError,
+        "[Errno 2] No such file or directory: 'missing.safetensors'",
+    ),
     ("nowhere/model", FileNotFoundError, "[Errno 2] No such file or directory: 'nowhere/model'"),
     ("", FileNotFoundError, "[Errno 2] No such file or directory: ''"),
     ("folder", FileFormatError, "the folder 'folder' has no safetensors file and no index"),

@@ -247,6 +247,13 @@ def test_a_key_is_shown_without_its_values(tmp_path: Path) -> None:
     )
 
 
+def test_a_leaf_that_is_missing_below_a_prefix_was_not_renamed(tmp_path: Path) -> None:
+    save_pytree({"model": {"weight": 1.0}}, tmp_path / "model")
+    with pytest.raises(WeightsMismatchError) as caught:
+        load_into_pytree({"weight": 1.0, "b": 1.0}, tmp_path / "model", prefix="@model")
+    assert "    '@model@b'" in str(caught.value).splitlines()
+
+
 KEEPING = """
 import sys
 import pytree2safetensors

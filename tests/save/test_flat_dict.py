@@ -27,6 +27,12 @@ RULES: dict[str, tuple[Rule, dict[str, Any], dict[str, Any]]] = {
     "grid": (Rule("w", "@{p}#{q}", "p (q a) b -> b a"), {"0": [VALUES] * 3, "1": [VALUES.T] * 3}, {
         "w": np.stack([np.concatenate([part] * 3) for part in (VALUES.T, VALUES)])
     }),
+    "numbered": (Rule("w", "@{p}#{q}", "(p q a) b -> b a"), {
+        "0": [VALUES, VALUES.T], "1": [VALUES.T, VALUES]
+    }, {"w": np.concatenate([VALUES.T, VALUES, VALUES, VALUES.T])}),
+    "cut twice": (Rule("w.{p}.{q}", "@w", "b -> p q b"), {"w": IN_TWO}, {
+        f"w.{p}.{q}": IN_TWO[p, q] for p in range(2) for q in range(4)
+    }),
     "cut": (Rule("w.{p}", "@w", "b -> p b"), {"w": VALUES}, {
         f"w.{row}": VALUES[row] for row in range(8)
     }),
@@ -51,6 +57,12 @@ def test_no_setting_of_jax_stops_a_rule(case: Any) -> None:
     with jax.debug_nans(True), jax.debug_infs(True), jax.transfer_guard("disallow"):
         found = pytree2dict(tree, rename=[rule])
     check(case, found)
+
+
+def test_one_array_of_jax_makes_the_tensor_one() -> None:
+    rule, tree, expected = RULES["joined"]
+    found = pytree2dict({**tree, "a": jnp.asarray(tree["a"])}, rename=[rule])
+    check((rule, tree, expected), found)
 
 
 def test_no_setting_of_jax_stops_a_tensor_of_several_devices() -> None:

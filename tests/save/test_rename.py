@@ -270,6 +270,15 @@ def test_parts_of_a_tensor_must_have_one_dtype(kind: Any, path: Path) -> None:
     np.testing.assert_array_equal(saved(swapped, [rule], path)["qkv"], np.vstack([KERNEL] * 3))
 
 
+def test_a_leaf_with_another_dtype_in_several_tensors_is_listed_once(path: Path) -> None:
+    rule = Rule("w.{n}", "{p:a,b}", "(p x) -> n x")
+    tree = {"a": np.zeros((2, 3), np.float32), "b": np.zeros((2, 3), np.float16)}
+    with pytest.raises(WeightsMismatchError) as caught:
+        save_pytree(tree, path, rename=[rule])
+    reason = f"{rule!r} joins it, a leaf of float16, with '@a' of float32"
+    assert caught.value.mismatched == (f"'@b': {reason}",)
+
+
 def test_leaves_that_a_tensor_does_not_tell_are_refused(path: Path) -> None:
     tree = {
         "big": 2**70,
