@@ -246,6 +246,19 @@ def test_a_missing_index_beside_shards(tmp_path: Path) -> None:
         load_pytree(tmp_path / "none" / INDEX)
 
 
+@pytest.mark.parametrize("backwards", [False, True])
+def test_the_first_shard_without_an_index_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backwards: bool
+) -> None:
+    save_pytree(tree_of(1), tmp_path / "m.safetensors", max_shard_size=100)
+    names = sorted(file.name for file in tmp_path.iterdir() if file.suffix != ".json")
+    (tmp_path / "m.safetensors.index.json").unlink()
+    monkeypatch.setattr(os, "listdir", lambda _: sorted(names, reverse=backwards))
+    for path in (tmp_path, tmp_path / "m.safetensors", tmp_path / "m.safetensors.index.json"):
+        with pytest.raises(FileFormatError, match=f"has '{names[0]}' but no index"):
+            load_pytree(path)
+
+
 FIRST, SECOND, THIRD = shard_names(3)
 
 

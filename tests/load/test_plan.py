@@ -119,6 +119,21 @@ def test_what_keeps_the_memory_of_the_host_is_put_together_there(
         assert (slot.offset >= 0) is together
 
 
+def test_reads_are_joined_within_a_file() -> None:
+    checkpoint = checkpoint_of([2, 2], digested=False)
+    (first, start), second = checkpoint.places["1"], object.__new__(FileSource)
+    memory = np.empty(2 * start, np.uint8)
+    places = [
+        Place(Slot(name, info, None, offset, info.nbytes, []), memory, offset)
+        for (name, info), offset in zip(checkpoint.infos.items(), (0, start), strict=True)
+    ]
+    for source, sizes in (first, [2 * start]), (second, [start, start]):
+        checkpoint.places["1"] = source, start
+        reads, _ = plan_reads(checkpoint, places, lambda _: None)
+        assert [len(read.buffer) for read in reads] == sizes
+        assert [reads[0].source, reads[-1].source] == [first, source]
+
+
 def test_an_empty_tensor_is_not_read() -> None:
     checkpoint = checkpoint_of([0, 2], digested=False)
     places = [

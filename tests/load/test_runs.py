@@ -15,7 +15,7 @@ from oracle import assert_same
 from pytree2safetensors import UnsupportedLeafError, load_into_pytree, load_pytree, save_pytree
 from pytree2safetensors._format.header import MAX_DIMENSIONS
 from pytree2safetensors._format.tensor import TensorInfo
-from pytree2safetensors._leaves import decode
+from pytree2safetensors._leaves import decode, to_jax
 from pytree2safetensors._leaves.spec import LeafSpec
 from pytree2safetensors._leaves.staging import ALIGNMENT
 from pytree2safetensors._leaves.to_jax import TAKEN_OVER
@@ -205,6 +205,16 @@ def test_small_plain_arrays_are_rows_of_one_array(
     found = load_into_pytree(tree, tmp_path / "m.safetensors")
     assert_same(found, tree)
     assert sorted(alone) == ([] if are_rows else [f"@{name}" for name in tree])
+
+
+def test_many_equal_arrays_are_made_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(to_jax, "_MANY", 4)
+    monkeypatch.setattr(to_jax, "_CHUNK", 2)
+    tree = [jnp.full(3, n, jnp.float32) for n in range(7)] + [jnp.full(2, 7, jnp.float32)]
+    save_pytree(tree, tmp_path / "file")
+    assert_same(load_pytree(tmp_path / "file"), tree)
 
 
 def test_the_reads_of_small_arrays_are_joined(

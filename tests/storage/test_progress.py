@@ -4,6 +4,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
+import jax
 import numpy as np
 import pytest
 import tqdm.auto
@@ -121,6 +122,14 @@ def test_a_bar_says_what_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     load_into_pytree({"a": np.zeros(3)}, tmp_path / "model", progress=True)
     assert [desc for _, desc in seen] == ["saving", "loading", "loading", "loading"]
     assert seen[-1] == (24, "loading")
+
+
+def test_progress_counts_the_data_of_keys(tmp_path: Path) -> None:
+    key = jax.random.key(0)
+    save_pytree({"k": key}, tmp_path / "model")
+    calls: list[tuple[int, int]] = []
+    load_into_pytree({"k": key}, tmp_path / "model", progress=lambda *call: calls.append(call))
+    assert calls[-1] == (8, 8)
 
 
 @pytest.mark.parametrize("checksum", [False, True])
