@@ -172,7 +172,7 @@ def _requests(
                 fine = tuple((0, size) for size in source.fine)
                 yield (
                     part.name,
-                    info._replace(shape=source.fine, nbytes=checkpoint.infos[part.name].nbytes),
+                    info._replace(shape=source.fine),
                     None if part.region == fine else part.region,
                     [],
                     Piece(assembly, number, part.place),

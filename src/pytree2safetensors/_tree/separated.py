@@ -23,7 +23,7 @@ def natural(text: str) -> list[tuple[int, str]]:
 
 def names_with(prefix: str, separator: str, names: Iterable[str]) -> dict[str, str]:
     """Map what follows `prefix` and a separator to the names that begin with them."""
-    start = prefix + separator if prefix else ""
+    start = prefix + separator
     found: dict[str, str] = {}
     for name in names:
         if name == prefix or name.startswith(start):
