@@ -144,11 +144,16 @@ class Run(NamedTuple):
                     tried |= self.attempt([mutant], tests, thorough=bool(survivor), alone=True)
 
     def todo(self, survivor: str, tried: set[str]) -> list[Mutant]:
-        """The mutants that have no result, or that survived and were not tried again."""
-        done = results(self.out)
-        wanted = {"started", "broken", "alone", survivor}
-        found = [m for m in self.sample if done.get(m.id, ("started",))[0] in wanted]
-        return [m for m in found if m.id not in tried or done[m.id][0] != survivor]
+        """The mutants without a result, or that survived for no known reason and were not tried again."""
+        outcomes = {name: outcome for name, (outcome, _) in results(self.out).items()}
+        tried = tried | {mutant.id for mutant in self.sample if is_known(mutant)}
+        found = [(mutant, outcomes.get(mutant.id, "started")) for mutant in self.sample]
+        return [
+            mutant
+            for mutant, outcome in found
+            if outcome in {"started", "broken", "alone"}
+            or (outcome == survivor and mutant.id not in tried)
+        ]
 
     def attempt(
         self, mutants: list[Mutant], tests: list[str], *, thorough: bool, alone: bool = False
@@ -197,10 +202,8 @@ def report(
     sample: list[Mutant], done: dict[str, tuple[str, str]], options: argparse.Namespace
 ) -> bool:
     """Print the figures and what survived; whether enough is killed or known to be equivalent."""
-    groups = json.loads(EQUIVALENT.read_text())
-    known = {tuple(entry[key] for key in _KEYS) for group in groups for entry in group["changes"]}
     alive = [mutant for mutant in sample if done[mutant.id][0] == "survived"]
-    survived = [mutant for mutant in alive if not is_known(mutant, known)]
+    survived = [mutant for mutant in alive if not is_known(mutant)]
     figures = {
         "seed": options.seed,
         "mutants": len(sample),
@@ -221,8 +224,15 @@ EQUIVALENT = _HERE / "equivalent.json"
 _KEYS = ("module", "function", "before", "after")
 
 
-def is_known(mutant: Mutant, known: set[tuple[str, ...]]) -> bool:
-    return tuple(getattr(mutant, key) for key in _KEYS) in known
+def is_known(mutant: Mutant) -> bool:
+    """Return whether a mutant is listed in equivalent.json."""
+    return tuple(getattr(mutant, key) for key in _KEYS) in _known()
+
+
+@functools.cache
+def _known() -> set[tuple[str, ...]]:
+    groups = json.loads(EQUIVALENT.read_text())
+    return {tuple(entry[key] for key in _KEYS) for group in groups for entry in group["changes"]}
 
 
 if __name__ == "__main__":
