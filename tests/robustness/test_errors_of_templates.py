@@ -3,7 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -187,6 +187,39 @@ def test_a_mismatch_is_shown_whole(
     # Nothing is half applied.
     for old, new in zip(*map(jax.tree_util.tree_leaves, (before, template)), strict=True):
         assert old is new
+
+
+class Net(NamedTuple):
+    w: Any
+    layers: list[Any]
+
+
+@pytest.mark.parametrize(
+    ("template", "subtrees"),
+    [
+        (Net(1, [2]), ", such as '@params' or '@state#0'"),
+        ([1], ", such as '@list' or '@params.layers' or '@state#0.layers'"),
+        ({"w": 1}, ""),
+        ({"x": {"y": 1}}, ", such as '@dict'"),
+        ({"y": 1}, ", such as '@dict@x'"),
+        (Net(1, [2, 3]), ""),
+        (1, ""),
+    ],
+)
+def test_subtrees_that_have_all_leaves_of_a_template_are_named(
+    template: Any, subtrees: str, tmp_path: Path
+) -> None:
+    net = Net(1, [2])
+    tree = {"params": net, "state": (net,), "list": [3], "dict": {"x": {"y": 4}}}
+    save_pytree(tree, tmp_path / "file")
+    with pytest.raises(WeightsMismatchError) as caught:
+        load_into_pytree(template, tmp_path / "file")
+    assert str(caught.value).splitlines()[-1] == (
+        "No leaf fits, so strict=False does not help: rename= maps names; "
+        f"prefix= selects a subtree{subtrees}."
+    )
+    with pytest.raises(WeightsMismatchError, match="prefix= selects a subtree.$"):
+        load_into_pytree(template, tmp_path / "file", rename=lambda path: "none" + path)
 
 
 def test_the_lists_name_every_leaf() -> None:

@@ -21,6 +21,7 @@ _NOTHING_WANTED: Final = (
     "The template has no array, number or string: give a model or its shapes, as from jax.eval_shape, "
     "not a class, a function or shardings."
 )
+_SHOWN: Final = 3  # subtrees that fit
 _COMPARED: Final = 40_000  # characters of names to search for the nearest
 
 
@@ -116,7 +117,8 @@ def _section(title: str, lines: Iterable[str], count: int) -> list[str]:
 def _remedy(outcome: Comparison, options: Options, nothing: bool, is_larger: bool) -> str:
     if not options.strict and not nothing:
         return "strict=False keeps the leaves of the template, but an abstract or deleted leaf has no value to keep."
-    remedies = ["rename= maps names", "prefix= selects a subtree"] if outcome.missing else []
+    subtree = f"prefix= selects a subtree{_such_as(outcome, options) if nothing else ''}"
+    remedies = ["rename= maps names", subtree] if outcome.missing else []
     if any(name is None for _, name in outcome.missing):
         remedies[1:] = ["Rule(None, path) keeps a leaf of the template"]
     remedies += ["cast=True converts dtypes"] if outcome.castable else []
@@ -128,3 +130,15 @@ def _remedy(outcome: Comparison, options: Options, nothing: bool, is_larger: boo
     lenient = "does not help, because an abstract or deleted leaf has no value to keep"
     remedies.append(f"strict=False {lenient if outcome.lost else 'loads what fits'}")
     return f"{'; '.join(remedies)}."
+
+
+def _such_as(outcome: Comparison, options: Options) -> str:
+    """Name the subtrees of the file that have all leaves of the template."""
+    paths = [path for path, _ in outcome.missing]
+    if not paths or options.rename is not None or options.prefix:
+        return ""
+    names = set(outcome.available)
+    starts = (name.removesuffix(paths[0]) for name in outcome.available)
+    prefixes = [start.removesuffix(".") for start in starts if start not in names]
+    fitting = [p for p in prefixes if p and all(add_prefix(p, path) in names for path in paths)]
+    return f", such as {' or '.join(map(shorten, fitting[:_SHOWN]))}" if fitting else ""
