@@ -218,7 +218,7 @@ def test_subtrees_that_have_all_leaves_of_a_template_are_named(
         "No leaf fits, so strict=False does not help: rename= maps names; "
         f"prefix= selects a subtree{subtrees}."
     )
-    with pytest.raises(WeightsMismatchError, match="prefix= selects a subtree.$"):
+    with pytest.raises(WeightsMismatchError, match=r"prefix= selects a subtree\.$"):
         load_into_pytree(template, tmp_path / "file", rename=lambda path: "none" + path)
 
 
