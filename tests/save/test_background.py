@@ -166,7 +166,9 @@ def test_a_callback_of_a_save_in_the_background_can_save(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("method", ["result", "exception"])
-def test_a_callback_of_a_background_save_cannot_wait_for_another(tmp_path: Path, method: str) -> None:
+def test_a_callback_of_a_background_save_cannot_wait_for_another(
+    tmp_path: Path, method: str
+) -> None:
     said: list[str] = []
 
     def wait(*_: int) -> None:
