@@ -119,6 +119,7 @@ def test_a_bar_says_what_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     load_pytree(tmp_path / "model", progress=True)
     load_into_pytree({"a": 0.0}, tmp_path / "model", progress=True)
     save_pytree({"a": np.ones(3)}, tmp_path / "model")
+    load_into_pytree({"a": np.zeros(3)}, tmp_path / "model")
     load_into_pytree({"a": np.zeros(3)}, tmp_path / "model", progress=True)
     assert [desc for _, desc in seen] == ["saving", "loading", "loading", "loading"]
     assert seen[-1] == (24, "loading")

@@ -126,6 +126,7 @@ def test_folders_and_indexes_load(server: WebServer, tmp_path: Path, limit: int 
     paths: list[Any] = [url, url + "/", f"{url}/model.safetensors", UPath(url)]
     for path in [*paths, f"{url}/{INDEX}"] if limit == 100 else paths:
         assert is_same(tree_of(1), load_pytree(path))
+        assert is_same(tree_of(1), load_into_pytree(tree_of(2), path))
     server.requests.clear()
     load_pytree(url + "/")
     expected = {f"/run/{name}" for name in [*shard_names(3), INDEX]} if limit == 100 else set()

@@ -14,7 +14,13 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from oracle import assert_same
-from pytree2safetensors import PyTreeContainer, UnkeyedContainer, dict2pytree, pytree2dict
+from pytree2safetensors import (
+    PyTreeContainer,
+    UnkeyedContainer,
+    dict2pytree,
+    pytree2dict,
+    set_weights,
+)
 from pytree2safetensors.testing import pytrees
 
 # What Python, JAX or this class itself means something by.
@@ -171,6 +177,15 @@ def test_the_treedef_does_not_depend_on_the_order(attrs: dict[str, int], random:
     assert hash(jax.tree_util.tree_structure(container)) == hash(
         jax.tree_util.tree_structure(PyTreeContainer(attrs))
     )
+
+
+def test_names_go_with_the_leaves_of_jax_in_any_order() -> None:
+    container = PyTreeContainer({"b": 1, "a": 2})
+    container.c, container.B = 3, 4
+    flat = pytree2dict(container)
+    assert [*flat.items()] == [("B", 4), ("a", 2), ("b", 1), ("c", 3)]
+    assert [*flat.values()] == jax.tree_util.tree_leaves(container)
+    assert pytree2dict(set_weights(container, flat)) == flat
 
 
 def test_the_treedef_knows_no_dtypes(container: PyTreeContainer) -> None:
