@@ -140,7 +140,7 @@ def own_programs(leaves: Iterable[Any] = ()) -> Iterator[None]:
 
 def _is_too_wide(leaf: Any) -> bool:
     """Return whether a leaf is an array of JAX that x64 has to be on for."""
-    if not isinstance(leaf, jax.Array) or is_key_dtype(leaf.dtype):
+    if not isinstance(leaf, jax.Array) or leaf.dtype.itemsize < 8 or is_key_dtype(leaf.dtype):
         return False
     return bool(jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype)
 
