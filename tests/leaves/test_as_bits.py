@@ -125,6 +125,9 @@ def test_spreading_keeps_all_bits(dtype: Any, spec: Any) -> None:
 KINDS = [memory.kind for memory in jax.devices()[0].addressable_memories()]
 
 
+@pytest.mark.skipif(
+    len(KINDS) == 1, reason="this JAX has one kind of memory on CPUs, without a name"
+)
 @pytest.mark.parametrize("kinds", [(one, other) for one in KINDS for other in KINDS])
 def test_placing_in_another_memory_of_other_devices(kinds: tuple[str, str]) -> None:
     values = patterns(np.float16)

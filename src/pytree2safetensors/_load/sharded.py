@@ -69,13 +69,20 @@ def _moved(value: jax.Array, sharding: Sharding) -> jax.Array:
     devices: Any = value.sharding.device_set | sharding.device_set
     if len(devices) > 1 and value.sharding != sharding:
         # JAX cannot change the devices and the kind of memory at once.
-        kind = next(iter(devices)).default_memory().kind
-        ordinary = sharding.with_memory_kind(kind)
-        value = jax.device_put(value, value.sharding.with_memory_kind(kind))
+        value = jax.device_put(value, _in_default_memory(value.sharding))
+        ordinary = _in_default_memory(sharding)
         value = moved_as_bits(lambda arrays: jax.device_put(arrays[0], ordinary), [value])
     # This gives the array the sharding in its own form, or in another kind of memory.
     moved: jax.Array = jax.device_put(value, sharding)
     return moved
+
+
+def _in_default_memory(sharding: Sharding) -> Sharding:
+    """Return a sharding whose arrays are in the default memory of its devices."""
+    if sharding.memory_kind is None:  # an old JAX refuses any kind on CPUs
+        return sharding
+    device: Any = next(iter(sharding.device_set))
+    return sharding.with_memory_kind(device.default_memory().kind)
 
 
 def is_ordinary(sharding: Sharding, shape: tuple[int, ...]) -> bool:
