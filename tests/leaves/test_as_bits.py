@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from placed import P, Struct
-from pytree2safetensors import Rule, pytree2dict, save_pytree, set_weights
+from pytree2safetensors import Rule, load_into_pytree, pytree2dict, save_pytree, set_weights
 from pytree2safetensors._leaves.as_bits import moved_as_bits
 from pytree2safetensors._leaves.jax_versions import enable_x64
 
@@ -165,3 +165,15 @@ def test_arrays_of_64_bits_stay_so_without_x64(tmp_path: Path, dtype: Any, place
     assert_bits(set_weights(tree, {"w": array}, rename=rules)["a"], values[:8].T.copy())
     save_pytree(tree, tmp_path / "file", rename=rules)
     assert_bits(load_file(tmp_path / "file")["w"], values)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_saves_by_rules_keep_all_bits(tmp_path: Path, dtype: Any) -> None:
+    values = patterns(dtype)
+    leaf = jnp.asarray(values.reshape(4, -1, 16))
+    save_pytree({"w": leaf}, tmp_path / "file", rename=[Rule("{n}", "w", "o i -> n i o")])
+    template = {str(n): np.zeros((16, leaf.shape[1]), dtype) for n in range(4)}
+    rules = [Rule(str(n), str(n)) for n in range(4)]
+    found = load_into_pytree(template, tmp_path / "file", rename=rules)
+    for n, part in enumerate(values.reshape(leaf.shape)):
+        assert_bits(found[str(n)], np.ascontiguousarray(part.T))

@@ -6,6 +6,7 @@ Specification: *Leaves*.
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from typing import Any, Final
 
 import jax
@@ -14,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pytree2safetensors._format.tensor import NUMPY, SCALARS, WIDTHS, TensorInfo
+from pytree2safetensors._leaves.as_bits import moved_as_bits
 from pytree2safetensors._leaves.describe import PYTHON_SCALARS
 from pytree2safetensors._leaves.keys import is_key_dtype
 from pytree2safetensors._leaves.placement import is_in_place
@@ -102,7 +104,16 @@ def part_of(data: jax.Array, index: tuple[slice, ...]) -> jax.Array:
     sizes = [bounds.stop - bounds.start for bounds in index]
     if sizes == [*data.shape]:
         return data
-    return jax.lax.dynamic_slice(data, [bounds.start for bounds in index], sizes)
+    starts = [bounds.start for bounds in index]
+    if isinstance(data, jax.core.Tracer):  # bits have no derivatives
+        return jax.lax.dynamic_slice(data, starts, sizes)
+    part: jax.Array = _cut(data, starts, tuple(sizes))
+    return part
+
+
+@partial(jax.jit, static_argnums=2)
+def _cut(data: jax.Array, starts: list[Any], sizes: tuple[int, ...]) -> Any:
+    return moved_as_bits(lambda found: jax.lax.dynamic_slice(found[0], starts, sizes), [data])
 
 
 def _key_data(keys: jax.Array) -> jax.Array:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pytree2safetensors._format.tensor import BITS, TensorInfo
+from pytree2safetensors._leaves.as_bits import narrow_as_bits
 from pytree2safetensors._leaves.assembled import Assembled
 from pytree2safetensors._leaves.encode import (
     blocks,
@@ -120,7 +121,8 @@ def _parts_of(
     is_moved = view.order != tuple(range(len(view.order)))
     if is_moved and isinstance(data, jax.Array) and computes(data):
         with own_programs([data]):  # JAX moves axes faster than NumPy
-            for source, moved in file_parts(view, shared, part_of(data, within(shared, region))):
+            held = narrow_as_bits(part_of(data, within(shared, region)))
+            for source, moved in file_parts(view, shared, held):
                 values = host_shard(moved)
                 yield source, np.ndarray(values.shape, unit, to_bytes(values, info))
     else:
