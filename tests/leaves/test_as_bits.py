@@ -177,3 +177,13 @@ def test_saves_by_rules_keep_all_bits(tmp_path: Path, dtype: Any) -> None:
     found = load_into_pytree(template, tmp_path / "file", rename=rules)
     for n, part in enumerate(values.reshape(leaf.shape)):
         assert_bits(found[str(n)], np.ascontiguousarray(part.T))
+
+
+def test_placing_in_a_positional_sharding() -> None:
+    positional: Any = getattr(jax.sharding, "PositionalSharding", None)
+    if positional is None:
+        pytest.skip("this JAX has no PositionalSharding")
+    values = patterns(np.float16)
+    sharding = positional(np.array(jax.devices())[:2]).reshape(2, 1)
+    tree = {"w": Struct(values.shape, values.dtype, sharding=sharding)}
+    assert_bits(set_weights(tree, {"@w": jnp.asarray(values)})["w"], values)

@@ -79,10 +79,10 @@ def _moved(value: jax.Array, sharding: Sharding) -> jax.Array:
 
 def _in_default_memory(sharding: Sharding) -> Sharding:
     """Return a sharding whose arrays are in the default memory of its devices."""
-    if sharding.memory_kind is None:  # an old JAX refuses any kind on CPUs
-        return sharding
     device: Any = next(iter(sharding.device_set))
-    return sharding.with_memory_kind(device.default_memory().kind)
+    kind = device.default_memory().kind
+    # An old JAX refuses any kind on CPUs, and changes the shape of a PositionalSharding.
+    return sharding if sharding.memory_kind in {None, kind} else sharding.with_memory_kind(kind)
 
 
 def is_ordinary(sharding: Sharding, shape: tuple[int, ...]) -> bool:
