@@ -170,6 +170,7 @@ HEADERS: list[tuple[bytes, str]] = [
     (file({"a": tensor("U8", [1], -1, 0)}, b"\0"), "offsets that are not a range"),
     (file({"a": tensor("U8", [1], 1, 0)}, b"\0"), "offsets that are not a range"),
     (file({"a": tensor("U8", [1], 0, 2**64)}, b"\0"), "offsets that are not a range"),
+    (file({"a": tensor("U8", [1], 2**64, 2**64 + 1)}, b"\0"), "offsets that are not a range"),
     (file({"a": tensor("U8", [1], 0, 2**63)}, b"\0"), "its dtype U8 with its shape [1] another"),
     (file({"a": tensor("U8", [2], 0, 1)}, b"\0"), "1 bytes, and its dtype U8 with its shape [2]"),
     (file({"a": tensor("U8", [], 0, 0)}), "0 bytes, and its dtype U8 with its shape []"),

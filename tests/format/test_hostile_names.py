@@ -1,6 +1,7 @@
 """Wrong names, and names that must not be run as code."""
 
 import copy
+import functools
 import io
 import pickle
 import sys
@@ -255,9 +256,13 @@ def audit(event: str, args: tuple[Any, ...]) -> None:
         events.append(f"{event} {args}")
 
 
-@pytest.fixture(scope="module")
+add_auditor = functools.cache(lambda: sys.addaudithook(audit))
+
+
+@pytest.fixture
 def auditor() -> None:
-    sys.addaudithook(audit)
+    add_auditor()
+    events.clear()  # of an earlier run
 
 
 @pytest.mark.usefixtures("auditor")

@@ -10,7 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytree2safetensors import FileFormatError, load_pytree, save_pytree, save_pytree_async
+from pytree2safetensors import (
+    FileFormatError,
+    WeightsMismatchError,
+    load_into_pytree,
+    load_pytree,
+    save_pytree,
+    save_pytree_async,
+)
 from pytree2safetensors._format.tensor import NUMPY, TensorInfo
 from pytree2safetensors._leaves import encode, spec
 from pytree2safetensors._leaves.decode import holds_value
@@ -77,10 +84,14 @@ def test_a_dtype_that_an_older_ml_dtypes_lacks_is_reported(
     try:
         with pytest.raises(FileFormatError) as caught:
             load_pytree(tmp_path / "file")
+        with pytest.raises(WeightsMismatchError) as refused:
+            load_into_pytree({"v": jnp.ones(2)}, tmp_path / "file", rename={"@v": "@w"})
     finally:
         spec._numpy_dtype.cache_clear()
-    assert "'@w' is of the dtype bfloat17, which this ml_dtypes lacks; install a newer one" in str(
-        caught.value
+    reason = "is of the dtype bfloat17, which this ml_dtypes lacks; install a newer one"
+    assert f"'@w' {reason}" in str(caught.value)
+    assert refused.value.mismatched == (
+        f"'@v': the template has float32[2], but the stored leaf '@w' {reason}",
     )
 
 
