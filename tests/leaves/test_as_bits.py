@@ -187,3 +187,10 @@ def test_placing_in_a_positional_sharding() -> None:
     sharding = positional(np.array(jax.devices())[:2]).reshape(2, 1)
     tree = {"w": Struct(values.shape, values.dtype, sharding=sharding)}
     assert_bits(set_weights(tree, {"@w": jnp.asarray(values)})["w"], values)
+
+
+def test_placing_arrays_without_values() -> None:
+    mesh = Mesh(np.array(jax.devices()[:4]), ("x",))
+    given = jax.device_put(np.zeros((4, 0), np.float32), NamedSharding(mesh, P("x")))
+    template = jax.device_put(np.zeros((4, 0), np.float32), jax.devices()[5])
+    assert_bits(set_weights({"w": template}, {"@w": given})["w"], np.zeros((4, 0), np.float32))

@@ -67,7 +67,7 @@ def _placed(value: Any, sharding: Sharding) -> jax.Array:
 
 def _moved(value: jax.Array, sharding: Sharding) -> jax.Array:
     devices: Any = value.sharding.device_set | sharding.device_set
-    if len(devices) > 1 and value.sharding != sharding:
+    if value.size and len(devices) > 1 and value.sharding != sharding:
         # JAX cannot change the devices and the kind of memory at once.
         value = jax.device_put(value, _in_default_memory(value.sharding))
         ordinary = _in_default_memory(sharding)
