@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding
 from oracle import assert_same, assert_same_values
 from placed import P, raw
 from pytree2safetensors import Rule, set_weights
+from pytree2safetensors._leaves.jax_versions import structs_are_weak
 from pytree2safetensors._leaves.spec import holds
 from pytree2safetensors._leaves.to_jax import to_jax
 from pytree2safetensors._load import given
@@ -40,6 +41,21 @@ def test_no_setting_of_jax_stops_set_weights(
         found = set_weights({"w": Struct(expected.shape, dtype)}, dictionary, **options)["w"]
     assert isinstance(found, jax.Array)
     assert_same_values(np.asarray(found), expected)
+
+
+def test_a_trace_casts_arrays() -> None:
+    @jax.jit
+    def traced(value: Any) -> Any:
+        return set_weights({"w": Struct((2,), np.float32)}, {"@w": value}, cast=True)["w"]
+
+    assert_same(traced(jnp.ones(2, jnp.float16)), jnp.ones(2, jnp.float32))
+
+
+@pytest.mark.skipif(not structs_are_weak(), reason="this JAX has no weak types of structs")
+@pytest.mark.parametrize("weak", [False, True])
+def test_a_scalar_is_as_weak_as_the_struct_that_it_replaces(weak: bool) -> None:
+    template = {"w": Struct((), np.float32, weak_type=weak)}
+    assert set_weights(template, {"@w": 2.5})["w"].aval.weak_type is weak
 
 
 @pytest.mark.parametrize("kind", [np.asarray, jnp.asarray])
