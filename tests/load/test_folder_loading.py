@@ -191,6 +191,13 @@ def test_numbers_in_the_metadata_of_other_programs_are_no_metadata(tmp_path: Pat
             ["weights.bin", "config.json", *"abcd"],
             "has no safetensors file and no index; it has 'a', 'b', 'c', 'config.json', 'd' and 1 more",
         ),
+        *[
+            (
+                [name, "d"],
+                "has no safetensors file and no index; Orbax wrote it: restore it with Orbax",
+            )
+            for name in ("_METADATA", "manifest.ocdbt")
+        ],
         (
             ["-00001-of-00002.safetensors"],
             "has '-00001-of-00002.safetensors' but no index: a save was interrupted",
