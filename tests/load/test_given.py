@@ -43,6 +43,13 @@ def test_no_setting_of_jax_stops_set_weights(
     assert_same_values(np.asarray(found), expected)
 
 
+def test_an_array_that_is_cast_stays_on_its_device() -> None:
+    values = jax.device_put(jnp.ones(2, jnp.float16), jax.devices()[1])
+    found = set_weights({"w": Struct((2,), np.float32)}, {"@w": values}, cast=True)["w"]
+    assert found.devices() == {jax.devices()[1]}
+    assert_same_values(np.asarray(found), np.ones(2, np.float32))
+
+
 def test_a_trace_casts_arrays() -> None:
     @jax.jit
     def traced(value: Any) -> Any:
