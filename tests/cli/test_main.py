@@ -164,3 +164,13 @@ def test_closed_streams_are_no_error(closed: str, code: int) -> None:
         run = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
         assert run.returncode == expected
         assert "Traceback" not in run.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no file that is full")
+def test_what_cannot_be_printed_is_an_error() -> None:
+    save_pytree(small(), "tree")
+    command = [sys.executable, "-m", "pytree2safetensors", "show", "tree"]
+    with Path("/dev/full").open("wb") as full:
+        run = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert run.returncode == 1
+    assert run.stderr == "pytree2safetensors: No space left on device\n"

@@ -89,3 +89,13 @@ class Overlapping:
 def test_shards_that_do_not_tile_an_array_are_refused(indices: list[slice]) -> None:
     with pytest.raises(UnsupportedLeafError, match=r"of an array of shape \(6,\) do not tile it"):
         ownership(Overlapping(indices), (6,))
+
+
+def test_shards_without_values_do_not_tile_an_array_with_values() -> None:
+    class Empty:
+        def devices_indices_map(self, shape: tuple[int, ...]) -> dict[Any, Any]:
+            return {device: tuple(slice(0, 0) for _ in shape) for device in jax.devices()}
+
+    assert len(ownership(Empty(), (0, 3)).devices) == 1
+    with pytest.raises(UnsupportedLeafError, match=r"of shape \(4,\) do not tile it"):
+        ownership(Empty(), (4,))

@@ -31,6 +31,7 @@ from pytree2safetensors import (
     save_pytree,
     save_pytree_async,
 )
+from pytree2safetensors._save.saver import _End
 
 
 def test_the_file_is_that_of_the_synchronous_save(tmp_path: Path) -> None:
@@ -100,6 +101,14 @@ def test_two_saves_to_one_path_stay_in_order(tmp_path: Path) -> None:
     for future in futures:
         future.result()
     assert load_pytree(tmp_path / "file")["a"].tolist() == [2]
+
+
+def test_a_save_that_has_ended_is_not_waited_for_even_in_a_handler_of_the_wait() -> None:
+    end = _End()
+    end.come()
+    end.come()  # a second time, from the callback of the future
+    with end._until:  # as the wait that a signal has interrupted may hold it
+        end.wait()
 
 
 @pytest.mark.parametrize("name", ["file", "other"])

@@ -5,7 +5,6 @@ Specification: *Leaves*.
 
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
 from functools import partial
 from typing import Any, Final
 
@@ -80,8 +79,11 @@ def host_shard(data: jax.Array) -> NDArray[Any]:
     if is_key_dtype(data.dtype):
         data = _key_data(data)
     if is_in_place(data):
-        with suppress(RuntimeError):  # in another layout, it is copied, which a guard may forbid
+        try:
             return np.asarray(data)
+        except RuntimeError:  # in another layout, it is copied, which a guard may forbid
+            if data.is_deleted():
+                raise
     with jax.transfer_guard("allow"):  # users guard the transfers of programs, not those of saves
         if data.nbytes >= TAKEN_OVER:
             # Another array with the same memory, which keeps the copy instead.

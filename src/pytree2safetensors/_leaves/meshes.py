@@ -46,7 +46,7 @@ def _made(make: Callable[[list[Any]], Any], leaves: list[Any]) -> Any:
         return moved_as_bits(make, arrays)
     except ValueError:  # JAX finds no sharding for the result, or no common order of the devices
         if not all(array.is_fully_addressable for array in arrays):
-            raise
+            raise  # pragma: no cover - arrays of several processes, which JAX cannot join
         return moved_as_bits(make, [jnp.asarray(host_array(array)) for array in arrays])
 
 

@@ -145,7 +145,7 @@ def _with_axes(data: Any, region: Region) -> Any:
     """Return the values of a shard with all axes of its array. The shards of pmap lack one."""
     if data.ndim == len(region):
         return data
-    with own_programs([data]):
+    with own_programs([data]):  # pragma: no cover - before JAX 0.8
         return data.reshape(shape_of(region))
 
 
