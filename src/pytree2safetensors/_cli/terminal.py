@@ -130,7 +130,11 @@ def labelled(label: str, text: str) -> Iterator[str]:
 
 
 def write(lines: Iterable[str]) -> None:
-    """Print lines on stdout, and stop quietly when nobody reads them anymore."""
+    """Print lines on stdout, and stop quietly when nobody reads them anymore.
+
+    Raises:
+        OSError: They cannot be written, for example because the disk is full.
+    """
     out = sys.stdout  # None if it was closed before the start
     try:
         for text in lines:
@@ -138,9 +142,11 @@ def write(lines: Iterable[str]) -> None:
                 out.write(_encodable(text, out.encoding) + "\n")
         if out is not None:
             out.flush()
-    except BrokenPipeError:
+    except OSError as error:
         # Python flushes stdout once more when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
+        if not isinstance(error, BrokenPipeError):
+            raise
 
 
 def complain(message: str) -> None:
