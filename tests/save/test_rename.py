@@ -186,6 +186,18 @@ def test_leaves_that_are_one_tensor_and_differ_are_refused(path: Path) -> None:
     assert not path.exists()
 
 
+@pytest.mark.parametrize("place", [0, -1])
+def test_large_leaves_that_are_one_tensor_and_differ_in_one_place_are_refused(
+    path: Path, place: int
+) -> None:
+    embed = np.zeros((1 << 12, 1 << 11), np.float32)
+    other = embed.T.copy()
+    other[place, place] = 1
+    with pytest.raises(FileFormatError, match="both stored as 'embed', but they differ"):
+        save_pytree({"embed": embed, "head": other}, path, rename=TIED)
+    assert not path.exists()
+
+
 def test_leaves_that_are_rearranged_alike_and_differ_are_refused(path: Path) -> None:
     rename = [Rule("w", name, "v e -> e v") for name in ("a", "b")]
     with pytest.raises(FileFormatError, match="'@a' and '@b' are both stored as 'w', but they"):
