@@ -121,7 +121,7 @@ class SafetensorsRestore(ocp.args.CheckpointArgs):
 
     Attributes:
         item: A template for `load_into_pytree`. By default, load the tree in the file.
-        sharding: The shardings of the arrays, as for `load_abstract`, if there is no template.
+        sharding: Without a template: the shardings of the arrays, as for `load_abstract`.
         strict: As for `load_into_pytree`.
         unexpected: As for `load_into_pytree`.
         cast: As for `load_into_pytree`.

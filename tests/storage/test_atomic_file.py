@@ -180,8 +180,7 @@ def test_a_save_that_fails_at_any_call_changes_nothing(
 def check_error(error: BaseException | None, fault: Fault, call: Told, path: Path) -> None:
     """Every fault raises an error, and an error of the system names the path.
 
-    Only that nothing looks for what killed savers left, or that an access list is lost, is no fault
-    of the save.
+    A save may fail to clean up after killed ones, or to keep an access list.
     """
     if call.name in {"listdir", "getxattr"} and fault.error is not KeyboardInterrupt:
         assert error is None

@@ -21,7 +21,8 @@ from pytree2safetensors._leaves.keys import is_key_dtype
 TAKEN_OVER: Final = 1 << 12  # bytes: JAX gets the memory of larger arrays, without a copy
 _CHUNK = 128  # arrays in one call of the identity
 _MANY = 1024  # equal arrays that are worth compiling for
-_WITHOUT_PROGRAMS: Final = frozenset({"int1", "uint1"})  # JAX supports these without compiling
+# JAX has arrays of these dtypes, but some of its programs for them fail, or end the process.
+WITHOUT_PROGRAMS: Final = frozenset({"int1", "uint1", "float6_e2m3fn", "float6_e3m2fn"})
 
 
 @jax.jit
@@ -98,7 +99,7 @@ def many_to_jax(
         keeps_memory: As for `to_jax`.
     """
     made: list[jax.Array] = []
-    if count < _MANY or dtype.name in _WITHOUT_PROGRAMS:
+    if count < _MANY or dtype.name in WITHOUT_PROGRAMS:
         return made
     for _ in range(count // _CHUNK):
         chunk = list(islice(arrays, _CHUNK))

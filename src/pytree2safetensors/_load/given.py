@@ -11,14 +11,18 @@ from pytree2safetensors._leaves.decode import to_host
 from pytree2safetensors._leaves.encode import host_array
 from pytree2safetensors._leaves.meshes import computed
 from pytree2safetensors._leaves.spec import LeafSpec, TracedSpec
-from pytree2safetensors._leaves.to_jax import own_programs, to_jax, weaken, wrap_key
+from pytree2safetensors._leaves.to_jax import (
+    WITHOUT_PROGRAMS,
+    own_programs,
+    to_jax,
+    weaken,
+    wrap_key,
+)
 from pytree2safetensors._leaves.views import View, leaf_of
 from pytree2safetensors._load.sharded import place
 from pytree2safetensors._load.template import TemplateLeaf, to_python
 
 _BATCH: Final = 1 << 26  # bytes: copies for one call of JAX
-# JAX has arrays of these dtypes, but a program that converts them fails, or ends the process.
-_WITHOUT_CASTS: Final = frozenset({"int1", "uint1", "float6_e2m3fn", "float6_e3m2fn"})
 
 
 def given_spec(slot: TemplateLeaf | None, value: Any) -> LeafSpec | None:
@@ -77,7 +81,7 @@ def _is_cast_by_jax(slot: TemplateLeaf, value: jax.Array) -> bool:
     if slot.leaf.dtype is None or isinstance(value, jax.core.Tracer):
         return True
     names = {value.dtype.name, slot.leaf.dtype.name}
-    return names.isdisjoint(_WITHOUT_CASTS) or not value.is_fully_addressable
+    return names.isdisjoint(WITHOUT_PROGRAMS) or not value.is_fully_addressable
 
 
 def _finished(batch: Sequence[tuple[TemplateLeaf, Any]]) -> list[Any]:

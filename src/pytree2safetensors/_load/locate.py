@@ -33,10 +33,7 @@ from pytree2safetensors._storage.remote_path import RemotePath, hide_credentials
 # How other programs number shards, or used to.
 _OTHER_SHARD: Final = re.compile(r".*\.safetensors-[0-9]+-of-[0-9]+", re.DOTALL)
 
-_OF_ORBAX: Final = {
-    "_METADATA",
-    "manifest.ocdbt",
-}  # in each of its checkpoints, there is one of these
+_OF_ORBAX: Final = {"_METADATA", "manifest.ocdbt"}  # each of its checkpoints has one of these
 
 
 class Index(NamedTuple):

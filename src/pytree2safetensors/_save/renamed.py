@@ -169,7 +169,7 @@ def differ(one: str, other: str, name: str) -> FileFormatError:
 
 
 def incomparable(one: str, other: str, name: str) -> FileFormatError:
-    """Make the error for leaves that would be one tensor, and of which no process has all values."""
+    """Make the error for leaves that would be one tensor, if no process can compare them."""
     return FileFormatError(
         f"{shorten(one)} and {shorten(other)} are both stored as {shorten(name)}, but they are "
         "spread over several processes, which cannot compare them; leave one of them out with "

@@ -107,7 +107,8 @@ def submit(save: Callable[[], None], where: str) -> Future[None]:
     """Save on the saver's thread, after everything that was submitted before.
 
     If no thread can start, for example because the interpreter is exiting or this is a signal
-    handler, save before this returns. `where` is the path for a warning about an error that is never retrieved.
+    handler, save before this returns. `where` is the path for a warning about an error that is
+    never retrieved.
     """
     if not threading.main_thread().is_alive() or is_starting():
         return _saved_now(save, where)
