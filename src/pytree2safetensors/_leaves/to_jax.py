@@ -4,7 +4,7 @@ Specification: *Loading*.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
 from typing import Any, Final
 
@@ -134,13 +134,17 @@ def own_programs(leaves: Iterable[Any] = ()) -> Iterator[None]:
         jax.transfer_guard("allow"),
         jax.disable_jit(False),
         no_mesh(),
-        enable_x64(True) if any(map(_is_too_wide, leaves)) else nullcontext(),
+        x64_for(leaves),
     ):
         yield
 
 
+def x64_for(leaves: Iterable[Any]) -> AbstractContextManager[None]:
+    """Turn x64 on if some leaves are JAX arrays of 64 bits, which JAX narrows without it."""
+    return enable_x64(True) if any(map(_is_too_wide, leaves)) else nullcontext()
+
+
 def _is_too_wide(leaf: Any) -> bool:
-    """Return whether a leaf is an array of JAX that x64 has to be on for."""
     if not isinstance(leaf, jax.Array) or leaf.dtype.itemsize < 8 or is_key_dtype(leaf.dtype):
         return False
     return bool(jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype)

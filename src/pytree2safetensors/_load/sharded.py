@@ -9,7 +9,7 @@ from pytree2safetensors._leaves.as_bits import moved_as_bits
 from pytree2safetensors._leaves.encode import host_array
 from pytree2safetensors._leaves.keys import is_key_dtype
 from pytree2safetensors._leaves.placement import is_unreduced
-from pytree2safetensors._leaves.to_jax import own_programs
+from pytree2safetensors._leaves.to_jax import x64_for
 
 _ANY_MESH: Final = getattr(jax.sharding, "AbstractMesh", ())  # JAX 0.4.30 has none
 
@@ -46,8 +46,11 @@ def misplaced(sharding: Sharding, shape: tuple[int, ...]) -> str | None:
 
 
 def place(value: Any, sharding: Sharding) -> jax.Array:
-    """Place the values of an array in a sharding that may span several processes."""
-    with own_programs([value]):
+    """Place the values of an array in a sharding that may span several processes.
+
+    For use within `own_programs`.
+    """
+    with x64_for([value]):
         return _placed(value, sharding)
 
 
