@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from oracle import assert_same_values
 from pytree2safetensors import (
     FileFormatError,
     WeightsMismatchError,
@@ -23,7 +24,7 @@ from pytree2safetensors._leaves import encode, spec
 from pytree2safetensors._leaves.decode import holds_value
 from pytree2safetensors._leaves.describe import describe
 from pytree2safetensors._leaves.keys import implementation_of
-from pytree2safetensors._leaves.to_jax import weaken
+from pytree2safetensors._leaves.to_jax import TAKEN_OVER, weaken
 
 
 @given(st.lists(st.integers(0, 7), max_size=4).map(tuple), st.integers(2, 40), st.data())
@@ -112,3 +113,9 @@ def test_an_array_in_another_layout_is_saved_while_transfers_are_guarded(
         save_pytree_async({"a": moved, "b": moved}, tmp_path / "async").result()
     for name in ("file", "async"):
         assert (load_pytree(tmp_path / name)["a"] == array).all()
+
+
+def test_shards_on_the_host_leave_no_copy_behind() -> None:
+    data: Any = jnp.arange(TAKEN_OVER).astype(jnp.int4)  # which is packed on any device
+    assert_same_values(encode.host_shard(data), np.asarray(jnp.array(data)))
+    assert data._npy_value is None  # where JAX keeps it

@@ -29,7 +29,6 @@ from pytree2safetensors._load import locate
 from pytree2safetensors._load.checkpoint import OpenCheckpoint
 from pytree2safetensors._load.locate import Index
 from pytree2safetensors._load.opening import open_checkpoint
-from pytree2safetensors._storage.file_source import FileSource
 from pytree2safetensors.testing import pytrees
 
 # --- loading ----------------------------------------------------------------------------------
@@ -403,35 +402,6 @@ def test_a_link_to_nothing_is_a_missing_file(tmp_path: Path, name: str) -> None:
         with pytest.raises(FileNotFoundError) as caught:
             load_pytree(path)
         assert caught.value.filename == str(tmp_path / name)
-
-
-@pytest.mark.parametrize("times", [1, 9])
-@pytest.mark.parametrize(
-    "load",
-    [load_pytree, lambda path: load_into_pytree(tree_of(3), path)],
-)
-def test_a_load_starts_again_if_a_shard_that_is_not_open_is_replaced(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, load: Any, times: int
-) -> None:
-    monkeypatch.setattr("pytree2safetensors._load.opening._KEPT", 1)
-    monkeypatch.setattr("pytree2safetensors._load.opening._ATTEMPTS", 3)
-    saves, read_into = 0, FileSource.read_into
-
-    def replace_and_read(source: FileSource, buffers: list[memoryview], offset: int) -> int:
-        nonlocal saves
-        if source._is_shut and saves < times:
-            saves += 1
-            save_pytree(tree_of(saves), tmp_path, max_shard_size=40)
-        return read_into(source, buffers, offset)
-
-    monkeypatch.setattr(FileSource, "read_into", replace_and_read)
-    save_pytree(tree_of(9), tmp_path, max_shard_size=40)
-    if times == 1:
-        assert is_same(tree_of(1), load(tmp_path))
-        return
-    with pytest.raises(FileFormatError, match="was replaced while it was read; load") as caught:
-        load(tmp_path)
-    assert type(caught.value) is FileFormatError
 
 
 def test_a_shard_that_is_gone_before_it_is_read_was_replaced(

@@ -13,6 +13,7 @@ import pytest
 from folders import INDEX, is_same, shard_names, tree_of
 from pytree2safetensors import (
     FileFormatError,
+    load_into_pytree,
     load_pytree,
     save_pytree,
 )
@@ -20,6 +21,7 @@ from pytree2safetensors._load import opening
 from pytree2safetensors._load.locate import Index
 from pytree2safetensors._storage import file_source
 from pytree2safetensors._storage import folder as folder_module
+from pytree2safetensors._storage.file_source import FileSource
 from pytree2safetensors._storage.folder import Folder
 from system_calls import Call, watched
 
@@ -152,3 +154,32 @@ def test_a_reader_whose_index_is_replaced_starts_again(
     with pytest.raises(FileFormatError, match="is being replaced by another save; load it after"):
         load_pytree(tmp_path)
     assert is_same(tree_of(2), load_pytree(tmp_path))
+
+
+@pytest.mark.parametrize("times", [1, 9])
+@pytest.mark.parametrize(
+    "load",
+    [load_pytree, lambda path: load_into_pytree(tree_of(3), path)],
+)
+def test_a_load_starts_again_if_a_shard_that_is_not_open_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, load: Any, times: int
+) -> None:
+    monkeypatch.setattr("pytree2safetensors._load.opening._KEPT", 1)
+    monkeypatch.setattr("pytree2safetensors._load.opening._ATTEMPTS", 3)
+    saves, read_into = 0, FileSource.read_into
+
+    def replace_and_read(source: FileSource, buffers: list[memoryview], offset: int) -> int:
+        nonlocal saves
+        if source._is_shut and saves < times:
+            saves += 1
+            save_pytree(tree_of(saves), tmp_path, max_shard_size=40)
+        return read_into(source, buffers, offset)
+
+    monkeypatch.setattr(FileSource, "read_into", replace_and_read)
+    save_pytree(tree_of(9), tmp_path, max_shard_size=40)
+    if times == 1:
+        assert is_same(tree_of(1), load(tmp_path))
+        return
+    with pytest.raises(FileFormatError, match="was replaced while it was read; load") as caught:
+        load(tmp_path)
+    assert type(caught.value) is FileFormatError

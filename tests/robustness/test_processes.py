@@ -14,8 +14,6 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 import pytree2safetensors as p2s
-from pytree2safetensors._leaves.encode import host_shard
-from pytree2safetensors._leaves.to_jax import TAKEN_OVER
 from pytree2safetensors._save import calls
 from pytree2safetensors._storage import file_source as _source
 from pytree2safetensors._storage.naming import temporary_prefix
@@ -492,9 +490,3 @@ def test_rules_give_the_bytes_of_one_process(
 
 def test_nothing_is_needed_of_one_process() -> None:
     assert not calls.is_needed([jnp.arange(3), np.arange(3), 1])
-
-
-def test_shards_on_the_host_leave_no_copy_behind() -> None:
-    data: Any = jnp.arange(TAKEN_OVER).astype(jnp.int4)  # which is packed on any device
-    assert raw(host_shard(data)) == raw(np.asarray(jnp.array(data)))
-    assert data._npy_value is None  # where JAX keeps it

@@ -153,24 +153,6 @@ def test_chained_urls_load(
         assert is_same(tree_of(1), load_pytree(f"zip://{inner}::{tmp_path}/a.zip"))
 
 
-@pytest.mark.skipif(
-    [*map(int, fsspec.__version__.split(".")[:2])] < [2024, 9],
-    reason="the caches of this fsspec cannot write",
-)
-@pytest.mark.parametrize("cache", ["simplecache", "filecache"])
-@pytest.mark.parametrize("store", ["file", "memory"])
-def test_caches_of_stores_that_are_not_asynchronous_work(
-    cache: str, store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # where fsspec keeps what it caches
-    url = f"{cache}::{store}://{tmp_path}/cached"
-    save_pytree(tree_of(1), f"{url}.safetensors")
-    assert is_same(tree_of(1), load_pytree(f"{store}://{tmp_path}/cached.safetensors"))
-    assert is_same(tree_of(1), load_pytree(f"{url}.safetensors"))
-    save_pytree(tree_of(2), url, max_shard_size=40)
-    assert is_same(tree_of(2), load_pytree(url))
-
-
 def test_the_headers_of_a_file_system_are_sent(server: WebServer, tmp_path: Path) -> None:
     url = publish(server, "/m.safetensors", tmp_path, large())
     server.key = "secret"

@@ -288,3 +288,21 @@ def test_trees_go_through_a_store_unchanged(memory: MemoryFileSystem) -> None:
     tree = {"w": np.arange(70_000, dtype=np.float32), "steps": (1, None), "run": "seventeen"}
     save_pytree(tree, "memory://tree")
     assert_same(load_into_pytree(tree, "memory://tree"), tree)
+
+
+@pytest.mark.skipif(
+    [*map(int, fsspec.__version__.split(".")[:2])] < [2024, 9],
+    reason="the caches of this fsspec cannot write",
+)
+@pytest.mark.parametrize("cache", ["simplecache", "filecache"])
+@pytest.mark.parametrize("store", ["file", "memory"])
+def test_caches_of_stores_that_are_not_asynchronous_work(
+    cache: str, store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # where fsspec keeps what it caches
+    url = f"{cache}::{store}://{tmp_path}/cached"
+    save_pytree(tree_of(1), f"{url}.safetensors")
+    assert is_same(tree_of(1), load_pytree(f"{store}://{tmp_path}/cached.safetensors"))
+    assert is_same(tree_of(1), load_pytree(f"{url}.safetensors"))
+    save_pytree(tree_of(2), url, max_shard_size=40)
+    assert is_same(tree_of(2), load_pytree(url))
