@@ -28,8 +28,8 @@ def _bar(what: str, process: Callable[[], int]) -> Progress | None:
         from tqdm.auto import tqdm
     except ImportError:
         raise ImportError(
-            "progress=True shows its bar with tqdm, which is not installed; "
-            "install pytree2safetensors[progress], or pass a function"
+            "progress=True shows its bar with tqdm, which is not installed; install tqdm, or pass a "
+            "function"
         ) from None
     if process() != 0:
         return None

@@ -157,7 +157,8 @@ def _remote(url: str) -> RemotePath:
         from fsspec.core import url_to_fs
     except ImportError:
         raise ValueError(
-            f"{label} is a URL, which is opened with fsspec; install pytree2safetensors[remote]"
+            f"{label} is a URL, which is opened with fsspec; install fsspec and its package for this "
+            "store"
         ) from None
     try:
         fs, path = url_to_fs(url)

@@ -3,9 +3,7 @@
 try:
     import hypothesis  # noqa: F401 - the message below is better than that of a strategy's module
 except ImportError:
-    raise ImportError(
-        "pytree2safetensors.testing needs Hypothesis; install pytree2safetensors[testing]"
-    ) from None
+    raise ImportError("pytree2safetensors.testing needs Hypothesis; install hypothesis") from None
 
 from pytree2safetensors.testing._arrays import arrays
 from pytree2safetensors.testing._keys import keypaths, keys
