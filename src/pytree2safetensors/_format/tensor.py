@@ -52,6 +52,11 @@ class TensorInfo(NamedTuple):
     nbytes: int
     kind: Kind | None = None
 
+    @property
+    def itemsize(self) -> int:
+        """Return the bytes of one element, whose dtype is not packed."""
+        return BITS[self.dtype] // 8
+
 
 def check_kind(kind: Kind, dtype: str, shape: tuple[int, ...], name: str) -> None:
     """Raise an error if a note contradicts its tensor."""

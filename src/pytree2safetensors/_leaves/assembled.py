@@ -7,7 +7,7 @@ import math
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from pytree2safetensors._format.tensor import BITS, TensorInfo
+from pytree2safetensors._format.tensor import TensorInfo
 from pytree2safetensors._leaves.extents import shape_of
 from pytree2safetensors._leaves.views import View, plain_view
 from pytree2safetensors._tree.rule import Rule
@@ -82,7 +82,7 @@ def assemble(placed: Iterable[Placed]) -> dict[str, list[Copy]]:
     found: dict[str, list[Copy]] = {}
     for route, rule, path, leaf, info in placed:
         view = plain_view(route, info.shape) if isinstance(route, str) else route
-        nbytes = math.prod(view.stored) * BITS[info.dtype] // 8
+        nbytes = math.prod(view.stored) * info.itemsize
         stored = TensorInfo(info.dtype, view.stored, nbytes)
         for name in view.names:
             copies = found.setdefault(name, [])

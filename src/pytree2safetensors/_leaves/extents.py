@@ -29,6 +29,11 @@ def region_of(index: Sequence[Any], shape: Shape) -> Region:
     return tuple(found)
 
 
+def whole_region(shape: Shape) -> Region:
+    """Return the region that is all of a tensor."""
+    return tuple((0, size) for size in shape)
+
+
 def shape_of(region: Region) -> Shape:
     """Return the shape of a region."""
     return tuple(stop - start for start, stop in region)
@@ -91,7 +96,7 @@ def bands_of(shape: Shape, itemsize: int) -> Iterator[Region]:
         yield ()
         return
     step = max(1, BAND // row)
-    whole = tuple((0, size) for size in shape[axis + 1 :])
+    whole = whole_region(shape[axis + 1 :])
     for before in product(*(range(size) for size in shape[:axis])):
         leading = tuple((index, index + 1) for index in before)
         for start in range(0, shape[axis], step):

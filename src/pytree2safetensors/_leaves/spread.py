@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from numpy.typing import NDArray
 
-from pytree2safetensors._format.tensor import BITS, TensorInfo
+from pytree2safetensors._format.tensor import TensorInfo
 from pytree2safetensors._leaves.as_bits import narrow_as_bits
 from pytree2safetensors._leaves.assembled import Assembled
 from pytree2safetensors._leaves.encode import (
@@ -28,6 +28,7 @@ from pytree2safetensors._leaves.extents import (
     runs_in,
     shape_of,
     span_of,
+    whole_region,
     within,
 )
 from pytree2safetensors._leaves.ownership import ownership
@@ -60,8 +61,7 @@ class Owned(NamedTuple):
 
     def nbytes(self, info: TensorInfo) -> int:
         """Return how many bytes the shards have in a file."""
-        items = sum(math.prod(shape_of(region)) for region, _ in self.shards)
-        return items * BITS[info.dtype] // 8
+        return sum(math.prod(shape_of(region)) for region, _ in self.shards) * info.itemsize
 
 
 def owned(leaf: jax.Array, info: TensorInfo) -> Owned:
@@ -82,7 +82,7 @@ def _on_host(data: jax.Array | NDArray[Any]) -> NDArray[Any]:
 
 def owned_chunks(owned: Owned, info: TensorInfo) -> Iterator[Chunk]:
     """Yield the bytes of shards, in order."""
-    itemsize = BITS[info.dtype] // 8
+    itemsize = info.itemsize
     shards = [shard for shard in owned.shards if 0 not in shape_of(shard[0])]
     if all(runs_in(region, info.shape, itemsize).number == 1 for region, _ in shards):
         places = [span_of(region, info.shape, itemsize)[0] for region, _ in shards]
@@ -99,7 +99,6 @@ def owned_chunks(owned: Owned, info: TensorInfo) -> Iterator[Chunk]:
 def assembled_chunks(tensor: Assembled) -> Iterator[Chunk]:
     """Yield the bytes of an assembled tensor that this process owns, in order."""
     name, info, members = tensor
-    itemsize = BITS[info.dtype] // 8
     parts = []
     for view, leaf in members:
         needed = region_of_tensor(view, name)
@@ -110,14 +109,14 @@ def assembled_chunks(tensor: Assembled) -> Iterator[Chunk]:
             for source, values in _parts_of(data, region, shared, view, info):
                 if source.name == name:
                     parts.append(Part(source.region, values))
-    yield from gather(parts, members[0].view.fine, itemsize)
+    yield from gather(parts, members[0].view.fine, info.itemsize)
 
 
 def _parts_of(
     data: Any, region: Region, shared: Region, view: View, info: TensorInfo
 ) -> Iterator[tuple[Source, NDArray[Any]]]:
     """Yield the parts of tensors that a region of a leaf makes, in units of one item."""
-    unit = f"u{BITS[info.dtype] // 8}"
+    unit = f"u{info.itemsize}"
     is_moved = view.order != tuple(range(len(view.order)))
     if is_moved and isinstance(data, jax.Array) and computes(data):
         with own_programs([data]):  # JAX moves axes faster than NumPy
@@ -138,7 +137,7 @@ def _held(leaf: Any) -> list[tuple[Region, Any]]:
     if isinstance(leaf, jax.Array) and not (leaf.is_fully_replicated and leaf.is_fully_addressable):
         return _held(owned(leaf, TensorInfo("", leaf.shape, 0)))
     values = leaf.addressable_data(0) if isinstance(leaf, jax.Array) else host_array(leaf)
-    return [(tuple((0, size) for size in values.shape), values)]
+    return [(whole_region(values.shape), values)]
 
 
 def _with_axes(data: Any, region: Region) -> Any:

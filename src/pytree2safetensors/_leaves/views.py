@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from pytree2safetensors._leaves.extents import Region, Shape, shape_of, within
+from pytree2safetensors._leaves.extents import Region, Shape, shape_of, whole_region, within
 from pytree2safetensors._leaves.jax_versions import concatenated
 
 
@@ -79,8 +79,8 @@ class Source(NamedTuple):
 
 def plain_view(name: str, shape: Shape) -> View:
     """Return the view of a leaf that is one whole tensor."""
-    whole = tuple((0, size) for size in shape)
-    return View((name,), shape, (), shape, whole, tuple((axis,) for axis in range(len(shape))))
+    axes = tuple((axis,) for axis in range(len(shape)))
+    return View((name,), shape, (), shape, whole_region(shape), axes)
 
 
 def boxes_of(view: View, region: Region) -> list[Box]:

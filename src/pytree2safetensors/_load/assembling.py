@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pytree2safetensors._errors import errors_of
-from pytree2safetensors._format.tensor import BITS
 from pytree2safetensors._leaves.as_bits import moved_as_bits
 from pytree2safetensors._leaves.decode import from_bytes
 from pytree2safetensors._leaves.extents import shape_of, within
@@ -39,7 +38,7 @@ class Assembler:
         """Return the memory of the box of a piece, and the offset of the piece in it."""
         number, view, _, boxes, *_ = piece.assembly
         if number not in self._memory:
-            itemsize = BITS[self.checkpoint.infos[view.names[0]].dtype] // 8
+            itemsize = self.checkpoint.infos[view.names[0]].itemsize
             self._memory[number] = [aligned(math.prod(box.shape) * itemsize) for box in boxes]
         position = 0
         *indices, _ = piece.place

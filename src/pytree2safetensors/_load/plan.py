@@ -14,8 +14,8 @@ from typing import Final, TypeAlias
 
 import jax
 
-from pytree2safetensors._format.tensor import BITS, TensorInfo
-from pytree2safetensors._leaves.extents import Region, Shape, region_of
+from pytree2safetensors._format.tensor import TensorInfo
+from pytree2safetensors._leaves.extents import Region, Shape, region_of, whole_region
 from pytree2safetensors._leaves.staging import ALIGNMENT
 from pytree2safetensors._leaves.to_jax import TAKEN_OVER
 from pytree2safetensors._leaves.views import View, boxes_of, sources_of
@@ -155,9 +155,9 @@ def _requests(
         if 0 in source.shape:
             continue  # it may be a stack of no tensors
         info = checkpoint.infos[source.names[0]]
-        nbytes = math.prod(source.shape) * BITS[info.dtype] // 8
+        nbytes = math.prod(source.shape) * info.itemsize
         regions: dict[Region, list[Use]] = {}
-        whole = tuple((0, size) for size in source.shape)
+        whole = whole_region(source.shape)
         for region, use in _uses(leaf, source.shape, nbytes, position):
             regions.setdefault(whole if region is None else region, []).append(use)
         for region, uses in regions.items():
@@ -168,8 +168,8 @@ def _requests(
             assembly = Assembly(next(assemblies), source, region, boxes, uses, len(found), far)
             # One region may be in the memory of the batch; several have theirs until all are there.
             keeps = keeps or (len(found) > 1 and not far)
+            fine = whole_region(source.fine)
             for number, part in found:
-                fine = tuple((0, size) for size in source.fine)
                 yield (
                     part.name,
                     info._replace(shape=source.fine),
@@ -191,7 +191,7 @@ def _uses(
     if nbytes < _CUT_BY_JAX and is_ordinary(sharding, shape):
         return [(None, Use(position, sharding, None))]
     memory_kind = getattr(sharding, "memory_kind", None)
-    whole = tuple((0, size) for size in stored)
+    whole = whole_region(stored)
     found: list[tuple[Region | None, Use]] = []
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         region = region_of(index or (), stored)

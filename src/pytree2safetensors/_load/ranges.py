@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pytree2safetensors._format.tensor import BITS, TensorInfo
 from pytree2safetensors._leaves.extents import (
     Region,
     Shape,
@@ -22,6 +21,7 @@ from pytree2safetensors._leaves.extents import (
     shape_of,
     span_of,
     starts_of,
+    whole_region,
     within,
 )
 from pytree2safetensors._load.checkpoint import OpenCheckpoint
@@ -45,9 +45,7 @@ class Place(NamedTuple):
         """View the region in units of one item."""
         info = self.slot.info
         shape = info.shape if self.slot.region is None else shape_of(self.slot.region)
-        found: NDArray[Any] = np.ndarray(
-            shape, f"u{BITS[info.dtype] // 8}", self.memory, self.offset
-        )
+        found: NDArray[Any] = np.ndarray(shape, f"u{info.itemsize}", self.memory, self.offset)
         return found
 
 
@@ -78,7 +76,7 @@ def plan_reads(
                 for offset, length, position in _runs(place):
                     reads.add(source, start + offset, place.memory, position, length)
         else:
-            bands = bands_of(shape, BITS[mine[0].slot.info.dtype] // 8)
+            bands = bands_of(shape, mine[0].slot.info.itemsize)
             tasks += [partial(_read_band, source, start, mine, band, report) for band in bands]
     if checkpoint.in_flight:  # one request reads adjacent regions of several devices
         return Work(sorted(reads.all(), key=lambda read: (id(read.source), read.offset)), tasks)
@@ -129,10 +127,9 @@ class _Reads:
 
 def _runs(place: Place) -> Iterator[tuple[int, int, int]]:
     """Yield the runs of a region: start in the tensor, length, and place in memory."""
-    region, shape = place.slot.region or (), place.slot.info.shape
-    itemsize = BITS[place.slot.info.dtype] // 8
-    length = runs_in(region, shape, itemsize).length
-    starts = starts_of(region, shape, itemsize).tolist()
+    region, info = place.slot.region or (), place.slot.info
+    length = runs_in(region, info.shape, info.itemsize).length
+    starts = starts_of(region, info.shape, info.itemsize).tolist()
     for number, start in enumerate(starts):
         yield start, length, place.offset + number * length
 
@@ -145,9 +142,8 @@ def _read_band(
     report: Callable[[int], None],
 ) -> None:
     """Read the part of a tensor's band that places need, and copy it there."""
-    info: TensorInfo = places[0].slot.info
-    itemsize = BITS[info.dtype] // 8
-    whole = tuple((0, size) for size in info.shape)
+    info = places[0].slot.info
+    itemsize, whole = info.itemsize, whole_region(info.shape)
     cuts = [(place, common(band, place.slot.region or whole)) for place in places]
     needed = [(place, cut) for place, cut in cuts if cut is not None]
     if not needed:
@@ -167,7 +163,7 @@ def _read_band(
     for place, cut in needed:
         region = place.slot.region or whole
         place.items()[within(cut, region)] = values[within(cut, band)]
-        report(int(np.prod(shape_of(cut))) * itemsize)
+        report(math.prod(shape_of(cut)) * itemsize)
 
 
 def mapped(
@@ -181,13 +177,12 @@ def mapped(
     if slot.offset >= 0:
         if slot.region is None:
             return Place(slot, memory, start), None
-        itemsize = BITS[info.dtype] // 8
-        runs = runs_in(slot.region, info.shape, itemsize)
+        runs = runs_in(slot.region, info.shape, info.itemsize)
         if runs.number <= 1:
-            first = span_of(slot.region, info.shape, itemsize)[0] if runs.number else 0
+            first = span_of(slot.region, info.shape, info.itemsize)[0] if runs.number else 0
             return Place(slot, memory, start + first), None
     place = Place(slot, *memory_for(slot))
-    whole = tuple((0, size) for size in info.shape)
+    whole = whole_region(info.shape)
     items = place.items()
     values: NDArray[Any] = np.ndarray(info.shape, items.dtype, memory, start)
     return place, partial(np.copyto, items, values[within(slot.region or whole, whole)])

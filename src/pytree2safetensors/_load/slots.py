@@ -10,7 +10,7 @@ from typing import Any, Final, NamedTuple
 import jax
 from jax.sharding import Sharding
 
-from pytree2safetensors._format.tensor import BITS, TensorInfo
+from pytree2safetensors._format.tensor import TensorInfo
 from pytree2safetensors._leaves.extents import Region, runs_in, shape_of
 from pytree2safetensors._leaves.views import Box, View
 from pytree2safetensors._load.template import TemplateLeaf
@@ -115,7 +115,7 @@ def is_direct(region: Region | None, info: TensorInfo) -> bool:
     """Return whether the runs of a region are few, or long enough to read one by one."""
     if region is None:
         return True
-    number, length = runs_in(region, info.shape, BITS[info.dtype] // 8)
+    number, length = runs_in(region, info.shape, info.itemsize)
     return number <= 1 or length >= _LONG
 
 
@@ -123,4 +123,4 @@ def nbytes_of(region: Region | None, info: TensorInfo) -> int:
     """Return the bytes of a region of a tensor."""
     if region is None:
         return info.nbytes
-    return math.prod(shape_of(region)) * BITS[info.dtype] // 8
+    return math.prod(shape_of(region)) * info.itemsize

@@ -14,7 +14,7 @@ from pytree2safetensors._format.digests import (
     hash_block,
     hash_blocks,
 )
-from pytree2safetensors._format.tensor import BITS, TensorInfo
+from pytree2safetensors._format.tensor import TensorInfo
 from pytree2safetensors._leaves.extents import Part, gather
 from pytree2safetensors._load.checkpoint import OpenCheckpoint
 from pytree2safetensors._load.ranges import Place
@@ -54,7 +54,7 @@ def _hash_all(places: list[Place]) -> list[bytes]:
     """Hash the blocks of a tensor from its regions."""
     info = places[0].slot.info
     parts = [Part(place.slot.region or (), place.items()) for place in places]
-    return hash_blocks(piece for _, piece in gather(parts, info.shape, BITS[info.dtype] // 8))
+    return hash_blocks(piece for _, piece in gather(parts, info.shape, info.itemsize))
 
 
 def _results(futures: Sequence[Future[bytes] | Future[list[bytes]]]) -> Iterator[bytes]:

@@ -9,7 +9,7 @@ from itertools import accumulate
 from typing import Any, Final, NamedTuple
 
 from pytree2safetensors._format.digests import block_bounds, digest_tensor
-from pytree2safetensors._format.tensor import BITS, TensorInfo
+from pytree2safetensors._format.tensor import TensorInfo
 from pytree2safetensors._leaves.assembled import Assembled, Member, whole_leaves, with_leaves
 from pytree2safetensors._leaves.host_copies import copied_ahead, snapshot
 from pytree2safetensors._leaves.ownership import is_global
@@ -77,7 +77,7 @@ def _size_of(part: Any, info: TensorInfo) -> int:
 def _size_of_member(member: Member, info: TensorInfo) -> int:
     """Return the size of a leaf's part of a tensor, as if each of its tensors had equally much."""
     view, leaf = member
-    whole = math.prod(view.shape) * BITS[info.dtype] // 8
+    whole = math.prod(view.shape) * info.itemsize
     return _size_of(leaf, info._replace(nbytes=whole)) // len(view.names)
 
 
