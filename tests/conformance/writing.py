@@ -117,7 +117,7 @@ class Kit:
         if error is None:
             stage, error = "load", _error_of(load_pytree, path)
         message = str(error).replace(f"{str(path)!r}", "the file").replace(f"{path}/", "")
-        why = why or message.partition("; load_into_pytree")[0]
+        why = why or re.split("; (?:load_into_pytree|copy or download)", message)[0]
         reason = reason or next(word for part, word in REASONS if re.search(part, why))
         if type(error) is not CLASSES.get(reason, FileFormatError):
             self.problems.append(f"{name} is refused with {error!r}; expected: {reason}, {why}")

@@ -198,7 +198,10 @@ HEADERS: list[tuple[bytes, str]] = [
     ),
     (file({"a": byte(0), "b": byte(2)}, bytes(3)), "has a gap before the data of 'b'"),
     (file({"a": byte(1)}, bytes(2)), "has a gap before the data of 'a'"),
-    (file({"a": byte(0), "b": byte(1)}, b"\0"), "is truncated: its header describes 2 bytes"),
+    (
+        file({"a": byte(0), "b": byte(1)}, b"\0"),
+        "is truncated: its header describes 2 bytes of data, and 1 follow it; copy or download it again",
+    ),
     (file({"a": byte(0)}, b""), "is truncated: its header describes 1 bytes of data, and 0 follow"),
     (file({}, b"\0"), "has bytes after its data: its header describes 0 bytes"),
     (file({"__metadata__": []}), "the metadata of the BytesIO does not map names to strings"),

@@ -43,6 +43,8 @@ MAKERS: dict[str, Callable[[Path], object]] = {
     "archive": _zip,
     "array.npy": lambda path: np.save(path, np.ones(3)),
     "arrays.npz": lambda path: np.savez(path, np.ones(3)),
+    "weights.h5": lambda path: path.write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(8)),
+    "model.gguf": lambda path: path.write_bytes(b"GGUF\3" + bytes(11)),
     "text": lambda path: path.write_text("a text of some length"),
     "cut": lambda path: path.write_bytes(b"\x40\0\0\0\0\0\0\0{}"),
     "other": lambda path: path.write_bytes(b"\2\0\0\0\0\0\0\0[]"),
@@ -85,6 +87,15 @@ PATHS: list[tuple[str, type[Exception], str]] = [
         "'arrays.npz' is not a safetensors file (it looks like a zip archive): it begins with a "
         "header length of # bytes, and the format allows 100,000,000",
     ),
+    *(
+        (
+            name,
+            FileFormatError,
+            f"{name!r} is not a safetensors file (it looks like {kind}): it begins with a header "
+            "length of # bytes, and the format allows 100,000,000",
+        )
+        for name, kind in (("weights.h5", "HDF5"), ("model.gguf", "GGUF"))
+    ),
     (
         "text",
         FileFormatError,
@@ -94,7 +105,8 @@ PATHS: list[tuple[str, type[Exception], str]] = [
     (
         "cut",
         FileFormatError,
-        "'cut' is truncated: its header should take 64 bytes, and the file has 10",
+        "'cut' is truncated: its header should take 64 bytes, and the file has 10; copy or download it "
+        "again",
     ),
     (
         "other",

@@ -133,9 +133,10 @@ MISMATCHES: list[tuple[Any, dict[str, Any], tuple[int, int, int], str]] = [
             "  unexpected (the template does not have them):\n"
             "    '@layer@b'\n    '@layer@w'\n    '@step'\n"
             "The template has no array, number or string: give a model or its shapes, as from "
-            "jax.eval_shape, not a class, a function or shardings.",
+            "jax.eval_shape, not a class, a function, shardings, or an object whose class is not "
+            "registered as a pytree node.",
         )
-        for template, options in (({}, {"strict": False}), ({}, {}), (dict, {}))
+        for template, options in (({}, {"strict": False}), ({}, {}), (dict, {}), (object(), {}))
     ),
     # What is abstract cannot be kept.
     (

@@ -59,7 +59,7 @@ def check_header(length: int, file_size: int, file: str) -> None:
     if LENGTH_BYTES + length > file_size:
         raise FileFormatError(
             f"{file} is truncated: its header should take {length:,} bytes, and the file has "
-            f"{file_size:,}"
+            f"{file_size:,}; {_WHOLE}"
         )
 
 
@@ -68,16 +68,20 @@ def check_data(size: int, data_size: int, file: str) -> None:
     if size != data_size:
         problem = "is truncated" if size > data_size else "has bytes after its data"
         least = "" if size > data_size else "at least "  # streams are not read to their end
+        remedy = f"; {_WHOLE}" if size > data_size else ""
         raise FileFormatError(
             f"{file} {problem}: its header describes {size:,} bytes of data, and "
-            f"{least}{data_size:,} follow it"
+            f"{least}{data_size:,} follow it{remedy}"
         )
 
 
+_WHOLE: Final = "copy or download it again"
 _MAGIC: Final = {
     b"PK": "a zip archive",
     b"\x80": "a pickle",
     b"\x93NUMPY": "NumPy's",
+    b"\x89HDF": "HDF5",
+    b"GGUF": "GGUF",
     b"version ": "a pointer of Git LFS: fetch the file itself",
     b"<": "a web page",
 }
