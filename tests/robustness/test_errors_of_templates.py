@@ -223,6 +223,25 @@ def test_subtrees_that_have_all_leaves_of_a_template_are_named(
         load_into_pytree(template, tmp_path / "file", rename=lambda path: "none" + path)
 
 
+@pytest.mark.parametrize(
+    ("template", "subtrees"),
+    [
+        ({"params": {"w": 1, "b": 2}}, "'@params'"),
+        (Net({"w": 1, "b": 2}, []), "'w'"),
+        ([{"w": 1, "b": 2}, {"w": 1, "b": 2}], "'#0' or '#1'"),
+    ],
+)
+def test_subtrees_of_a_template_that_have_all_leaves_of_a_file_are_named(
+    template: Any, subtrees: str
+) -> None:
+    with pytest.raises(WeightsMismatchError) as caught:
+        set_weights(template, {"@w": 3, "@b": 4})
+    assert str(caught.value).splitlines()[-1] == (
+        "No leaf fits, so strict=False does not help: rename= maps names; the names fit the subtree "
+        f"of the template at {subtrees}: load into that."
+    )
+
+
 def test_the_lists_name_every_leaf() -> None:
     found = {f"@new{i:05}": 1 for i in range(10_000)} | {f"@{i:05}": 1 for i in range(10_000)}
     template = {f"{i:05}": "text" for i in range(10_000)} | {f"old{i:05}": 1 for i in range(10_000)}

@@ -6,7 +6,7 @@ Specification: *Loading into a template*.
 import itertools
 import logging
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Final
 
 from pytree2safetensors._errors import WeightsMismatchError, listed, nearest, shorten
@@ -117,7 +117,7 @@ def _section(title: str, lines: Iterable[str], count: int) -> list[str]:
 def _remedy(outcome: Comparison, options: Options, nothing: bool, is_larger: bool) -> str:
     if not options.strict and not nothing:
         return "strict=False keeps the leaves of the template, but an abstract or deleted leaf has no value to keep."
-    subtree = f"prefix= selects a subtree{_such_as(outcome, options) if nothing else ''}"
+    subtree = _subtree(outcome, options) if nothing else "prefix= selects a subtree"
     remedies = ["rename= maps names", subtree] if outcome.missing else []
     if any(name is None for _, name in outcome.missing):
         remedies[1:] = ["Rule(None, path) keeps a leaf of the template"]
@@ -132,13 +132,23 @@ def _remedy(outcome: Comparison, options: Options, nothing: bool, is_larger: boo
     return f"{'; '.join(remedies)}."
 
 
-def _such_as(outcome: Comparison, options: Options) -> str:
-    """Name the subtrees of the file that have all leaves of the template."""
+def _subtree(outcome: Comparison, options: Options) -> str:
+    """Name the subtrees of the file that fit the template, or of the template that fit the file."""
     paths = [path for path, _ in outcome.missing]
-    if not paths or options.rename is not None or options.prefix:
+    if options.rename is None and not options.prefix:
+        if inner := _tops(paths, outcome.available):
+            return f"prefix= selects a subtree, such as {inner}"
+        if outer := _tops(outcome.available, paths):
+            return f"the names fit the subtree of the template at {outer}: load into that"
+    return "prefix= selects a subtree"
+
+
+def _tops(below: Collection[str], names: Collection[str]) -> str:
+    """List where a tree with leaves at `names` has a subtree with all leaves at `below`."""
+    if not below:
         return ""
-    names = set(outcome.available)
-    starts = (name.removesuffix(paths[0]) for name in outcome.available)
-    prefixes = [start.removesuffix(".") for start in starts if start not in names]
-    fitting = [p for p in prefixes if p and all(add_prefix(p, path) in names for path in paths)]
-    return f", such as {' or '.join(map(shorten, fitting[:_SHOWN]))}" if fitting else ""
+    leaves, first = set(names), next(iter(below))
+    starts = (name.removesuffix(first) for name in names)
+    prefixes = [start.removesuffix(".") for start in starts if start not in leaves]
+    fitting = [p for p in prefixes if p and all(add_prefix(p, path) in leaves for path in below)]
+    return " or ".join(map(shorten, fitting[:_SHOWN]))
