@@ -1,7 +1,9 @@
 """Not only paths: file objects, bytes in memory, pipes."""
 
+import gzip
 import io
 import os
+import tarfile
 import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -79,6 +81,34 @@ def test_a_pipe_works_both_ways() -> None:
     with os.fdopen(reader, "rb") as file:
         assert_same(load_pytree(file), TREE)
     thread.join()
+
+
+class Forward(io.BytesIO):
+    """A file object that can only go forward, such as a pipe."""
+
+    def seekable(self) -> bool:
+        return False
+
+    def seek(self, *position: int) -> int:
+        raise io.UnsupportedOperation("seek")
+
+
+def test_a_compressed_pipe_loads() -> None:
+    with gzip.GzipFile(fileobj=Forward(gzip.compress(saved()))) as file:
+        assert_same(load_pytree(file), TREE)
+
+
+def test_a_file_in_an_archive_that_is_streamed_loads() -> None:
+    archive, content = io.BytesIO(), saved()
+    with tarfile.open(fileobj=archive, mode="w:gz") as files:
+        member = tarfile.TarInfo("tree.safetensors")
+        member.size = len(content)
+        files.addfile(member, io.BytesIO(content))
+    with tarfile.open(fileobj=Forward(archive.getvalue()), mode="r|gz") as files:
+        for member in files:
+            stored = files.extractfile(member)
+            assert stored is not None
+            assert_same(load_pytree(stored), TREE)
 
 
 class Endless:

@@ -1,6 +1,7 @@
 """File objects: reading from them and writing to them."""
 
 import errno
+import gzip
 import io
 import os
 import threading
@@ -86,8 +87,7 @@ def open_stream(file: Readable) -> ByteSource:
     _check_open(file, label, "readable", "reading")
     if isinstance(file, io.TextIOBase):  # some bytes may not be text
         raise _no_bytes(str, label)
-    seekable = getattr(file, "seekable", None)
-    if seekable is None or not seekable():
+    if not _can_seek(file):
         return ForwardSource(label, file)
     source = _Stream(label, file)
     if source.start and not source.size:
@@ -95,6 +95,15 @@ def open_stream(file: Readable) -> ByteSource:
             f"{label} has 0 bytes after its position; seek to the start of the data"
         )
     return source
+
+
+def _can_seek(file: Any) -> bool:
+    # A GzipFile always says yes, but it can seek only as the file below it can.
+    below = file.fileobj if isinstance(file, gzip.GzipFile) else file
+    try:
+        return bool(below.seekable())
+    except AttributeError:  # also that of a file in an archive that tarfile streams
+        return False
 
 
 def _check_open(file: Any, label: str, ability: str, purpose: str) -> None:
