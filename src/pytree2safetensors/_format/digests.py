@@ -4,19 +4,17 @@ Specification: *Digests*.
 """
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 from pytree2safetensors._errors import FileFormatError, shorten
-from pytree2safetensors._format.strict_json import read_json
+from pytree2safetensors._format.strict_json import read_json, write_json
 from pytree2safetensors._format.tensor import TensorInfo
 
 DIGESTS: Final = "pytree2safetensors.sha256"  # the entry of the metadata, for tensors,
 METADATA: Final = "pytree2safetensors.sha256.metadata"  # and for all other metadata
 BLOCK: Final = 16 << 20  # bytes of a tensor that are hashed together; the last block may be shorter
 ALONE: Final = 1 << 18  # bytes: threads are slower for smaller blocks
-_encode: Final = json.JSONEncoder(separators=(",", ":")).encode
 _DIGITS: Final = 32  # hexadecimal: half of SHA-256 is enough to detect accidents
 
 
@@ -48,7 +46,7 @@ def hash_blocks(pieces: Iterable[Any]) -> list[bytes]:
 
 def digest_tensor(name: str, info: TensorInfo, hashes: Iterable[bytes]) -> str:
     """Compute the digest of a tensor: over its name, dtype, shape, and the hash of each block."""
-    head = _encode([name, info.dtype, list(info.shape)])
+    head = write_json([name, info.dtype, list(info.shape)])
     return hashlib.sha256(b"".join([head.encode(), *hashes])).hexdigest()[:_DIGITS]
 
 
@@ -60,14 +58,12 @@ def blank_digests(names: Iterable[str]) -> dict[str, str]:
 def digest_metadata(metadata: Mapping[str, str]) -> str:
     """Compute the digest of all other metadata."""
     rest = {key: value for key, value in metadata.items() if key != METADATA}
-    text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:_DIGITS]
+    return hashlib.sha256(write_json(rest).encode()).hexdigest()[:_DIGITS]
 
 
 def add_digests(metadata: Mapping[str, str], tensors: Mapping[str, str]) -> dict[str, str]:
     """Add the digests of tensors, and the digest of all metadata."""
-    entry = json.dumps(tensors, sort_keys=True, separators=(",", ":"))
-    added = {**metadata, DIGESTS: entry}
+    added = {**metadata, DIGESTS: write_json(tensors)}
     return {**added, METADATA: digest_metadata(added)}
 
 

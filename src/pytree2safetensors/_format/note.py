@@ -3,13 +3,12 @@
 Specification: *The note*.
 """
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple
 
 from pytree2safetensors._errors import FileFormatError, shorten
-from pytree2safetensors._format.strict_json import read_json
+from pytree2safetensors._format.strict_json import read_json, write_json
 from pytree2safetensors._format.tensor import LEAF_KINDS
 from pytree2safetensors._types import Kind
 
@@ -38,8 +37,7 @@ def write_note(note: Note) -> str | None:
     """Write the note as compact JSON; return None if it is empty."""
     if not note.nodes and not note.leaves:
         return None
-    content = {"version": VERSION, "nodes": note.nodes, "leaves": note.leaves}
-    return json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return write_json({"version": VERSION, "nodes": note.nodes, "leaves": note.leaves})
 
 
 def read_note(text: str | None, file: str) -> Note:

@@ -1,4 +1,4 @@
-"""Strict JSON: no duplicate names, and integers only.
+"""Strict JSON: no duplicate names, and integers only; and the JSON that this package writes.
 
 Specification: *Files*.
 """
@@ -13,6 +13,9 @@ from pytree2safetensors._errors import FileFormatError, shorten
 _MEMBERS: Final = 3  # of a tensor's entry
 
 Pairs: TypeAlias = tuple[tuple[str, Any], ...]  # a JSON object, in the order of the text
+
+# Makes compact JSON with sorted names, so that the same content has the same text.
+write_json: Final = json.JSONEncoder(sort_keys=True, separators=(",", ":")).encode
 
 
 def read_json(text: str, what: str, *, keep_pairs: bool = False, fractions: bool = False) -> Any:
