@@ -186,7 +186,7 @@ def _read(text: str, file: str) -> tuple[Tensors, dict[str, str]]:
     for name, content in pairs:
         if name != METADATA:
             fields = dict(content) if type(content) is tuple else {}
-            info = _form(name, fields, file)
+            info = _entry(name, fields, file)
             tensors.names.append(name)
             tensors.infos.append(known.setdefault(info, info))
             tensors.starts.append(fields["data_offsets"][0])
@@ -203,7 +203,7 @@ def _metadata(content: Any, file: str) -> dict[str, str]:
     return dict(content)
 
 
-def _form(name: str, content: dict[str, Any], file: str) -> TensorInfo:
+def _entry(name: str, content: dict[str, Any], file: str) -> TensorInfo:
     """Read and check the entry of one tensor."""
     if not name.isascii() and SURROGATE.search(name):
         raise FileFormatError(f"{file} has the name {shorten(name)}, which holds a lone surrogate")

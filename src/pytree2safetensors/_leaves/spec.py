@@ -28,14 +28,14 @@ from pytree2safetensors._leaves.keys import UnknownHere, key_dtype, key_shape
 
 
 @lru_cache(maxsize=256)
-def _numpy_dtype(form_dtype: str, kind: str | None) -> np.dtype[Any] | str:
+def _numpy_dtype(dtype: str, kind: str | None) -> np.dtype[Any] | str:
     """Return the NumPy dtype of a tensor's values, or the reason why NumPy lacks it."""
-    word = kind if kind in NOTED_DTYPES else NUMPY.get(form_dtype)
+    word = kind if kind in NOTED_DTYPES else NUMPY.get(dtype)
     if kind in COMPLEX128:
         word = "complex128"
     if word is None:
         return (
-            f"is of the packed dtype {form_dtype}, which has no NumPy dtype; "
+            f"is of the packed dtype {dtype}, which has no NumPy dtype; "
             "unpack it with the program that wrote it"
         )
     try:

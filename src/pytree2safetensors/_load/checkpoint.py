@@ -44,7 +44,7 @@ class OpenCheckpoint:
         self.sources = list(sources)
         self.infos: dict[str, TensorInfo] = {}
         self.places: dict[str, Place] = {}
-        self._logical: dict[int, LeafSpec | str] = {}
+        self._specs: dict[int, LeafSpec | str] = {}
         self.metadata: dict[str, str] = {}
         self.note = Note({}, {})
         self.digests: Mapping[str, str] | None = None
@@ -115,14 +115,14 @@ class OpenCheckpoint:
     def spec_or_reason(self, name: str) -> LeafSpec | str:
         """Return the leaf with this name, or why the installed libraries do not know it."""
         info = self.infos[name]
-        found = self._logical.get(id(info))  # equal tensors share their info
+        found = self._specs.get(id(info))  # equal tensors share their info
         if found is None:
             with errors_of(self.label):
                 try:
                     found = spec_of(info, name)
                 except UnknownHere as error:
                     found = error.reason
-            self._logical[id(info)] = found
+            self._specs[id(info)] = found
         return found
 
     def pieces(self, name: str) -> Iterator[NDArray[np.uint8]]:
