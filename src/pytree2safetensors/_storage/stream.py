@@ -99,7 +99,7 @@ def open_stream(file: Readable) -> ByteSource:
 
 def _can_seek(file: Any) -> bool:
     # A GzipFile always says yes, but it can seek only as the file below it can.
-    below = file.fileobj if isinstance(file, gzip.GzipFile) else file
+    below: Any = file.fileobj if isinstance(file, gzip.GzipFile) else file
     try:
         return bool(below.seekable())
     except AttributeError:  # also that of a file in an archive that tarfile streams
