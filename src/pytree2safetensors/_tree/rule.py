@@ -44,6 +44,12 @@ class Rule:
     Raises:
         ValueError: An argument is invalid, or the two sides do not have the same axes.
 
+    Specification: *Rules*.
+
+    >>> rule = Rule("h.{l}.{p:q,k,v}_proj.weight", "layers.{p}", "(h d) e -> l e h d")
+    >>> kernel = np.zeros((2, 6, 4, 8))  # two layers, four heads
+    >>> {name: leaf.shape for name, leaf in pytree2dict({"layers": {"q": kernel}}, rename=[rule]).items()}
+    {'h.0.q_proj.weight': (32, 6), 'h.1.q_proj.weight': (32, 6)}
     """
 
     name: str | None

@@ -8,12 +8,20 @@ except ImportError:
 from pytree2safetensors.testing._arrays import arrays
 from pytree2safetensors.testing._keys import keypaths, keys
 from pytree2safetensors.testing._leaves import leaves
-from pytree2safetensors.testing._nodes import NODES as NODES
-from pytree2safetensors.testing._nodes import SELF_DESCRIBING as SELF_DESCRIBING
+from pytree2safetensors.testing._nodes import NODES, SELF_DESCRIBING
 from pytree2safetensors.testing._round_trips import assert_round_trips
 from pytree2safetensors.testing._trees import pytrees
 
-__all__ = ["arrays", "assert_round_trips", "keypaths", "keys", "leaves", "pytrees"]
+__all__ = [
+    "NODES",
+    "SELF_DESCRIBING",
+    "arrays",
+    "assert_round_trips",
+    "keypaths",
+    "keys",
+    "leaves",
+    "pytrees",
+]
 
 for _public in (arrays, assert_round_trips, keypaths, keys, leaves, pytrees):
     _public.__module__ = __name__

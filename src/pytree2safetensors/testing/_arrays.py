@@ -114,7 +114,7 @@ _SHAPES: Final = st.integers(0, 5**5 - 1).map(_shape)
 
 
 @st.composite
-def arrays(
+def arrays(  # noqa: D417 - Hypothesis supplies `draw`
     draw: Draw,
     dtypes: SearchStrategy[Any] | None = None,
     *,
@@ -128,7 +128,6 @@ def arrays(
     64-bit elements.
 
     Args:
-        draw: Supplied by Hypothesis.
         dtypes: A strategy for NumPy dtypes, or for what `numpy.dtype` takes; every dtype by default.
         shapes: A strategy for shapes; by default small ones, including 0-d and empty arrays.
     """

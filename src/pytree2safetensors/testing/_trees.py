@@ -32,8 +32,7 @@ def pytrees(
 
     Args:
         leaves: A strategy for the leaves.
-        nodes: The types of the nodes, which must be in `NODES`. The types in `SELF_DESCRIBING` load
-            without a template.
+        nodes: The types of the nodes: some of `NODES`, such as `SELF_DESCRIBING`.
         min_size: The smallest number of children of a node. Nodes that always have fewer, such as
             `None`, are left out.
         max_depth: The largest number of nested nodes. It is small by default, so that failures are
