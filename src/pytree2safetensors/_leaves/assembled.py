@@ -4,7 +4,7 @@ Specification: *Rules*.
 """
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from pytree2safetensors._format.tensor import TensorInfo
@@ -34,14 +34,13 @@ class Assembled(NamedTuple):
         return sum(sizes) >= math.prod(self.info.shape)
 
 
-def whole_leaves(leaves: Collection[Any]) -> Collection[Any]:
-    """Return leaves as they are in a tree, with the members of assembled tensors in their place."""
-    if Assembled not in set(map(type, leaves)):
-        return leaves
-    found: list[Any] = []
+def whole_leaves(leaves: Iterable[Any]) -> Iterator[Any]:
+    """Yield leaves as they are in a tree, with the members of assembled tensors in their place."""
     for leaf in leaves:
-        found += [m.leaf for m in leaf.members] if isinstance(leaf, Assembled) else [leaf]
-    return found
+        if type(leaf) is Assembled:
+            yield from (member.leaf for member in leaf.members)
+        else:
+            yield leaf
 
 
 def with_leaves(tensors: Mapping[str, Any], found: Mapping[int, Any]) -> dict[str, Any]:

@@ -27,7 +27,27 @@ _INT: Final = TensorInfo("I64", (), 8, "int")
 
 def describe(leaves: Iterable[Any]) -> list[TensorInfo | None]:
     """Describe the tensor of each leaf; None if a file cannot hold it or its values are gone."""
-    describers: dict[type, Callable[[Any], TensorInfo | None]] = {**PYTHON_SCALARS}
+    describers = _Describers(PYTHON_SCALARS)
+    return [describers[type(leaf)](leaf) for leaf in leaves]
+
+
+class _Describers(dict[type, Callable[[Any], TensorInfo | None]]):
+    """A function that describes leaves, for each of their types."""
+
+    def __missing__(self, kind: type) -> Callable[[Any], TensorInfo | None]:
+        found = self[kind] = _describer(kind)
+        return found
+
+
+def _describer(kind: type) -> Callable[[Any], TensorInfo | None]:
+    if issubclass(kind, jax.core.Tracer | np.ma.MaskedArray):
+        return lambda _: None
+    if issubclass(kind, np.ndarray | np.generic):
+        return lambda leaf: info_of(leaf.dtype, leaf.shape)
+    return _array_describer() if issubclass(kind, jax.Array) else lambda _: None
+
+
+def _array_describer() -> Callable[[jax.Array], TensorInfo | None]:
     # By the identity of an aval, which many arrays share. The avals are kept alive for this.
     known: dict[int, tuple[Any, TensorInfo | None]] = {}
 
@@ -38,24 +58,7 @@ def describe(leaves: Iterable[Any]) -> list[TensorInfo | None]:
             found = known[id(aval)] = aval, _array_info(leaf)
         return None if leaf.is_deleted() else found[1]
 
-    infos = []
-    for leaf in leaves:
-        kind = type(leaf)
-        describer = describers.get(kind)
-        if describer is None:
-            describer = describers[kind] = _describer(kind, describe_array)
-        infos.append(describer(leaf))
-    return infos
-
-
-def _describer(
-    kind: type, describe_array: Callable[[Any], TensorInfo | None]
-) -> Callable[[Any], TensorInfo | None]:
-    if issubclass(kind, jax.core.Tracer | np.ma.MaskedArray):
-        return lambda _: None
-    if issubclass(kind, np.ndarray | np.generic):
-        return lambda leaf: info_of(leaf.dtype, leaf.shape)
-    return describe_array if issubclass(kind, jax.Array) else lambda _: None
+    return describe_array
 
 
 class DeletedLeaf(UnsupportedLeafError, RuntimeError):  # JAX raises this for it, too

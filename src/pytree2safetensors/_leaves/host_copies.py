@@ -15,7 +15,12 @@ from pytree2safetensors._leaves.as_bits import moved_as_bits
 from pytree2safetensors._leaves.encode import host_array
 from pytree2safetensors._leaves.jax_versions import pinned_sharding
 from pytree2safetensors._leaves.keys import is_key_dtype
-from pytree2safetensors._leaves.placement import has_other_devices, is_in_place, is_packed
+from pytree2safetensors._leaves.placement import (
+    has_other_devices,
+    is_array_type,
+    is_in_place,
+    is_packed,
+)
 from pytree2safetensors._leaves.to_jax import own_programs
 
 # Measured on an H100: copies of 128 MiB at a time reach the speed of the link, which is ten times the
@@ -57,8 +62,7 @@ def _size(leaf: Any) -> int:
 def _has_device_arrays(leaves: Sequence[Any]) -> bool:
     """Return whether some arrays may be on other devices; fast if the host is the only one."""
     # Asking for devices starts them, which a tree of NumPy arrays does not need.
-    kinds = set(map(type, leaves))
-    return any(issubclass(kind, jax.Array) for kind in kinds) and has_other_devices()
+    return any(map(is_array_type, map(type, leaves))) and has_other_devices()
 
 
 def _batches(leaves: Sequence[Any]) -> Iterator[list[Any]]:

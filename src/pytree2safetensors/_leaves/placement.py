@@ -3,11 +3,18 @@
 Specification: *Leaves*.
 """
 
+from functools import lru_cache
 from typing import Any, Final
 
 import jax
 
 _HOST_MEMORY: Final = frozenset({"pinned_host", "unpinned_host"})
+
+
+@lru_cache(256)  # asked for each leaf of a tree, which are of few types
+def is_array_type(kind: type) -> bool:
+    """Return whether instances of a type are JAX arrays."""
+    return issubclass(kind, jax.Array)
 
 
 def is_on_host(device: jax.Device) -> bool:

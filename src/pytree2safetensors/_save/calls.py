@@ -15,6 +15,7 @@ from pytree2safetensors._errors import FileFormatError
 from pytree2safetensors._leaves.assembled import whole_leaves
 from pytree2safetensors._leaves.jax_versions import CoordinationKeys, coordination_client
 from pytree2safetensors._leaves.ownership import is_global
+from pytree2safetensors._leaves.placement import is_array_type
 from pytree2safetensors._save import saver
 from pytree2safetensors._save.interrupt import Interrupt
 from pytree2safetensors._save.meeting import Processes
@@ -78,11 +79,10 @@ def present() -> Processes:
 
 def is_needed(leaves: Collection[Any]) -> bool:
     """Return whether any leaf is not fully addressable by this process."""
-    leaves = whole_leaves(leaves)
     # Asking for the number of processes starts the devices, which a tree of NumPy arrays does not need.
-    if not any(issubclass(kind, jax.Array) for kind in set(map(type, leaves))):
+    if not any(map(is_array_type, map(type, whole_leaves(leaves)))):
         return False
-    return jax.process_count() > 1 and any(map(is_global, leaves))
+    return jax.process_count() > 1 and any(map(is_global, whole_leaves(leaves)))
 
 
 def _leaves_of(tree: Any) -> list[Any]:

@@ -3,7 +3,8 @@
 Specification: *Saving*.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any, Final
 
 from pytree2safetensors._format.tensor import TensorInfo
@@ -23,26 +24,35 @@ def data_chunks(
 ) -> Iterator[Chunk]:
     """Yield the data of a file in order, each chunk with its offset from the start of the file."""
     start = len(file.head)
-    small: list[Any] = []  # leaves to be joined,
-    of_small: list[TensorInfo] = []  # and their infos
-    size = 0
-    copies = copied_ahead([leaves[name] for name in file.tensors])
-    for name, leaf in zip(file.tensors, copies, strict=True):
-        info = infos[name]
-        is_small = info.nbytes < _SMALL and not isinstance(leaf, Assembled)
+    found = [leaves[name] for name in file.tensors]
+    of_file = [infos[name] for name in file.tensors]
+    are_small = [
+        info.nbytes < _SMALL and type(leaf) is not Assembled
+        for info, leaf in zip(of_file, found, strict=True)
+    ]
+    copies = copied_ahead(found)
+    for first, stop in _groups(of_file, are_small):
+        group, of_group = [*islice(copies, stop - first)], of_file[first:stop]
+        if are_small[first]:
+            yield start, memoryview(joined_bytes(group, of_group))
+        else:
+            for offset, piece in tensor_chunks(group[0], of_group[0]):
+                yield start + offset, piece
+        start += sum(info.nbytes for info in of_group)
+
+
+def _groups(infos: Sequence[TensorInfo], are_small: Sequence[bool]) -> Iterator[tuple[int, int]]:
+    """Yield the start and the stop of small tensors to join, and of each other one."""
+    first = size = 0
+    for position, is_small in enumerate(are_small):
         if is_small:
-            small.append(leaf)
-            of_small.append(info)
-            size += info.nbytes
+            size += infos[position].nbytes
             if size < _JOINED:
                 continue
-        if small:
-            yield start, memoryview(joined_bytes(small, of_small))
-            start += size
-            small, of_small, size = [], [], 0
-        if not is_small:
-            for offset, piece in tensor_chunks(leaf, info):
-                yield start + offset, piece
-            start += info.nbytes
-    if small:
-        yield start, memoryview(joined_bytes(small, of_small))
+        elif first < position:
+            yield first, position
+            first = position
+        yield first, position + 1
+        first, size = position + 1, 0
+    if first < len(infos):
+        yield first, len(infos)
