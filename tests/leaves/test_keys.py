@@ -1,6 +1,7 @@
 """PRNG keys whose implementation is unknown, or has no registered name."""
 
 from pathlib import Path
+from typing import NoReturn
 
 import jax
 import jax.extend.random
@@ -19,6 +20,7 @@ from pytree2safetensors._leaves.keys import (
     UnknownHere,
     implementation_name,
     implementation_of,
+    key_dtype,
     key_shape,
 )
 
@@ -51,6 +53,16 @@ def test_such_keys_of_a_template_keep_their_values(tmp_path: Path) -> None:
     save_pytree({"key": jax.random.key(0), "w": 1.0}, tmp_path / "file")
     with pytest.raises(WeightsMismatchError, match="'@key'"):
         load_into_pytree({"key": key, "w": 0.0}, tmp_path / "file")
+
+
+def test_the_dtype_of_keys_is_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = key_dtype("rbg")
+
+    def trace(*arguments: object) -> NoReturn:
+        pytest.fail("a dtype was traced twice")
+
+    monkeypatch.setattr(jax, "eval_shape", trace)
+    assert key_dtype("rbg") is found
 
 
 @pytest.mark.parametrize("impl", ["threefry2x32", "rbg", "unsafe_rbg"])

@@ -62,6 +62,7 @@ def data_shape(impl: str) -> tuple[int, ...]:
     return tuple(data.shape)
 
 
+@lru_cache(maxsize=16)
 def key_dtype(impl: str) -> Any:
     """Return the dtype of keys of an implementation, without making a key."""
     return jax.eval_shape(lambda: jax.random.key(0, impl=impl)).dtype
