@@ -21,6 +21,7 @@ from pytree2safetensors import (
 
 STORED = {"layer": {"w": np.ones((2, 3), np.float32), "b": np.zeros(3, np.float32)}, "step": 3}
 KEEP = "strict=False loads what fits."
+CHANGE = f"change the template; {KEEP}"
 
 
 def changed(**leaves: Any) -> Any:
@@ -50,7 +51,7 @@ MISMATCHES: list[tuple[Any, dict[str, Any], tuple[int, int, int], str]] = [
         {},
         (0, 0, 1),
         "  mismatched:\n    '@layer@w': the template has float32[3,2], but the stored leaf is float32[2,3]\n"
-        f"{KEEP}",
+        f"{CHANGE}",
     ),
     (
         changed(w=np.ones((2, 3), np.float16)),
@@ -64,14 +65,14 @@ MISMATCHES: list[tuple[Any, dict[str, Any], tuple[int, int, int], str]] = [
         {},
         (0, 0, 1),
         "  mismatched:\n    '@layer@w': the template has int32[2,3], but the stored leaf is float32[2,3]\n"
-        f"{KEEP}",
+        f"{CHANGE}",
     ),
     (
         changed(w="text"),
         {},
         (0, 0, 1),
         "  mismatched:\n"
-        f"    '@layer@w': the template has a Python str, but the stored leaf is float32[2,3]\n{KEEP}",
+        f"    '@layer@w': the template has a Python str, but the stored leaf is float32[2,3]\n{CHANGE}",
     ),
     (
         changed(w=print),
@@ -85,14 +86,14 @@ MISMATCHES: list[tuple[Any, dict[str, Any], tuple[int, int, int], str]] = [
         {},
         (0, 0, 1),
         "  mismatched:\n    '@step': the template has a Python bool, but the stored leaf is a Python int\n"
-        f"{KEEP}",
+        f"{CHANGE}",
     ),
     (
         {**STORED, "step": jax.random.key(0)},
         {},
         (0, 0, 1),
         "  mismatched:\n"
-        f"    '@step': the template has key<threefry2x32>[], but the stored leaf is a Python int\n{KEEP}",
+        f"    '@step': the template has key<threefry2x32>[], but the stored leaf is a Python int\n{CHANGE}",
     ),
     # All kinds in one report.
     (
@@ -112,7 +113,7 @@ MISMATCHES: list[tuple[Any, dict[str, Any], tuple[int, int, int], str]] = [
         "  mismatched:\n"
         "    '@layer@w': the template has float32[6], but the stored leaf is float32[2,3]\n"
         "No leaf fits, so strict=False does not help: rename= maps names; prefix= selects "
-        "a subtree.",
+        "a subtree; change the template.",
     ),
     # No leaf fits.
     (

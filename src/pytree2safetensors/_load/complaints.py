@@ -121,7 +121,10 @@ def _remedy(outcome: Comparison, options: Options, nothing: bool, is_larger: boo
     remedies = ["rename= maps names", subtree] if outcome.missing else []
     if any(name is None for _, name in outcome.missing):
         remedies[1:] = ["Rule(None, path) keeps a leaf of the template"]
-    remedies += ["cast=True converts dtypes"] if outcome.castable else []
+    if outcome.mismatched:
+        rules = "" if rules_in(options.rename) is None else " or the rules"
+        change = f"change the template{rules}"
+        remedies.append("cast=True converts dtypes" if outcome.castable else change)
     if nothing:
         listed = f": {'; '.join(remedies)}" if remedies else ""
         return f"No leaf fits, so strict=False does not help{listed}."

@@ -55,6 +55,7 @@ def explain(
         FileFormatError: The file is damaged, or is not a safetensors file.
         KeyPathError: A key path of `module` cannot be spelled, or `prefix` is not a key path.
         TreeStructureError: JAX cannot flatten `module`.
+        ValueError: The path of a rule is ambiguous in `module`.
         OSError: The file cannot be read.
 
     Specification: *Rules*.

@@ -63,6 +63,7 @@ def set_weights(
         WeightsMismatchError: Leaves are missing, unexpected or mismatched. The message lists all.
         KeyPathError: A key path of `module` cannot be spelled, or `prefix` is not a key path.
         TreeStructureError: JAX cannot flatten `module`.
+        ValueError: The path of a rule is ambiguous in `module`.
 
     Specification: *Loading into a template*.
 
@@ -138,7 +139,8 @@ def load_into_pytree(
         FileFormatError: The file is damaged, or is not a safetensors file.
         KeyPathError: A key path of `module` cannot be spelled, or `prefix` is not a key path.
         TreeStructureError: JAX cannot flatten `module`.
-        ValueError: `mmap` is True, and `path` is a file object or a URL.
+        ValueError: `mmap` is True, and `path` is a file object or a URL; or the path of a rule is
+            ambiguous in `module`.
         RuntimeError: A function that `jax.shard_map` runs without `jax.jit` cannot load.
         OSError: The file cannot be read.
 

@@ -70,7 +70,8 @@ def save_pytree(
         FileFormatError: The format does not allow these metadata or a header of this size,
             `rename` gives the same name to leaves that differ or a name that no file can hold, the
             name of the shards has a backslash, or several processes do not save the same tree.
-        ValueError: `max_shard_size` is not a size, or is given with a file object.
+        ValueError: `max_shard_size` is not a size, or is given with a file object; or the path of a
+            rule is ambiguous in the tree.
         OSError: The file cannot be written. The old file is unchanged.
 
     Specification: *Saving*.
@@ -132,7 +133,8 @@ def save_pytree_async(
         KeyPathError: A key cannot be spelled, or two leaves have the same spelling.
         TreeStructureError: JAX cannot flatten the tree.
         FileFormatError: As for `save_pytree`.
-        ValueError: `max_shard_size` is not a size, or is given with a file object.
+        ValueError: `max_shard_size` is not a size, or is given with a file object; or the path of a
+            rule is ambiguous in the tree.
 
     Specification: *Saving*.
 

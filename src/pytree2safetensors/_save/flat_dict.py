@@ -48,6 +48,7 @@ def pytree2dict(tree: PyTree, *, rename: Rename | None = None) -> dict[str, Any]
         TreeStructureError: JAX cannot flatten the tree.
         WeightsMismatchError: `rename` does not fit the tree.
         FileFormatError: `rename` gives the same name to leaves that differ.
+        ValueError: The path of a rule is ambiguous in the tree.
 
     Specification: *Trees and flat dicts*.
 
