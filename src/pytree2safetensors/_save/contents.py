@@ -53,8 +53,7 @@ def collect(
     if rename is not None:
         return _collect_renamed(flat, metadata, unsupported, rename)
     found = describe(flat.leaves)
-    places = [place for place, info in enumerate(found) if info is None]
-    unfit = [(flat.names[place], flat.leaves[place]) for place in places]
+    unfit = [(flat.names[n], flat.leaves[n]) for n, info in enumerate(found) if info is None]
     if unfit:
         _check_unfit(unfit, skip=unsupported == "skip")
         leave_out([name for name, _ in unfit], flat)

@@ -11,6 +11,7 @@ from typing import Any, Final, NamedTuple, SupportsIndex
 from pytree2safetensors._errors import FileFormatError
 from pytree2safetensors._format.note import NOTE, read_note
 from pytree2safetensors._leaves.assembled import Assembled, Member
+from pytree2safetensors._leaves.describe import PYTHON_SCALARS
 from pytree2safetensors._leaves.ownership import is_global, ownership
 from pytree2safetensors._save.calls import present
 from pytree2safetensors._save.contents import Contents
@@ -31,7 +32,7 @@ _PLACE: Final = (
     "because each of them opens it by its path; pass a path, not a file object or a device"
 )
 
-_SCALARS: Final = frozenset({bool, int, float, complex})  # whose values must agree
+_SCALARS: Final = PYTHON_SCALARS.keys() - {str}  # whose values must agree
 
 
 class Options(NamedTuple):

@@ -124,18 +124,17 @@ def write(
     Raises:
         OSError: The files cannot be written. The old files are unchanged.
     """
-    hasher = Hashing(plan.infos) if plan.checksum else nullcontext()
+    hashing = Hashing(plan.infos) if plan.checksum else None
     plan, target = replacing_shards(plan, target)
-    with closing_bar(progress), hasher as hashing:
+    with closing_bar(progress), hashing or nullcontext():
         if target.folder is not None:
             _write_folder(plan, leaves, target, hashing, durable, progress)
             return
         [file] = plan.files
         where = target.path
-        is_sealed = hashing is not None and (not isinstance(where, str) or is_special(where))
-        if is_sealed:
-            file = _sealed(plan, file, leaves, hashing)
-        chunks = _chunks(plan, file, leaves, None if is_sealed else hashing)
+        if hashing is not None and (not isinstance(where, str) or is_special(where)):
+            file, hashing = _sealed(plan, file, leaves, hashing), None
+        chunks = _chunks(plan, file, leaves, hashing)
         if isinstance(where, str):
             write_file(where, chunks, file.size, durable=durable, progress=progress)
         elif isinstance(where, RemotePath):
@@ -145,11 +144,9 @@ def write(
 
 
 def _sealed(
-    plan: SavePlan, file: FilePlan, leaves: Mapping[str, Any], hashing: Hashing | None
+    plan: SavePlan, file: FilePlan, leaves: Mapping[str, Any], hashing: Hashing
 ) -> FilePlan:
-    """Hash in a separate pass, if written bytes cannot be changed later."""
-    if hashing is None:
-        return file
+    """Hash in a separate pass, for bytes that cannot be changed after they are written."""
     for _ in hashing.through(file, data_chunks(file, plan.infos, leaves)):
         pass
     return file._replace(head=plan.sealed(hashing.digests()))
@@ -180,7 +177,7 @@ def _write_folder(
 ) -> None:
     """Write the files of a plan into their folder, and replace those of an older save."""
     files = plan.files
-    if isinstance(target.folder, RemotePath) and not plan.index_name:
+    if hashing is not None and isinstance(target.folder, RemotePath) and not plan.index_name:
         files, hashing = [_sealed(plan, file, leaves, hashing) for file in files], None
     parts = [Part(file.name, file.size, _chunks(plan, file, leaves, hashing)) for file in files]
     if plan.index_name:
