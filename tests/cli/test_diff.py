@@ -207,7 +207,7 @@ def test_diff_counts_the_elements_whose_bits_differ(
 
 
 def test_diff_compares_in_pieces(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pytree2safetensors._load.checkpoint._PIECE", 64)
+    monkeypatch.setattr("pytree2safetensors._load.checkpoint.PIECE", 64)
     before = np.arange(1000, dtype=np.complex128)
     after = before.copy()
     after[[3, 500, 999]] += [1, 2j, 3]

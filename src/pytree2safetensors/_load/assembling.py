@@ -30,9 +30,8 @@ class Assembler:
         self.checkpoint = checkpoint
         self._memory: dict[int, list[NDArray[np.uint8]]] = {}  # of each box of an assembly
         self._missing: dict[int, int] = {}  # how many regions an assembly still lacks
-        self._arrays: dict[
-            tuple[int, int], list[tuple[Piece, jax.Array]]
-        ] = {}  # by assembly and use
+        # By assembly and use.
+        self._arrays: dict[tuple[int, int], list[tuple[Piece, jax.Array]]] = {}
 
     def memory_for(self, piece: Piece, nbytes: int) -> tuple[NDArray[np.uint8], int]:
         """Return the memory of the box of a piece, and the offset of the piece in it."""

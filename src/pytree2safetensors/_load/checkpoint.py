@@ -19,11 +19,10 @@ from pytree2safetensors._format.note import NOTE, Note, is_reserved, read_note
 from pytree2safetensors._format.tensor import TensorInfo, check_kind
 from pytree2safetensors._leaves.keys import UnknownHere
 from pytree2safetensors._leaves.spec import LeafSpec, spec_of
-from pytree2safetensors._storage.byte_source import ByteSource
+from pytree2safetensors._storage.byte_source import PIECE, ByteSource
 from pytree2safetensors._tree.claims import check_nodes
 from pytree2safetensors._tree.keypath import string2keypath
 
-_PIECE = 8 << 20  # bytes to read at once; a multiple of every item size
 Place: TypeAlias = tuple[ByteSource, int]  # of the bytes of a tensor
 
 
@@ -129,8 +128,8 @@ class OpenCheckpoint:
         """Yield the bytes of a tensor in order."""
         source, offset = self.places[name]
         nbytes = self.infos[name].nbytes
-        for start in range(0, nbytes, _PIECE):
-            yield np.frombuffer(source.read(offset + start, min(_PIECE, nbytes - start)), np.uint8)
+        for start in range(0, nbytes, PIECE):
+            yield np.frombuffer(source.read(offset + start, min(PIECE, nbytes - start)), np.uint8)
 
 
 def _check_path(name: str, label: str) -> None:

@@ -108,7 +108,7 @@ class Finisher:
                 if self.wanted[use.position].leaf.target == "jax":
                     pending.append(self._for_jax(values, use, place))
                 else:
-                    self._finish_on_host(values, use.position, place)
+                    self.leaves[use.position] = self._on_host(values, use.position, place)
             if piece is not None and (size := size + values.nbytes) > _AT_ONCE:
                 made += self._to_jax(pending, is_staged)
                 pending, size = [], 0
@@ -177,18 +177,14 @@ class Finisher:
     def _is_key(self, use: Use) -> bool:
         return use.device is None and self.wanted[use.position].leaf.leaf.kind == "key"
 
-    def _finish_on_host(self, values: NDArray[Any], position: int, place: Place) -> None:
-        piece = place.slot.piece
+    def _on_host(self, values: NDArray[Any], position: int, place: Place) -> Any:
+        """Make a leaf that is not a JAX array."""
+        piece, leaf = place.slot.piece, self.wanted[position].leaf
         if piece is not None:
             values = rearranged(piece.assembly, values)
             values = values if values.flags.c_contiguous else values.copy()
-        self.leaves[position] = self._on_host(values, self.wanted[position], place)
-
-    def _on_host(self, values: NDArray[Any], want: Wanted, place: Place) -> Any:
-        leaf = want.leaf
         if leaf.target == "python":
-            value = python_value(values, place.slot.info)
-            return to_python(value, leaf.leaf)
+            return to_python(python_value(values, place.slot.info), leaf.leaf)
         values = cast_array(values, leaf.leaf.dtype)
         return values[()].copy() if leaf.target == "scalar" else values
 

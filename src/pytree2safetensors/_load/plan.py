@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import count
 from typing import Final, TypeAlias
 
-import jax
-
 from pytree2safetensors._format.tensor import TensorInfo
 from pytree2safetensors._leaves.extents import Region, Shape, region_of, whole_region
 from pytree2safetensors._leaves.staging import ALIGNMENT
@@ -21,7 +19,7 @@ from pytree2safetensors._leaves.to_jax import TAKEN_OVER
 from pytree2safetensors._leaves.views import View, boxes_of, sources_of
 from pytree2safetensors._load.checkpoint import OpenCheckpoint
 from pytree2safetensors._load.runs import plan_runs
-from pytree2safetensors._load.sharded import is_ordinary
+from pytree2safetensors._load.sharded import is_ordinary, on_device
 from pytree2safetensors._load.slots import (
     Assembly,
     Batch,
@@ -34,9 +32,8 @@ from pytree2safetensors._load.slots import (
 )
 from pytree2safetensors._load.template import TemplateLeaf
 
-_CUT_BY_JAX: Final = (
-    1 << 20
-)  # bytes: JAX splits smaller arrays faster than they are read in regions
+# Bytes: JAX splits smaller arrays faster than they are read in regions.
+_CUT_BY_JAX: Final = 1 << 20
 
 
 def plan_batches(
@@ -190,11 +187,10 @@ def _uses(
     shape = leaf.leaf.shape
     if nbytes < _CUT_BY_JAX and is_ordinary(sharding, shape):
         return [(None, Use(position, sharding, None))]
-    memory_kind = getattr(sharding, "memory_kind", None)
     whole = whole_region(stored)
     found: list[tuple[Region | None, Use]] = []
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         region = region_of(index or (), stored)
-        single = jax.sharding.SingleDeviceSharding(device, memory_kind=memory_kind)
-        found.append((None if region == whole else region, Use(position, single, device)))
+        use = Use(position, on_device(device, sharding), device)
+        found.append((None if region == whole else region, use))
     return sorted(found, key=lambda pair: pair[0] or ())

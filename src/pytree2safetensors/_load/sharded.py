@@ -51,21 +51,17 @@ def place(value: Any, sharding: Sharding) -> jax.Array:
     For use within `own_programs`.
     """
     with x64_for([value]):
-        return _placed(value, sharding)
-
-
-def _placed(value: Any, sharding: Sharding) -> jax.Array:
-    is_global = not getattr(value, "is_fully_addressable", True)
-    if is_global or is_ordinary(sharding, value.shape):
-        return _moved(value, sharding)
-    if is_key_dtype(value.dtype):
-        shards = [
-            jax.device_put(value[index], _single(device, sharding))
-            for device, index in sharding.addressable_devices_indices_map(value.shape).items()
-        ]
-        return jax.make_array_from_single_device_arrays(value.shape, sharding, shards)
-    host = host_array(value)
-    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+        is_global = not getattr(value, "is_fully_addressable", True)
+        if is_global or is_ordinary(sharding, value.shape):
+            return _moved(value, sharding)
+        if is_key_dtype(value.dtype):
+            shards = [
+                jax.device_put(value[index], on_device(device, sharding))
+                for device, index in sharding.addressable_devices_indices_map(value.shape).items()
+            ]
+            return jax.make_array_from_single_device_arrays(value.shape, sharding, shards)
+        host = host_array(value)
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
 def _moved(value: jax.Array, sharding: Sharding) -> jax.Array:
@@ -96,5 +92,6 @@ def is_ordinary(sharding: Sharding, shape: tuple[int, ...]) -> bool:
     return sharding.is_fully_addressable and len(sharding.shard_shape(shape)) == len(shape)
 
 
-def _single(device: jax.Device, sharding: Sharding) -> Sharding:
+def on_device(device: jax.Device, sharding: Sharding) -> Sharding:
+    """Return the sharding of the part of an array on one of its devices."""
     return SingleDeviceSharding(device, memory_kind=getattr(sharding, "memory_kind", None))

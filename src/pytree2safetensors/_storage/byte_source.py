@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from pytree2safetensors._errors import FileFormatError
 
-PIECE: Final = 8 << 20  # bytes of one read
+PIECE: Final = 8 << 20  # bytes of one read; a multiple of every item size
 _VECTORS: Final = 512  # buffers of one system call; every system allows 1024
 
 
