@@ -17,7 +17,7 @@ from pytree2safetensors._format.header import MAX_DIMENSIONS
 from pytree2safetensors._format.tensor import DTYPE_NAMES, NOTED_DTYPES, TensorInfo
 from pytree2safetensors._leaves.jax_versions import REFERENCE
 from pytree2safetensors._leaves.keys import data_shape, implementation_name, is_key_dtype
-from pytree2safetensors._leaves.placement import is_unreduced
+from pytree2safetensors._leaves.placement import is_concrete, is_unreduced
 
 _SMALLEST, _LARGEST = -(2**63), 2**63 - 1
 
@@ -75,8 +75,7 @@ DeletedLeaf.__name__ = UnsupportedLeafError.__name__
 
 def is_deleted(leaf: Any) -> bool:
     """Return whether a leaf is an array that was deleted or donated."""
-    traced = isinstance(leaf, jax.core.Tracer)
-    return isinstance(leaf, jax.Array) and not traced and leaf.is_deleted()
+    return is_concrete(leaf) and leaf.is_deleted()
 
 
 def attribute_of(leaf: Any, name: str) -> Any:
@@ -110,8 +109,7 @@ def holds_array(leaf: Any) -> bool:
 
 def is_sum(leaf: Any) -> bool:
     """Return whether a leaf is an unreduced array, whose values are sums over its shards."""
-    traced = isinstance(leaf, jax.core.Tracer)
-    return isinstance(leaf, jax.Array) and not traced and is_unreduced(leaf.sharding)
+    return is_concrete(leaf) and is_unreduced(leaf.sharding)
 
 
 def is_valueless(leaf: Any) -> bool:

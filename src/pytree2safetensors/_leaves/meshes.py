@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from pytree2safetensors._leaves.as_bits import moved_as_bits
 from pytree2safetensors._leaves.encode import host_array
+from pytree2safetensors._leaves.placement import is_concrete
 from pytree2safetensors._leaves.to_jax import own_programs
 
 _EXPLICIT: Final = getattr(getattr(jax.sharding, "AxisType", None), "Explicit", None)  # newer JAX
@@ -52,7 +53,7 @@ def _made(make: Callable[[list[Any]], Any], leaves: list[Any]) -> Any:
 
 def _explicit_mesh(leaf: Any) -> Mesh | None:
     """Return the mesh of an array if it has explicit axes. A traced array has no devices."""
-    if _EXPLICIT is None or not isinstance(leaf, jax.Array) or isinstance(leaf, jax.core.Tracer):
+    if _EXPLICIT is None or not is_concrete(leaf):
         return None
     mesh: Any = getattr(leaf.sharding, "mesh", None)
     return mesh if mesh is not None and _EXPLICIT in mesh.axis_types else None

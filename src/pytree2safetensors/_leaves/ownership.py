@@ -8,10 +8,9 @@ import math
 from functools import lru_cache
 from typing import Any, Final, NamedTuple
 
-import jax
-
 from pytree2safetensors._errors import UnsupportedLeafError
 from pytree2safetensors._leaves.extents import Region, Shape, region_of, shape_of
+from pytree2safetensors._leaves.placement import is_concrete
 
 _KNOWN: Final = 4096  # remembered shardings and shapes; a train state has few
 
@@ -68,8 +67,4 @@ def _tile(regions: set[Region], shape: Shape) -> bool:
 
 def is_global(leaf: Any) -> bool:
     """Return whether a leaf is an array that this process holds only a part of."""
-    return (
-        isinstance(leaf, jax.Array)
-        and not isinstance(leaf, jax.core.Tracer)
-        and not leaf.is_fully_addressable
-    )
+    return is_concrete(leaf) and not leaf.is_fully_addressable

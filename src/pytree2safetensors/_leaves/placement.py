@@ -4,7 +4,7 @@ Specification: *Leaves*.
 """
 
 from functools import lru_cache
-from typing import Any, Final
+from typing import Any, Final, TypeGuard
 
 import jax
 
@@ -25,6 +25,11 @@ def is_on_host(device: jax.Device) -> bool:
 def has_other_devices() -> bool:
     """Return whether this process has devices whose arrays are not host memory."""
     return not all(map(is_on_host, jax.local_devices()))
+
+
+def is_concrete(leaf: Any) -> TypeGuard[jax.Array]:
+    """Return whether a leaf is a JAX array that is not traced, so it is somewhere."""
+    return isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
 
 
 def is_packed(dtype: Any) -> bool:
