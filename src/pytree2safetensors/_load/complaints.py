@@ -32,7 +32,7 @@ def check(outcome: Comparison, options: Options) -> None:
     unused = unexpected_names(outcome, options)
     unexpected = unused if options.unexpected == "raise" else []
     idle = outcome.routes.idle
-    wanted = any(slot is not None for slot in outcome.slots)
+    wanted = any(leaf is not None for leaf in outcome.needs)
     left = bool(missing or unexpected or mismatched)
     nothing = left and not outcome.found
     fails = (options.strict and left) or outcome.lost or nothing
@@ -96,7 +96,7 @@ def _missing_line(path: str, name: str | None, options: Options, candidates: lis
 
 def _kept(name: str, outcome: Comparison, options: Options) -> str:
     """Return a hint if the template has a leaf of this name that is not data, such as a function."""
-    leaves = zip(outcome.paths, outcome.slots, strict=True)
+    leaves = zip(outcome.paths, outcome.needs, strict=True)
     kept = any(s is None and add_prefix(options.prefix, path) == name for path, s in leaves)
     return " (the template has no array and no number there)" if kept else ""
 

@@ -71,7 +71,7 @@ def explain(
         available = stored_for(template, checkpoint, prefix, rename)
         options = Options(checkpoint.label, True, False, cast, prefix, rename, "raise")
         read = scalar_reader(checkpoint)
-        found = compare(template.names, template.slots, available, read, options)
+        found = compare(template.names, template.needs, available, read, options)
         rows = [*_rows(found)]
         unexpected = unexpected_names(found, options)
         return "\n".join(
@@ -94,12 +94,12 @@ def _rows(found: Comparison) -> Iterable[tuple[str, ...]]:
         missing.setdefault(path, []).append("" if name is None else shorten(name))
     mismatched = dict(found.mismatched)
     routes, rules, _ = found.routes
-    for position, (path, slot) in enumerate(zip(found.paths, found.slots, strict=True)):
-        if slot is None:
+    for position, (path, leaf) in enumerate(zip(found.paths, found.needs, strict=True)):
+        if leaf is None:
             continue
         rule, route = rules[position], routes[position]
         dots = dotted(path)
-        row = [shorten(path) + (f" = {shorten(dots)}" if dots != path else ""), show(slot.leaf)]
+        row = [shorten(path) + (f" = {shorten(dots)}" if dots != path else ""), show(leaf.spec)]
         if position in fitting:
             pattern = [repr(rule.pattern)] if rule is not None and rule.pattern else []
             yield "fits", *row, _tensors(route, found.available), *pattern

@@ -68,7 +68,7 @@ class Finisher:
                 start = offset + equal.start
                 with errors_of(self.checkpoint.label):
                     stored = rows_of(memory, equal.info, want.name, start, equal.step, count)
-                rows = cast_array(stored, want.leaf.leaf.dtype)
+                rows = cast_array(stored, want.leaf.spec.dtype)
                 group = groups.setdefault((rows.dtype, rows.shape[1:]), ([], []))
                 group[0].extend(equal.positions)
                 group[1].append(_arrays_in(rows))
@@ -119,7 +119,7 @@ class Finisher:
         for position, (source, leaf) in enumerate(self.wanted):
             if isinstance(source, str) or 0 not in source.shape:
                 continue
-            host = np.zeros(source.shape, leaf.leaf.dtype)
+            host = np.zeros(source.shape, leaf.spec.dtype)
             jaxed = leaf.target == "jax"
             self.leaves[position] = to_jax([host], [leaf.sharding])[0] if jaxed else host
 
@@ -145,11 +145,11 @@ class Finisher:
 
     def _for_jax(self, values: NDArray[Any], use: Use, place: Place) -> _Pending:
         leaf = self.wanted[use.position].leaf
-        values = cast_array(values, leaf.leaf.dtype)
+        values = cast_array(values, leaf.spec.dtype)
         piece = place.slot.piece
         shape = self._shard_shape(use)
-        if shape is not None and leaf.leaf.kind == "key":
-            shape = (*shape, *place.slot.info.shape[len(leaf.leaf.shape) :])
+        if shape is not None and leaf.spec.kind == "key":
+            shape = (*shape, *place.slot.info.shape[len(leaf.spec.shape) :])
 
         def rearrange(array: Any) -> Any:
             if piece is not None:
@@ -164,18 +164,18 @@ class Finisher:
         for number, use in enumerate(piece.assembly.uses):
             leaf = self.wanted[use.position].leaf
             join = partial(self._assembled.joined, piece, number, self._shard_shape(use))
-            yield _Pending(use, cast_array(values, leaf.leaf.dtype), join)
+            yield _Pending(use, cast_array(values, leaf.spec.dtype), join)
 
     def _shard_shape(self, use: Use) -> tuple[int, ...] | None:
         """Return the shape of a part of a leaf. The shards of pmap lack an axis."""
         leaf = self.wanted[use.position].leaf
         if use.device is None or leaf.sharding is None:
             return None
-        shape: tuple[int, ...] = leaf.sharding.shard_shape(leaf.leaf.shape)
+        shape: tuple[int, ...] = leaf.sharding.shard_shape(leaf.spec.shape)
         return shape
 
     def _is_key(self, use: Use) -> bool:
-        return use.device is None and self.wanted[use.position].leaf.leaf.kind == "key"
+        return use.device is None and self.wanted[use.position].leaf.spec.kind == "key"
 
     def _on_host(self, values: NDArray[Any], position: int, place: Place) -> Any:
         """Make a leaf that is not a JAX array."""
@@ -184,14 +184,14 @@ class Finisher:
             values = rearranged(piece.assembly, values)
             values = values if values.flags.c_contiguous else values.copy()
         if leaf.target == "python":
-            return to_python(python_value(values, place.slot.info), leaf.leaf)
-        values = cast_array(values, leaf.leaf.dtype)
+            return to_python(python_value(values, place.slot.info), leaf.spec)
+        values = cast_array(values, leaf.spec.dtype)
         return values[()].copy() if leaf.target == "scalar" else values
 
     def _place(self, use: Use, array: jax.Array) -> None:
         """Make a leaf, or a part of one, from the JAX array of a region."""
         want = self.wanted[use.position]
-        spec, sharding = want.leaf.leaf, want.leaf.sharding
+        spec, sharding = want.leaf.spec, want.leaf.sharding
         if spec.kind == "key":
             array = wrap_key(array, spec.impl)
             if use.device is None and sharding is not None:

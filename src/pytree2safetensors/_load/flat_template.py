@@ -26,11 +26,11 @@ class FlatTemplate(NamedTuple):
     treedef: Any
     names: list[str]
     leaves: list[Any]
-    slots: list[TemplateLeaf | None]
+    needs: list[TemplateLeaf | None]
 
     def wanted(self) -> Iterator[str]:
         """Return the names of leaves that are data."""
-        return (name for name, slot in zip(self.names, self.slots, strict=True) if slot)
+        return (name for name, need in zip(self.names, self.needs, strict=True) if need)
 
     def match(
         self,
@@ -43,7 +43,7 @@ class FlatTemplate(NamedTuple):
         Raises:
             WeightsMismatchError: They do not fit.
         """
-        outcome = compare(self.names, self.slots, available, values, options)
+        outcome = compare(self.names, self.needs, available, values, options)
         check(outcome, options)
         return outcome.found
 

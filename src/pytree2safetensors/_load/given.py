@@ -25,11 +25,11 @@ from pytree2safetensors._load.template import TemplateLeaf, to_python
 _BATCH: Final = 1 << 26  # bytes: copies for one call of JAX
 
 
-def given_spec(slot: TemplateLeaf | None, value: Any) -> LeafSpec | None:
+def given_spec(leaf: TemplateLeaf | None, value: Any) -> LeafSpec | None:
     """Describe a leaf of a dictionary; None if it has no values."""
-    if slot is None or slot.abstract:
+    if leaf is None or leaf.abstract:
         return None
-    return TracedSpec(*slot.leaf) if isinstance(value, jax.core.Tracer) else slot.leaf
+    return TracedSpec(*leaf.spec) if isinstance(value, jax.core.Tracer) else leaf.spec
 
 
 def fitted(pairs: Iterable[tuple[TemplateLeaf, Any]]) -> list[Any]:
@@ -37,9 +37,9 @@ def fitted(pairs: Iterable[tuple[TemplateLeaf, Any]]) -> list[Any]:
     found: list[Any] = []
     batch: list[tuple[TemplateLeaf, Any]] = []
     nbytes = 0
-    for slot, value in pairs:
-        copied = _copied(slot, value)
-        batch.append((slot, copied))
+    for leaf, value in pairs:
+        copied = _copied(leaf, value)
+        batch.append((leaf, copied))
         nbytes += copied.nbytes if isinstance(copied, np.ndarray) else 0
         if nbytes >= _BATCH:
             found += _finished(batch)
@@ -61,26 +61,26 @@ def _made_of(view: View, arrays: Iterable[Any], stack: Any) -> Any:
     return leaf_of(view, dict(zip(view.names, arrays, strict=True)), stack)
 
 
-def _copied(slot: TemplateLeaf, value: Any) -> Any:
+def _copied(leaf: TemplateLeaf, value: Any) -> Any:
     """Convert a leaf on the host. An array that JAX made is only converted if JAX cannot do it."""
-    if slot.target == "python":
-        return value if type(value) is str else to_python(value, slot.leaf)
-    dtype = slot.leaf.dtype
-    copied = slot.target in {"numpy", "scalar"} or not isinstance(value, jax.Array)
-    if copied or (value.dtype != dtype and not _is_cast_by_jax(slot, value)):
+    if leaf.target == "python":
+        return value if type(value) is str else to_python(value, leaf.spec)
+    dtype = leaf.spec.dtype
+    copied = leaf.target in {"numpy", "scalar"} or not isinstance(value, jax.Array)
+    if copied or (value.dtype != dtype and not _is_cast_by_jax(leaf, value)):
         # A copy, because JAX would use the memory of the caller's array.
         host = np.array(to_host(value, dtype), order="C")
-        return host[()] if slot.target == "scalar" else host
+        return host[()] if leaf.target == "scalar" else host
     return value
 
 
-def _is_cast_by_jax(slot: TemplateLeaf, value: jax.Array) -> bool:
+def _is_cast_by_jax(leaf: TemplateLeaf, value: jax.Array) -> bool:
     """Return whether JAX converts an array for a leaf of another dtype."""
-    if slot.target == "foreign":  # JAX would narrow it
+    if leaf.target == "foreign":  # JAX would narrow it
         return False
-    if slot.leaf.dtype is None or isinstance(value, jax.core.Tracer):
+    if leaf.spec.dtype is None or isinstance(value, jax.core.Tracer):
         return True
-    names = {value.dtype.name, slot.leaf.dtype.name}
+    names = {value.dtype.name, leaf.spec.dtype.name}
     return names.isdisjoint(WITHOUT_PROGRAMS) or not value.is_fully_addressable
 
 
@@ -88,23 +88,23 @@ def _finished(batch: Sequence[tuple[TemplateLeaf, Any]]) -> list[Any]:
     """Make JAX arrays of arrays on the host, in one call, and convert and place all JAX arrays."""
     hosts = {
         position: value
-        for position, (slot, value) in enumerate(batch)
-        if slot.target == "jax" and isinstance(value, np.ndarray)
+        for position, (leaf, value) in enumerate(batch)
+        if leaf.target == "jax" and isinstance(value, np.ndarray)
     }
     found = [value for _, value in batch]
     with own_programs():
         for position, made in zip(hosts, to_jax([*hosts.values()]), strict=True):
-            found[position] = weaken(made) if batch[position][0].leaf.weak else made
-        return [_placed(slot, value) for (slot, _), value in zip(batch, found, strict=True)]
+            found[position] = weaken(made) if batch[position][0].spec.weak else made
+        return [_placed(leaf, value) for (leaf, _), value in zip(batch, found, strict=True)]
 
 
-def _placed(slot: TemplateLeaf, value: Any) -> Any:
+def _placed(leaf: TemplateLeaf, value: Any) -> Any:
     if not isinstance(value, jax.Array):
         return value
-    if slot.leaf.dtype is not None and value.dtype != slot.leaf.dtype:
-        value = value.astype(slot.leaf.dtype)
-    if slot.leaf.kind == "key" and value.dtype == np.uint32:
-        value = wrap_key(value, slot.leaf.impl)
-    if slot.sharding is None or isinstance(value, jax.core.Tracer):
+    if leaf.spec.dtype is not None and value.dtype != leaf.spec.dtype:
+        value = value.astype(leaf.spec.dtype)
+    if leaf.spec.kind == "key" and value.dtype == np.uint32:
+        value = wrap_key(value, leaf.spec.impl)
+    if leaf.sharding is None or isinstance(value, jax.core.Tracer):
         return value  # JAX decides where a traced value is
-    return place(value, slot.sharding)
+    return place(value, leaf.sharding)

@@ -75,20 +75,20 @@ def set_weights(
         string2keypath(prefix)
     whole = rules_in(rename) is not None  # the names in rules are
     names = [name for name in dictionary if whole or strip_prefix(prefix, name) is not None]
-    slots = template_leaves(dictionary[name] for name in names)
+    given = template_leaves(dictionary[name] for name in names)
     available = {
-        name: given_spec(slot, dictionary[name]) for name, slot in zip(names, slots, strict=True)
+        name: given_spec(leaf, dictionary[name]) for name, leaf in zip(names, given, strict=True)
     }
     options = Options("the dictionary", strict, verbose, cast, prefix, rename, unexpected)
     matches = template.match(available, lambda _: dictionary, options)
     leaves = list(template.leaves)
     pairs = (
         (
-            placed(slot),
+            placed(need),
             dictionary[name] if isinstance(name, str) else seen_through(name, dictionary),
         )
         for position, name in matches
-        if (slot := template.slots[position]) is not None  # only leaves with a slot match
+        if (need := template.needs[position]) is not None  # only leaves that are data match
     )
     for (position, _), leaf in zip(matches, fitted(pairs), strict=True):
         leaves[position] = leaf
@@ -164,8 +164,8 @@ def load_into_pytree(
         python: list[tuple[int, Wanted]] = []  # stored as Python scalars and strs
         with collector_paused():
             for position, name in matches:
-                leaf = template.slots[position]
-                if leaf is None:  # pragma: no cover - only leaves with a slot match
+                leaf = template.needs[position]
+                if leaf is None:  # pragma: no cover - only leaves that are data match
                     continue
                 is_array = isinstance(name, View) or checkpoint.spec_of(name).kind in {
                     "array",

@@ -40,12 +40,12 @@ class Comparison:
     def __init__(
         self,
         paths: Sequence[str],
-        slots: Sequence[TemplateLeaf | None],
+        needs: Sequence[TemplateLeaf | None],
         available: Mapping[str, Any],
         options: Options,
     ) -> None:
-        self.paths, self.slots, self.available = paths, slots, available
-        self.cast, self.routes = options.cast, _routed(paths, slots, options)
+        self.paths, self.needs, self.available = paths, needs, available
+        self.cast, self.routes = options.cast, _routed(paths, needs, options)
         self.found: list[tuple[int, str | View]] = []
         self.used: set[str] = set()
         self.missing: list[tuple[str, str | None]] = []  # a path of the template, and its name
@@ -57,44 +57,44 @@ class Comparison:
         self,
         position: int,
         source: str | View,
-        slot: TemplateLeaf,
+        leaf: TemplateLeaf,
         stored: LeafSpec | None,
         value: Any = None,
         hint: str = "",
     ) -> bool:
         """Return whether a stored leaf fits a template leaf; `value` is that of a Python scalar."""
-        if _unfit(slot, stored, value, self.cast) is None:
+        if _unfit(leaf, stored, value, self.cast) is None:
             self.found.append((position, source))
             return True
         origin = _origin(source, self.paths[position])
-        reason = _unfit(slot, stored, value, self.cast, origin)
-        self.refuse(position, f"{reason}{hint}", slot)
-        self.castable |= _unfit(slot, stored, value, True) is None
+        reason = _unfit(leaf, stored, value, self.cast, origin)
+        self.refuse(position, f"{reason}{hint}", leaf)
+        self.castable |= _unfit(leaf, stored, value, True) is None
         return False
 
-    def judge_by_rule(self, position: int, slot: TemplateLeaf, route: View | Lost | None) -> None:
+    def judge_by_rule(self, position: int, leaf: TemplateLeaf, route: View | Lost | None) -> None:
         """Match a leaf with the tensors that a rule makes it of."""
         rule = self.routes.rules[position]
         if route is None:
-            if slot.abstract:
+            if leaf.abstract:
                 reason = f"{rule!r} says that it is not in the file, {_NO_VALUE}"
-                self.refuse(position, reason, slot)
+                self.refuse(position, reason, leaf)
         elif isinstance(route, View):
-            self.judge_view(position, slot, route)
+            self.judge_view(position, leaf, route)
         elif rule is None:
-            self.miss(position, None, slot)
+            self.miss(position, None, leaf)
         else:
-            self.refuse(position, f"the template has {show(slot.leaf)}; {route.reason}", slot)
+            self.refuse(position, f"the template has {show(leaf.spec)}; {route.reason}", leaf)
 
-    def judge_view(self, position: int, slot: TemplateLeaf, view: View) -> None:
+    def judge_view(self, position: int, leaf: TemplateLeaf, view: View) -> None:
         """Match a leaf with the tensors of a view."""
         missing = [name for name in view.names if name not in self.available]
         self.used.update(name for name in view.names if name in self.available)
         for name in missing:
-            self.miss(position, name, slot)
+            self.miss(position, name, leaf)
         if missing:
             return
-        dtype = None if view.names else slot.leaf.dtype  # a stack of no tensors
+        dtype = None if view.names else leaf.spec.dtype  # a stack of no tensors
         for name in view.names:
             stored = self.available[name]
             if isinstance(stored, LeafSpec) and _has_axes(stored) and stored.shape == view.stored:
@@ -103,26 +103,26 @@ class Comparison:
                     continue
             expected = array_text("" if dtype is None else dtype, view.stored)
             reason = (
-                f"the template has {show(slot.leaf)}; by {self.routes.rules[position]!r} the tensor "
+                f"the template has {show(leaf.spec)}; by {self.routes.rules[position]!r} the tensor "
                 f"{shorten(name)} would be {expected}, but it {_predicate(stored)}"
             )
             if stored is not None and not isinstance(stored, str) and stored.dtype == np.complex128:
                 reason += ", which no pattern can rearrange, because a file stores it as float64"
-            self.refuse(position, reason, slot)
+            self.refuse(position, reason, leaf)
             return
-        seen = LeafSpec("array", dtype, slot.leaf.shape)
+        seen = LeafSpec("array", dtype, leaf.spec.shape)
         traced = any(isinstance(self.available[name], TracedSpec) for name in view.names)
-        self.judge(position, view, slot, TracedSpec(*seen) if traced else seen)
+        self.judge(position, view, leaf, TracedSpec(*seen) if traced else seen)
 
-    def refuse(self, position: int, reason: str, slot: TemplateLeaf) -> None:
+    def refuse(self, position: int, reason: str, leaf: TemplateLeaf) -> None:
         """Record why a leaf does not get its values."""
         self.mismatched.append((self.paths[position], reason))
-        self.lost = self.lost or slot.abstract
+        self.lost = self.lost or leaf.abstract
 
-    def miss(self, position: int, name: str | None, slot: TemplateLeaf) -> None:
+    def miss(self, position: int, name: str | None, leaf: TemplateLeaf) -> None:
         """Record that the tensor of a leaf is missing. Without a name, no rule matches its path."""
         self.missing.append((self.paths[position], name))
-        self.lost = self.lost or slot.abstract
+        self.lost = self.lost or leaf.abstract
 
 
 _NO_VALUE: Final = (
@@ -133,7 +133,7 @@ _NO_VALUE: Final = (
 
 def compare(
     paths: Sequence[str],
-    slots: Sequence[TemplateLeaf | None],
+    needs: Sequence[TemplateLeaf | None],
     available: Mapping[str, Any],
     values: Callable[[Collection[str]], Mapping[str, Any]],
     options: Options,
@@ -142,55 +142,55 @@ def compare(
 
     Args:
         paths: The spelled key paths of the template's leaves.
-        slots: What these leaves need; None for leaves that are not data.
+        needs: What these leaves need; None for leaves that are not data.
         available: The stored leaf under each name; None for a leaf without values, or the reason
             why the installed libraries do not know it.
         values: Returns the Python scalars that are stored under names, or what was given there
             instead of an array. It is called if the fit, or the reason, depends on their values.
         options: How to match.
     """
-    outcome = Comparison(paths, slots, available, options)
+    outcome = Comparison(paths, needs, available, options)
     routes, rules, _ = outcome.routes
     # Leaves that wait for the value of a Python scalar, or of what is not an array.
     waiting: list[tuple[int, str, TemplateLeaf, LeafSpec | None]] = []
-    fitting: set[tuple[int, int]] = set()  # slots and stored leaves, by identity
-    for position, slot in enumerate(slots):
-        if slot is None:
+    fitting: set[tuple[int, int]] = set()  # template leaves and stored leaves, by identity
+    for position, leaf in enumerate(needs):
+        if leaf is None:
             name = add_prefix(options.prefix, paths[position])  # `rename` only has names for data
             if name in available and available[name] is None:
                 outcome.used.add(name)  # neither of them is data
             continue
         route = routes[position]
         if not isinstance(route, str):
-            outcome.judge_by_rule(position, slot, route)
+            outcome.judge_by_rule(position, leaf, route)
             continue
         if route not in available:
-            outcome.miss(position, route, slot)
+            outcome.miss(position, route, leaf)
             continue
         outcome.used.add(route)
         stored = available[route]
         if isinstance(stored, str):
             origin = _origin(route, paths[position])
-            reason = f"the template has {show(slot.leaf)}, but the stored leaf{origin} {stored}"
-            outcome.refuse(position, reason, slot)
-        elif (id(slot), id(stored)) in fitting:
+            reason = f"the template has {show(leaf.spec)}, but the stored leaf{origin} {stored}"
+            outcome.refuse(position, reason, leaf)
+        elif (id(leaf), id(stored)) in fitting:
             outcome.found.append((position, route))
-        elif stored is None or _needs_value(slot, stored):
-            waiting.append((position, route, slot, stored))
+        elif stored is None or _needs_value(leaf, stored):
+            waiting.append((position, route, leaf, stored))
         elif outcome.judge(
-            position, route, slot, stored, hint=_hint(slot, stored, rules[position])
+            position, route, leaf, stored, hint=_hint(leaf, stored, rules[position])
         ):
-            fitting.add((id(slot), id(stored)))
+            fitting.add((id(leaf), id(stored)))
     scalars = values({name for _, name, _, _ in waiting})
-    for position, name, slot, stored in waiting:
-        outcome.judge(position, name, slot, stored, scalars[name])
+    for position, name, leaf, stored in waiting:
+        outcome.judge(position, name, leaf, stored, scalars[name])
     return outcome
 
 
-def _routed(paths: Sequence[str], slots: Sequence[TemplateLeaf | None], options: Options) -> Routes:
+def _routed(paths: Sequence[str], needs: Sequence[TemplateLeaf | None], options: Options) -> Routes:
     """Return where each leaf of the template is in the file; leaves that are not data are nowhere."""
-    data = [position for position, slot in enumerate(slots) if slot is not None]
-    shapes = [slot.leaf.shape if slot.leaf.kind == "array" else None for slot in slots if slot]
+    data = [position for position, leaf in enumerate(needs) if leaf is not None]
+    shapes = [leaf.spec.shape if leaf.spec.kind == "array" else None for leaf in needs if leaf]
     found = renamed(
         options.rename,
         [paths[position] for position in data],
@@ -198,18 +198,18 @@ def _routed(paths: Sequence[str], slots: Sequence[TemplateLeaf | None], options:
         complete=False,
         prefix=options.prefix,
     )
-    if len(data) == len(slots):
+    if len(data) == len(needs):
         return found
-    routes: list[Route] = [None] * len(slots)
-    rules: list[Rule | None] = [None] * len(slots)
+    routes: list[Route] = [None] * len(needs)
+    rules: list[Rule | None] = [None] * len(needs)
     for position, route, rule in zip(data, found.routes, found.rules, strict=True):
         routes[position], rules[position] = route, rule
     return Routes(routes, rules, found.idle)
 
 
-def _hint(slot: TemplateLeaf, stored: LeafSpec | None, rule: Rule | None) -> str:
+def _hint(leaf: TemplateLeaf, stored: LeafSpec | None, rule: Rule | None) -> str:
     """Return a hint if a rule without a pattern finds a tensor with the reversed shape of the leaf."""
-    shape = slot.leaf.shape
+    shape = leaf.spec.shape
     if rule is None or stored is None or shape == stored.shape or shape != stored.shape[::-1]:
         return ""
     axes = "o i" if len(shape) == 2 else " ".join("abcdefghijklmnopqrstuvwxyz"[: len(shape)])
@@ -229,13 +229,13 @@ def _predicate(stored: LeafSpec | str | None) -> str:
     return f"is {'not an array, or an array without values' if stored is None else show(stored)}"
 
 
-def _needs_value(slot: TemplateLeaf, stored: LeafSpec) -> bool:
+def _needs_value(leaf: TemplateLeaf, stored: LeafSpec) -> bool:
     return (
         stored.dtype is None
         and stored.kind not in {"key", "str"}
         and (
-            slot.leaf.dtype is not None
-            or (stored.kind == "int" and slot.leaf.kind in {"float", "complex"})
+            leaf.spec.dtype is not None
+            or (stored.kind == "int" and leaf.spec.kind in {"float", "complex"})
         )
     )
 
@@ -256,13 +256,13 @@ def _origin(source: str | View, path: str) -> str:
 
 
 def _unfit(
-    slot: TemplateLeaf, stored: LeafSpec | None, value: Any, cast: bool, origin: str = ""
+    leaf: TemplateLeaf, stored: LeafSpec | None, value: Any, cast: bool, origin: str = ""
 ) -> str | None:
     if stored is None:
         return _not_an_array(value)
-    if isinstance(stored, TracedSpec) and slot.target != "jax":
+    if isinstance(stored, TracedSpec) and leaf.target != "jax":
         return "the given value is traced, so it can only replace a JAX array"
-    reason = misfit(slot, stored, value, cast=cast, origin=origin)
-    if reason is None and slot.sharding is not None and slot.target == "jax":
-        reason = misplaced(slot.sharding, slot.leaf.shape)
+    reason = misfit(leaf, stored, value, cast=cast, origin=origin)
+    if reason is None and leaf.sharding is not None and leaf.target == "jax":
+        reason = misplaced(leaf.sharding, leaf.spec.shape)
     return reason

@@ -184,7 +184,7 @@ def _uses(
     sharding = leaf.sharding
     if sharding is None or leaf.target != "jax":
         return [(None, Use(position, None, None))]
-    shape = leaf.leaf.shape
+    shape = leaf.spec.shape
     if nbytes < _CUT_BY_JAX and is_ordinary(sharding, shape):
         return [(None, Use(position, sharding, None))]
     whole = whole_region(stored)

@@ -86,7 +86,7 @@ def _small_tensors(
 
 
 def _is_small(info: TensorInfo, leaf: TemplateLeaf) -> bool:
-    plain = info.kind is None and leaf.leaf.kind == "array" and leaf.target == "jax"
+    plain = info.kind is None and leaf.spec.kind == "array" and leaf.target == "jax"
     placed = leaf.sharding is not None or leaf.format is not None
     has_rows = len(info.shape) < MAX_DIMENSIONS  # rows are an array with another axis
     return plain and not placed and has_rows and 0 < info.nbytes < TAKEN_OVER

@@ -124,7 +124,7 @@ def leaf_as_stored(spec: LeafSpec) -> TemplateLeaf:
 
 def warn_foreign(checkpoint: OpenCheckpoint, wanted: Iterable[Wanted]) -> None:
     """Warn once which leaves are NumPy arrays, and why."""
-    shown = joined([f"{shorten(want.name)} ({want.leaf.leaf.dtype})" for want in wanted])
+    shown = joined([f"{shorten(want.name)} ({want.leaf.spec.dtype})" for want in wanted])
     warn(
         "JAX does not support the dtypes of some leaves here, so they are NumPy arrays without a "
         f"sharding. In {checkpoint.label}: {shown}. Enable jax_enable_x64 for dtypes of 64 bits."

@@ -34,7 +34,7 @@ Target = Literal["jax", "foreign", "numpy", "scalar", "python"]
 class TemplateLeaf(NamedTuple):
     """What a template leaf needs: a leaf without its values, and where to place them."""
 
-    leaf: LeafSpec
+    spec: LeafSpec
     target: Target
     sharding: jax.sharding.Sharding | None = None
     abstract: bool = False
@@ -56,7 +56,7 @@ class _Look(NamedTuple):
 def template_leaves(leaves: Iterable[Any]) -> list[TemplateLeaf | None]:
     """Return what the leaves of a template need; None for those that are not data."""
     lookers: dict[type, Callable[[Any], _Look | None]] = {}
-    slots: dict[_Look | None, TemplateLeaf | None] = {None: None}
+    known: dict[_Look | None, TemplateLeaf | None] = {None: None}
     found: list[TemplateLeaf | None] = []
     for leaf in leaves:
         kind = type(leaf)
@@ -64,9 +64,9 @@ def template_leaves(leaves: Iterable[Any]) -> list[TemplateLeaf | None]:
         if looker is None:
             looker = lookers[kind] = _looker(kind)
         look = looker(leaf)
-        if look is not None and look not in slots:
-            slots[look] = _slot(look)
-        found.append(slots[look])
+        if look is not None and look not in known:
+            known[look] = _leaf_of(look)
+        found.append(known[look])
     return found
 
 
@@ -129,7 +129,7 @@ def _shape_and_dtype(leaf: Any) -> tuple[tuple[int, ...], Any] | None:
         return None
 
 
-def _slot(look: _Look) -> TemplateLeaf | None:
+def _leaf_of(look: _Look) -> TemplateLeaf | None:
     target, shape, dtype, weak, sharding, abstract, layout = look
     if target == "python":
         return TemplateLeaf(LeafSpec(dtype, None, ()), target)
@@ -148,13 +148,13 @@ def _slot(look: _Look) -> TemplateLeaf | None:
 
 
 def misfit(
-    slot: TemplateLeaf, stored: LeafSpec, value: Any, *, cast: bool, origin: str = ""
+    leaf: TemplateLeaf, stored: LeafSpec, value: Any, *, cast: bool, origin: str = ""
 ) -> str | None:
     """Return why a stored leaf does not fit a template leaf; None if it does.
 
     `value` is the value of a stored Python scalar, and `origin` says which leaf this is.
     """
-    wanted = slot.leaf
+    wanted = leaf.spec
     fits = False
     if wanted.kind == "key" and stored.kind == "array":
         data = (*wanted.shape, *key_shape(wanted.impl, ""))
