@@ -6,7 +6,6 @@ Specification: *Loading*.
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing
 from itertools import repeat
-from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,8 +22,6 @@ from pytree2safetensors._storage.byte_source import PIECE, ByteSource
 from pytree2safetensors._tree.claims import check_nodes
 from pytree2safetensors._tree.keypath import string2keypath
 
-Place: TypeAlias = tuple[ByteSource, int]  # of the bytes of a tensor
-
 
 class OpenCheckpoint:
     """A file or a folder of shards: its tensors and where they are, metadata, and the note.
@@ -32,7 +29,7 @@ class OpenCheckpoint:
     Attributes:
         label: Its name in messages.
         infos: How each leaf is stored, by name, including leaves without a tensor.
-        places: Where the tensors are, in the order of their data.
+        places: The source and the offset of each tensor, in the order of their data.
         metadata: The metadata as stored.
         note: The kinds of nodes and leaves.
         digests: The digest of each tensor, if the file has digests.
@@ -42,7 +39,7 @@ class OpenCheckpoint:
         self.label = label
         self.sources = list(sources)
         self.infos: dict[str, TensorInfo] = {}
-        self.places: dict[str, Place] = {}
+        self.places: dict[str, tuple[ByteSource, int]] = {}
         self._specs: dict[int, LeafSpec | str] = {}
         self.metadata: dict[str, str] = {}
         self.note = Note({}, {})

@@ -3,17 +3,11 @@
 Specification: *Digests*.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
-from itertools import groupby
+from itertools import chain, groupby
 
-from pytree2safetensors._format.digests import (
-    ALONE,
-    block_bounds,
-    check_digest,
-    hash_block,
-    hash_blocks,
-)
+from pytree2safetensors._format.digests import ALONE, block_bounds, check_digest, hash_blocks
 from pytree2safetensors._format.tensor import TensorInfo
 from pytree2safetensors._leaves.extents import Part, gather
 from pytree2safetensors._load.checkpoint import OpenCheckpoint
@@ -29,7 +23,7 @@ def check_digests(checkpoint: OpenCheckpoint, places: Sequence[Place], pool: Rea
     digests = checkpoint.digests
     if digests is None:
         return
-    checks: list[tuple[str, TensorInfo, Sequence[Future[bytes] | Future[list[bytes]]]]] = []
+    checks: list[tuple[str, TensorInfo, Sequence[Future[list[bytes]]]]] = []
     for name, group in groupby(places, key=lambda place: place.slot.name):
         mine = list(group)
         info = checkpoint.infos[name]
@@ -38,8 +32,8 @@ def check_digests(checkpoint: OpenCheckpoint, places: Sequence[Place], pool: Rea
             if info.nbytes < ALONE:
                 check_digest(name, info, hash_blocks([whole.raw]), digests, checkpoint.label)
                 continue
-            blocks = [whole.raw[start:stop] for start, stop in block_bounds(whole.slot.nbytes)]
-            checks.append((name, info, pool.map(hash_block, blocks)))
+            blocks = [[whole.raw[start:stop]] for start, stop in block_bounds(whole.slot.nbytes)]
+            checks.append((name, info, pool.map(hash_blocks, blocks)))
             continue
         for _, parts in groupby(mine, key=lambda place: place.slot.info.shape):
             found = list(parts)
@@ -47,7 +41,8 @@ def check_digests(checkpoint: OpenCheckpoint, places: Sequence[Place], pool: Rea
                 checks.append((name, info, pool.map(_hash_all, [found])))
                 break
     for name, info, futures in checks:
-        check_digest(name, info, _results(futures), digests, checkpoint.label)
+        hashes = chain.from_iterable(future.result() for future in futures)
+        check_digest(name, info, hashes, digests, checkpoint.label)
 
 
 def _hash_all(places: list[Place]) -> list[bytes]:
@@ -55,9 +50,3 @@ def _hash_all(places: list[Place]) -> list[bytes]:
     info = places[0].slot.info
     parts = [Part(place.slot.region or (), place.items()) for place in places]
     return hash_blocks(piece for _, piece in gather(parts, info.shape, info.itemsize))
-
-
-def _results(futures: Sequence[Future[bytes] | Future[list[bytes]]]) -> Iterator[bytes]:
-    for future in futures:
-        found = future.result()
-        yield from found if isinstance(found, list) else [found]
