@@ -100,4 +100,4 @@ def test_a_header_is_as_long_before_the_digests_are_known(names: list[str], data
     }
     before = digests.add_digests({"a": "b"}, digests.blank_digests(names))
     after = digests.add_digests({"a": "b"}, found)
-    assert len(layout.plan(infos, before).head) == len(layout.plan(infos, after).head)
+    assert len(layout.lay_out(infos, before).head) == len(layout.lay_out(infos, after).head)

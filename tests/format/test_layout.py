@@ -28,7 +28,7 @@ def tensor_infos(draw: Any) -> dict[str, TensorInfo]:
     return infos
 
 
-def content_of(planned: layout.Plan) -> dict[str, Any]:
+def content_of(planned: layout.Layout) -> dict[str, Any]:
     length = int.from_bytes(planned.head[:8], "little")
     assert len(planned.head) == 8 + length
     content: dict[str, Any] = json.loads(planned.head[8:])
@@ -39,7 +39,7 @@ def content_of(planned: layout.Plan) -> dict[str, Any]:
 def test_tensors_of_a_multiple_of_256_bytes_are_aligned_to_256_and_others_as_they_can(
     infos: dict[str, TensorInfo],
 ) -> None:
-    planned = layout.plan(infos, {"format": "flax"})
+    planned = layout.lay_out(infos, {"format": "flax"})
     content = content_of(planned)
     assert list(content) == ["__metadata__", *planned.order]
     for name, info in infos.items():
@@ -68,7 +68,7 @@ def test_data_of_a_mebibyte_start_on_a_page(size: int, multiple: int) -> None:
     starts = set()
     for width in range(1, 4096, 61):
         info = TensorInfo("U8", (size,), size)
-        planned = layout.plan({"w" * width: info}, {})
+        planned = layout.lay_out({"w" * width: info}, {})
         assert len(planned.head) % multiple == 0
         starts.add(len(planned.head))
     assert math.gcd(*starts) == multiple
@@ -78,7 +78,7 @@ def test_data_of_a_mebibyte_start_on_a_page(size: int, multiple: int) -> None:
 def test_the_length_of_a_header_is_known_without_its_text(
     infos: dict[str, TensorInfo], metadata: dict[str, str]
 ) -> None:
-    planned = layout.plan(infos, metadata)
+    planned = layout.lay_out(infos, metadata)
     length, start = layout.empty_length(metadata), 0
     for name in planned.order:
         length += layout.entry_length(name, infos[name], start)
@@ -112,12 +112,12 @@ def check_shards(widths: list[int], metadata: dict[str, str]) -> None:
         shards = index.into_shards(infos, 10**9, metadata)
     assert [name for shard in shards for name in shard] == layout.in_order(infos)
     lengths = [
-        len(layout.plan({n: infos[n] for n in shard}, metadata).head) - 8 for shard in shards
+        len(layout.lay_out({n: infos[n] for n in shard}, metadata).head) - 8 for shard in shards
     ]
     assert max(lengths) <= limit
     for shard, following in pairwise(shards):
         longer = {name: infos[name] for name in [*shard, following[0]]}
-        assert len(layout.plan(longer, metadata).head) - 8 > limit
+        assert len(layout.lay_out(longer, metadata).head) - 8 > limit
 
 
 def test_the_headers_of_shards_are_what_the_hub_reads(tmp_path: Any) -> None:

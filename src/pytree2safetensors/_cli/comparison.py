@@ -13,7 +13,7 @@ from pytree2safetensors._collector import collector_paused
 from pytree2safetensors._errors import FileFormatError
 from pytree2safetensors._format.tensor import COMPLEX128, TensorInfo
 from pytree2safetensors._leaves.decode import from_bytes
-from pytree2safetensors._leaves.spec import spec_of
+from pytree2safetensors._leaves.spec import ARRAYS, spec_of
 from pytree2safetensors._load.checkpoint import OpenCheckpoint
 from pytree2safetensors._load.opening import open_checkpoint
 from pytree2safetensors._storage.byte_source import PathLike
@@ -162,7 +162,7 @@ def _compare(
         aspects.append("shape")
     if aspects:
         return Difference(name, aspects, before, after)
-    if before.kind in {"array", "key"}:
+    if before.kind in ARRAYS:
         values = _compare_values(name, old, new)
         return Difference(name, ["values"], before, after, values) if values.differing else None
     return Difference(name, ["values"], before, after) if before.value != after.value else None

@@ -10,7 +10,7 @@ from pytree2safetensors._cli.terminal import plain
 from pytree2safetensors._errors import FileFormatError
 from pytree2safetensors._format.tensor import SCALARS, TensorInfo
 from pytree2safetensors._leaves.decode import from_bytes, python_value
-from pytree2safetensors._leaves.spec import spec_of
+from pytree2safetensors._leaves.spec import ARRAYS, spec_of
 from pytree2safetensors._load.checkpoint import OpenCheckpoint
 from pytree2safetensors._load.stored import names_below
 from pytree2safetensors._tree.paths import strip_prefix
@@ -42,7 +42,7 @@ class Leaf(NamedTuple):
     @property
     def type(self) -> str:
         """Return the printed form of the type: `float32[3,4]`."""
-        if self.kind not in {"array", "key"}:
+        if self.kind not in ARRAYS:
             return self.kind
         dtype = f"key<{self.dtype}>" if self.kind == "key" else self.dtype
         return array_text(dtype, self.shape) + (" weak" if self.weak else "")
@@ -150,7 +150,7 @@ def kind_text(kind: Kind) -> str:
 def leaf_json(leaf: Leaf) -> dict[str, Any]:
     """Make the object for a leaf that `--json` prints, whatever the command."""
     found: dict[str, Any] = {"name": leaf.name, "kind": leaf.kind}
-    if leaf.kind in {"array", "key"}:
+    if leaf.kind in ARRAYS:
         found |= {"dtype": leaf.dtype, "shape": list(leaf.shape), "weak": leaf.weak}
     found["bytes"] = leaf.nbytes
     if leaf.value is not None:

@@ -19,7 +19,7 @@ _PAGE: Final = 4096
 _PAGED: Final = 1 << 20  # bytes: data of at least this size start on a page
 
 
-class Plan(NamedTuple):
+class Layout(NamedTuple):
     """The layout of a file to write: the bytes before the data, and the tensors in order."""
 
     head: bytes
@@ -27,9 +27,9 @@ class Plan(NamedTuple):
     size: int  # of the data, in bytes
 
 
-def plan(
+def lay_out(
     infos: Mapping[str, TensorInfo], metadata: Mapping[str, str], limit: int | None = None
-) -> Plan:
+) -> Layout:
     """Lay out a file. The same tensors and metadata always give the same bytes.
 
     The header has at most `limit` bytes, or what the format allows. Other metadata of the same
@@ -46,7 +46,7 @@ def plan(
         pieces.append(f"{quote(name)}{tails[id(info)]}{start},{stop}]}}")
         start = stop
     header = "{" + ",".join(pieces) + "}"
-    return Plan(_padded(header, size, MAX_HEADER if limit is None else limit), order, size)
+    return Layout(_padded(header, size, MAX_HEADER if limit is None else limit), order, size)
 
 
 def _metadata_pieces(metadata: Mapping[str, str]) -> list[str]:

@@ -4,7 +4,7 @@ Specification: *Loading*.
 """
 
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import jax
 import ml_dtypes
@@ -50,6 +50,9 @@ def numpy_dtype(info: TensorInfo, name: str) -> np.dtype[Any]:
     if isinstance(found, str):
         raise UnknownHere(f"{shorten(name)} {found}", found)
     return found
+
+
+ARRAYS: Final = frozenset({"array", "key"})  # the kinds of leaves that are arrays
 
 
 class LeafSpec(NamedTuple):

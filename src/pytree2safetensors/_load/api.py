@@ -8,7 +8,7 @@ import jax
 from pytree2safetensors._arguments import checked
 from pytree2safetensors._collector import collector_paused
 from pytree2safetensors._errors import joined, shorten
-from pytree2safetensors._leaves.spec import LeafSpec, abstract
+from pytree2safetensors._leaves.spec import ARRAYS, LeafSpec, abstract
 from pytree2safetensors._load.checkpoint import OpenCheckpoint
 from pytree2safetensors._load.opening import again_if_replaced, open_checkpoint
 from pytree2safetensors._load.stored import load_stored, names_below, nodes_below, warn
@@ -120,7 +120,7 @@ def load_abstract(
     with collector_paused(), open_checkpoint(path) as checkpoint:
         names = names_below(checkpoint, prefix, separator=separator)
         found = _specs(checkpoint, names, skip=flat)
-        scalars = [name for name in found if found[name].kind not in {"array", "key"}]
+        scalars = [name for name in found if found[name].kind not in ARRAYS]
         stored = [names[name] for name in scalars]
         loaded = load_stored(checkpoint, stored, mmap=False, progress=None)
         values = dict(zip(scalars, loaded, strict=True))

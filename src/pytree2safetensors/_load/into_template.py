@@ -8,6 +8,7 @@ import jax
 from pytree2safetensors._arguments import checked
 from pytree2safetensors._collector import collector_paused
 from pytree2safetensors._leaves.renaming import Rename, rules_in
+from pytree2safetensors._leaves.spec import ARRAYS
 from pytree2safetensors._leaves.views import View
 from pytree2safetensors._load.eager import eagerly
 from pytree2safetensors._load.flat_template import flat_template, stored_for
@@ -167,10 +168,7 @@ def load_into_pytree(
                 leaf = template.needs[position]
                 if leaf is None:  # pragma: no cover - only leaves that are data match
                     continue
-                is_array = isinstance(name, View) or checkpoint.spec_of(name).kind in {
-                    "array",
-                    "key",
-                }
+                is_array = isinstance(name, View) or checkpoint.spec_of(name).kind in ARRAYS
                 (wanted if is_array else python).append((position, Wanted(name, placed(leaf))))
         scalars = read_scalars({want.name for _, want in python})
         values = eagerly(lambda: fitted((want.leaf, scalars[want.name]) for _, want in python))

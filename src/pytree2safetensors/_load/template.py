@@ -18,7 +18,7 @@ from pytree2safetensors._leaves.describe import (
 )
 from pytree2safetensors._leaves.jax_versions import REFERENCE, explicit_format
 from pytree2safetensors._leaves.keys import implementation_of, is_key_dtype, key_shape
-from pytree2safetensors._leaves.spec import LeafSpec, holds, rank_of
+from pytree2safetensors._leaves.spec import ARRAYS, LeafSpec, holds, rank_of
 from pytree2safetensors._tree.literal import short_form
 from pytree2safetensors._tree.printing import array_text
 
@@ -205,7 +205,7 @@ def _rank_of(leaf: LeafSpec) -> int:
 
 def show(leaf: LeafSpec) -> str:
     """Write a leaf without its values for a message."""
-    if leaf.kind not in {"array", "key"}:
+    if leaf.kind not in ARRAYS:
         return f"a Python {leaf.kind}"
     return array_text(f"key<{leaf.impl}>" if leaf.kind == "key" else leaf.dtype, leaf.shape)
 

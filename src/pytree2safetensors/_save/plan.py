@@ -20,8 +20,7 @@ from pytree2safetensors._format.index import (
     into_shards,
     write_index,
 )
-from pytree2safetensors._format.layout import MAX_SHARD_HEADER
-from pytree2safetensors._format.layout import plan as lay_out
+from pytree2safetensors._format.layout import MAX_SHARD_HEADER, lay_out
 from pytree2safetensors._format.tensor import TensorInfo
 from pytree2safetensors._save.contents import Contents
 
