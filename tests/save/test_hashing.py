@@ -55,7 +55,7 @@ def test_a_load_hashes_only_large_blocks_in_threads(
     real = ReadPool.map
 
     def watched(pool: ReadPool, function: Any, values: Any) -> Any:
-        sizes.extend(len(value) for value in values)
+        sizes.extend(len(piece) for pieces in values for piece in pieces)
         return real(pool, function, values)
 
     monkeypatch.setattr(ReadPool, "map", watched)
