@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from pytree2safetensors import (
+    Rule,
     WeightsMismatchError,
     dict2pytree,
     load_into_pytree,
@@ -241,6 +242,22 @@ def test_subtrees_of_a_template_that_have_all_leaves_of_a_file_are_named(
         "No leaf fits, so strict=False does not help: rename= maps names; the names fit the subtree "
         f"of the template at {subtrees}: load into that."
     )
+
+
+def test_a_rule_is_offered_for_names_that_are_joined_with_dots() -> None:
+    template = {"layers": [{"w": 1}, {"w": 2}]}
+    stored = {"layers.0.w": 3, "layers.1.w": 4, "more": 5}
+    with pytest.raises(WeightsMismatchError) as caught:
+        set_weights(template, stored)
+    assert str(caught.value).splitlines()[-1] == (
+        'No leaf fits, so strict=False does not help: rename=[Rule("{*}", "{*}")] maps names that are '
+        "joined with dots."
+    )
+    rules = [Rule("{*}", "{*}")]
+    loaded = set_weights(template, stored, rename=rules, unexpected="skip")
+    assert loaded == {"layers": [{"w": 3}, {"w": 4}]}
+    with pytest.raises(WeightsMismatchError, match="rename= maps names; prefix= selects"):
+        set_weights({"x": {"w": 1}, "y": 2}, {"x.w": 3})
 
 
 def test_the_lists_name_every_leaf() -> None:

@@ -117,8 +117,9 @@ def _section(title: str, lines: Iterable[str], count: int) -> list[str]:
 def _remedy(outcome: Comparison, options: Options, nothing: bool, is_larger: bool) -> str:
     if not options.strict and not nothing:
         return "strict=False keeps the leaves of the template, but an abstract or deleted leaf has no value to keep."
-    subtree = _subtree(outcome, options) if nothing else "prefix= selects a subtree"
-    remedies = ["rename= maps names", subtree] if outcome.missing else []
+    remedies = ["rename= maps names", "prefix= selects a subtree"] if outcome.missing else []
+    if nothing and outcome.missing and options.rename is None and not options.prefix:
+        remedies = _names_that_fit([path for path, _ in outcome.missing], outcome.available)
     if any(name is None for _, name in outcome.missing):
         remedies[1:] = ["Rule(None, path) keeps a leaf of the template"]
     if outcome.mismatched:
@@ -135,15 +136,16 @@ def _remedy(outcome: Comparison, options: Options, nothing: bool, is_larger: boo
     return f"{'; '.join(remedies)}."
 
 
-def _subtree(outcome: Comparison, options: Options) -> str:
-    """Name the subtrees of the file that fit the template, or of the template that fit the file."""
-    paths = [path for path, _ in outcome.missing]
-    if options.rename is None and not options.prefix:
-        if inner := _tops(paths, outcome.available):
-            return f"prefix= selects a subtree, such as {inner}"
-        if outer := _tops(outcome.available, paths):
-            return f"the names fit the subtree of the template at {outer}: load into that"
-    return "prefix= selects a subtree"
+def _names_that_fit(paths: Sequence[str], names: Collection[str]) -> list[str]:
+    """Return remedies if the template has none of the names."""
+    if all(dotted(path) in names for path in paths):
+        return ['rename=[Rule("{*}", "{*}")] maps names that are joined with dots']
+    subtree = "prefix= selects a subtree"
+    if inner := _tops(paths, names):
+        subtree += f", such as {inner}"
+    elif outer := _tops(names, paths):
+        subtree = f"the names fit the subtree of the template at {outer}: load into that"
+    return ["rename= maps names", subtree]
 
 
 def _tops(below: Collection[str], names: Collection[str]) -> str:
