@@ -183,7 +183,7 @@ TREES: list[tuple[Any, type[Exception], str]] = [
         "2 leaves of the tree cannot be stored:\n"
         f"  '@a': {jax.ShapeDtypeStruct.__module__}.ShapeDtypeStruct of dtype float32\n"
         f"  '@f': {FUNCTION}\n"
-        "Only concrete arrays can be saved: call this outside jit, and save the array that a Ref or "
+        "Only concrete arrays can be saved: call this outside of jit, grad and vmap, and save the array that a Ref or "
         "another object holds.",
     ),
     (
@@ -267,7 +267,7 @@ def test_a_traced_value_is_reported() -> None:
         jax.jit(lambda x: save_pytree({"a": x}, io.BytesIO()))(1.0)
     assert "'@a': jax._src" in str(caught.value)
     assert "Tracer, a traced value\n" in str(caught.value)
-    assert "call this outside jit" in str(caught.value)
+    assert "call this outside of jit" in str(caught.value)
 
 
 class Stage(enum.IntEnum):

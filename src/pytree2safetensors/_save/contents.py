@@ -117,7 +117,7 @@ def _unfit_message(unfit: list[tuple[str, Any]], valueless: bool) -> str:
         found = f"{_type_name(leaf)}{_hint(leaf)}"
         return f"the tree is a single leaf, which cannot be stored: {found}.{register}"
     remedy = (
-        "Only concrete arrays can be saved: call this outside jit, and save the array that a Ref or "
+        "Only concrete arrays can be saved: call this outside of jit, grad and vmap, and save the array that a Ref or "
         "another object holds."
         if valueless
         else 'Save with unsupported="skip" to leave them out; load_into_pytree then keeps those of '
