@@ -155,6 +155,33 @@ def test_copies_that_live_at_once_are_few(
     assert max(living) == most
 
 
+@pytest.mark.parametrize("kind", ["file", "folder", "store", "file object"])
+def test_a_save_frees_a_large_copy_before_the_next_one(
+    link: Link, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str
+) -> None:
+    monkeypatch.setattr(host_copies, "_BATCH", 1)
+    monkeypatch.setattr(host_copies, "_MOST", 1)
+    copies: list[weakref.ref[Any]] = []
+    living = []
+
+    def device_put(values: Any, *_: Any) -> Any:
+        living.append(sum(copy() is not None for copy in copies))
+        found = [np.array(value) for value in values]
+        copies.extend(map(weakref.ref, found))
+        return found
+
+    link.real = device_put
+    arrays = [jnp.full(100_000, i, jnp.float32) for i in range(8)]
+    if kind == "file object":
+        with (tmp_path / "file").open("wb") as file:
+            save_pytree(arrays, file)
+    elif kind == "store":
+        save_pytree(arrays, f"memory://{tmp_path}/file")
+    else:
+        save_pytree(arrays, tmp_path / "file", max_shard_size="1MB" if kind == "folder" else None)
+    assert living == [0] * 8
+
+
 @pytest.mark.filterwarnings("ignore:Some donated buffers were not usable")
 def test_a_background_save_lets_arrays_be_donated_at_once(link: Link, tmp_path: Path) -> None:
     array = jnp.arange(10_000, dtype=jnp.float32)

@@ -36,8 +36,9 @@ def data_chunks(
         if are_small[first]:
             yield start, memoryview(joined_bytes(group, of_group))
         else:
-            for offset, piece in tensor_chunks(group[0], of_group[0]):
-                yield start + offset, piece
+            # No name here keeps the leaf, so that a copy is freed before the next one is made.
+            chunks = tensor_chunks(group.pop(), of_group[0])
+            yield from ((start + offset, piece) for offset, piece in chunks)
         start += sum(info.nbytes for info in of_group)
 
 

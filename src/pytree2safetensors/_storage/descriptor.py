@@ -64,6 +64,7 @@ def write_chunks(
         _write_all(descriptor, piece)
         position = offset + len(piece)
         report.add(len(piece))
+        del piece  # the next one may need the memory
     report.finish()
 
 
@@ -84,6 +85,7 @@ def cut(chunks: Iterable[Chunk], size: int) -> Iterator[Chunk]:
         rest -= len(piece)
         for start in range(0, len(piece), _STEP):
             yield offset + start, piece[start : start + _STEP]
+        del chunk, piece  # the next one may need the memory
     if rest:
         raise FileFormatError(
             "an array changed its size while it was saved; save a copy of it, or use "

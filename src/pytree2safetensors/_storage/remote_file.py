@@ -270,3 +270,4 @@ def write_pending(pending: Pending, chunks: Iterable[Chunk], size: int, report: 
     for _, piece in cut(chunks, size):
         pending.write(piece)
         report.add(len(piece))
+        del piece  # the next one may need the memory

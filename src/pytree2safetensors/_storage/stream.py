@@ -146,14 +146,18 @@ def write_stream(
     _check_open(file, _label_of(file), "writable", "writing")
     report = Report(progress, size)
     for _, piece in cut(chunks, size):
-        rest = piece
-        while len(rest):
-            rest = rest[_taken(file, file.write(rest), len(rest)) :]
+        _write_all(file, piece)
         report.add(len(piece))
+        del piece  # the next one may need the memory
     flush = getattr(file, "flush", None)
     if flush is not None:
         flush()
     report.finish()
+
+
+def _write_all(file: Writable, piece: memoryview) -> None:
+    while len(piece):
+        piece = piece[_taken(file, file.write(piece), len(piece)) :]
 
 
 def _taken(file: Writable, count: Any, size: int) -> int:
