@@ -114,8 +114,8 @@ def test_all_that_does_not_fit_is_listed() -> None:
         "would be [16,6], but it is float32[16,5]",
         "  rules that match no path of the template:",
         "    Rule('idle.{p}', 'idle.{p}') (numbers match {p}; texts need labels, as in {p:a,b})",
-        "No leaf fits, so strict=False does not help: rename= maps names; "
-        "Rule(None, path) keeps a leaf of the template; change the template or the rules.",
+        "No leaf fits, so strict=False does not help: Rule(None, path) keeps a leaf of the template; "
+        "change the rules or the template.",
     ]
     assert error.missing == ("@layers#0@gone", "@layers#1@new", "@layers#1@q")
     assert error.unexpected == ("h.1.qq.weight", "rest")

@@ -117,15 +117,7 @@ def _section(title: str, lines: Iterable[str], count: int) -> list[str]:
 def _remedy(outcome: Comparison, options: Options, nothing: bool, is_larger: bool) -> str:
     if not options.strict and not nothing:
         return "strict=False keeps the leaves of the template, but an abstract or deleted leaf has no value to keep."
-    remedies = ["rename= maps names", "prefix= selects a subtree"] if outcome.missing else []
-    if nothing and outcome.missing and options.rename is None and not options.prefix:
-        remedies = _names_that_fit([path for path, _ in outcome.missing], outcome.available)
-    if any(name is None for _, name in outcome.missing):
-        remedies[1:] = ["Rule(None, path) keeps a leaf of the template"]
-    if outcome.mismatched:
-        rules = "" if rules_in(options.rename) is None else " or the rules"
-        change = f"change the template{rules}"
-        remedies.append("cast=True converts dtypes" if outcome.castable else change)
+    remedies = _remedies(outcome, options, nothing)
     if nothing:
         listed = f": {'; '.join(remedies)}" if remedies else ""
         return f"No leaf fits, so strict=False does not help{listed}."
@@ -134,6 +126,21 @@ def _remedy(outcome: Comparison, options: Options, nothing: bool, is_larger: boo
     lenient = "does not help, because an abstract or deleted leaf has no value to keep"
     remedies.append(f"strict=False {lenient if outcome.lost else 'loads what fits'}")
     return f"{'; '.join(remedies)}."
+
+
+def _remedies(outcome: Comparison, options: Options, nothing: bool) -> list[str]:
+    """Return what makes leaves of the template fit."""
+    paths = [path for path, _ in outcome.missing]
+    cast = ["cast=True converts dtypes"] if outcome.castable else []
+    if rules_in(options.rename) is not None:
+        kept = ["Rule(None, path) keeps a leaf of the template"] if paths else []
+        change = ["change the rules or the template"] if paths or outcome.mismatched else []
+        return [*kept, *cast, *change]
+    change = ["change the template"] if outcome.mismatched and not cast else []
+    names = ["rename= maps names", "prefix= selects a subtree"] if paths else []
+    if nothing and paths and options.rename is None and not options.prefix:
+        names = _names_that_fit(paths, outcome.available)
+    return [*names, *cast, *change]
 
 
 def _names_that_fit(paths: Sequence[str], names: Collection[str]) -> list[str]:
