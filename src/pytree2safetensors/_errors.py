@@ -95,9 +95,9 @@ def node_at(name: str) -> str:
     return shorten(name) if name else "the root"
 
 
-def plural(number: int, singular: str, plural: str) -> str:
+def plural(number: int, one: str, many: str) -> str:
     """Write a number with its noun: `1 leaf`, `1,000 leaves`."""
-    return f"{number:,} {singular if number == 1 else plural}"
+    return f"{number:,} {one if number == 1 else many}"
 
 
 def joined(texts: Sequence[str], limit: int = _LISTED) -> str:

@@ -169,11 +169,13 @@ def read_index_metadata(content: dict[str, Any], label: str) -> dict[str, str]:
 def split_path(path: str, *, is_folder: bool) -> tuple[str, str]:
     """Return the folder that a path means, and the stem of the file names in it."""
     folder, name = os.path.split(path)
-    if not name or is_folder:
-        return path if name else folder or os.curdir, STEM
-    index = INDEX_NAME.fullmatch(name)
-    if index is not None and index[2] is None:
-        return folder or os.curdir, index[1]
+    if not name:
+        return folder or os.curdir, STEM
+    if is_folder:
+        return path, STEM
+    found = INDEX_NAME.fullmatch(name)
+    if found is not None and found[2] is None:
+        return folder or os.curdir, found[1]
     if name.endswith(SUFFIX):
         return folder or os.curdir, name[: -len(SUFFIX)]
     return path, STEM

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 # JAX has no types for these.
 block_until_ready: Any = jax.block_until_ready
-ShapeDtypeStruct: Any = jax.ShapeDtypeStruct  # JAX has no types for its constructor
+ShapeDtypeStruct: Any = jax.ShapeDtypeStruct
 _VERSION: Final[Any] = jax.__version_info__
 # The type of references to arrays, which is public since JAX 0.8.
 REFERENCE: Final[Any] = getattr(jax, "Ref", ())

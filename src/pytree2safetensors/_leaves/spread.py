@@ -80,10 +80,10 @@ def _on_host(data: jax.Array | NDArray[Any]) -> NDArray[Any]:
     return data if isinstance(data, np.ndarray) else host_shard(data)
 
 
-def owned_chunks(owned: Owned, info: TensorInfo) -> Iterator[Chunk]:
+def owned_chunks(part: Owned, info: TensorInfo) -> Iterator[Chunk]:
     """Yield the bytes of shards, in order."""
     itemsize = info.itemsize
-    shards = [shard for shard in owned.shards if 0 not in shape_of(shard[0])]
+    shards = [shard for shard in part.shards if 0 not in shape_of(shard[0])]
     if all(runs_in(region, info.shape, itemsize).number == 1 for region, _ in shards):
         places = [span_of(region, info.shape, itemsize)[0] for region, _ in shards]
         for start, (_, data) in sorted(zip(places, shards, strict=True), key=lambda pair: pair[0]):

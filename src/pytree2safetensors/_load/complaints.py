@@ -119,8 +119,8 @@ def _remedy(outcome: Comparison, options: Options, nothing: bool, is_larger: boo
         return "strict=False keeps the leaves of the template, but an abstract or deleted leaf has no value to keep."
     remedies = _remedies(outcome, options, nothing)
     if nothing:
-        listed = f": {'; '.join(remedies)}" if remedies else ""
-        return f"No leaf fits, so strict=False does not help{listed}."
+        others = f": {'; '.join(remedies)}" if remedies else ""
+        return f"No leaf fits, so strict=False does not help{others}."
     if is_larger:
         remedies.append('unexpected="skip" ignores leaves that the template does not have')
     lenient = "does not help, because an abstract or deleted leaf has no value to keep"

@@ -107,9 +107,8 @@ def locate(path: str) -> str:
     """
     if not os.path.isdir(path):
         index = path + ".index.json"  # the index of shards that were saved as this path
-        saved = path.endswith(SUFFIX) and not os.path.lexists(path)
-        has_parts = saved and (os.path.isfile(index) or _shards_beside(index))
-        return index if has_parts else path
+        is_missing = path.endswith(SUFFIX) and not os.path.lexists(path)
+        return index if is_missing and (os.path.isfile(index) or _shards_beside(index)) else path
     seen: list[str] | None = None
     while True:
         names = sorted(os.listdir(path))

@@ -48,8 +48,8 @@ class Hashing:
             rest, position = chunk, offset
             while len(rest):
                 while name is None or position == stop:
-                    name, start = next(tensors)
-                    stop = start + self.infos[name].nbytes
+                    name, first = next(tensors)
+                    stop = first + self.infos[name].nbytes
                 room = room or min(BLOCK, stop - position)
                 piece = rest[:room]
                 self._add(name, piece, len(piece) == room)

@@ -122,8 +122,8 @@ def read(string: str) -> list[Key]:
             else:
                 keys.append(_read_short(piece) if len(piece) <= _SHORT else _read_piece(piece))
     except Rejected as rejected:
-        read, piece = pieces[: len(keys)], pieces[len(keys)]
-        raise _shift(rejected, piece, string, sum(map(len, read))) from None
+        offset = sum(map(len, pieces[: len(keys)]))
+        raise _shift(rejected, pieces[len(keys)], string, offset) from None
     return keys
 
 

@@ -69,9 +69,8 @@ def _open(tree: Any) -> Printed | None:
         printed: Printed = kind.__printed__(tree)
         return printed
     if isinstance(tree, dict):
-        name = "" if kind is dict else kind.__name__
-        around = ("{", "}") if kind is dict else (f"{name}({{", "})")
-        return Printed(around[0], [f"{key!r}: " for key in tree], list(tree.values()), around[1])
+        opening, closing = ("{", "}") if kind is dict else (f"{kind.__name__}({{", "})")
+        return Printed(opening, [f"{key!r}: " for key in tree], list(tree.values()), closing)
     if kind is list:
         return Printed("[", [""] * len(tree), list(tree), "]")
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):

@@ -9,6 +9,7 @@ import numpy as np
 
 from pytree2safetensors._errors import shorten
 from pytree2safetensors._format.tensor import WIDTHS
+from pytree2safetensors._leaves.keys import is_key_dtype
 from pytree2safetensors._tree.spelling import join, spell_key
 
 # The bits of a value's byte that are used. NumPy ignores the others.
@@ -88,10 +89,6 @@ def _is_array(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array | np.ndarray | np.generic)
 
 
-def is_prng_key(leaf: Any) -> bool:
-    return bool(jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key))  # type: ignore[attr-defined] # public, and not exported
-
-
 def _is_weak(leaf: Any) -> bool:
     if not isinstance(leaf, jax.Array) or leaf.shape:
         return False
@@ -109,7 +106,7 @@ def _python_bits(leaf: Any) -> Any:
 
 
 def _array_bits(leaf: Any) -> bytes:
-    if isinstance(leaf, jax.Array) and is_prng_key(leaf):
+    if isinstance(leaf, jax.Array) and is_key_dtype(leaf.dtype):
         leaf = jax.random.key_data(leaf)
     values = np.asarray(leaf)
     if not values.dtype.isnative:

@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from pytree2safetensors._errors import TreeStructureError, WeightsMismatchError, listed, shorten
+from pytree2safetensors._leaves.keys import is_key_dtype
 from pytree2safetensors._load.api import load_pytree
 from pytree2safetensors._load.into_template import load_into_pytree
 from pytree2safetensors._save.api import save_pytree
 from pytree2safetensors._save.flat_dict import pytree2dict
-from pytree2safetensors.testing._compare import assert_same, assert_same_leaves, is_prng_key
+from pytree2safetensors.testing._compare import assert_same, assert_same_leaves
 from pytree2safetensors.testing._nodes import SELF_DESCRIBING
 
 
@@ -77,7 +78,7 @@ def _blank(leaf: Any) -> Any:
         return blank if isinstance(leaf, np.ndarray) else blank[()]
     if not isinstance(leaf, jax.Array):
         return type(leaf)()
-    if is_prng_key(leaf):
+    if is_key_dtype(leaf.dtype):
         data = np.zeros(jax.random.key_data(leaf).shape, np.uint32)
         return jax.random.wrap_key_data(jax.device_put(data), impl=jax.random.key_impl(leaf))
     if leaf.weak_type:
