@@ -90,13 +90,13 @@ class _Trie:
             try:
                 prefix, segment = cut(name)
                 parent = self.parents.get(prefix) or self.descend(prefix, name)
+                known = self.segments.get(segment) or self.read(segment)
             except KeyPathError:
                 string2keypath(name)  # raises the same, with the position in the whole name
                 raise  # pragma: no cover - string2keypath has raised
             self.parents[prefix] = parent
             if prefix:
                 self.last = prefix, parent
-            known = self.segments.get(segment) or self.read(segment, name)
         marker, key = known
         if not parent.marker:
             parent.marker = marker
@@ -107,12 +107,8 @@ class _Trie:
             raise self.taken(parent, key, name)
         entries[key] = leaf
 
-    def read(self, segment: str, name: str) -> tuple[str, Any]:
-        try:
-            key = read_segment(segment)
-        except KeyPathError:
-            string2keypath(name)  # raises the same, with the position in the whole name
-            raise  # pragma: no cover - string2keypath has raised
+    def read(self, segment: str) -> tuple[str, Any]:
+        key = read_segment(segment)
         if isinstance(key, GetAttrKey):
             found: tuple[str, Any] = (ATTR, key.name)
         elif isinstance(key, DictKey):
@@ -139,7 +135,7 @@ class _Trie:
         for number, segment in enumerate(segments, 1):
             if number == len(segments):
                 self.parents[above] = node
-            marker, key = self.segments.get(segment) or self.read(segment, name)
+            marker, key = self.segments.get(segment) or self.read(segment)
             if not node.marker:
                 node.marker = marker
             elif node.marker != marker:
@@ -203,7 +199,7 @@ class _Trie:
         for segment in split(name):
             if not isinstance(node, _Node):
                 return None
-            marker, key = self.segments.get(segment) or self.read(segment, name)
+            marker, key = self.segments.get(segment) or self.read(segment)
             node = node.entries.get(key) if node.marker == marker else None
             if isinstance(node, _Node) and not _same(node.key, key):
                 return None
