@@ -16,7 +16,6 @@ from placed import P
 from pytree2safetensors import FileFormatError, Rule, save_pytree
 from pytree2safetensors._format import digests
 from pytree2safetensors._format.digests import digest_tensor, hash_blocks
-from pytree2safetensors._format.tensor import TensorInfo
 from pytree2safetensors._leaves import host_copies, jax_versions, spread
 from pytree2safetensors._leaves.spread import Owned
 from pytree2safetensors._save import calls, share
@@ -110,8 +109,8 @@ def shares_of(
     devices = np.array_split(np.array(jax.devices()), count)
     mine: set[Any] = set()
 
-    def owned(leaf: jax.Array, info: TensorInfo) -> Owned:
-        shards: list[Any] = spread.owned(leaf, info).shards
+    def owned(leaf: jax.Array, stored: tuple[int, ...]) -> Owned:
+        shards: list[Any] = spread.owned(leaf, stored).shards
         return Owned([(region, data) for region, data in shards if data.devices() <= mine])
 
     patch.setattr(share, "owned", owned)

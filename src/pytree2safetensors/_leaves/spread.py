@@ -22,6 +22,7 @@ from pytree2safetensors._leaves.encode import (
 from pytree2safetensors._leaves.extents import (
     Part,
     Region,
+    Shape,
     common,
     gather,
     region_of,
@@ -49,7 +50,7 @@ def tensor_chunks(leaf: Any, info: TensorInfo) -> Iterator[Chunk]:
     if isinstance(leaf, Assembled):
         yield from assembled_chunks(leaf)
     elif info.nbytes >= _LARGE and isinstance(leaf, jax.Array) and not leaf.is_fully_replicated:
-        yield from owned_chunks(owned(leaf, info), info)
+        yield from owned_chunks(owned(leaf, info.shape), info)
     else:
         yield from _in_a_row(host_array(leaf), info, 0)
 
@@ -64,12 +65,15 @@ class Owned(NamedTuple):
         return sum(math.prod(shape_of(region)) for region, _ in self.shards) * info.itemsize
 
 
-def owned(leaf: jax.Array, info: TensorInfo) -> Owned:
-    """Return the shards that this process saves: those on devices that own their region."""
+def owned(leaf: jax.Array, stored: Shape) -> Owned:
+    """Return the shards that this process saves: those on devices that own their region.
+
+    `stored` is the shape of its tensor, which has further axes for the data of keys.
+    """
     devices = ownership(leaf.sharding, leaf.shape).devices
     return Owned(
         [
-            (region_of(shard.index, info.shape), shard.data)
+            (region_of(shard.index, stored), shard.data)
             for shard in leaf.addressable_shards
             if shard.device in devices
         ]
@@ -135,7 +139,7 @@ def _held(leaf: Any) -> list[tuple[Region, Any]]:
     if isinstance(leaf, Owned):
         return [(region, _with_axes(data, region)) for region, data in leaf.shards]
     if isinstance(leaf, jax.Array) and not (leaf.is_fully_replicated and leaf.is_fully_addressable):
-        return _held(owned(leaf, TensorInfo("", leaf.shape, 0)))
+        return _held(owned(leaf, leaf.shape))
     values = leaf.addressable_data(0) if isinstance(leaf, jax.Array) else host_array(leaf)
     return [(whole_region(values.shape), values)]
 

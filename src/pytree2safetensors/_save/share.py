@@ -33,10 +33,10 @@ def share_of(contents: Contents, process: int, *, copied: bool) -> Share:
     for leaf in whole_leaves(contents.leaves.values()):
         if process == 0 or is_global(leaf):
             parts[id(leaf)] = leaf
-    infos = {id(leaf): contents.infos[name] for name, leaf in contents.leaves.items()}
+    shapes = {id(leaf): contents.infos[name].shape for name, leaf in contents.leaves.items()}
     for key, leaf in parts.items():
         if is_global(leaf):
-            parts[key] = owned(leaf, infos.get(key) or TensorInfo("", leaf.shape, 0))
+            parts[key] = owned(leaf, shapes.get(key, leaf.shape))
     if copied:
         copies = iter(snapshot(_arrays_of(parts.values())))
         parts = dict(zip(parts, _with_arrays(parts.values(), copies), strict=True))
