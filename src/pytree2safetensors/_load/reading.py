@@ -91,9 +91,9 @@ def _read_leaves(
 ) -> list[Any]:
     device = None if mmap else _staged_device(wanted)
     by_rules = any(isinstance(source, View) for source, _ in wanted)
-    limit = _STAGED_BATCH if device is not None else _COPIED_BATCH if by_rules else _BATCH
+    staged = device is not None
+    limit = _STAGED_BATCH if staged else _COPIED_BATCH if by_rules else _BATCH
     with collector_paused():
-        staged = device is not None
         batches = list(plan_batches(checkpoint, wanted, limit, keeps_memory(staged), far(staged)))
     report = Report(progress, sum(slot.nbytes for batch in batches for slot in batch.slots))
     finisher = Finisher(checkpoint, wanted)

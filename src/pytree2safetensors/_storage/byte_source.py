@@ -48,16 +48,8 @@ if TYPE_CHECKING:
             """Return the path in the file system."""
             ...
 else:
-
-    class Readable(metaclass=HasMethod):
-        """A binary file object, open for reading."""
-
-        method = "read"
-
-    class StorePath(metaclass=HasMethod):
-        """A path of universal_pathlib."""
-
-        method = "joinuri"
+    Readable = HasMethod("Readable", (), {"method": "read"})
+    StorePath = HasMethod("StorePath", (), {"method": "joinuri"})
 
 
 LocalPath: TypeAlias = str | os.PathLike[str]

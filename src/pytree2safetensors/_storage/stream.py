@@ -28,11 +28,7 @@ if TYPE_CHECKING:
             """Write bytes."""
             ...
 else:
-
-    class Writable(metaclass=HasMethod):
-        """A binary file object, open for writing."""
-
-        method = "write"
+    Writable = HasMethod("Writable", (), {"method": "write"})
 
 
 class ForwardSource(ByteSource):

@@ -177,19 +177,22 @@ def _labelled(
     name: Side | None, path: Side | None
 ) -> tuple[Side | None, Side | None, dict[str, int]]:
     """Copy to each side the labels that only the other has. Also return the number of labels."""
-    labels = [{h.axis or "": h.labels for h in holes_of(s or ()) if h.labels} for s in (name, path)]
-    for axis in labels[0].keys() & labels[1].keys():
-        if len(labels[0][axis]) != len(labels[1][axis]):
+    in_name, in_path = (
+        {hole.axis or "": hole.labels for hole in holes_of(side or ()) if hole.labels}
+        for side in (name, path)
+    )
+    for axis in in_name.keys() & in_path.keys():
+        if len(in_name[axis]) != len(in_path[axis]):
             raise ValueError(
-                f"{axis!r} has {len(labels[0][axis])} labels in the name, "
-                f"and {len(labels[1][axis])} in the path"
+                f"{axis!r} has {len(in_name[axis])} labels in the name, "
+                f"and {len(in_path[axis])} in the path"
             )
-    found = [
-        side and with_labels(side, {**labels[1 - number], **labels[number]})
-        for number, side in enumerate((name, path))
-    ]
-    counts = {axis: len(listed) for side in labels for axis, listed in side.items()}
-    return found[0], found[1], counts
+    counts = {axis: len(labels) for axis, labels in {**in_name, **in_path}.items()}
+    return (
+        name and with_labels(name, {**in_path, **in_name}),
+        path and with_labels(path, {**in_name, **in_path}),
+        counts,
+    )
 
 
 def _axes(side: Side, dims: Dims, which: str) -> list[str]:
