@@ -8,9 +8,7 @@ from typing import Final
 
 from pytree2safetensors._arguments import checked
 from pytree2safetensors._errors import shorten
-from pytree2safetensors._leaves.families import Lost
 from pytree2safetensors._leaves.renaming import Rename
-from pytree2safetensors._leaves.routes import Route
 from pytree2safetensors._leaves.spec import LeafSpec
 from pytree2safetensors._leaves.views import View
 from pytree2safetensors._load.complaints import unexpected_names
@@ -88,21 +86,20 @@ def explain(
 
 
 def _rows(found: Comparison) -> Iterable[tuple[str, ...]]:
-    fitting = {position for position, _ in found.found}
+    fitting = {position: source for position, source, _ in found.found}
     missing: dict[str, list[str]] = {}
     for path, name in found.missing:
         missing.setdefault(path, []).append("" if name is None else shorten(name))
     mismatched = dict(found.mismatched)
-    routes, rules, _ = found.routes
     for position, (path, leaf) in enumerate(zip(found.paths, found.needs, strict=True)):
         if leaf is None:
             continue
-        rule, route = rules[position], routes[position]
         dots = dotted(path)
         row = [shorten(path) + (f" = {shorten(dots)}" if dots != path else ""), show(leaf.spec)]
         if position in fitting:
+            rule = found.routes.rules[position]
             pattern = [repr(rule.pattern)] if rule is not None and rule.pattern else []
-            yield "fits", *row, _tensors(route, found.available), *pattern
+            yield "fits", *row, _tensors(fitting[position], found.available), *pattern
         elif path in mismatched:
             yield "differs", *row, mismatched[path]
         elif path in missing:
@@ -112,11 +109,9 @@ def _rows(found: Comparison) -> Iterable[tuple[str, ...]]:
             yield "kept", *row, "not in the file"
 
 
-def _tensors(route: Route, available: Mapping[str, LeafSpec | None]) -> str:
+def _tensors(source: str | View, available: Mapping[str, LeafSpec | None]) -> str:
     """Return the tensors of a leaf, and the shape of each."""
-    if route is None or isinstance(route, Lost):  # pragma: no cover - what fits has tensors
-        return ""
-    names = route.names if isinstance(route, View) else (route,)
+    names = source.names if isinstance(source, View) else (source,)
     if not names:
         return "no tensors"
     stored = available[names[0]]

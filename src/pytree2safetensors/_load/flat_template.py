@@ -10,10 +10,9 @@ import jax
 
 from pytree2safetensors._leaves.renaming import Rename, rules_in
 from pytree2safetensors._leaves.spec import LeafSpec
-from pytree2safetensors._leaves.views import View
 from pytree2safetensors._load.checkpoint import OpenCheckpoint
 from pytree2safetensors._load.complaints import check
-from pytree2safetensors._load.matching import Options, compare
+from pytree2safetensors._load.matching import Found, Options, compare
 from pytree2safetensors._load.stored import names_below
 from pytree2safetensors._load.template import TemplateLeaf, template_leaves
 from pytree2safetensors._tree.depth import deep_structure
@@ -37,8 +36,8 @@ class FlatTemplate(NamedTuple):
         available: Mapping[str, Any],
         values: Callable[[Collection[str]], Mapping[str, Any]],
         options: Options,
-    ) -> list[tuple[int, str | View]]:
-        """Return which name or view goes to which leaf, by position.
+    ) -> list[Found]:
+        """Return which name or view goes to which leaf.
 
         Raises:
             WeightsMismatchError: They do not fit.

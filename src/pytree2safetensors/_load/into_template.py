@@ -86,12 +86,11 @@ def set_weights(
     pairs = (
         (
             placed(need),
-            dictionary[name] if isinstance(name, str) else seen_through(name, dictionary),
+            dictionary[source] if isinstance(source, str) else seen_through(source, dictionary),
         )
-        for position, name in matches
-        if (need := template.needs[position]) is not None  # only leaves that are data match
+        for _, source, need in matches
     )
-    for (position, _), leaf in zip(matches, fitted(pairs), strict=True):
+    for (position, *_), leaf in zip(matches, fitted(pairs), strict=True):
         leaves[position] = leaf
     loaded: T = jax.tree_util.tree_unflatten(template.treedef, leaves)
     return loaded
@@ -164,12 +163,9 @@ def load_into_pytree(
         wanted: list[tuple[int, Wanted]] = []
         python: list[tuple[int, Wanted]] = []  # stored as Python scalars and strs
         with collector_paused():
-            for position, name in matches:
-                leaf = template.needs[position]
-                if leaf is None:  # pragma: no cover - only leaves that are data match
-                    continue
-                is_array = isinstance(name, View) or checkpoint.spec_of(name).kind in ARRAYS
-                (wanted if is_array else python).append((position, Wanted(name, placed(leaf))))
+            for position, source, need in matches:
+                is_array = isinstance(source, View) or checkpoint.spec_of(source).kind in ARRAYS
+                (wanted if is_array else python).append((position, Wanted(source, placed(need))))
         scalars = read_scalars({want.name for _, want in python})
         values = eagerly(lambda: fitted((want.leaf, scalars[want.name]) for _, want in python))
         for (position, _), value in zip(python, values, strict=True):

@@ -4,7 +4,7 @@ Specification: *Loading into a template*.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -34,6 +34,10 @@ class Options(NamedTuple):
     unexpected: str
 
 
+# A position in the template, the name or the view that goes there, and what the leaf needs.
+Found: TypeAlias = tuple[int, str | View, TemplateLeaf]
+
+
 class Comparison:
     """Which leaves of a template were found, and which were not."""
 
@@ -46,7 +50,7 @@ class Comparison:
     ) -> None:
         self.paths, self.needs, self.available = paths, needs, available
         self.cast, self.routes = options.cast, _routed(paths, needs, options)
-        self.found: list[tuple[int, str | View]] = []
+        self.found: list[Found] = []
         self.used: set[str] = set()
         self.missing: list[tuple[str, str | None]] = []  # a path of the template, and its name
         self.mismatched: list[tuple[str, str]] = []  # a path, and why its leaf does not fit
@@ -64,7 +68,7 @@ class Comparison:
     ) -> bool:
         """Return whether a stored leaf fits a template leaf; `value` is that of a Python scalar."""
         if _unfit(leaf, stored, value, self.cast) is None:
-            self.found.append((position, source))
+            self.found.append((position, source, leaf))
             return True
         origin = _origin(source, self.paths[position])
         reason = _unfit(leaf, stored, value, self.cast, origin)
@@ -174,7 +178,7 @@ def compare(
             reason = f"the template has {show(leaf.spec)}, but the stored leaf{origin} {stored}"
             outcome.refuse(position, reason, leaf)
         elif (id(leaf), id(stored)) in fitting:
-            outcome.found.append((position, route))
+            outcome.found.append((position, route, leaf))
         elif stored is None or _needs_value(leaf, stored):
             waiting.append((position, route, leaf, stored))
         elif outcome.judge(
