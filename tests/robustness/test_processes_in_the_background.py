@@ -13,8 +13,8 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 import pytree2safetensors as p2s
-from pytree2safetensors._leaves.jax_versions import CoordinationKeys
 from pytree2safetensors._save import joint
+from pytree2safetensors._save.coordination import CoordinationKeys
 from pytree2safetensors._storage import descriptor
 from together import Group, arrays_of, checkpoint, devices_of, first, group_of, number_in, spread
 

@@ -14,8 +14,7 @@ import pytest
 from hypothesis import settings
 
 import pytree2safetensors as p2s
-from pytree2safetensors._leaves import jax_versions
-from pytree2safetensors._save import joint
+from pytree2safetensors._save import coordination, joint
 from together import Group, arrays_of, checkpoint, number_in
 
 pytestmark = pytest.mark.multiprocess
@@ -25,8 +24,8 @@ NOTICES = "heartbeat_timeout_seconds" in inspect.signature(jax.distributed.initi
 
 # What a process does in a save that others, or a reader, can see.
 VISIBLE: list[tuple[Any, str]] = [
-    (jax_versions.CoordinationKeys, "set"),
-    (jax_versions.CoordinationKeys, "wait"),
+    (coordination.CoordinationKeys, "set"),
+    (coordination.CoordinationKeys, "wait"),
     (joint, "write_at"),
     (joint, "reserve"),
     (joint, "flush"),

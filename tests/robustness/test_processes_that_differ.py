@@ -17,8 +17,7 @@ from hypothesis import settings
 from jax.sharding import PartitionSpec
 
 import pytree2safetensors as p2s
-from pytree2safetensors._leaves import jax_versions
-from pytree2safetensors._save import calls, joint, share
+from pytree2safetensors._save import calls, coordination, joint, share
 from pytree2safetensors._save.interrupt import Interrupt
 from pytree2safetensors._save.plan import SavePlan
 from pytree2safetensors._storage import descriptor as _file
@@ -405,7 +404,7 @@ def interrupt_in(step: str, patch: pytest.MonkeyPatch) -> None:
     if step == "write":
         patch.setattr(joint, "write_at", interrupting(_file.write_at))
     else:
-        keys = jax_versions.CoordinationKeys
+        keys = coordination.CoordinationKeys
         patch.setattr(keys, "wait", interrupting(keys.wait))
 
 

@@ -16,9 +16,9 @@ from placed import P
 from pytree2safetensors import FileFormatError, Rule, save_pytree
 from pytree2safetensors._format import digests
 from pytree2safetensors._format.digests import digest_tensor, hash_blocks
-from pytree2safetensors._leaves import host_copies, jax_versions, spread
+from pytree2safetensors._leaves import host_copies, spread
 from pytree2safetensors._leaves.spread import Owned
-from pytree2safetensors._save import calls, share
+from pytree2safetensors._save import calls, coordination, share
 from pytree2safetensors._save.contents import Contents, collect
 from pytree2safetensors._save.plan import plan_file
 from pytree2safetensors._save.share import Block
@@ -227,7 +227,7 @@ class Client:
 
 
 def test_keys_that_a_client_sets_twice_or_cannot_reach() -> None:
-    keys = jax_versions.CoordinationKeys(Client())
+    keys = coordination.CoordinationKeys(Client())
     keys.set("known", "value")
     with pytest.raises(RuntimeError, match="ALREADY_EXISTS"):
         keys.set("known", "other")

@@ -13,10 +13,10 @@ import jax
 
 from pytree2safetensors._errors import FileFormatError
 from pytree2safetensors._leaves.assembled import whole_leaves
-from pytree2safetensors._leaves.jax_versions import CoordinationKeys, coordination_client
 from pytree2safetensors._leaves.ownership import is_global
 from pytree2safetensors._leaves.placement import is_array_type
 from pytree2safetensors._save import saver
+from pytree2safetensors._save.coordination import CoordinationKeys, coordination_client
 from pytree2safetensors._save.interrupt import Interrupt
 from pytree2safetensors._save.meeting import Processes
 from pytree2safetensors._tree.flatten import open_once
