@@ -73,8 +73,9 @@ def _batches_of(requests: Sequence[_Request], limit: int, digested: bool) -> Ite
     """Divide regions, in the order of the file. `digested` is whether whole tensors are hashed."""
     slots: list[Slot] = []
     size = own = 0  # bytes of the memory that slots share, and of the memory of assemblies
-    shared: dict[Region | None, Slot] = {}  # of the tensor that is planned: what JAX arrays share
-    room, last = limit, -1  # for its regions, and the last of these
+    shared: dict[Region | None, Slot] = {}  # regions of the current tensor that JAX arrays share
+    last = -1  # the number of the last request for the current tensor
+    room = limit  # how large a batch may become with the first region of the current tensor
     for number, (name, info, region, uses, piece, keeps) in enumerate(requests):
         if number > last:
             last = number
@@ -94,7 +95,7 @@ def _batches_of(requests: Sequence[_Request], limit: int, digested: bool) -> Ite
         if slots and aligned + own + nbytes > room:
             yield Batch(slots, size)
             slots, size, own, offset = [], 0, 0, min(offset, 0)
-        if room < limit:  # its regions are read in bands, or hashed, together
+        if room < limit:  # the other regions of the tensor must be in the same batch
             room = sys.maxsize
         slot = Slot(name, info, region, offset, nbytes, uses, piece)
         slots.append(slot)

@@ -34,8 +34,8 @@ def _check_names(kinds: Mapping[str, Kind], leaves: Mapping[str, object]) -> Non
     for name in kinds.keys() & leaves.keys():
         raise _at_a_leaf(name, name)
     segments: dict[str, set[str]] = {path: set() for path in kinds if isinstance(kinds[path], list)}
-    # Names with which the next names begin, although these may not be below them. Each has the
-    # nearest noted node above it, and a leaf above it.
+    # Names that the current name begins with as text, which need not be above it in the tree; and
+    # for each, the nearest noted node and a leaf that are above it.
     prefixes: list[tuple[str, str | None, str | None]] = []
     names = sorted([*leaves, *kinds])
     for name, following in zip(names, [*names[1:], ""], strict=True):
