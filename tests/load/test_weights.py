@@ -383,6 +383,20 @@ def test_an_error_below_a_prefix_says_where(tmp_path: Path) -> None:
         load_pytree(io.BytesIO(content), prefix="fc")
 
 
+@pytest.mark.parametrize("separator", ["", "."])
+def test_nothing_is_read_if_the_names_form_no_tree(separator: str) -> None:
+    names = ["w", "w.absmax"] if not separator else ["w", "w.", "w.absmax"]
+    content = safetensors.numpy.save({name: np.zeros(1, np.int8) for name in names})
+    calls: list[int] = []
+    with pytest.raises(TreeStructureError, match="do not form a tree"):
+        load_pytree(
+            io.BytesIO(content),
+            separator=separator,
+            progress=lambda done, total: calls.append(done),
+        )
+    assert not calls
+
+
 @pytest.mark.parametrize(
     ("rename", "kind"),
     [(lambda _: None, "NoneType"), (lambda _: ["@a"], "list"), ({"@a": "@a", "@b": 5}, "int")],

@@ -68,6 +68,9 @@ def load_pytree(
     """
     with open_checkpoint(path, mmap) as checkpoint:
         names = names_below(checkpoint, prefix, separator=separator)
+        if separator or checkpoint.metadata.get("format") != "flax":
+            # Another program wrote it: its names may not form a tree. Fail before reading the data.
+            _built(checkpoint, dict.fromkeys(names, 0), prefix, separator)
         report = reporter(progress, "loading", jax.process_index)
         leaves = load_stored(checkpoint, names.values(), mmap=mmap, progress=report)
         with collector_paused():
