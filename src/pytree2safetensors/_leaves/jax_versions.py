@@ -18,6 +18,10 @@ ShapeDtypeStruct: Any = jax.ShapeDtypeStruct
 _VERSION: Final[Any] = jax.__version_info__
 # The type of references to arrays, which is public since JAX 0.8.
 REFERENCE: Final[Any] = getattr(jax, "Ref", ())
+# JAX has arrays of these dtypes, but some of its programs for them fail, or end the process.
+WITHOUT_PROGRAMS: Final = frozenset({"int1", "uint1", "float6_e2m3fn", "float6_e3m2fn"}) | (
+    {"int4", "uint4"} if _VERSION < (0, 4, 36) else set()
+)
 
 
 @lru_cache(maxsize=1)

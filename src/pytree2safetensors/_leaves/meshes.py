@@ -8,12 +8,14 @@ from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from pytree2safetensors._leaves.as_bits import moved_as_bits
 from pytree2safetensors._leaves.encode import host_array
+from pytree2safetensors._leaves.jax_versions import WITHOUT_PROGRAMS
 from pytree2safetensors._leaves.placement import is_concrete
-from pytree2safetensors._leaves.to_jax import own_programs
+from pytree2safetensors._leaves.to_jax import own_programs, to_jax
 
 _EXPLICIT: Final = getattr(getattr(jax.sharding, "AxisType", None), "Explicit", None)  # newer JAX
 
@@ -43,6 +45,10 @@ def _made(make: Callable[[list[Any]], Any], leaves: list[Any]) -> Any:
     if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
         return make(leaves)
     arrays = [*map(jnp.asarray, leaves)]
+    dtype = arrays[0].dtype
+    if dtype.name in WITHOUT_PROGRAMS:
+        made = make([jnp.asarray(host_array(array).view(np.uint8)) for array in arrays])
+        return to_jax([host_array(made).view(dtype)])[0]
     try:
         return moved_as_bits(make, arrays)
     except ValueError:  # JAX finds no sharding for the result, or no common order of the devices

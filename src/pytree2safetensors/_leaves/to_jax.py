@@ -15,14 +15,12 @@ import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
 from numpy.typing import NDArray
 
-from pytree2safetensors._leaves.jax_versions import enable_x64, no_mesh
+from pytree2safetensors._leaves.jax_versions import WITHOUT_PROGRAMS, enable_x64, no_mesh
 from pytree2safetensors._leaves.keys import is_key_dtype
 
 TAKEN_OVER: Final = 1 << 12  # bytes: JAX gets the memory of larger arrays, without a copy
 _CHUNK = 128  # arrays in one call of the identity
 _MANY = 1024  # equal arrays that are worth compiling for
-# JAX has arrays of these dtypes, but some of its programs for them fail, or end the process.
-WITHOUT_PROGRAMS: Final = frozenset({"int1", "uint1", "float6_e2m3fn", "float6_e3m2fn"})
 
 
 @jax.jit

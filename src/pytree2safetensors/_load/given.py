@@ -9,15 +9,10 @@ import numpy as np
 
 from pytree2safetensors._leaves.decode import to_host
 from pytree2safetensors._leaves.encode import host_array
+from pytree2safetensors._leaves.jax_versions import WITHOUT_PROGRAMS
 from pytree2safetensors._leaves.meshes import computed
 from pytree2safetensors._leaves.spec import LeafSpec, TracedSpec
-from pytree2safetensors._leaves.to_jax import (
-    WITHOUT_PROGRAMS,
-    own_programs,
-    to_jax,
-    weaken,
-    wrap_key,
-)
+from pytree2safetensors._leaves.to_jax import own_programs, to_jax, weaken, wrap_key
 from pytree2safetensors._leaves.views import View, leaf_of
 from pytree2safetensors._load.sharded import place
 from pytree2safetensors._load.template import TemplateLeaf, to_python

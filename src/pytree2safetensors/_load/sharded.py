@@ -7,6 +7,7 @@ from jax.sharding import Sharding, SingleDeviceSharding
 
 from pytree2safetensors._leaves.as_bits import moved_as_bits
 from pytree2safetensors._leaves.encode import host_array
+from pytree2safetensors._leaves.jax_versions import WITHOUT_PROGRAMS
 from pytree2safetensors._leaves.keys import is_key_dtype
 from pytree2safetensors._leaves.placement import is_unreduced
 from pytree2safetensors._leaves.to_jax import x64_for
@@ -52,7 +53,8 @@ def place(value: Any, sharding: Sharding) -> jax.Array:
     """
     with x64_for([value]):
         is_global = not getattr(value, "is_fully_addressable", True)
-        if is_global or is_ordinary(sharding, value.shape):
+        has_programs = value.dtype.name not in WITHOUT_PROGRAMS
+        if is_global or (has_programs and is_ordinary(sharding, value.shape)):
             return _moved(value, sharding)
         if is_key_dtype(value.dtype):
             shards = [
