@@ -46,6 +46,18 @@ class ReplacedError(FileFormatError):
     """Another file has taken the place of one that was not open. Loads start again."""
 
 
+class UnknownHere(FileFormatError):
+    """A stored leaf that may be valid, but is unknown to the installed libraries.
+
+    Attributes:
+        reason: The message without the name of the leaf.
+    """
+
+    def __init__(self, message: str, reason: str = "") -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
 class WeightsMismatchError(Pytree2SafetensorsError, ValueError):
     """The stored leaves do not fit the template.
 

@@ -16,8 +16,8 @@ from pytree2safetensors import (
     load_pytree,
     save_pytree,
 )
+from pytree2safetensors._errors import UnknownHere
 from pytree2safetensors._leaves.keys import (
-    UnknownHere,
     implementation_name,
     implementation_of,
     key_dtype,

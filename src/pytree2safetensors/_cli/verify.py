@@ -14,11 +14,11 @@ from pytree2safetensors._errors import (
     KeyPathError,
     Pytree2SafetensorsError,
     TreeStructureError,
+    UnknownHere,
     plural,
     shorten,
 )
 from pytree2safetensors._format.digests import digest_tensor, hash_blocks
-from pytree2safetensors._leaves.keys import UnknownHere
 from pytree2safetensors._leaves.spec import spec_of
 from pytree2safetensors._load.checkpoint import OpenCheckpoint
 from pytree2safetensors._load.opening import open_checkpoint

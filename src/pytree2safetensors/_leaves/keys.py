@@ -9,7 +9,7 @@ from typing import Any, Final
 import jax
 import numpy as np
 
-from pytree2safetensors._errors import FileFormatError, shorten
+from pytree2safetensors._errors import UnknownHere, shorten
 from pytree2safetensors._leaves.jax_versions import ShapeDtypeStruct
 
 is_subdtype: Any = jax.dtypes.issubdtype  # type: ignore[attr-defined] # public, and not exported
@@ -28,18 +28,6 @@ def implementation_name(leaf: Any) -> str | None:
         return found
     # Otherwise it has no name. Older versions always return an object, which can only be compared.
     return next((name for name in _PRNG if key_dtype(name) == leaf.dtype), None)
-
-
-class UnknownHere(FileFormatError):
-    """A stored leaf that may be valid, but is unknown to the installed libraries.
-
-    Attributes:
-        reason: The message without the name of the leaf.
-    """
-
-    def __init__(self, message: str, reason: str = "") -> None:
-        super().__init__(message)
-        self.reason = reason
 
 
 def key_shape(impl: str, name: str) -> tuple[int, ...]:

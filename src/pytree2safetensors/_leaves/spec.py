@@ -10,7 +10,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from pytree2safetensors._errors import FileFormatError, shorten
+from pytree2safetensors._errors import FileFormatError, UnknownHere, shorten
 from pytree2safetensors._format.tensor import (
     COMPLEX128,
     NOTED_DTYPES,
@@ -24,7 +24,7 @@ from pytree2safetensors._leaves.jax_versions import (
     block_until_ready,
     structs_are_weak,
 )
-from pytree2safetensors._leaves.keys import UnknownHere, key_dtype, key_shape
+from pytree2safetensors._leaves.keys import key_dtype, key_shape
 
 
 @lru_cache(maxsize=256)

@@ -11,12 +11,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pytree2safetensors._collector import collector_paused
-from pytree2safetensors._errors import FileFormatError, KeyPathError, errors_of, shorten
+from pytree2safetensors._errors import (
+    FileFormatError,
+    KeyPathError,
+    UnknownHere,
+    errors_of,
+    shorten,
+)
 from pytree2safetensors._format.digests import read_digests
 from pytree2safetensors._format.header import Tensors
 from pytree2safetensors._format.note import NOTE, Note, is_reserved, read_note
 from pytree2safetensors._format.tensor import TensorInfo, check_kind
-from pytree2safetensors._leaves.keys import UnknownHere
 from pytree2safetensors._leaves.spec import LeafSpec, spec_of
 from pytree2safetensors._storage.byte_source import PIECE, ByteSource
 from pytree2safetensors._tree.claims import check_nodes
