@@ -188,10 +188,10 @@ def _dtype_fits(wanted: LeafSpec, stored: LeafSpec, value: Any, cast: bool) -> b
     if wanted.dtype is not None and info_of(wanted.dtype, wanted.shape) is None:
         return False  # an abstract leaf may have any dtype
     ranks = _rank_of(wanted), _rank_of(stored)
+    converts = cast and ranks[1] <= ranks[0]
     if wanted.dtype is not None and stored.dtype is not None:
-        return wanted.dtype == stored.dtype or (cast and ranks[1] <= ranks[0])
-    same = ranks[0] == ranks[1] or (ranks[0] == 1 and ranks[1] == 2) or ranks == (2, 1)
-    if not same and not (cast and ranks[1] <= ranks[0]):
+        return converts or wanted.dtype == stored.dtype
+    if not converts and ranks[0] != ranks[1] and {*ranks} != {1, 2}:  # signed and unsigned
         return False
     dtype = wanted.dtype
     if dtype is None and wanted.kind in {"float", "complex"}:
