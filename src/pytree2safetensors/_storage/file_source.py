@@ -100,19 +100,16 @@ def open_source(path: LocalPath | RemotePath, *, regular: bool = False) -> ByteS
     """
     if isinstance(path, RemotePath):
         return RemoteSource(path)
-    return _open_path(os.fsdecode(path), regular)
-
-
-def _open_path(path: str, regular: bool) -> ByteSource:
-    label, held = shorten(path), Held()
+    where, held = os.fsdecode(path), Held()
+    label = shorten(where)
     try:
         waiting = getattr(os, "O_NONBLOCK", 0) if regular else 0
-        descriptor = held.open(path, os.O_RDONLY | waiting)
+        descriptor = held.open(where, os.O_RDONLY | waiting)
         mode = os.fstat(descriptor).st_mode
         if stat.S_ISDIR(mode):
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), where)
         if stat.S_ISREG(mode):
-            return FileSource(label, path, held, descriptor)
+            return FileSource(label, where, held, descriptor)
         if regular:
             raise FileFormatError(f"{label} is a pipe or a device, not a regular file")
         return _Pipe(label, held, descriptor)
