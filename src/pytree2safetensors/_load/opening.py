@@ -82,19 +82,13 @@ def open_checkpoint(path: PathLike | Readable, mmap: bool = False) -> OpenCheckp
 
 def _open_remotely(path: RemotePath) -> OpenCheckpoint:
     """Open the checkpoint that a path in a store means."""
-    first, *others = locate_remotely(path)
-    try:
-        return _open_found(first)
-    except FileNotFoundError as error:
-        missing = error
-    for found in others:
-        with suppress(FileNotFoundError):
-            return _open_found(found)
-    raise FileNotFoundError(errno.ENOENT, missing.strerror, hide_credentials(path.url))
-
-
-def _open_found(path: RemotePath) -> OpenCheckpoint:
-    return _open_shards(path) if is_index(path) else _open_file(open_source(path))
+    missing: str | None = None  # what the first error says
+    for found in locate_remotely(path):
+        try:
+            return _open_shards(found) if is_index(found) else _open_file(open_source(found))
+        except FileNotFoundError as error:
+            missing = missing or error.strerror
+    raise FileNotFoundError(errno.ENOENT, missing, hide_credentials(path.url))
 
 
 def _open_path(path: str) -> OpenCheckpoint:
