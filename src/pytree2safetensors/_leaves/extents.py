@@ -47,7 +47,7 @@ class Runs(NamedTuple):
 
 
 def runs_in(region: Region, shape: Shape, itemsize: int) -> Runs:
-    """Return the number of runs of a region."""
+    """Return how many runs a region has, and how long they are."""
     sizes = shape_of(region)
     if 0 in sizes:
         return Runs(0, 0)

@@ -59,7 +59,7 @@ def stored_for(
 ) -> "Stored":
     """Return the leaves of a checkpoint that a template may get."""
     below = names_below(checkpoint, prefix, template.wanted()).values()
-    # The names in rules are whole.
+    # The names in rules do not begin at `prefix`.
     return Stored(checkpoint, below if rules_in(rename) is None else sorted(checkpoint.infos))
 
 

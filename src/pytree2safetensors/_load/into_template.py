@@ -74,7 +74,7 @@ def set_weights(
     template = flat_template(module)
     if prefix:
         string2keypath(prefix)
-    whole = rules_in(rename) is not None  # the names in rules are
+    whole = rules_in(rename) is not None  # the names in rules do not begin at `prefix`
     names = [name for name in dictionary if whole or strip_prefix(prefix, name) is not None]
     given = template_leaves(dictionary[name] for name in names)
     available = {

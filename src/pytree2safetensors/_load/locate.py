@@ -156,7 +156,7 @@ def _chosen(folder: str, names: list[str]) -> str:
 
 
 def locate_remotely(path: RemotePath) -> list[RemotePath]:
-    """Return the first of the files and indexes that a path in a store may mean.
+    """Return the files and indexes that a path in a store may mean, in the order to try them.
 
     Raises:
         FileFormatError: It is a folder that has no checkpoint, or several.

@@ -32,7 +32,7 @@ class DepthCheck:
     """
 
     def __init__(self) -> None:
-        self.limit = 0  # levels of the stack, once they are needed
+        self.limit = 0  # how many nested lists JAX can flatten; 0 until that is needed
 
     def check(self, depth: int, kind: type, name: str, *, has_children: bool = True) -> None:
         """Raise an error for a node that is too deep; the root is at depth 1."""
