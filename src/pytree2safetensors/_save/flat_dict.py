@@ -9,7 +9,6 @@ from typing import Any, Final
 import jax
 import jax.numpy as jnp
 import numpy as np
-from numpy.typing import NDArray
 
 from pytree2safetensors._arguments import checked
 from pytree2safetensors._format.tensor import TensorInfo
@@ -111,25 +110,19 @@ def _check_equal(one: Any, other: Any, places: tuple[str, str, str]) -> None:
 
 def _array_of(tensor: Assembled) -> Any:
     """Return the values of an assembled tensor: a JAX array if any of its leaves is one."""
-    if not any(isinstance(leaf, jax.Array) for _, leaf in tensor.members):
-        return _joined(tensor)
-    return _joined_by_jax(tensor)
-
-
-def _joined(tensor: Assembled) -> NDArray[Any]:
-    values = np.zeros(tensor.members[0].view.fine, tensor.members[0].leaf.dtype)
-    for region, part in _parts(tensor, [leaf for _, leaf in tensor.members]):
+    leaves = [leaf for _, leaf in tensor.members]
+    if any(isinstance(leaf, jax.Array) for leaf in leaves):
+        return computed(lambda arrays: _joined_by_jax(tensor, arrays), leaves)
+    values = np.zeros(tensor.members[0].view.fine, leaves[0].dtype)
+    for region, part in _parts(tensor, leaves):
         values[tuple(slice(*bounds) for bounds in region)] = part
     return values.reshape(tensor.info.shape)
 
 
-def _joined_by_jax(tensor: Assembled) -> Any:
-    def join(leaves: list[Any]) -> Any:
-        parts = [*_parts(tensor, map(jnp.asarray, leaves))]
-        whole = tiled(parts) if parts else jnp.zeros(0, leaves[0].dtype)
-        return whole.reshape(tensor.info.shape)
-
-    return computed(join, [leaf for _, leaf in tensor.members])
+def _joined_by_jax(tensor: Assembled, leaves: list[Any]) -> Any:
+    parts = [*_parts(tensor, map(jnp.asarray, leaves))]
+    whole = tiled(parts) if parts else jnp.zeros(0, leaves[0].dtype)
+    return whole.reshape(tensor.info.shape)
 
 
 def _parts(tensor: Assembled, leaves: Iterable[Any]) -> Iterator[tuple[Region, Any]]:
