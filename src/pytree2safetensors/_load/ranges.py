@@ -49,17 +49,13 @@ class Place(NamedTuple):
         return found
 
 
-class Work(NamedTuple):
-    """The work to fill places: reads in the order of the file, and bands to split."""
-
-    reads: list[Read]
-    tasks: list[Callable[[], None]]
-
-
 def plan_reads(
     checkpoint: OpenCheckpoint, places: Sequence[Place], report: Callable[[int], None]
-) -> Work:
-    """Plan how to fill places; `report` is called with the bytes of each band."""
+) -> tuple[list[Read], list[Callable[[], None]]]:
+    """Plan how to fill places: return reads in the order of the file, and bands to read and split.
+
+    `report` is called with the bytes of each band.
+    """
     reads = _Reads()
     tasks: list[Callable[[], None]] = []
     parts: dict[tuple[str, Shape], list[Place]] = {}  # of tensors that are read by regions
@@ -78,9 +74,10 @@ def plan_reads(
         else:
             bands = bands_of(shape, mine[0].slot.info.itemsize)
             tasks += [partial(_read_band, source, start, mine, band, report) for band in bands]
+    found = reads.all()
     if checkpoint.in_flight:  # one request reads adjacent regions of several devices
-        return Work(sorted(reads.all(), key=lambda read: (id(read.source), read.offset)), tasks)
-    return Work(reads.all(), tasks)
+        found.sort(key=lambda read: (id(read.source), read.offset))
+    return found, tasks
 
 
 class _Reads:
