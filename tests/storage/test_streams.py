@@ -98,6 +98,14 @@ def test_a_compressed_pipe_loads() -> None:
         assert_same(load_pytree(file), TREE)
 
 
+def test_a_stream_that_says_it_can_seek_and_cannot_loads() -> None:
+    class Claims(Forward):
+        def seekable(self) -> bool:
+            return True
+
+    assert_same(load_pytree(Claims(saved())), TREE)
+
+
 def test_a_file_in_an_archive_that_is_streamed_loads() -> None:
     archive, content = io.BytesIO(), saved()
     with tarfile.open(fileobj=archive, mode="w:gz") as files:

@@ -85,7 +85,10 @@ def open_stream(file: Readable) -> ByteSource:
         raise _no_bytes(str, label)
     if not _can_seek(file):
         return ForwardSource(label, file)
-    source = _Stream(label, file)
+    try:
+        source = _Stream(label, file)
+    except ValueError:  # fsspec has streams that say yes
+        return ForwardSource(label, file)
     if source.start and not source.size:
         raise FileFormatError(
             f"{label} has 0 bytes after its position; seek to the start of the data"
