@@ -455,6 +455,15 @@ def test_a_range_that_is_too_short_is_reported(
     )
 
 
+def test_a_file_system_that_reports_no_size_is_an_error(
+    misbehaving: type[Misbehaving], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As filecache:: in front of a web server that lists its files.
+    monkeypatch.setattr(misbehaving, "info", lambda _, path: {"name": path, "size": None})
+    with pytest.raises(FileFormatError, match="the server of 'misbehaving://m' does not report"):
+        load_pytree("misbehaving://m")
+
+
 def test_an_error_that_names_the_url_stays_as_it_is(
     misbehaving: type[Misbehaving], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -164,12 +164,8 @@ def _opened(path: RemotePath) -> tuple[Any, dict[str, Any]]:
     if not path.is_web:
         file = path.fs.open(path.path, "rb", cache_type="none")
         details = getattr(file, "details", None)
-        return file, details if isinstance(details, dict) else path.fs.info(path.path)
-    info = path.fs.info(path.path)
-    if info.get("size") is None:
-        raise FileFormatError(
-            f"the server of {path.label} does not report its size; copy the file, and load the copy"
-        )
+        return file, details if isinstance(details, dict) else _sized(path)
+    info = _sized(path)
     if info.get("partial") is False:
         raise _without_ranges(path)
     etag = info.get("ETag", "W/")
@@ -179,6 +175,16 @@ def _opened(path: RemotePath) -> tuple[Any, dict[str, Any]]:
         return None, info
     file = path.fs.open(path.path, "rb", size=info["size"], cache_type="none", **options)
     return file, info | {"pinned": bool(options)}
+
+
+def _sized(path: RemotePath) -> dict[str, Any]:
+    """Return the information of the store about a file, which must include its size."""
+    info: dict[str, Any] = path.fs.info(path.path)
+    if info.get("size") is None:
+        raise FileFormatError(
+            f"the server of {path.label} does not report its size; copy the file, and load the copy"
+        )
+    return info
 
 
 def _version_of(info: dict[str, Any]) -> tuple[str, ...]:
