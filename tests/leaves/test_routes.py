@@ -111,7 +111,7 @@ ROPE = Rule("q", "q", "(t d) e -> e (d t)", t=2)
 # Rules, leaves, whether all parts are needed, and for each leaf why it has no place, or "".
 LOST: list[tuple[Rule, Leaves, bool, list[str]]] = [
     (STACK, {"v": (1,)}, False, ["no rule has this path"]),
-    (STACK, {"w": None}, False, [f"{STACK!r} rearranges axes, and this leaf is not an array"]),
+    (STACK, {"w": None}, False, [f"{STACK!r} rearranges axes, and this leaf is not an array of numbers"]),
     (STACK, {"w": (3,)}, False, [f"it has 1 axes, and {STACK!r} gives it at least 2"]),
     (UNSTACK, {"w#0": (3,)}, False, [f"it has 1 axes, and {UNSTACK!r} gives it 2"]),
     (ROPE, {"q": (4, 5)}, False, [f"it has shape [4, 5], and by {ROPE!r} an axis of 5 is made of t=2"]),

@@ -232,7 +232,7 @@ def test_leaves_without_a_place_are_refused(path: Path) -> None:
             "rename= does not fit the tree:",
             f"    '@a@kernel': it has 1 axes, and {TRANSPOSED!r} gives it 2",
             "    '@b@bias': no rule has this path",
-            f"    '@c@kernel': {TRANSPOSED!r} rearranges axes, and this leaf is not an array",
+            f"    '@c@kernel': {TRANSPOSED!r} rearranges axes, and this leaf is not an array of numbers",
             "  rules that match no path of the tree:",
             f"    {idle!r} (numbers match {{p}}; texts need labels, as in {{p:a,b}})",
             'As the last rule, Rule("{=}", "{=}") stores leaves under their own names; '
@@ -289,6 +289,12 @@ def test_a_leaf_with_another_dtype_in_several_tensors_is_listed_once(path: Path)
         save_pytree(tree, path, rename=[rule])
     reason = f"{rule!r} joins it, a leaf of float16, with '@a' of float32"
     assert caught.value.mismatched == (f"'@b': {reason}",)
+
+
+def test_an_array_that_needs_a_note_is_refused_whatever_its_rule_is(path: Path) -> None:
+    for dtype in ("complex128", "int4"):
+        with pytest.raises(UnsupportedLeafError, match=f"'@w@kernel': {dtype}"):
+            save_pytree({"w": {"kernel": np.ones((2, 3), dtype)}}, path, rename=[TRANSPOSED])
 
 
 def test_leaves_that_a_tensor_does_not_tell_are_refused(path: Path) -> None:

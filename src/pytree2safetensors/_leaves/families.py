@@ -184,7 +184,7 @@ class Family:
 def _sizes_of(rule: Rule, parsed: ParsedRule, shape: Shape | None) -> Mapping[str, int] | str:
     """Return the sizes of the axes of a leaf, or the reason why it does not fit."""
     if shape is None:
-        return f"{rule!r} rearranges axes, and this leaf is not an array"
+        return f"{rule!r} rearranges axes, and this leaf is not an array of numbers"
     dims = parsed.dims(len(shape))
     if dims is None:
         fixed = sum(dim != ("...",) for dim in parsed.right)

@@ -17,7 +17,7 @@ from pytree2safetensors._errors import (
     shorten,
 )
 from pytree2safetensors._format.layout import check_name
-from pytree2safetensors._format.tensor import NOTED_DTYPES, SCALARS, TensorInfo
+from pytree2safetensors._format.tensor import COMPLEX128, NOTED_DTYPES, SCALARS, TensorInfo
 from pytree2safetensors._leaves.assembled import Assembled, Copy, Placed, assemble
 from pytree2safetensors._leaves.extents import Shape
 from pytree2safetensors._leaves.families import Lost
@@ -69,6 +69,8 @@ def _shape_of(info: TensorInfo | None) -> Shape | None:
     """Return the shape of a leaf whose axes can be rearranged."""
     if info is None or isinstance(info.kind, list):
         return None
+    if info.kind in COMPLEX128:  # which is an array, and needs a note
+        return info.shape[:-1]
     return info.shape if info.kind in {None, "weak", *NOTED_DTYPES} else None
 
 
