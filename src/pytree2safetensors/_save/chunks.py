@@ -24,36 +24,35 @@ def data_chunks(
 ) -> Iterator[Chunk]:
     """Yield the data of a file in order, each chunk with its offset from the start of the file."""
     start = len(file.head)
-    found = [leaves[name] for name in file.tensors]
-    of_file = [infos[name] for name in file.tensors]
-    are_small = [
-        info.nbytes < _SMALL and type(leaf) is not Assembled
-        for info, leaf in zip(of_file, found, strict=True)
-    ]
-    copies = copied_ahead(found)
-    for first, stop in _groups(of_file, are_small):
-        group, of_group = [*islice(copies, stop - first)], of_file[first:stop]
-        if are_small[first]:
-            yield start, memoryview(joined_bytes(group, of_group))
+    infos_of = [infos[name] for name in file.tensors]
+    given = [leaves[name] for name in file.tensors]
+    copies = copied_ahead(given)
+    for first, stop, are_small in _groups(infos_of, given):
+        group, info = [*islice(copies, stop - first)], infos_of[first]
+        if are_small:
+            joined = joined_bytes(group, infos_of[first:stop])
+            yield start, memoryview(joined)
+            start += len(joined)
         else:
             # No name here keeps the leaf, so that a copy is freed before the next one is made.
-            chunks = tensor_chunks(group.pop(), of_group[0])
+            chunks = tensor_chunks(group.pop(), info)
             yield from ((start + offset, piece) for offset, piece in chunks)
-        start += sum(info.nbytes for info in of_group)
+            start += info.nbytes
 
 
-def _groups(infos: Sequence[TensorInfo], are_small: Sequence[bool]) -> Iterator[tuple[int, int]]:
-    """Yield the start and the stop of small tensors to join, and of each other one."""
+def _groups(infos: Sequence[TensorInfo], leaves: Sequence[Any]) -> Iterator[tuple[int, int, bool]]:
+    """Yield the start and the stop of small tensors to join, and of each other one; and which it is."""
     first = size = 0
-    for position, is_small in enumerate(are_small):
-        if is_small:
-            size += infos[position].nbytes
+    for position, (info, leaf) in enumerate(zip(infos, leaves, strict=True)):
+        if info.nbytes < _SMALL and type(leaf) is not Assembled:
+            size += info.nbytes
             if size < _JOINED:
                 continue
-        elif first < position:
-            yield first, position
-            first = position
-        yield first, position + 1
+            yield first, position + 1, True
+        else:
+            if first < position:
+                yield first, position, True
+            yield position, position + 1, False
         first, size = position + 1, 0
     if first < len(infos):
-        yield first, len(infos)
+        yield first, len(infos), True
