@@ -51,9 +51,11 @@ def load_pytree(
         one warning.
 
     Raises:
-        FileFormatError: The file is damaged, or is not a safetensors file.
-        KeyPathError: A name in the file is not a key path, and `separator` is empty. Load such a
-            file into a template.
+        FileFormatError: The file is damaged, is not a safetensors file, or changes during the load;
+            the folder does not have exactly one checkpoint; or the installed libraries do not know a
+            leaf.
+        KeyPathError: A name in the file or `prefix` is not a key path, and `separator` is empty. Load
+            a file with such names into a template.
         TreeStructureError: The names do not form a tree.
         WeightsMismatchError: The file has nothing at `prefix`.
         ValueError: `mmap` is True, and `path` is a file object or a URL.
@@ -109,9 +111,11 @@ def load_abstract(
     Raises:
         FileFormatError: The file is damaged, or is not a safetensors file; or `flat` is False, and
             the installed libraries do not know a leaf.
-        KeyPathError: A name in the file is not a key path, `flat` is False, and `separator` is empty.
+        KeyPathError: A name in the file is not a key path, `flat` is False, and `separator` is empty;
+            or `prefix` is not a key path, and `separator` is empty.
         TreeStructureError: The names do not form a tree, and `flat` is False.
         WeightsMismatchError: The file has nothing at `prefix`.
+        ValueError: An array cannot have its sharding.
         OSError: The file cannot be read.
 
     Specification: *Loading*.

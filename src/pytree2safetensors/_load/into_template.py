@@ -42,8 +42,8 @@ def set_weights(
     """Return `module` with its leaves replaced by those of `dictionary`.
 
     Args:
-        module: The template. Its leaves are arrays, `jax.ShapeDtypeStruct`s, NumPy arrays or Python
-            scalars.
+        module: The template. Its leaves are arrays, `jax.ShapeDtypeStruct`s, NumPy arrays, Python
+            scalars, strs and PRNG keys.
         dictionary: A mapping from names to leaves, such as `pytree2dict` returns.
         verbose: Print on stderr what did not fit with `strict=False`.
         strict: Raise if any leaf is missing, unexpected or mismatched. If False, keep the leaves of
@@ -61,7 +61,8 @@ def set_weights(
         A tree with the treedef of `module`. Type checkers give it the type of `module`.
 
     Raises:
-        WeightsMismatchError: Leaves are missing, unexpected or mismatched. The message lists all.
+        WeightsMismatchError: Leaves are missing, unexpected or mismatched. Its attributes list all of
+            them, and the message lists the first 20 of each kind.
         KeyPathError: A key path of `module` cannot be spelled, or `prefix` is not a key path.
         TreeStructureError: JAX cannot flatten `module`.
         ValueError: The path of a rule is ambiguous in `module`.
@@ -135,8 +136,10 @@ def load_into_pytree(
         A tree with the treedef of `module`. Type checkers give it the type of `module`.
 
     Raises:
-        WeightsMismatchError: Leaves are missing, unexpected or mismatched. The message lists all.
-        FileFormatError: The file is damaged, or is not a safetensors file.
+        WeightsMismatchError: Leaves are missing, unexpected or mismatched. Its attributes list all of
+            them, and the message lists the first 20 of each kind.
+        FileFormatError: The file is damaged, is not a safetensors file, or changes during the load; or
+            the folder does not have exactly one checkpoint.
         KeyPathError: A key path of `module` cannot be spelled, or `prefix` is not a key path.
         TreeStructureError: JAX cannot flatten `module`.
         ValueError: `mmap` is True, and `path` is a file object or a URL; or the path of a rule is

@@ -52,7 +52,8 @@ def save_pytree(
             shards get.
         metadata: Strings to store beside the tensors, for `load_metadata`.
         unsupported: "raise", or "skip" to leave out leaves that a file cannot hold. Traced,
-            abstract, deleted, donated and unreduced arrays and references always raise.
+            abstract, deleted, donated and unreduced arrays, references to arrays, and other objects
+            that hold arrays always raise.
         durable: Flush the file to disk before returning.
         checksum: Store a digest of each tensor, which loading verifies.
         max_shard_size: Split the tree into files of at most this size, as model hubs do: a number
@@ -69,9 +70,11 @@ def save_pytree(
         TreeStructureError: JAX cannot flatten the tree.
         FileFormatError: The format does not allow these metadata or a header of this size,
             `rename` gives the same name to leaves that differ or a name that no file can hold, the
-            name of the shards has a backslash, or several processes do not save the same tree.
+            name of the shards has a backslash, an array changes its size during the save, or several
+            processes do not save the same tree.
         ValueError: `max_shard_size` is not a size, or is given with a file object; or the path of a
             rule is ambiguous in the tree.
+        RuntimeError: This is a signal handler, and it cannot wait for a background save.
         OSError: The file cannot be written. The old file is unchanged.
 
     Specification: *Saving*.

@@ -1,7 +1,7 @@
 """Patterns: the axes of a tensor and those of a leaf, in the notation of einops.
 
 pattern : dims "->" dims
-dims    : { axis | "1" | "..." | "(" { axis } ")" }
+dims    : { axis | "1" | "..." | "(" { axis | "1" } ")" }
 
 An axis of size 1 has no name, and "..." stands for any number of axes.
 

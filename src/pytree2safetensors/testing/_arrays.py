@@ -124,8 +124,8 @@ def arrays(  # noqa: D417 - Hypothesis supplies `draw`
 
     The NumPy arrays are in C or Fortran order, transposed, reversed, strided, broadcast (with one
     more axis), read-only, unaligned or big-endian, or they are scalars. The JAX arrays are on the
-    default device. They only have dtypes that JAX supports: without `jax_enable_x64`, no array has
-    64-bit elements.
+    default device. They only have dtypes that JAX supports: without `jax_enable_x64`, arrays of
+    int64, uint64, float64 and complex128 are NumPy arrays.
 
     Args:
         dtypes: A strategy for NumPy dtypes, or for what `numpy.dtype` takes; every dtype by default.

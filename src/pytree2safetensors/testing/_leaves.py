@@ -57,7 +57,7 @@ def _floats() -> SearchStrategy[float]:
 def leaves(
     arrays: SearchStrategy[Any] = arrays(),  # noqa: B008 - strategies have no state
 ) -> SearchStrategy[Any]:
-    """Generate everything that a file can hold as a leaf.
+    """Generate every kind of leaf that a file can hold.
 
     These are arrays, Python ints (including ints beyond 64 bits), floats (including NaNs with
     payloads and -0.0), bools, complex numbers, strs, typed PRNG key arrays, and weakly typed 0-d JAX
@@ -66,7 +66,7 @@ def leaves(
     Args:
         arrays: A strategy for the arrays.
     """
-    # Ints that Python does not print are left out, and strs with lone surrogates, which have no UTF-8.
+    # Ints that Python does not print are left out, and so are strs with lone surrogates.
     return st.one_of(
         arrays,
         st.integers() | limits(),
