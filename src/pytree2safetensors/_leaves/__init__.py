@@ -1,1 +1,1 @@
-"""Leaves and their bytes. No other folder creates or reads a jax.Array."""
+"""Leaves and their bytes: from values to bytes, and from bytes to arrays of JAX."""

@@ -1,4 +1,4 @@
-"""All shims for versions of JAX, which rename and add names."""
+"""Shims for versions of JAX, which rename and add names."""
 
 import ctypes
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""Reading local files. No other module opens a file for reading."""
+"""Reading local files, pipes and devices. Loads open them only here."""
 
 import errno
 import mmap

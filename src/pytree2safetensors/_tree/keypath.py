@@ -11,7 +11,7 @@ r"""The grammar of key paths, and reading them; `spelling` writes them. Both for
     character = any character but . @ # \  /  "\" ( "." / "@" / "#" / "\" )
     number   = "0" / ( "1"-"9" *( "0"-"9" ) )
 
-The markers are defined in `spelling`. Apart from these two modules, only `paths` knows them.
+The markers are defined in `spelling`.
 
 Specification: *Key paths*.
 """

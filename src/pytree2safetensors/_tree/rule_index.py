@@ -1,4 +1,4 @@
-"""Matching of many paths or names with many rules: one regular expression for all rules.
+"""Matching of many paths or names with many rules: a regular expression stands for many rules.
 
 Specification: *Rules*.
 """

@@ -1,4 +1,4 @@
-"""Strategies for leaves: everything that a file can hold as a leaf."""
+"""Strategies for leaves: every kind that a file can hold."""
 
 import math
 import struct
