@@ -46,8 +46,8 @@ class ReplacedError(FileFormatError):
     """Another file has taken the place of one that was not open. Loads start again."""
 
 
-class UnknownHere(FileFormatError):
-    """A stored leaf that may be valid, but is unknown to the installed libraries.
+class UnreadableLeaf(FileFormatError):
+    """A stored leaf that cannot be loaded, although the others of its file can.
 
     Attributes:
         reason: The message without the name of the leaf.
@@ -56,6 +56,10 @@ class UnknownHere(FileFormatError):
     def __init__(self, message: str, reason: str = "") -> None:
         super().__init__(message)
         self.reason = reason
+
+
+class UnknownHere(UnreadableLeaf):
+    """A stored leaf that may be valid, but is unknown to the installed libraries."""
 
 
 class WeightsMismatchError(Pytree2SafetensorsError, ValueError):

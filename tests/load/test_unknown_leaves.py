@@ -1,4 +1,4 @@
-"""Leaves that the installed libraries do not know: they stop only what needs them."""
+"""Leaves that cannot be loaded: they stop only what needs them."""
 
 from pathlib import Path
 from typing import Any
@@ -91,10 +91,9 @@ def test_rules_do_not_find_their_values(path: Path) -> None:
 
 def test_a_flat_list_names_them_in_a_warning(path: Path) -> None:
     text = (
-        f"The list of {str(path)!r} lacks leaves that the installed libraries do not know: "
-        f"'@k' {KEY}, '@p' {PACKED}"
+        f"The list of {str(path)!r} lacks leaves that cannot be loaded: '@k' {KEY}, '@p' {PACKED}"
     )
-    with pytest.warns(UserWarning, match="do not know") as caught:
+    with pytest.warns(UserWarning, match="cannot be loaded") as caught:
         found = load_abstract(path, flat=True)
     assert [(str(warning.message), warning.filename) for warning in caught] == [(text, __file__)]
     assert found == {"@a": STRUCT((1,), np.float32)}
@@ -105,3 +104,30 @@ def test_a_tree_is_not_loaded_without_them(path: Path) -> None:
         with pytest.raises(FileFormatError) as caught:
             load(path)
         assert str(caught.value) == f"in {str(path)!r}, '@k' {KEY}"
+
+
+def test_keys_whose_data_have_another_shape_stop_only_what_needs_them(tmp_path: Path) -> None:
+    note = '{"leaves":{"@k":["key","threefry2x32"]},"version":1}'
+    header: dict[str, Any] = {
+        "__metadata__": {"pytree2safetensors": note},
+        "@a": tensor("F32", [1], 0, 4),
+        "@k": tensor("U32", [3], 4, 16),
+    }
+    path = tmp_path / "file"
+    path.write_bytes(file(header, np.float32(3).tobytes() + bytes(12)))
+    why = (
+        "is noted as a key of threefry2x32, whose data must end in the shape [2], and stored with the "
+        "shape [3]"
+    )
+    wanted = {"a": np.zeros(1, np.float32), "k": jax.random.key(7)}
+    found = load_into_pytree(wanted, path, strict=False)
+    assert found["a"] == np.float32([3])
+    assert found["k"] is wanted["k"]
+    assert f"but the stored leaf {why}" in explain(wanted, path)
+    with pytest.warns(UserWarning, match="cannot be loaded") as caught:
+        assert list(load_abstract(path, flat=True)) == ["@a"]
+    assert str(caught[0].message).endswith(f"'@k' {why}")
+    assert load_pytree(path, prefix="@a").tolist() == [3]
+    with pytest.raises(FileFormatError) as refused:
+        load_pytree(path)
+    assert str(refused.value) == f"in {str(path)!r}, '@k' {why}"

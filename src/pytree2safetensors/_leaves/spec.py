@@ -10,7 +10,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from pytree2safetensors._errors import FileFormatError, UnknownHere, shorten
+from pytree2safetensors._errors import UnknownHere, UnreadableLeaf, shorten
 from pytree2safetensors._format.tensor import (
     COMPLEX128,
     NOTED_DTYPES,
@@ -79,10 +79,11 @@ def spec_of(info: TensorInfo, name: str) -> LeafSpec:
             return LeafSpec(kind[0], None, ())
         data = key_shape(kind[1], name)
         if shape[len(shape) - len(data) :] != data or len(shape) < len(data):
-            raise FileFormatError(
-                f"{shorten(name)} is noted as a key of {kind[1]}, whose data must end in the shape "
-                f"{list(data)}, and stored with the shape {list(shape)}"
+            reason = (
+                f"is noted as a key of {kind[1]}, whose data must end in the shape {list(data)}, and "
+                f"stored with the shape {list(shape)}"
             )
+            raise UnreadableLeaf(f"{shorten(name)} {reason}", reason)
         return LeafSpec("key", None, shape[: len(shape) - len(data)], impl=kind[1])
     if kind in SCALARS:
         return LeafSpec(kind, None, ())  # type: ignore[arg-type] # one of the literals

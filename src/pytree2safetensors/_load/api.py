@@ -95,7 +95,7 @@ def load_abstract(
     Args:
         path: The path or URL of a file, a folder of shards or its index; or a binary file object.
         flat: Return a flat dict from the names in the file, below `prefix`, to their leaves. The names
-            do not have to form a tree. A warning names leaves that the installed libraries do not know, such as
+            do not have to form a tree. A warning names leaves that cannot be loaded, such as
             tensors of the packed dtype F4; the dict does not have them.
         prefix: As for `load_pytree`.
         separator: As for `load_pytree`.
@@ -150,7 +150,7 @@ def _built(
 def _specs(
     checkpoint: OpenCheckpoint, names: Mapping[str, str], *, skip: bool
 ) -> dict[str, LeafSpec]:
-    """Describe stored leaves. Skip, with a warning, those that this process does not know."""
+    """Describe stored leaves. Skip, with a warning, those that cannot be loaded."""
     found: dict[str, LeafSpec] = {}
     unknown: list[str] = []
     for name, stored in names.items():
@@ -161,8 +161,7 @@ def _specs(
             found[name] = spec
     if unknown:
         warn(
-            f"The list of {checkpoint.label} lacks leaves that the installed libraries do not know: "
-            f"{joined(unknown)}"
+            f"The list of {checkpoint.label} lacks leaves that cannot be loaded: {joined(unknown)}"
         )
     return found
 

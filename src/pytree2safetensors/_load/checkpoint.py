@@ -14,7 +14,7 @@ from pytree2safetensors._collector import collector_paused
 from pytree2safetensors._errors import (
     FileFormatError,
     KeyPathError,
-    UnknownHere,
+    UnreadableLeaf,
     errors_of,
     shorten,
 )
@@ -114,14 +114,14 @@ class OpenCheckpoint:
         return found
 
     def spec_or_reason(self, name: str) -> LeafSpec | str:
-        """Return the leaf with this name, or why the installed libraries do not know it."""
+        """Return the leaf with this name, or why it cannot be loaded."""
         info = self.infos[name]
         found = self._specs.get(id(info))  # equal tensors share their info
         if found is None:
             with errors_of(self.label):
                 try:
                     found = spec_of(info, name)
-                except UnknownHere as error:
+                except UnreadableLeaf as error:
                     found = error.reason
             self._specs[id(info)] = found
         return found

@@ -64,7 +64,7 @@ def stored_for(
 
 
 class Stored(Mapping[str, LeafSpec | str]):
-    """The leaves of a checkpoint under some names, or why the installed libraries do not know them.
+    """The leaves of a checkpoint under some names, or why they cannot be loaded.
 
     They are described on demand, so a leaf that is not needed cannot raise an error.
     """

@@ -148,7 +148,7 @@ def compare(
         paths: The spelled key paths of the template's leaves.
         needs: What these leaves need; None for leaves that are not data.
         available: The stored leaf under each name; None for a leaf without values, or the reason
-            why the installed libraries do not know it.
+            why it cannot be loaded.
         values: Returns the Python scalars that are stored under names, or what was given there
             instead of an array. It is called if the fit, or the reason, depends on their values.
         options: How to match.
