@@ -1,9 +1,16 @@
 """How leaves are stored: which have tensors, and which are in the note."""
 
+import io
+from typing import Any
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pytree2safetensors import load_pytree, save_pytree
 from pytree2safetensors._leaves.describe import describe
+from pytree2safetensors._leaves.jax_versions import ShapeDtypeStruct, structs_are_weak
 from pytree2safetensors._leaves.spec import LeafSpec
 
 
@@ -19,3 +26,25 @@ def test_an_int_of_64_bits_has_a_tensor_and_a_larger_one_is_in_the_note(value: i
 
 def test_an_array_is_strongly_typed_unless_something_else_is_said() -> None:
     assert not LeafSpec("array", np.dtype(np.float32), ()).weak
+
+
+@pytest.mark.skipif(not structs_are_weak(), reason="this JAX has no weak types of structs")
+@pytest.mark.parametrize("name", ["bfloat16", "float16", "float8_e4m3fn", "int8", "uint32", "int4"])
+def test_a_weak_type_that_no_python_number_has_is_not_noted(name: str) -> None:
+    dtype = jnp.dtype(name)
+    struct = ShapeDtypeStruct((), dtype, weak_type=True)
+    compiled: Any = jax.jit(lambda x: -x).lower(struct).compile()
+    weak = compiled(jnp.ones((), dtype))
+    assert weak.aval.weak_type
+    file = io.BytesIO()
+    save_pytree({"a": weak}, file)
+    file.seek(0)
+    found = load_pytree(file)["a"]
+    assert (found.dtype, found.aval.weak_type) == (dtype, False)
+    assert np.asarray(found).tobytes() == np.asarray(weak).tobytes()
+
+
+def test_a_weak_type_of_an_array_with_axes_is_not_noted() -> None:
+    weak: Any = jnp.full((3,), 0.5)
+    assert weak.aval.weak_type
+    assert describe([weak]) == describe([np.full((3,), 0.5, np.float32)])

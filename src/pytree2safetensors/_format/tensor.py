@@ -40,7 +40,7 @@ WIDTHS: Final = {  # in bits, of dtypes that do not fill their byte
 SCALARS: Final = {"int": "I64", "float": "F64", "bool": "BOOL", "complex": "F64"}
 COMPLEX128: Final = ("complex128", "weak complex128")  # stored with an axis of size 2 for the parts
 WEAK: Final = ("weak", "weak complex128")
-_WEAK_DTYPES: Final = frozenset({"BOOL", "I32", "I64", "F32", "F64", "C64"})  # JAX has no others
+WEAK_DTYPES: Final = frozenset({"BOOL", "I32", "I64", "F32", "F64", "C64"})  # of a "weak" array
 LEAF_KINDS: Final = frozenset({*SCALARS, *NOTED_DTYPES, *COMPLEX128, *WEAK, "key", "str"})
 
 
@@ -64,7 +64,7 @@ def check_kind(kind: Kind, dtype: str, shape: tuple[int, ...], name: str) -> Non
     if word in SCALARS:
         fits = dtype == SCALARS[word] and shape == ((2,) if word == "complex" else ())
     elif word == "weak":
-        fits = shape == () and dtype in _WEAK_DTYPES
+        fits = shape == () and dtype in WEAK_DTYPES
     elif word in COMPLEX128:
         fits = dtype == "F64" and (shape == (2,) if word in WEAK else shape[-1:] == (2,))
     elif word == "key":

@@ -14,7 +14,7 @@ import numpy as np
 
 from pytree2safetensors._errors import UnsupportedLeafError
 from pytree2safetensors._format.header import MAX_DIMENSIONS
-from pytree2safetensors._format.tensor import DTYPE_NAMES, NOTED_DTYPES, TensorInfo
+from pytree2safetensors._format.tensor import DTYPE_NAMES, NOTED_DTYPES, WEAK_DTYPES, TensorInfo
 from pytree2safetensors._leaves.jax_versions import REFERENCE
 from pytree2safetensors._leaves.keys import data_shape, implementation_name, is_key_dtype
 from pytree2safetensors._leaves.placement import is_concrete, is_unreduced
@@ -124,9 +124,11 @@ def _array_info(leaf: jax.Array) -> TensorInfo | None:
     if is_key_dtype(aval.dtype):
         return _describe_key(leaf)
     info = info_of(aval.dtype, aval.shape)
-    if aval.shape or not aval.weak_type or info is None or info.kind in NOTED_DTYPES:
+    if aval.shape or not aval.weak_type or info is None:
         return info
-    return info._replace(kind="weak" if info.kind is None else "weak complex128")
+    if info.kind == "complex128":
+        return info._replace(kind="weak complex128")
+    return info._replace(kind="weak") if info.kind is None and info.dtype in WEAK_DTYPES else info
 
 
 def _describe_int(leaf: int) -> TensorInfo:
