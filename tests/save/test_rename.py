@@ -331,6 +331,19 @@ def test_leaves_that_a_file_cannot_hold_are_refused_or_left_out(path: Path) -> N
         save_pytree({"w": STRUCT}, path, rename=rename, unsupported="skip")
 
 
+@pytest.mark.parametrize("unsupported", ["raise", "skip"])
+def test_a_rule_leaves_out_arrays_without_values(path: Path, unsupported: Any) -> None:
+    deleted = jnp.zeros(4)
+    deleted.delete()
+    tree = {"deleted": deleted, "struct": STRUCT, "w": KERNEL}
+    rename = [Rule(None, "deleted"), Rule(None, "struct"), Rule("{=}", "{=}")]
+    assert_same(saved(tree, rename, path, unsupported=unsupported), {"@w": KERNEL})
+    with pytest.raises(UnsupportedLeafError, match="'@deleted' was deleted or donated"):
+        save_pytree(tree, path, rename=rename[1:], unsupported=unsupported)
+    with pytest.raises(UnsupportedLeafError, match="'@struct'"):
+        save_pytree(tree, path, rename=[rename[0], rename[2]], unsupported=unsupported)
+
+
 def test_a_flat_dict_may_be_made_under_a_trace() -> None:
     @jax.jit
     def traced(tree: Any) -> Any:

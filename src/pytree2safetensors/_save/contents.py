@@ -79,13 +79,17 @@ def _collect_renamed(
     infos = describe(flat.leaves)
     found = [*zip(flat.names, flat.leaves, infos, strict=True)]
     if unsupported == "skip":
-        _check_unfit([(name, leaf) for name, leaf, info in found if info is None], skip=True)
-        found = [item for item in found if item[2] is not None]
+        found = [item for item in found if item[2] is not None or _loses_data(item[1])]
     placed, unfit = place(rename, found)
     if unfit:
         _check_unfit(unfit, skip=False)
     tensors, leaves = tensors_of(placed)
     return Contents(tensors, leaves, {"format": "flax", **metadata})
+
+
+def _loses_data(leaf: Any) -> bool:
+    """Return whether skipping a leaf that a file cannot hold would lose data."""
+    return is_deleted(leaf) or is_sum(leaf) or is_valueless(leaf) or holds_array(leaf)
 
 
 def _check_unfit(unfit: list[tuple[str, Any]], *, skip: bool) -> None:
