@@ -7,6 +7,7 @@ import stat
 import struct
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -204,9 +205,18 @@ def test_hard_links_part_ways(tmp_path: Path) -> None:
     path, other = tmp_path / "model", tmp_path / "other"
     save_pytree(version(1), path)
     os.link(path, other)
+    with suppress(AttributeError, OSError):  # other systems have no extended attributes
+        os.setxattr(path, "user.note", b"old")
+    before = attributes_of(path)
     save_pytree(version(2), path)
     assert_holds(path, 2)
     assert_holds(other, 1)
+    assert (attributes_of(path), attributes_of(other)) == ([], before)
+
+
+def attributes_of(path: Path) -> list[str]:
+    found = os.listxattr(path) if hasattr(os, "listxattr") else []
+    return [name for name in found if name.startswith("user.")]
 
 
 @posix

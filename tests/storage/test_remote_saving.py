@@ -182,6 +182,13 @@ def test_the_old_index_goes_first_and_the_new_one_comes_last(store: type[ObjectS
     ]
 
 
+def test_a_save_of_one_object_does_not_look_for_shards(store: type[ObjectStore]) -> None:
+    save_pytree(tree_of(1), "objects://bucket/run", max_shard_size=100)
+    store.steps.clear()
+    save_pytree(tree_of(2), "objects://bucket/run/model.safetensors")
+    assert store.steps == ["begin bucket/run/model.safetensors"]  # nothing is removed
+
+
 @pytest.mark.parametrize("existing", [True, False])
 @pytest.mark.parametrize("error", [Full, KeyboardInterrupt])
 def test_a_store_that_fails_after_any_number_of_bytes_keeps_the_old_object(

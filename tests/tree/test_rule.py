@@ -145,6 +145,7 @@ NAMES = [
     (Rule("h.{l+3}.q", "layers.{l}.q"), "layers#1.q", "h.4.q"),
     (Rule("h.{l+3}.q", "layers#{l}.q"), "layers#1.q", "h.4.q"),
     (Rule("h.{2*l+1}.q", "layers#{l}.q"), "layers#4.q", "h.9.q"),
+    (Rule("h.{ 2*l + 1 }.q", "layers#{ l }.q"), "layers#4.q", "h.9.q"),
     (Rule("h.{7}.q", "q"), "q", "h.7.q"),
     (Rule("{p:key,query}.w", "{p:k,q}.w"), "@q@w", "query.w"),
     (Rule("{p}.w", "{p:k,q}.w"), "@q@w", "q.w"),
