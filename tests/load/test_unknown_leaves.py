@@ -121,7 +121,7 @@ def test_keys_whose_data_have_another_shape_stop_only_what_needs_them(tmp_path: 
     )
     wanted = {"a": np.zeros(1, np.float32), "k": jax.random.key(7)}
     found = load_into_pytree(wanted, path, strict=False)
-    assert found["a"] == np.float32([3])
+    assert np.asarray(found["a"]).tolist() == [3]
     assert found["k"] is wanted["k"]
     assert f"but the stored leaf {why}" in explain(wanted, path)
     with pytest.warns(UserWarning, match="cannot be loaded") as caught:
