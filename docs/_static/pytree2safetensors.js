@@ -614,7 +614,6 @@ class Trie {
   add(name, leaf) {
     let place = this.root;
     const segments = splitKeyPath(name);
-    if (segments.length > MAX_DEPTH) throw new TreeStructureError(`${show(name)} is nested too deep`);
     for (const segment of segments) {
       if (!this.keys.has(segment)) this.keys.set(segment, readSegment(segment));
     }
@@ -660,7 +659,11 @@ class Trie {
   /** Build the tree. */
   build() {
     const places = [this.root]; // parents before children
-    for (const place of places) for (const child of place.children.values()) places.push(child);
+    for (const place of places) {
+      place.depth = place.parent ? place.parent.depth + 1 : 0;
+      if (place.depth > MAX_DEPTH) throw new TreeStructureError(`${show(this.name(place))} is nested too deep`);
+      for (const child of place.children.values()) places.push(child);
+    }
     this.gaps = 0;
     for (const place of places.reverse()) {
       if (place.leaf !== undefined && place.children.size) {
