@@ -25,7 +25,7 @@ DTYPES: list[Any] = [
     np.complex64,
     np.int8,
 ]
-# JAX has arrays of int1, if any, but not all programs for them; of int4, only since JAX 0.4.36.
+# JAX has arrays of int1, if any, but not all programs for them; of int4, only since JAX 0.5.
 NARROW: list[Any] = [ml_dtypes.int4, *([ml_dtypes.int1] if hasattr(jnp, "int1") else [])]
 
 
@@ -189,6 +189,7 @@ def test_saves_by_rules_keep_all_bits(tmp_path: Path, dtype: Any) -> None:
         assert_bits(found[str(n)], np.ascontiguousarray(part.T))
 
 
+@pytest.mark.filterwarnings("ignore:jax.sharding.PositionalSharding is deprecated")
 def test_placing_in_a_positional_sharding() -> None:
     positional: Any = getattr(jax.sharding, "PositionalSharding", None)
     if positional is None:

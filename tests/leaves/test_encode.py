@@ -102,7 +102,7 @@ def test_an_array_in_another_layout_is_saved_while_transfers_are_guarded(
     tmp_path: Path, dtype: str, size: int
 ) -> None:
     layouts = pytest.importorskip("jax.experimental.layout")
-    if not hasattr(layouts, "Format"):
+    if getattr(layouts, "Format", None) in {None, layouts.Layout}:
         pytest.skip("this JAX gives layouts other names")
     array = jnp.arange(size).reshape(2, -1).astype(dtype)
     form = layouts.Format(layouts.Layout(major_to_minor=(1, 0)), array.sharding)

@@ -20,7 +20,7 @@ _VERSION: Final[Any] = jax.__version_info__
 REFERENCE: Final[Any] = getattr(jax, "Ref", ())
 # JAX has arrays of these dtypes, but some of its programs for them fail, or end the process.
 WITHOUT_PROGRAMS: Final = frozenset({"int1", "uint1", "float6_e2m3fn", "float6_e3m2fn"}) | (
-    {"int4", "uint4"} if _VERSION < (0, 4, 36) else set()
+    {"int4", "uint4"} if _VERSION < (0, 5) else set()
 )
 
 
