@@ -47,15 +47,14 @@ class ReplacedError(FileFormatError):
 
 
 class UnreadableLeaf(FileFormatError):
-    """A stored leaf that cannot be loaded, although the others of its file can.
+    """A stored leaf that cannot be loaded, although the others of its file can."""
 
-    Attributes:
-        reason: The message without the name of the leaf.
-    """
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(name, reason)
+        self.name, self.reason = name, reason
 
-    def __init__(self, message: str, reason: str = "") -> None:
-        super().__init__(message)
-        self.reason = reason
+    def __str__(self) -> str:
+        return f"{shorten(self.name)} {self.reason}"
 
 
 class UnknownHere(UnreadableLeaf):

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Final
+from typing import Final
 
 from pytree2safetensors._cli.answer import Answer
 from pytree2safetensors._cli.fitting import fitting, named_object
@@ -42,10 +42,9 @@ def _print_answer(ask: Callable[[], Answer], as_json: bool, between: str | None)
     """Print one answer, and before it a line that separates it from the previous one."""
     try:
         answer = ask()
-        found: Any = answer.content() if as_json else [*answer.lines()]
+        lines = [json.dumps(answer.content(), allow_nan=False)] if as_json else [*answer.lines()]
     except (OSError, ValueError, Pytree2SafetensorsError) as error:  # ValueError: for URLs
         return _failed(error)
-    lines = [json.dumps(found, allow_nan=False)] if as_json else found
     try:
         write(lines if as_json or between is None else (between, *lines))
     except OSError as error:  # such as a full disk

@@ -14,6 +14,7 @@ from pytree2safetensors._types import Kind
 
 VERSION: Final = 1
 NOTE: Final = "pytree2safetensors"  # the metadata entry
+FORMAT: Final = {"format": "flax"}  # the metadata of every file that this package writes
 _NODE_KINDS: Final = frozenset(
     {"tuple", "None", "dict", "list", "PyTreeContainer", "UnkeyedContainer"}
 )

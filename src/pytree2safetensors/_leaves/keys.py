@@ -39,7 +39,7 @@ def key_shape(impl: str, name: str) -> tuple[int, ...]:
             f"is a key of the PRNG implementation {shorten(impl)}, which this process does not know; "
             "register it, or install a newer JAX"
         )
-        raise UnknownHere(f"{shorten(name)} {reason}", reason) from None
+        raise UnknownHere(name, reason) from None
 
 
 @lru_cache(maxsize=16)

@@ -10,7 +10,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from pytree2safetensors._errors import UnknownHere, UnreadableLeaf, shorten
+from pytree2safetensors._errors import UnknownHere, UnreadableLeaf
 from pytree2safetensors._format.tensor import (
     COMPLEX128,
     NOTED_DTYPES,
@@ -48,7 +48,7 @@ def numpy_dtype(info: TensorInfo, name: str) -> np.dtype[Any]:
     """Return the NumPy dtype of the values of a tensor."""
     found = _numpy_dtype(info.dtype, info.kind if isinstance(info.kind, str) else None)
     if isinstance(found, str):
-        raise UnknownHere(f"{shorten(name)} {found}", found)
+        raise UnknownHere(name, found)
     return found
 
 
@@ -83,7 +83,7 @@ def spec_of(info: TensorInfo, name: str) -> LeafSpec:
                 f"is noted as a key of {kind[1]}, whose data must end in the shape {list(data)}, and "
                 f"stored with the shape {list(shape)}"
             )
-            raise UnreadableLeaf(f"{shorten(name)} {reason}", reason)
+            raise UnreadableLeaf(name, reason)
         return LeafSpec("key", None, shape[: len(shape) - len(data)], impl=kind[1])
     if kind in SCALARS:
         return LeafSpec(kind, None, ())  # type: ignore[arg-type] # one of the literals

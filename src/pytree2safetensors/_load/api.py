@@ -8,6 +8,7 @@ import jax
 from pytree2safetensors._arguments import checked
 from pytree2safetensors._collector import collector_paused
 from pytree2safetensors._errors import joined, shorten
+from pytree2safetensors._format.note import FORMAT
 from pytree2safetensors._leaves.spec import ARRAYS, LeafSpec, abstract
 from pytree2safetensors._load.checkpoint import OpenCheckpoint
 from pytree2safetensors._load.opening import again_if_replaced, open_checkpoint
@@ -70,7 +71,7 @@ def load_pytree(
     """
     with open_checkpoint(path, mmap) as checkpoint:
         names = names_below(checkpoint, prefix, separator=separator)
-        if separator or checkpoint.metadata.get("format") != "flax":
+        if separator or not FORMAT.items() <= checkpoint.metadata.items():
             # Another program wrote it: its names may not form a tree. Fail before reading the data.
             _built(checkpoint, dict.fromkeys(names, 0), prefix, separator)
         report = reporter(progress, "loading", jax.process_index)
@@ -206,6 +207,4 @@ def load_metadata(path: PathLike | Readable) -> dict[str, str]:
     """
     with collector_paused(), open_checkpoint(path) as checkpoint:
         own = checkpoint.own_metadata()
-        if own.get("format") == "flax":  # what save_pytree writes where the caller says nothing
-            del own["format"]
-        return own
+        return {key: own[key] for key in own if FORMAT.get(key) != own[key]}

@@ -41,7 +41,7 @@ def data_chunks(
 
 
 def _groups(infos: Sequence[TensorInfo], leaves: Sequence[Any]) -> Iterator[tuple[int, int, bool]]:
-    """Yield the start and the stop of small tensors to join, and of each other one; and which it is."""
+    """Yield the start and the stop of each group, and whether its tensors are small, to be joined."""
     first = size = 0
     for position, (info, leaf) in enumerate(zip(infos, leaves, strict=True)):
         if info.nbytes < _SMALL and type(leaf) is not Assembled:

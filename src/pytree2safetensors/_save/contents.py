@@ -13,7 +13,7 @@ import numpy as np
 from pytree2safetensors._errors import UnsupportedLeafError, listed, plural, shorten
 from pytree2safetensors._format.header import MAX_DIMENSIONS
 from pytree2safetensors._format.layout import check_metadata
-from pytree2safetensors._format.note import NOTE, Note, write_note
+from pytree2safetensors._format.note import FORMAT, NOTE, Note, write_note
 from pytree2safetensors._format.tensor import TensorInfo
 from pytree2safetensors._leaves.describe import (
     PYTHON_SCALARS,
@@ -66,7 +66,7 @@ def collect(
     if flat.kinds.get("") == "dict":
         del flat.kinds[""]  # a file without names and note is an empty dict
     note = write_note(Note(flat.kinds, kinds))
-    whole = {"format": "flax", **metadata}
+    whole = {**FORMAT, **metadata}
     if note is not None:
         whole[NOTE] = note
     return Contents(infos, leaves, whole)
@@ -84,7 +84,7 @@ def _collect_renamed(
     if unfit:
         _check_unfit(unfit, skip=False)
     tensors, leaves = tensors_of(placed)
-    return Contents(tensors, leaves, {"format": "flax", **metadata})
+    return Contents(tensors, leaves, {**FORMAT, **metadata})
 
 
 def _loses_data(leaf: Any) -> bool:
@@ -106,8 +106,7 @@ def _check_unfit(unfit: list[tuple[str, Any]], *, skip: bool) -> None:
             f"the array at {shorten(unreduced)} is unreduced: its values are sums over its shards; "
             "reduce it first, for example with jax.reshard"
         )
-    # Skipping an array without values would lose data.
-    valueless = any(is_valueless(leaf) or holds_array(leaf) for _, leaf in unfit)
+    valueless = any(_loses_data(leaf) for _, leaf in unfit)
     if valueless or not skip:
         raise UnsupportedLeafError(_unfit_message(unfit, valueless))
 
@@ -121,8 +120,8 @@ def _unfit_message(unfit: list[tuple[str, Any]], valueless: bool) -> str:
         found = f"{_type_name(leaf)}{_hint(leaf)}"
         return f"the tree is a single leaf, which cannot be stored: {found}.{register}"
     remedy = (
-        "Only concrete arrays can be saved: call this outside of jit, grad and vmap, and save the array that a Ref or "
-        "another object holds."
+        "Only concrete arrays can be saved: call this outside of jit, grad and vmap, and save the "
+        "array that a Ref or another object holds."
         if valueless
         else 'Save with unsupported="skip" to leave them out; load_into_pytree then keeps those of '
         f"its template.{register}"

@@ -21,6 +21,7 @@ from pytree2safetensors._format.index import (
     write_index,
 )
 from pytree2safetensors._format.layout import MAX_SHARD_HEADER, lay_out
+from pytree2safetensors._format.note import FORMAT
 from pytree2safetensors._format.tensor import TensorInfo
 from pytree2safetensors._save.contents import Contents
 
@@ -97,7 +98,7 @@ def plan_folder(contents: Contents, stem: str, limit: int, *, checksum: bool) ->
             f"the metadata may not set {TOTAL_SIZE!r}, which the index of shards sets itself; "
             "choose another name"
         )
-    own = {key: metadata[key] for key in metadata if key == "format"}  # of each shard
+    own = {key: metadata[key] for key in metadata if key in FORMAT}  # of each shard
     shards = into_shards(infos, limit, own)
     if len(shards) <= 1:
         return plan_file(contents, checksum=checksum, name=stem + SUFFIX)
