@@ -143,6 +143,15 @@ def test_a_release_with_a_contradiction_is_refused(
         release_notes(tag, version, changelog)
 
 
+def test_the_readme_on_a_package_index_installs_from_there() -> None:
+    text = (ROOT / "README.md").read_text("utf-8")
+    readme = pyproject()["tool"]["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]
+    for change in readme["substitutions"]:
+        text = re.sub(change["pattern"], change["replacement"], text)
+    assert "\n```sh\npip install pytree2safetensors\n```\n" in text
+    assert "PyPI" not in text
+
+
 def test_this_python_is_supported() -> None:
     assert f"py3{sys.version_info.minor}" in label("python")
 
