@@ -41,12 +41,7 @@ def is_same(tree: Any, found: Any) -> bool:
     return True
 
 
-def outcome(folder: Path) -> str:
-    """What a reader finds."""
-    return outcome_of(folder)
-
-
-def outcome_of(folder: Any, *, waits: bool = False) -> str:
+def outcome(folder: Any, *, waits: bool = False) -> str:
     """What a reader finds, here or in a store, if it waits for a save or does not."""
     try:
         with nullcontext() if waits else mock.patch.object(opening, "without_savers", nullcontext):

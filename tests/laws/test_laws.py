@@ -145,8 +145,8 @@ def dictionaries(draw: Any) -> dict[str, Any]:
         paths = keypaths(keys().filter(makes_no_long_list), max_size=3)
         names = [*found, *draw(st.lists(paths.map(keypath2string), max_size=2))]
         other = draw(st.sampled_from(["", "@a", ".", "#0", "#1", "#\\(0)", "#\\(1)", "@\\(1)"]))
-        strip_prefix = draw(st.sampled_from([*names, ""]))
-        found[strip_prefix + other] = object()
+        prefix = draw(st.sampled_from([*names, ""]))
+        found[prefix + other] = object()
     return dict(draw(st.permutations([*found.items()])))
 
 

@@ -22,7 +22,7 @@ from pytree2safetensors._leaves.jax_versions import pinned_sharding
         "float8_e4m3fn", "float8_e5m2", "float8_e4m3b11fnuz",
     ],
 )  # fmt: skip
-def test_dtypes(
+def test_every_dtype_loads_in_every_sharding(
     tmp_path: Path, mesh: Mesh, monkeypatch: pytest.MonkeyPatch, dtype: str, route: str
 ) -> None:
     take_route(route, monkeypatch)
@@ -76,7 +76,7 @@ def test_what_jax_cannot_hold_is_a_numpy_array(tmp_path: Path, mesh: Mesh, dtype
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
 @pytest.mark.parametrize("shape", [(), (8,), (4, 8), (0, 4)])
-def test_keys(
+def test_keys_load_in_every_sharding(
     tmp_path: Path,
     mesh: Mesh,
     monkeypatch: pytest.MonkeyPatch,
@@ -119,7 +119,7 @@ def test_arrays_without_dimensions_or_elements(
 
 
 @pytest.mark.parametrize("route", ROUTES)
-def test_weak_types(
+def test_a_weak_type_stays_on_several_devices(
     tmp_path: Path, mesh: Mesh, monkeypatch: pytest.MonkeyPatch, route: str
 ) -> None:
     take_route(route, monkeypatch)
@@ -144,7 +144,7 @@ def test_python_scalars_go_into_sharded_arrays(tmp_path: Path, mesh: Mesh) -> No
 
 @pytest.mark.parametrize("mmap", [False, True])
 @pytest.mark.parametrize("route", ROUTES)
-def test_cast(
+def test_values_are_cast_in_every_sharding(
     tmp_path: Path, mesh: Mesh, monkeypatch: pytest.MonkeyPatch, route: str, mmap: bool
 ) -> None:
     take_route(route, monkeypatch)

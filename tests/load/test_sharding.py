@@ -155,7 +155,7 @@ def test_files_of_other_writers_are_not_aligned(
 
 
 @pytest.mark.parametrize("mmap", [False, True])
-def test_folders_of_shards(
+def test_folders_of_shards_load_in_every_sharding(
     tmp_path: Path, mesh: Mesh, monkeypatch: pytest.MonkeyPatch, mmap: bool
 ) -> None:
     take_route("bands", monkeypatch)
@@ -175,7 +175,9 @@ def test_folders_of_shards(
 
 
 @pytest.mark.parametrize("route", ROUTES)
-def test_single_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, route: str) -> None:
+def test_arrays_load_onto_single_devices(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, route: str
+) -> None:
     take_route(route, monkeypatch)
     values = values_of((8, 16))
     p2s.save_pytree([values], tmp_path / "file")
@@ -187,7 +189,9 @@ def test_single_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, route: 
 
 @pytest.mark.skipif(jax.__version_info__ >= (0, 7), reason="this JAX has no PositionalSharding")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # JAX is about to remove it
-def test_positional_shardings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arrays_load_in_positional_shardings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     take_route("bands", monkeypatch)
     values = values_of((8, 16))
     p2s.save_pytree([values], tmp_path / "file")
@@ -199,7 +203,9 @@ def test_positional_shardings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # pmap is on its way out
 @pytest.mark.parametrize("route", ROUTES)
-def test_what_pmap_returns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, route: str) -> None:
+def test_arrays_load_in_the_shardings_of_pmap(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, route: str
+) -> None:
     values = np.arange(24, dtype=np.float32).reshape(8, 3)
     template = jax.pmap(lambda row: row * 2)(values)
     take_route(route, monkeypatch)
@@ -211,7 +217,7 @@ def test_what_pmap_returns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rout
 
 
 @pytest.mark.parametrize("route", ROUTES)
-def test_memory_kinds(
+def test_arrays_load_into_every_kind_of_memory(
     tmp_path: Path, mesh: Mesh, monkeypatch: pytest.MonkeyPatch, route: str
 ) -> None:
     take_route(route, monkeypatch)

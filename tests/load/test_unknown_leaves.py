@@ -46,7 +46,7 @@ def template() -> dict[str, Any]:
     return {"a": np.zeros(1, np.float32), "k": jax.random.key(7), "p": np.zeros(2, np.float32)}
 
 
-def test_they_are_mismatched(path: Path) -> None:
+def test_unknown_leaves_are_mismatched(path: Path) -> None:
     with pytest.raises(WeightsMismatchError, match="0 missing, 0 unexpected, 2 mismatched") as got:
         load_into_pytree(template(), path)
     assert got.value.mismatched == (
@@ -67,7 +67,7 @@ def test_an_abstract_leaf_has_no_value_to_keep(path: Path) -> None:
         load_into_pytree({**template(), "p": STRUCT((2,), np.float32)}, path, strict=False)
 
 
-def test_they_are_explained(path: Path) -> None:
+def test_unknown_leaves_are_explained(path: Path) -> None:
     assert explain(template(), path).splitlines() == [
         f"{str(path)!r}: 1 of 3 leaves fit",
         "  fits     '@a' = 'a'  float32[1]           '@a' float32[1]",

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.experimental
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -30,6 +29,7 @@ from pytree2safetensors import (
     set_weights,
 )
 from pytree2safetensors._leaves import spec
+from pytree2safetensors._leaves.jax_versions import enable_x64
 from pytree2safetensors._load import complaints
 
 COUNT = 1 << 18
@@ -487,11 +487,6 @@ def test_a_prefix_that_is_not_there_gets_the_nearest(tmp_path: Path) -> None:
 def test_the_nearest_names_are_looked_for_among_so_many_characters() -> None:
     names = ["a" * 30_000, "b" * 10_000, "c"]
     assert complaints._up_to(40_000, names) == names[:2]
-
-
-def enable_x64(enabled: bool) -> Any:
-    experimental: Any = jax.experimental
-    return (jax if hasattr(jax, "enable_x64") else experimental).enable_x64(enabled)
 
 
 def test_a_function_that_renames_gives_whole_names_also_below_a_prefix(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The README's first command does what it says."""
+"""The example that the README tells to run does what it says."""
 
 import os
 import subprocess

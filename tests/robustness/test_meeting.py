@@ -100,7 +100,9 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
         ([Words(1, "", FULL), Words(1, "", BUG)], Verdict(1, None, (0, FULL), None, "", 0)),
     ],
 )
-def test_decide(said: list[Words], expected: Verdict) -> None:
+def test_a_verdict_follows_from_the_words_of_all_processes(
+    said: list[Words], expected: Verdict
+) -> None:
     assert decide(said) == expected
 
 
@@ -113,7 +115,7 @@ def test_decide(said: list[Words], expected: Verdict) -> None:
         (Verdict(2, None, None, 1, "", 0), "explain"),
     ],
 )
-def test_judge(verdict: Verdict, answer: str) -> None:
+def test_a_verdict_says_what_a_process_does(verdict: Verdict, answer: str) -> None:
     assert judge(verdict, 2) == answer
 
 

@@ -40,7 +40,9 @@ def test_two_processes_that_do_the_same(kind: type[Model], folder: bool, checksu
     ],
 )
 @pytest.mark.parametrize("kind", [Model, Background])
-def test_two_processes_that_differ(kind: type[Model], scripts: list[list[Save]]) -> None:
+def test_two_processes_that_differ_keep_the_protocol(
+    kind: type[Model], scripts: list[list[Save]]
+) -> None:
     _, problem, way = explore(kind(scripts, 1))
     assert problem is None, way
 
@@ -54,7 +56,7 @@ def test_saves_in_the_foreground_after_those_in_the_background(number: int) -> N
     assert problem is None, way
 
 
-def test_three_processes() -> None:
+def test_three_processes_keep_the_protocol() -> None:
     _, problem, way = explore(Model([TWO] * 3, int(THOROUGH)))
     assert problem is None, way
 

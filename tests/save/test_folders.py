@@ -177,7 +177,7 @@ def test_a_file_gives_the_stem(tmp_path: Path, limit: int | str, ending: str) ->
     assert is_same(tree_of(1), load_pytree(tmp_path / "ckpt/policy.safetensors"))
 
 
-def test_relative_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_may_have_relative_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     save_pytree(tree_of(1), "policy.safetensors", max_shard_size=100)
     assert names_in(tmp_path) == [*shard_names(3, "policy"), "policy.safetensors.index.json"]

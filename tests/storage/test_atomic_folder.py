@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import system_calls
-from folders import INDEX, names_in, outcome, outcome_of, shard_names, tree_of
+from folders import INDEX, names_in, outcome, shard_names, tree_of
 from pytree2safetensors import save_pytree
 from pytree2safetensors._storage.folder import Folder
 from system_calls import FAULTS, Call, Fault, failing
@@ -327,7 +327,7 @@ def test_a_reader_beside_a_saver_never_finds_a_mixture(waits: bool, tmp_path: Pa
     with ThreadPoolExecutor(1) as pool:
         saved = pool.submit(save)
         while not saved.done():
-            found.add(outcome_of(tmp_path, waits=waits))
+            found.add(outcome(tmp_path, waits=waits))
         saved.result()
     assert found <= {"old", "new", "cut short"} - ({"cut short"} if waits else set())
     assert outcome(tmp_path) == "old"

@@ -85,7 +85,7 @@ def test_one_leaf_takes_three_requests(calls: Counter[str]) -> None:
 
 
 @pytest.mark.parametrize("checksum", [False, True])
-def test_folders(calls: Counter[str], checksum: bool) -> None:
+def test_a_later_folder_replaces_an_earlier_one(calls: Counter[str], checksum: bool) -> None:
     fs = s3fs.S3FileSystem()
     limits: list[int | str] = [100, 40, "5GB", 100, 100]
     for seed, limit in enumerate(limits):

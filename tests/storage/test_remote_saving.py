@@ -12,7 +12,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 from upath import UPath
 
-from folders import INDEX, is_same, outcome_of, shard_names, tree_of
+from folders import INDEX, is_same, outcome, shard_names, tree_of
 from oracle import assert_same
 from pytree2safetensors import (
     FileFormatError,
@@ -245,7 +245,7 @@ def test_a_folder_is_old_or_new_or_cut_short(
             save_pytree(tree_of(2), url, max_shard_size=after)
         except OSError:
             store.budget = 1 << 60
-            return outcome_of(url)
+            return outcome(url)
         return "saved"
 
     assert attempt(1 << 60) == "saved"
@@ -256,7 +256,7 @@ def test_a_folder_is_old_or_new_or_cut_short(
     assert seen <= {"old", "new", "cut short", "nothing"}
     assert ("old" if before else "nothing") in seen
     assert attempt(cost) == "saved"
-    assert outcome_of(url) == "new"
+    assert outcome(url) == "new"
 
 
 def test_nothing_is_uploaded_after_a_failure(store: type[ObjectStore]) -> None:

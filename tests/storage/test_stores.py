@@ -50,7 +50,7 @@ def test_a_tree_goes_to_a_store_and_back(url: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("checksum", [False, True])
-def test_folders(url: str, checksum: bool) -> None:
+def test_a_later_folder_replaces_an_earlier_one(url: str, checksum: bool) -> None:
     limits: list[int | str] = [100, 40, "5GB", 100, 100]
     for seed, limit in enumerate(limits):
         save_pytree(tree_of(seed), f"{url}/run", max_shard_size=limit, checksum=checksum)

@@ -44,7 +44,7 @@ def container() -> PyTreeContainer:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_any_name_works(name: str) -> None:
+def test_an_attribute_may_have_any_name(name: str) -> None:
     container = PyTreeContainer({name: 1, "other": 2})
     assert container[name] == 1
     assert name in container
@@ -195,7 +195,7 @@ def test_the_treedef_knows_no_dtypes(container: PyTreeContainer) -> None:
     assert narrow.weight.dtype == jnp.bfloat16
 
 
-def test_jit(container: PyTreeContainer) -> None:
+def test_jit_traces_containers_of_the_same_names_once(container: PyTreeContainer) -> None:
     traces = []
 
     @jax.jit
@@ -211,12 +211,12 @@ def test_jit(container: PyTreeContainer) -> None:
     assert "PyTreeContainer" in repr(traces[0])
 
 
-def test_grad(container: PyTreeContainer) -> None:
+def test_grad_returns_a_container(container: PyTreeContainer) -> None:
     found = jax.grad(lambda tree: (tree.weight * 3).sum() + tree.bias.sum())(container)
     assert_same(found, PyTreeContainer({"weight": jnp.full((2, 3), 3.0), "bias": jnp.ones(3)}))
 
 
-def test_vmap(container: PyTreeContainer) -> None:
+def test_vmap_takes_a_container_of_axes(container: PyTreeContainer) -> None:
     axes = PyTreeContainer({"weight": 0, "bias": None})
     found = jax.vmap(lambda tree: tree.weight + tree.bias, in_axes=(axes,))(container)
     assert_same(found, container.weight + container.bias)
@@ -241,7 +241,7 @@ def test_leaves_of_any_kind() -> None:
     assert marked.c[0] is None
 
 
-def test_unkeyed_containers() -> None:
+def test_an_unkeyed_container_is_a_sequence_and_a_node() -> None:
     container = UnkeyedContainer(iter([1, [2, 3]]))
     assert (len(container), container[0], [*container]) == (2, 1, [1, [2, 3]])
     assert container.children == (1, [2, 3])
@@ -267,12 +267,14 @@ COPIES: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("make", COPIES.values(), ids=COPIES.keys())
 @given(tree=pytrees(st.integers(), nodes=(PyTreeContainer, UnkeyedContainer, list)))
-def test_copies_and_pickles(make: Callable[[Any], Any], tree: Any) -> None:
+def test_copies_and_pickles_are_the_same(make: Callable[[Any], Any], tree: Any) -> None:
     assert_same(make(tree), tree)
 
 
 @pytest.mark.parametrize("make", COPIES.values(), ids=COPIES.keys())
-def test_copies_of_arrays(make: Callable[[Any], Any], container: PyTreeContainer) -> None:
+def test_copies_are_other_containers(
+    make: Callable[[Any], Any], container: PyTreeContainer
+) -> None:
     found = make(container)
     assert_same(found, container)
     assert found is not container
@@ -341,7 +343,7 @@ def test_the_classes_report_the_package() -> None:
     assert repr(UnkeyedContainer) == "<class 'pytree2safetensors.UnkeyedContainer'>"
 
 
-def test_what_jax_prints(container: PyTreeContainer) -> None:
+def test_jax_prints_the_type_and_the_names(container: PyTreeContainer) -> None:
     assert "PyTreeContainer" in str(jax.tree_util.tree_structure(container))
     pairs, _ = jax.tree_util.tree_flatten_with_path(container)
     assert [jax.tree_util.keystr(path) for path, _ in pairs] == [".bias", ".weight"]

@@ -122,7 +122,7 @@ REJECTED = [
 
 
 @pytest.mark.parametrize("case", CASES["accepted"], ids=lambda case: ascii(case["string"]))
-def test_accepted_both_ways(case: dict[str, Any]) -> None:
+def test_accepted_key_paths_are_spelled_and_read(case: dict[str, Any]) -> None:
     path = tuple(READERS[kind](value) for kind, value in case["path"])
     assert keypath2string(path) == case["string"]
     found = string2keypath(case["string"])
@@ -137,7 +137,9 @@ def test_every_rejected_case_is_in_the_table() -> None:
 @pytest.mark.parametrize(
     ("string", "position", "reason", "canonical"), REJECTED, ids=lambda value: ascii(value)[:40]
 )
-def test_rejected(string: str, position: int, reason: str, canonical: str | None) -> None:
+def test_a_rejected_string_gets_a_position_a_reason_and_a_correction(
+    string: str, position: int, reason: str, canonical: str | None
+) -> None:
     with pytest.raises(KeyPathError) as caught:
         string2keypath(string)
     message = str(caught.value)
@@ -241,12 +243,12 @@ def test_a_key_that_has_no_spelling(key: Any, reason: str) -> None:
 
 
 @pytest.mark.parametrize("kind", [SequenceKey, FlattenedIndexKey])
-def test_the_largest_index(kind: Any) -> None:
+def test_the_largest_index_is_spelled_and_read(kind: Any) -> None:
     path = (kind(2**31 - 1),)
     assert string2keypath(keypath2string(path)) == path
 
 
-def test_the_longest_and_deepest_dict_keys() -> None:
+def test_the_longest_and_deepest_dict_keys_are_spelled_and_read() -> None:
     for value in (10**4300 - 1, 1 - 10**4300, nested(64), -sys.float_info.max, 5e-324):
         key: Any
         (key,) = string2keypath(keypath2string((item_key(value),)))
@@ -387,7 +389,7 @@ def test_a_hostile_string_of_a_megabyte(string: str) -> None:
         assert keypath2string(path[-10_000:]) == string[-some:]
 
 
-def test_paths_that_jax_gives() -> None:
+def test_key_paths_that_jax_makes_are_spelled() -> None:
     tree = {"a.b": [1, (2, None)], "c": {3: 4, 5: 6}}
     pairs, _ = jax.tree_util.tree_flatten_with_path(tree)
     spelled = [keypath2string(path) for path, _ in pairs]

@@ -55,7 +55,7 @@ def deep(depth: int, tree: Any = 1) -> Any:
 
 
 @pytest.mark.parametrize("depth", [100, 199, 200, 201, 500])
-def test_deep_trees(depth: int) -> None:
+def test_deep_trees_become_flat_dicts_and_come_back(depth: int) -> None:
     tree = deep(depth)
     assert pytree2dict(tree) == {"#0" * depth: 1}
     assert dict2pytree({"#0" * depth: 1}) == tree
@@ -184,7 +184,7 @@ def cycles() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", cycles())
-def test_cyclic_trees(name: str) -> None:
+def test_cyclic_trees_are_refused(name: str) -> None:
     with pytest.raises(TreeStructureError, match="is cyclic, or nested deeper than JAX can"):
         pytree2dict(cycles()[name])
     assert pytree2dict([1]) == {"#0": 1}
@@ -335,7 +335,7 @@ def test_names_are_those_of_jax(tree: Any) -> None:
     assert [*pytree2dict(tree).values()] == [leaf for _, leaf in pairs]
 
 
-def test_many_leaves() -> None:
+def test_trees_of_many_leaves_come_back() -> None:
     tree = {f"layer{number}": {"w": number, "b": [number, number]} for number in range(10_000)}
     found = pytree2dict(tree)
     assert len(found) == 30_000

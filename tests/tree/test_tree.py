@@ -54,7 +54,7 @@ TREES: dict[str, tuple[Any, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize(("tree", "dictionary"), TREES.values(), ids=TREES.keys())
-def test_both_ways(tree: Any, dictionary: dict[str, Any]) -> None:
+def test_trees_and_flat_dicts_correspond(tree: Any, dictionary: dict[str, Any]) -> None:
     found = pytree2dict(tree)
     assert found == dictionary
     assert_same(dict2pytree(dictionary), tree)
