@@ -1,5 +1,6 @@
 """Loading a folder that a save replaces in the meantime."""
 
+import concurrent.futures
 import errno
 import os
 from collections.abc import Iterator
@@ -74,7 +75,7 @@ def test_a_load_waits_for_a_save_that_renames_shards(
         with Folder(str(tmp_path), listed=True) as folder, folder.locked():  # as a saver does
             (tmp_path / INDEX).rename(tmp_path / "aside")
             loading = pool.submit(load_pytree, tmp_path / where)
-            with pytest.raises(TimeoutError):
+            with pytest.raises(concurrent.futures.TimeoutError):  # another class in Python 3.10
                 loading.result(0.3)
             (tmp_path / "aside").rename(tmp_path / INDEX)
         assert is_same(tree_of(1), loading.result())

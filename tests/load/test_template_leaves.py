@@ -132,8 +132,8 @@ def test_a_passing_failure_says_nothing_of_a_dtype(
 
 def test_a_device_layout_that_a_template_asks_for_is_given(tmp_path: Path) -> None:
     layouts = pytest.importorskip("jax.experimental.layout")
-    if not hasattr(layouts, "Format"):
-        pytest.skip("this JAX has no Format")
+    if not hasattr(getattr(layouts, "Format", None), "layout"):
+        pytest.skip("this JAX has no Format, or one of another kind")
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     layout = layouts.Format(layouts.Layout((1, 0)), sharding)
     values = np.arange(6, dtype=np.float32).reshape(2, 3)
