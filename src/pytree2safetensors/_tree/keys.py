@@ -49,7 +49,7 @@ def item_key(value: object) -> DictKey:
     """Make the key of a dict's entry."""
     if value is not None:
         return DictKey(value)
-    # From JAX 0.4.36 to 0.6, flattening a dict makes this key, but its class does not.
+    # From JAX 0.4.36 to 0.9, flattening a dict makes this key, but its class does not.
     (((key,), _),), _ = tree_flatten_with_path({None: 0})
     found: DictKey = key
     return found

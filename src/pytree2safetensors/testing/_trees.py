@@ -104,7 +104,7 @@ def _default_dicts(children: _Children, least: int) -> SearchStrategy[Any]:
 
 
 def _flattens(tree: dict[Any, Any]) -> bool:
-    """Return whether JAX can flatten a dict; from 0.4.36 to 0.6 it cannot if a key is None."""
+    """Return whether JAX can flatten a dict; from 0.4.36 to 0.9 it cannot if a key is None."""
     return None not in tree or _makes_none_keys()
 
 
@@ -112,7 +112,7 @@ def _flattens(tree: dict[Any, Any]) -> bool:
 def _makes_none_keys() -> bool:
     try:
         DictKey(None)
-    except TypeError:  # pragma: no cover - JAX 0.4.36 to 0.6
+    except TypeError:  # pragma: no cover - JAX 0.4.36 to 0.9
         return False
     return True
 
