@@ -47,8 +47,8 @@ def set_weights(
         dictionary: A mapping from names to leaves, such as `pytree2dict` returns.
         verbose: Print on stderr what did not fit with `strict=False`.
         strict: Raise if any leaf is missing, unexpected or mismatched. If False, keep the leaves of
-            the template that do not fit; raise only if no leaf fits. The logger
-            "pytree2safetensors" reports what did not fit.
+            the template that do not fit; raise only if one of them has no value, or if no leaf fits.
+            The logger "pytree2safetensors" reports what did not fit.
         unexpected: "raise", or "skip" to ignore leaves that the template does not have.
         cast: Convert dtypes to those of the template, which must be of the same kind or a later one
             in the order bool, unsigned integer, signed integer, float, complex. Values of arrays that
@@ -120,8 +120,8 @@ def load_into_pytree(
         path: The path or URL of a file, a folder of shards or its index; or a binary file object.
         verbose: Print on stderr what did not fit with `strict=False`.
         strict: Raise if any leaf is missing, unexpected or mismatched. If False, keep the leaves of
-            the template that do not fit; raise only if no leaf fits. The logger
-            "pytree2safetensors" reports what did not fit.
+            the template that do not fit; raise only if one of them has no value, or if no leaf fits.
+            The logger "pytree2safetensors" reports what did not fit.
         unexpected: "raise", or "skip" to ignore leaves that the template does not have.
         cast: Convert dtypes to those of the template, which must be of the same kind or a later one
             in the order bool, unsigned integer, signed integer, float, complex. Values of arrays that

@@ -75,7 +75,7 @@ def save_pytree(
         ValueError: `max_shard_size` is not a size, or is given with a file object; or the path of a
             rule is ambiguous in the tree.
         RuntimeError: This is a signal handler, and it cannot wait for a background save.
-        OSError: The file cannot be written. The old file is unchanged.
+        OSError: The file cannot be written. The old file is unchanged, with the exceptions of law 8.
 
     Specification: *Saving*.
 
@@ -138,6 +138,7 @@ def save_pytree_async(
         FileFormatError: As for `save_pytree`.
         ValueError: `max_shard_size` is not a size, or is given with a file object; or the path of a
             rule is ambiguous in the tree.
+        RuntimeError: As for `save_pytree`.
 
     Specification: *Saving*.
 
