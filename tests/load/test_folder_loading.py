@@ -1,6 +1,7 @@
 """Loading a folder of shards: which file a path means, and which folders are refused."""
 
 import errno
+import gc
 import json
 import os
 import shutil
@@ -294,6 +295,28 @@ def test_few_shards_are_open_at_once(
     assert descriptors_in(tmp_path) == 0
     assert is_same(tree, load_pytree(tmp_path, mmap=mmap))
     assert is_same(tree, load_into_pytree(tree, tmp_path, mmap=mmap))
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="nothing says what is open")
+def test_maps_keep_descriptors_before_python_3_13(tmp_path: Path) -> None:
+    tree = {f"w{i}": np.full(10_000, i, np.float32) for i in range(5)}
+    save_pytree(tree, tmp_path, max_shard_size=40_000)
+    loaded = load_pytree(tmp_path, mmap=True)
+    assert descriptors_in(tmp_path) == (5 if sys.version_info < (3, 13) else 0)
+    assert is_same(tree, loaded)
+    del loaded
+    gc.collect()
+    assert descriptors_in(tmp_path) == 0
+
+
+def test_a_load_checks_the_headers_of_shards_that_it_does_not_need(tmp_path: Path) -> None:
+    save_pytree(tree_of(1), tmp_path, max_shard_size=100)
+    with (tmp_path / THIRD).open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(FileFormatError, match=f"{THIRD}' has bytes after its data"):
+        load_pytree(tmp_path, prefix="@a")
+    with pytest.raises(FileFormatError, match=f"{THIRD}' has bytes after its data"):
+        load_metadata(tmp_path)
 
 
 def test_a_shard_that_is_replaced_before_it_is_read_is_an_error(

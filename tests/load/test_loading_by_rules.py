@@ -122,6 +122,14 @@ def test_all_that_does_not_fit_is_listed() -> None:
     assert [line.split(":")[0] for line in error.mismatched] == ["'@layers#0@o'", "'@layers#0@q'"]
 
 
+def test_without_a_pattern_leaves_of_any_kind_get_other_names(path: Path) -> None:
+    tree = {"s": "text", "n": 2**70, "z": 2j, "k": jax.random.key(3), "c": np.ones(2, complex)}
+    save_pytree(tree, path)
+    template = {"a": {"s": "", "n": 0, "z": 0j, "k": jax.random.key(0), "c": np.zeros(2, complex)}}
+    rules = [Rule("@{*}", "a.{*}")]
+    assert_same(load_into_pytree(template, path, rename=rules), {"a": tree})
+
+
 def test_a_leaf_that_no_file_has_keeps_its_value_and_needs_one() -> None:
     rules = [Rule(None, "freqs"), Rule("{=}", "{=}")]
     template = {"freqs": numbers(3), "w": zeros(2)}

@@ -300,6 +300,23 @@ def test_one_file_replaces_shards_that_are_still_being_saved(tmp_path: Path) -> 
     assert is_same(tree_of(2), load_pytree(tmp_path))
 
 
+def test_shards_that_are_saved_during_a_save_of_one_file_stay_beside_it(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    saved: list[None] = []
+
+    def save_shards(done: int, total: int) -> None:
+        if not saved:
+            saved.append(save_pytree(tree_of(2), path, max_shard_size=100))
+
+    save_pytree(tree_of(1), path, progress=save_shards)
+    assert names_in(tmp_path) == [*shard_names(3), "model.safetensors", INDEX]
+    both = f"'{INDEX}', 'model.safetensors'; pass the path of the one to load"
+    with pytest.raises(FileFormatError, match=re.escape(both)):
+        load_pytree(tmp_path)
+    assert is_same(tree_of(1), load_pytree(path))
+    assert is_same(tree_of(2), load_pytree(tmp_path / INDEX))
+
+
 def test_a_file_beside_shards_is_replaced_without_them(tmp_path: Path) -> None:
     """A load of the path loads the file, so a save replaces only the file."""
     path = tmp_path / "model.safetensors"
