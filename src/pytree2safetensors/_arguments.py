@@ -35,9 +35,9 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
     @wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> R:  # beartype 0.17 knows no P.args
         for name, value in zip(positional, args, strict=False):
-            check(where, name, value)
+            check_argument(where, name, value)
         for name, value in kwargs.items():
-            check(where, name if name in keywords else "**", value)
+            check_argument(where, name if name in keywords else "**", value)
         call = inner
         try:
             bind(*args, **kwargs)
@@ -48,7 +48,7 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
     return wrapper
 
 
-def check(where: str, name: str, value: object) -> None:
+def check_argument(where: str, name: str, value: object) -> None:
     """Raise a TypeError that names an argument if its value is of a wrong type."""
     rule = _RULES.get(f"{where} {name}") or _RULES.get(name)
     if rule is not None and not rule[0](value):

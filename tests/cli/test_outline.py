@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from command import small
 from pytree2safetensors import load_pytree, save_pytree
 from pytree2safetensors._cli.outline import clip, outline
-from pytree2safetensors._cli.summary import Leaf, summarise
+from pytree2safetensors._cli.summary import Leaf, summarize
 from pytree2safetensors._cli.terminal import plain
 from pytree2safetensors._load.opening import open_checkpoint
 
@@ -22,8 +22,8 @@ def test_names_that_are_shown_are_prefixes_to_load() -> None:
     file = io.BytesIO()
     save_pytree(small(), file)
     Path("small.safetensors").write_bytes(file.getvalue())
-    with open_checkpoint("small.safetensors") as store:
-        summary = summarise(store)
+    with open_checkpoint("small.safetensors") as checkpoint:
+        summary = summarize(checkpoint)
     rows = outline(summary.leaves, summary.nodes, fold=False)
     assert len(rows) == 27
     for row in rows:

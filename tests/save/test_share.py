@@ -78,11 +78,11 @@ def test_a_share_is_copied_from_devices_by_one_call(
     plan = plan_file(contents, checksum=False)
     calls: list[int] = []
 
-    def to_host(arrays: list[Any]) -> list[Any]:  # as from another device
+    def start_host_copies(arrays: list[Any]) -> list[Any]:  # as from another device
         calls.append(len(arrays))
         return [np.array(array) for array in arrays]
 
-    monkeypatch.setattr(host_copies, "to_host", to_host)
+    monkeypatch.setattr(host_copies, "start_host_copies", start_host_copies)
     monkeypatch.setattr(share, "is_global", lambda leaf: isinstance(leaf, jax.Array))
     part = share.share_of(contents, 1, copied=copied)
     assert calls == [16] * copied

@@ -118,14 +118,14 @@ def _node_changes(old: OpenCheckpoint, new: OpenCheckpoint) -> list[Change]:
     return _changes(_kinds_of(names, old), _kinds_of(names, new))
 
 
-def _kinds_of(names: set[str], store: OpenCheckpoint) -> dict[str, str]:
+def _kinds_of(names: set[str], checkpoint: OpenCheckpoint) -> dict[str, str]:
     """Return the kinds of nodes. Those that are not noted follow from the names of children."""
-    noted = store.note.nodes
+    noted = checkpoint.note.nodes
     kinds = {name: kind_text(noted[name]) for name in names & noted.keys()}
     others = names - noted.keys()
-    if "" in others and not store.infos and not noted:
+    if "" in others and not checkpoint.infos and not noted:
         kinds[""] = "dict"
-    for name in [*store.infos, *noted] if others else []:
+    for name in [*checkpoint.infos, *noted] if others else []:
         with suppress(ValueError):  # the root, which is not below anything, or a foreign name
             above = name
             while True:

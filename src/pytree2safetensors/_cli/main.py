@@ -129,12 +129,12 @@ def _with_command(arguments: Sequence[str]) -> list[str]:
 
 
 def _ask_show(command: argparse.ArgumentParser, options: argparse.Namespace) -> _Questions:
-    from pytree2safetensors._arguments import check
+    from pytree2safetensors._arguments import check_argument
     from pytree2safetensors._cli.show import show
 
     if options.template is not None:
         try:
-            check("--rules", "rename", options.rules)
+            check_argument("--rules", "rename", options.rules)
         except TypeError as error:
             command.error(str(error))
         return [

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from pytree2safetensors._cli.answer import Answer
 from pytree2safetensors._cli.outline import Row, clip, outline
-from pytree2safetensors._cli.summary import Leaf, Summary, leaf_json, summarise, with_value
+from pytree2safetensors._cli.summary import Leaf, Summary, leaf_json, summarize, with_value
 from pytree2safetensors._cli.terminal import (
     GLUE,
     Cells,
@@ -35,13 +35,15 @@ def show(file: str, prefix: str, *, everything: bool, paths: bool) -> Answer:
 
 
 def _lines(file: str, prefix: str, everything: bool, paths: bool) -> Iterator[str]:
-    with collector_paused(), open_checkpoint(file) as store:
-        summary = summarise(store, prefix)
+    with collector_paused(), open_checkpoint(file) as checkpoint:
+        summary = summarize(checkpoint, prefix)
         rows, more = outline(summary.leaves, summary.nodes, fold=not everything), 0
         if not everything:
             rows, more = clip(rows)
         rows = [
-            row._replace(leaf=with_value(row.leaf, store)) if row.leaf and row.times == 1 else row
+            row._replace(leaf=with_value(row.leaf, checkpoint))
+            if row.leaf and row.times == 1
+            else row
             for row in rows
         ]
     yield line(plain(file), "bold")
@@ -58,9 +60,9 @@ def _lines(file: str, prefix: str, everything: bool, paths: bool) -> Iterator[st
 
 
 def _content(file: str, prefix: str) -> dict[str, Any]:
-    with collector_paused(), open_checkpoint(file) as store:
-        summary = summarise(store, prefix)
-        leaves = [with_value(leaf, store) for leaf in summary.leaves]
+    with collector_paused(), open_checkpoint(file) as checkpoint:
+        summary = summarize(checkpoint, prefix)
+        leaves = [with_value(leaf, checkpoint) for leaf in summary.leaves]
     return {
         "file": file,
         "files": summary.files,

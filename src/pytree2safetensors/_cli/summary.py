@@ -78,29 +78,29 @@ class Summary(NamedTuple):
     digests: bool
 
 
-def summarise(store: OpenCheckpoint, prefix: str = "") -> Summary:
+def summarize(checkpoint: OpenCheckpoint, prefix: str = "") -> Summary:
     """Summarize a checkpoint, or what is below `prefix`.
 
     Raises:
         Pytree2SafetensorsError: The file has nothing at `prefix`, or `prefix` is not a key path.
     """
-    names = set(names_below(store, prefix).values())
-    nodes = store.note.nodes
+    names = set(names_below(checkpoint, prefix).values())
+    nodes = checkpoint.note.nodes
     return Summary(
-        [leaf for leaf in leaves_of(store) if leaf.name in names],
+        [leaf for leaf in leaves_of(checkpoint) if leaf.name in names],
         {path: nodes[path] for path in nodes if strip_prefix(prefix, path) is not None},
-        store.own_metadata(),
-        len(store.sources),
-        sum(source.size for source in store.sources),
-        store.digests is not None,
+        checkpoint.own_metadata(),
+        len(checkpoint.sources),
+        sum(source.size for source in checkpoint.sources),
+        checkpoint.digests is not None,
     )
 
 
-def leaves_of(store: OpenCheckpoint) -> Iterator[Leaf]:
+def leaves_of(checkpoint: OpenCheckpoint) -> Iterator[Leaf]:
     """Describe the leaves, sorted by name."""
     known: dict[tuple[str, str], Leaf] = {}  # to look a dtype up once, not for each tensor
-    for name in sorted(store.infos):
-        info = store.infos[name]
+    for name in sorted(checkpoint.infos):
+        info = checkpoint.infos[name]
         if isinstance(info.kind, list):
             yield _describe(name, info)
             continue
@@ -126,12 +126,12 @@ def _describe(name: str, info: TensorInfo) -> Leaf:
     return Leaf(name, found.kind, dtype, found.shape, info.nbytes, found.weak, value)
 
 
-def with_value(leaf: Leaf, store: OpenCheckpoint) -> Leaf:
+def with_value(leaf: Leaf, checkpoint: OpenCheckpoint) -> Leaf:
     """Read the value of a small leaf. Other leaves and unreadable values stay as they are."""
     if leaf.value is not None or not leaf.is_small:
         return leaf
-    info = store.infos[leaf.name]
-    raw = np.concatenate([*store.pieces(leaf.name)])
+    info = checkpoint.infos[leaf.name]
+    raw = np.concatenate([*checkpoint.pieces(leaf.name)])
     try:
         values = from_bytes(raw, info, leaf.name)
     except FileFormatError:  # a dtype that is unknown here, or bits beyond it

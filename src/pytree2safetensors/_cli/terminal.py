@@ -67,10 +67,10 @@ def line(text: str, style: Style = "") -> str:
     """Make a line for the terminal: escape control characters, then add the color."""
     if not text.isprintable():
         text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-    return f"\x1b[{_CODES[style]}m{text}\x1b[0m" if style and _has_colours() else text
+    return f"\x1b[{_CODES[style]}m{text}\x1b[0m" if style and _has_colors() else text
 
 
-def _has_colours() -> bool:
+def _has_colors() -> bool:
     """Return whether stdout is a terminal whose user wants colors (https://no-color.org)."""
     if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
         return False

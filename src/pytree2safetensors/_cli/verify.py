@@ -89,30 +89,30 @@ def verify_file(path: PathLike) -> Verdict:
         OSError: The file cannot be read.
     """
     try:
-        store = open_checkpoint(path)
+        checkpoint = open_checkpoint(path)
     except Pytree2SafetensorsError as error:
         return Verdict(False, 0, 0, False, [str(error)], [])
-    with store:
+    with checkpoint:
         problems: list[str] = []
-        remarks = [*_tree_remarks(store)]
-        for name in store.places:
-            problems.extend(_tensor_problems(store, name, remarks))
-        nbytes = sum(store.infos[name].nbytes for name in store.places)
-        digests = store.digests is not None
-        return Verdict(True, len(store.places), nbytes, digests, problems, remarks)
+        remarks = [*_tree_remarks(checkpoint)]
+        for name in checkpoint.places:
+            problems.extend(_tensor_problems(checkpoint, name, remarks))
+        nbytes = sum(checkpoint.infos[name].nbytes for name in checkpoint.places)
+        digests = checkpoint.digests is not None
+        return Verdict(True, len(checkpoint.places), nbytes, digests, problems, remarks)
 
 
-def _tree_remarks(store: OpenCheckpoint) -> Iterable[str]:
+def _tree_remarks(checkpoint: OpenCheckpoint) -> Iterable[str]:
     """Yield a remark if names and note do not form a tree. This is not damage."""
-    leaves = dict.fromkeys(store.infos, 0)
+    leaves = dict.fromkeys(checkpoint.infos, 0)
     try:
-        build_tree(leaves, store.note.nodes)
+        build_tree(leaves, checkpoint.note.nodes)
     except (KeyPathError, TreeStructureError) as error:
         yield f"loads only into a template, because {error}"
 
 
-def _tensor_problems(store: OpenCheckpoint, name: str, remarks: list[str]) -> Iterable[str]:
-    info = store.infos[name]
+def _tensor_problems(checkpoint: OpenCheckpoint, name: str, remarks: list[str]) -> Iterable[str]:
+    info = checkpoint.infos[name]
     try:
         spec_of(info, name)
     except UnknownHere as error:
@@ -120,18 +120,18 @@ def _tensor_problems(store: OpenCheckpoint, name: str, remarks: list[str]) -> It
     except FileFormatError as error:
         yield str(error)
     try:
-        pieces = _checked_pieces(store, name)
-        if store.digests is None:
+        pieces = _checked_pieces(checkpoint, name)
+        if checkpoint.digests is None:
             for _ in pieces:
                 pass
-        elif digest_tensor(name, info, hash_blocks(pieces)) != store.digests[name]:
+        elif digest_tensor(name, info, hash_blocks(pieces)) != checkpoint.digests[name]:
             yield f"{shorten(name)} does not match its digest: its data is damaged"
     except FileFormatError as error:
         yield str(error)
 
 
-def _checked_pieces(store: OpenCheckpoint, name: str) -> Iterator[NDArray[np.uint8]]:
-    info = store.infos[name]
-    for piece in store.pieces(name):
+def _checked_pieces(checkpoint: OpenCheckpoint, name: str) -> Iterator[NDArray[np.uint8]]:
+    info = checkpoint.infos[name]
+    for piece in checkpoint.pieces(name):
         items(name, info, piece)  # refuses values beyond a dtype of less than a byte
         yield piece

@@ -11,8 +11,8 @@ from pytree2safetensors._errors import FileFormatError, shorten
 from pytree2safetensors._format.strict_json import read_json, write_json
 from pytree2safetensors._format.tensor import TensorInfo
 
-DIGESTS: Final = "pytree2safetensors.sha256"  # the entry of the metadata, for tensors,
-METADATA: Final = "pytree2safetensors.sha256.metadata"  # and for all other metadata
+DIGESTS: Final = "pytree2safetensors.sha256"  # the metadata entry with the digests of tensors
+METADATA_DIGEST: Final = "pytree2safetensors.sha256.metadata"  # with that of all other metadata
 BLOCK: Final = 16 << 20  # bytes of a tensor that are hashed together; the last block may be shorter
 ALONE: Final = 1 << 18  # bytes: threads are slower for smaller blocks
 _DIGITS: Final = 32  # hexadecimal: half of SHA-256 is enough to detect accidents
@@ -57,25 +57,25 @@ def blank_digests(names: Iterable[str]) -> dict[str, str]:
 
 def digest_metadata(metadata: Mapping[str, str]) -> str:
     """Compute the digest of all other metadata."""
-    rest = {key: value for key, value in metadata.items() if key != METADATA}
+    rest = {key: value for key, value in metadata.items() if key != METADATA_DIGEST}
     return hashlib.sha256(write_json(rest).encode()).hexdigest()[:_DIGITS]
 
 
 def add_digests(metadata: Mapping[str, str], tensors: Mapping[str, str]) -> dict[str, str]:
     """Add the digests of tensors, and the digest of all metadata."""
     added = {**metadata, DIGESTS: write_json(tensors)}
-    return {**added, METADATA: digest_metadata(added)}
+    return {**added, METADATA_DIGEST: digest_metadata(added)}
 
 
 def read_digests(
     metadata: Mapping[str, str], names: Iterable[str], file: str
 ) -> Mapping[str, str] | None:
     """Check the digest of the metadata, and return the digests of the tensors, or None."""
-    found = [key for key in (DIGESTS, METADATA) if key in metadata]
+    found = [key for key in (DIGESTS, METADATA_DIGEST) if key in metadata]
     if not found:
         return None
     # Each of the two entries is only valid with the other.
-    if len(found) == 1 or metadata[METADATA] != digest_metadata(metadata):
+    if len(found) == 1 or metadata[METADATA_DIGEST] != digest_metadata(metadata):
         raise FileFormatError(
             f"the metadata of {file} does not match its digest: the file is damaged; "
             "restore it from a copy"

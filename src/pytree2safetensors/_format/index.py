@@ -99,6 +99,7 @@ def write_index(metadata: Mapping[str, str], weights: Mapping[str, str], total: 
 
 
 def index_name(stem: str) -> str:
+    """Return the name of the index of shards with this stem."""
     return f"{stem}{SUFFIX}.index.json"
 
 
@@ -118,6 +119,7 @@ def stem_of(name: str) -> str | None:
 
 
 def read_weight_map(content: Any, label: str) -> dict[str, set[str]]:
+    """Check the weight map of an index, and return the names of the tensors in each shard."""
     if not isinstance(content, dict) or not all(isinstance(v, str) for v in content.values()):
         raise FileFormatError(
             f"the index {label} has no weight_map from names of tensors to names of files"

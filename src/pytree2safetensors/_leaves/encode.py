@@ -169,6 +169,7 @@ def to_bytes(values: NDArray[Any], info: TensorInfo) -> NDArray[np.uint8]:
 
 
 def width_of(info: TensorInfo) -> int | None:
+    """Return the bits of a value that does not fill its byte; None for other tensors."""
     return WIDTHS.get(info.kind) if isinstance(info.kind, str) else None
 
 

@@ -45,7 +45,7 @@ def _copied_ahead(leaves: Sequence[Any]) -> Iterator[Any]:
         while window and (len(window) > 1 or held + _nbytes(window[0]) + _nbytes(batch) > _MOST):
             held = _nbytes(window[0])
             yield from window.popleft()
-        window.append(to_host(batch))
+        window.append(start_host_copies(batch))
     while window:
         yield from window.popleft()
 
@@ -78,7 +78,7 @@ def _batches(leaves: Sequence[Any]) -> Iterator[list[Any]]:
     yield batch
 
 
-def to_host(leaves: Sequence[Any]) -> list[Any]:
+def start_host_copies(leaves: Sequence[Any]) -> list[Any]:
     """Start to copy all device arrays to the host in one call. Other leaves stay as they are.
 
     The arrays may be donated as soon as this returns. The copies are JAX arrays in host memory, or
@@ -141,7 +141,7 @@ def _stack(arrays: list[Any]) -> Any:
 
 def snapshot(leaves: Sequence[Any]) -> list[Any]:
     """Copy leaves, all at once from devices. Donation and changes do not affect the copies."""
-    copies = zip(leaves, to_host(leaves), strict=True)
+    copies = zip(leaves, start_host_copies(leaves), strict=True)
     return [_copied(leaf) if copy is leaf else copy for leaf, copy in copies]
 
 

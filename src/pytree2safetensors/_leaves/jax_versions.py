@@ -26,6 +26,7 @@ WITHOUT_PROGRAMS: Final = frozenset({"int1", "uint1", "float6_e2m3fn", "float6_e
 
 @lru_cache(maxsize=1)
 def structs_are_weak() -> bool:
+    """Return whether a `jax.ShapeDtypeStruct` can have a weak type."""
     try:
         ShapeDtypeStruct((), np.float32, weak_type=True)
     except TypeError:  # pragma: no cover - before JAX 0.4.34 a struct has no weak type
@@ -42,6 +43,7 @@ def has_mesh() -> bool:
 
 @contextmanager
 def no_mesh() -> Iterator[None]:
+    """Unset the mesh that is set here."""
     sharding: Any = jax.sharding
     with ExitStack() as stack:
         if has_mesh():
@@ -52,6 +54,7 @@ def no_mesh() -> Iterator[None]:
 
 
 def enable_x64(enabled: bool) -> Any:
+    """Return a context manager that turns 64-bit types on or off."""
     experimental: Any = jax.experimental  # its place before JAX 0.8
     return (jax if hasattr(jax, "enable_x64") else experimental).enable_x64(enabled)
 

@@ -44,6 +44,7 @@ def key_shape(impl: str, name: str) -> tuple[int, ...]:
 
 @lru_cache(maxsize=16)
 def data_shape(impl: str) -> tuple[int, ...]:
+    """Return the shape of the data of one key, or raise JAX's error if the implementation is unknown."""
     data: jax.ShapeDtypeStruct = jax.eval_shape(
         lambda: jax.random.key_data(jax.random.key(0, impl=impl))
     )

@@ -123,12 +123,12 @@ def _open_located(path: str) -> OpenCheckpoint:
 
 
 def _open_file(source: ByteSource) -> OpenCheckpoint:
-    store = OpenCheckpoint(source.label, [source])
-    with _closed_on_error(store):
+    checkpoint = OpenCheckpoint(source.label, [source])
+    with _closed_on_error(checkpoint):
         start, tensors, metadata = read_header(source)
-        store.add(source, start, tensors)
-        store.read_metadata(metadata)
-    return store
+        checkpoint.add(source, start, tensors)
+        checkpoint.read_metadata(metadata)
+    return checkpoint
 
 
 def _replaced_again(path: str | RemotePath) -> FileFormatError:
@@ -141,33 +141,33 @@ def _open_shards(path: str | RemotePath) -> OpenCheckpoint:
     for _ in range(_ATTEMPTS):
         index = read_index(path)
         with closing(index.source):
-            store = OpenCheckpoint(index.label, [])
+            checkpoint = OpenCheckpoint(index.label, [])
             try:
-                with _closed_on_error(store):
-                    _read_shards(store, index)
+                with _closed_on_error(checkpoint):
+                    _read_shards(checkpoint, index)
             except (FileFormatError, OSError):
                 if index.is_current():
                     raise
             else:
                 if index.is_current():
-                    return store
-                store.close()
+                    return checkpoint
+                checkpoint.close()
     raise _replaced_again(path)
 
 
-def _read_shards(store: OpenCheckpoint, index: Index) -> None:
-    for shard, source in _sources(store, index):
-        store.sources.append(source)
+def _read_shards(checkpoint: OpenCheckpoint, index: Index) -> None:
+    for shard, source in _sources(checkpoint, index):
+        checkpoint.sources.append(source)
         start, tensors, _ = read_header(source)
         index.check(shard, tensors.names)
         tensors = tensors.keep(index.shards[shard])
-        if len(store.sources) > _KEPT:
+        if len(checkpoint.sources) > _KEPT:
             source.shut()
-        store.add(source, start, tensors)
-    store.read_metadata(index.metadata)
+        checkpoint.add(source, start, tensors)
+    checkpoint.read_metadata(index.metadata)
 
 
-def _sources(store: OpenCheckpoint, index: Index) -> Iterator[tuple[str, ByteSource]]:
+def _sources(checkpoint: OpenCheckpoint, index: Index) -> Iterator[tuple[str, ByteSource]]:
     """Open the shards of an index."""
     if isinstance(index.path, RemotePath):  # many at a time, as each takes a request or two
         with ReadPool(RemoteSource.in_flight) as pool:
@@ -182,17 +182,17 @@ def _sources(store: OpenCheckpoint, index: Index) -> Iterator[tuple[str, ByteSou
         except OSError as error:
             if error.errno not in {errno.EMFILE, errno.ENFILE}:  # descriptors are left
                 raise
-            for kept in store.sources:
+            for kept in checkpoint.sources:
                 kept.shut()
             yield shard, index.open(shard)
 
 
 @contextmanager
-def _closed_on_error(store: OpenCheckpoint) -> Iterator[None]:
+def _closed_on_error(checkpoint: OpenCheckpoint) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        store.close()
+        checkpoint.close()
         raise
 
 

@@ -85,7 +85,7 @@ def save_pytree(
     with collector_paused():
         contents = collect(tree, metadata or {}, unsupported, rename)
     if is_needed(contents.leaves.values()):
-        options = processes.Options(durable, checksum, max_shard_size)
+        options = processes.SaveOptions(durable, checksum, max_shard_size)
         processes.save(contents, path, options, report, background=False)
         return
     wait_for_earlier()
@@ -150,7 +150,7 @@ def save_pytree_async(
     with collector_paused():
         contents = collect(tree, metadata or {}, unsupported, rename)
         if is_needed(contents.leaves.values()):
-            options = processes.Options(durable, checksum, max_shard_size)
+            options = processes.SaveOptions(durable, checksum, max_shard_size)
             return processes.save(contents, where, options, report, background=True)
         # The process may change its working directory during the save.
         target = settled(target_of(where, max_shard_size))

@@ -22,7 +22,7 @@ from pytree2safetensors._leaves.meshes import computed
 from pytree2safetensors._leaves.ownership import is_global
 from pytree2safetensors._leaves.renaming import Rename, renamed
 from pytree2safetensors._leaves.views import View, file_parts, region_of_tensor, tiled
-from pytree2safetensors._save.renamed import differ, incomparable, misfit, other_dtypes
+from pytree2safetensors._save.renamed import differ, incomparable, misfit_error, other_dtypes
 from pytree2safetensors._tree.flatten import PyTree, flatten
 from pytree2safetensors._tree.rule import Rule
 
@@ -75,7 +75,7 @@ def _renamed(paths: list[str], leaves: list[Any], rename: Rename) -> dict[str, A
             _add(found, owners, route, path, leaf)
     lost += other_dtypes(placed)
     if lost:
-        raise misfit(lost, idle)
+        raise misfit_error(lost, idle)
     for name, copies in assemble(placed).items():
         for tensor, _, path in copies:
             _add(found, owners, name, path, _array_of(tensor))

@@ -29,7 +29,7 @@ from pytree2safetensors._save.share import (
     split_blocks,
 )
 from pytree2safetensors._save.words import Terms
-from pytree2safetensors._save.writing import Target, label_of, older_names, replacing_shards
+from pytree2safetensors._save.writing import SaveTarget, label_of, older_names, replacing_shards
 from pytree2safetensors._storage.atomic_file import followed, joining, replacing
 from pytree2safetensors._storage.atomic_folder import replacing_together
 from pytree2safetensors._storage.descriptor import flush, read_at, reserve, write_at
@@ -52,7 +52,7 @@ class Work:
     def __init__(
         self,
         plan: SavePlan,
-        target: Target,
+        target: SaveTarget,
         share: Share,
         durable: bool,
         progress: Progress | None,

@@ -20,7 +20,7 @@ from pytree2safetensors._save.joint import Work
 from pytree2safetensors._save.plan import SavePlan
 from pytree2safetensors._save.share import share_of
 from pytree2safetensors._save.words import Terms
-from pytree2safetensors._save.writing import Target, plan_save, settled, target_of
+from pytree2safetensors._save.writing import SaveTarget, plan_save, settled, target_of
 from pytree2safetensors._storage.atomic_file import is_special
 from pytree2safetensors._storage.byte_source import PathLike
 from pytree2safetensors._storage.progress import Progress
@@ -35,7 +35,7 @@ _PLACE: Final = (
 _SCALARS: Final = PYTHON_SCALARS.keys() - {str}  # whose values must agree
 
 
-class Options(NamedTuple):
+class SaveOptions(NamedTuple):
     """The options that all processes must give."""
 
     durable: bool
@@ -46,7 +46,7 @@ class Options(NamedTuple):
 def save(
     contents: Contents,
     path: PathLike | RemotePath | Writable,
-    options: Options,
+    options: SaveOptions,
     progress: Progress | None,
     *,
     background: bool,
@@ -64,7 +64,7 @@ def save(
 def _begin(
     contents: Contents,
     path: PathLike | RemotePath | Writable,
-    options: Options,
+    options: SaveOptions,
     progress: Progress | None,
     interrupt: Interrupt,
     background: bool,
@@ -90,7 +90,7 @@ def _begin(
     return interrupt.run(partial(work.begin, processes, terms))
 
 
-def _terms(contents: Contents, plan: SavePlan, target: Target, options: Options) -> Terms:
+def _terms(contents: Contents, plan: SavePlan, target: SaveTarget, options: SaveOptions) -> Terms:
     """Return what the processes must agree on: the target, the options, the contents, and the owners.
 
     The values of arrays are not included, because no process has all of them.

@@ -61,7 +61,7 @@ def place(
             placed.append(Placed(route, rule, path, leaf, info))
     lost += other_dtypes(placed)
     if lost:
-        raise misfit(lost, idle)
+        raise misfit_error(lost, idle)
     return placed, unfit
 
 
@@ -89,7 +89,7 @@ def other_dtypes(placed: Iterable[Placed]) -> Iterator[tuple[str, Rule | None, s
                 break
 
 
-def misfit(
+def misfit_error(
     lost: Sequence[tuple[str, Rule | None, str]], idle: Sequence[Rule]
 ) -> WeightsMismatchError:
     """Make the error for leaves without a place in the file."""

@@ -16,7 +16,7 @@ from pytree2safetensors._storage.threads import is_starting, says_no_threads, st
 
 _NAME: Final = "pytree2safetensors-save"
 
-_savers: list[ThreadPoolExecutor] = []  # None before the first save
+_savers: list[ThreadPoolExecutor] = []  # empty before the first save
 
 
 class _End:

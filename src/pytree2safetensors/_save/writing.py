@@ -16,7 +16,7 @@ from pytree2safetensors._save.contents import Contents
 from pytree2safetensors._save.hashing import Hashing
 from pytree2safetensors._save.plan import FilePlan, SavePlan, plan_file, plan_folder
 from pytree2safetensors._storage.atomic_file import is_special, write_file
-from pytree2safetensors._storage.atomic_folder import Part, replace_together
+from pytree2safetensors._storage.atomic_folder import NewFile, replace_together
 from pytree2safetensors._storage.byte_source import PathLike
 from pytree2safetensors._storage.folder import absolute
 from pytree2safetensors._storage.naming import naming
@@ -28,7 +28,7 @@ from pytree2safetensors._storage.stream import Writable, write_stream
 from pytree2safetensors._types import Chunk
 
 
-class Target(NamedTuple):
+class SaveTarget(NamedTuple):
     """Where a save goes.
 
     Attributes:
@@ -44,7 +44,7 @@ class Target(NamedTuple):
     limit: int = 0
 
 
-def label_of(target: Target) -> str:
+def label_of(target: SaveTarget) -> str:
     """Return what messages call a target."""
     path = target.path
     if isinstance(path, RemotePath):
@@ -54,7 +54,7 @@ def label_of(target: Target) -> str:
 
 def target_of(
     path: PathLike | RemotePath | Writable, max_shard_size: SupportsIndex | str | None
-) -> Target:
+) -> SaveTarget:
     """Find where a save goes.
 
     Raises:
@@ -65,11 +65,11 @@ def target_of(
     if max_shard_size is None:
         if isinstance(where, str):
             check_home(where)
-        return Target(where)
+        return SaveTarget(where)
     limit = parse_size(max_shard_size)
     if isinstance(where, RemotePath):
         folder, stem = split_path(where.path, is_folder=False)
-        return Target(where, where if folder == where.path else where.parent(), stem, limit)
+        return SaveTarget(where, where if folder == where.path else where.parent(), stem, limit)
     if not isinstance(where, str):
         raise ValueError(
             f"max_shard_size= writes a folder, so it needs a path, not {type(path).__name__}"
@@ -78,10 +78,10 @@ def target_of(
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "")
     folder, stem = split_path(where, is_folder=os.path.isdir(where))
     check_created(folder)
-    return Target(where, folder, stem, limit)
+    return SaveTarget(where, folder, stem, limit)
 
 
-def settled(target: Target) -> Target:
+def settled(target: SaveTarget) -> SaveTarget:
     """Return a target that stays where it is if the working directory changes."""
     if not isinstance(target.path, str):
         return target
@@ -89,7 +89,7 @@ def settled(target: Target) -> Target:
     return target._replace(path=absolute(target.path), folder=folder)
 
 
-def replacing_shards(plan: SavePlan, target: Target) -> tuple[SavePlan, Target]:
+def replacing_shards(plan: SavePlan, target: SaveTarget) -> tuple[SavePlan, SaveTarget]:
     """If one file goes where a load finds the index of shards, plan to replace them in their folder.
 
     Earlier saves must have finished. In a store, this would take another request for each save.
@@ -104,7 +104,7 @@ def replacing_shards(plan: SavePlan, target: Target) -> tuple[SavePlan, Target]:
     return plan._replace(files=files), target._replace(folder=folder, stem=stem)
 
 
-def plan_save(contents: Contents, target: Target, *, checksum: bool) -> SavePlan:
+def plan_save(contents: Contents, target: SaveTarget, *, checksum: bool) -> SavePlan:
     """Plan what a save writes."""
     if target.folder is None:
         return plan_file(contents, checksum=checksum)
@@ -114,7 +114,7 @@ def plan_save(contents: Contents, target: Target, *, checksum: bool) -> SavePlan
 def write(
     plan: SavePlan,
     leaves: Mapping[str, Any],
-    target: Target,
+    target: SaveTarget,
     *,
     durable: bool,
     progress: Progress | None,
@@ -170,7 +170,7 @@ def _chunks(
 def _write_folder(
     plan: SavePlan,
     leaves: Mapping[str, Any],
-    target: Target,
+    target: SaveTarget,
     hashing: Hashing | None,
     durable: bool,
     progress: Progress | None,
@@ -179,19 +179,23 @@ def _write_folder(
     files = plan.files
     if hashing is not None and isinstance(target.folder, RemotePath) and not plan.index_name:
         files, hashing = [_sealed(plan, file, leaves, hashing) for file in files], None
-    parts = [Part(file.name, file.size, _chunks(plan, file, leaves, hashing)) for file in files]
+    new_files = [
+        NewFile(file.name, file.size, _chunks(plan, file, leaves, hashing)) for file in files
+    ]
     if plan.index_name:
-        parts.append(Part(plan.index_name, len(plan.sealed()), _index_chunks(plan, hashing)))
+        new_files.append(NewFile(plan.index_name, len(plan.sealed()), _index_chunks(plan, hashing)))
     rival, stale = older_names(plan, target)
     if isinstance(target.folder, RemotePath):
-        replace_remotely(target.folder, parts, rival, stale, progress)
+        replace_remotely(target.folder, new_files, rival, stale, progress)
         return
     folder = target.folder or ""
     with naming(target.path):
-        replace_together(folder, parts, rival, stale, durable=durable, progress=progress)
+        replace_together(folder, new_files, rival, stale, durable=durable, progress=progress)
 
 
-def older_names(plan: SavePlan, target: Target) -> tuple[str, Callable[[Iterable[str]], list[str]]]:
+def older_names(
+    plan: SavePlan, target: SaveTarget
+) -> tuple[str, Callable[[Iterable[str]], list[str]]]:
     """Return the name to remove before the commit, and a function for those to remove after it.
 
     They belong to an older save. A file and an index with the same stem make a folder ambiguous.

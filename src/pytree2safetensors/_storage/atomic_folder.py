@@ -20,7 +20,7 @@ from pytree2safetensors._storage.threads import undisturbed
 from pytree2safetensors._types import Chunk
 
 
-class Part(NamedTuple):
+class NewFile(NamedTuple):
     """A file to write: its name in the folder, its size, and its bytes."""
 
     name: str
@@ -30,7 +30,7 @@ class Part(NamedTuple):
 
 def replace_together(
     path: str,
-    parts: list[Part],
+    files: list[NewFile],
     rival: str,
     stale: Callable[[Iterable[str]], list[str]],
     *,
@@ -41,7 +41,7 @@ def replace_together(
 
     Args:
         path: The folder of the files; made if it is missing.
-        parts: The files.
+        files: The files.
         rival: The name of a file that the last one replaces, removed before that appears.
         stale: Returns the names in the folder to remove afterwards, in order.
         durable: Whether to flush the files to disk before this returns.
@@ -51,10 +51,10 @@ def replace_together(
         OSError: Nothing was changed. Or everything was changed, and a flush or a removal failed
             afterwards. Or a change could not be undone, and the last file is missing.
     """
-    temporaries = {part.name: temporary_name(parts[-1].name) for part in parts}
+    temporaries = {file.name: temporary_name(files[-1].name) for file in files}
     with replacing_together(path, temporaries, rival, stale, durable=durable) as creating:
-        total, before = sum(part.size for part in parts), 0
-        for name, size, chunks in parts:
+        total, before = sum(file.size for file in files), 0
+        for name, size, chunks in files:
             with creating(name, durable) as descriptor:
                 write_chunks(descriptor, chunks, size, progress_of_part(progress, before, total))
             before += size

@@ -58,7 +58,7 @@ def write_chunks(
     report = Report(progress, size)
     preallocate(descriptor, size)
     position = 0
-    for offset, piece in cut(chunks, size):
+    for offset, piece in cut_chunks(chunks, size):
         if offset != position:
             os.lseek(descriptor, offset, os.SEEK_SET)
         _write_all(descriptor, piece)
@@ -68,7 +68,7 @@ def write_chunks(
     report.finish()
 
 
-def cut(chunks: Iterable[Chunk], size: int) -> Iterator[Chunk]:
+def cut_chunks(chunks: Iterable[Chunk], size: int) -> Iterator[Chunk]:
     """Split long chunks.
 
     Raises:

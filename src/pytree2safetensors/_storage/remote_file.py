@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from pytree2safetensors._errors import FileFormatError
 from pytree2safetensors._storage.byte_source import ByteSource
-from pytree2safetensors._storage.descriptor import cut
+from pytree2safetensors._storage.descriptor import cut_chunks
 from pytree2safetensors._storage.progress import Progress, Report
 from pytree2safetensors._storage.remote_path import RemotePath, hide_credentials, raise_with_url
 from pytree2safetensors._types import Chunk
@@ -273,7 +273,7 @@ def write_remote(
 
 def write_pending(pending: Pending, chunks: Iterable[Chunk], size: int, report: Report) -> None:
     """Write chunks that follow each other."""
-    for _, piece in cut(chunks, size):
+    for _, piece in cut_chunks(chunks, size):
         pending.write(piece)
         report.add(len(piece))
         del piece  # the next one may need the memory

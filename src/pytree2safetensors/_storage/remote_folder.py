@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 
-from pytree2safetensors._storage.atomic_folder import Part
+from pytree2safetensors._storage.atomic_folder import NewFile
 from pytree2safetensors._storage.progress import Progress, Report
 from pytree2safetensors._storage.remote_file import Pending, naming_url, write_pending
 from pytree2safetensors._storage.remote_path import RemotePath
@@ -31,7 +31,7 @@ def names_in(folder: RemotePath) -> list[str]:
 
 def replace_remotely(
     folder: RemotePath,
-    parts: list[Part],
+    files: list[NewFile],
     rival: str,
     stale: Callable[[Iterable[str]], list[str]],
     progress: Progress | None,
@@ -41,21 +41,21 @@ def replace_remotely(
     A store has no renames and no locks. So the old index is removed before any shard is replaced.
     Until the new index is written, a reader gets the error that a save was interrupted.
     """
-    report = Report(progress, sum(part.size for part in parts))
-    *others, last = parts
+    report = Report(progress, sum(file.size for file in files))
+    *others, last = files
     names = names_in(folder)
     if not names and not folder.protocols & _FLAT:
         with naming_url(folder):
             folder.fs.makedirs(folder.path, exist_ok=True)
     written: list[Pending] = []
     try:
-        for part in parts:
-            pending = Pending(folder.joined(part.name))
+        for file in files:
+            pending = Pending(folder.joined(file.name))
             written.append(pending)
-            write_pending(pending, part.chunks, part.size, report)
+            write_pending(pending, file.chunks, file.size, report)
             pending.finish()
         report.finish()
-        if any(part.name in names for part in others):
+        if any(file.name in names for file in others):
             _remove(folder, last.name, names)
         for pending in written[:-1]:
             pending.commit()

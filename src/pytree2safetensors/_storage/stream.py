@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from pytree2safetensors._errors import FileFormatError, shorten
 from pytree2safetensors._storage.byte_source import PIECE, ByteSource, HasMethod, Readable
-from pytree2safetensors._storage.descriptor import cut
+from pytree2safetensors._storage.descriptor import cut_chunks
 from pytree2safetensors._storage.progress import Progress, Report
 from pytree2safetensors._types import Chunk
 
@@ -144,7 +144,7 @@ def write_stream(
         raise TypeError(f"{type(file).__name__} takes text, not bytes; open it in binary mode")
     _check_open(file, _label_of(file), "writable", "writing")
     report = Report(progress, size)
-    for _, piece in cut(chunks, size):
+    for _, piece in cut_chunks(chunks, size):
         _write_all(file, piece)
         report.add(len(piece))
         del piece  # the next one may need the memory

@@ -110,6 +110,7 @@ def read_segment(segment: str) -> Key:
 
 
 def read(string: str) -> list[Key]:
+    """Read a spelled key path. Raise `Rejected` if it is not one."""
     if not string.isascii() and (found := SURROGATE.search(string)):
         raise Rejected(found.start(), _NO_UTF8)
     pieces = _pieces(string)

@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Final, NamedTuple, TypeAlias
 
-REST: Final = "*"  # stands for any text
+ANY_TEXT: Final = "*"  # stands for any text
 SPELLED: Final = "="  # stands for a whole spelled key path
 
 _PIECES: Final = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|([{}])")
@@ -47,7 +47,7 @@ class Hole(NamedTuple):
     @property
     def is_text(self) -> bool:
         """Return whether it stands for text, not for a number."""
-        return self.text in {REST, SPELLED}
+        return self.text in {ANY_TEXT, SPELLED}
 
 
 Side: TypeAlias = tuple[str | Hole, ...]
@@ -86,7 +86,7 @@ def read_side(text: str) -> Side:
 
 
 def _read_hole(text: str) -> Hole:
-    if text in {REST, SPELLED}:
+    if text in {ANY_TEXT, SPELLED}:
         return Hole(text, (Term(1, text),))
     total, colon, listed = text.partition(":")
     terms = []

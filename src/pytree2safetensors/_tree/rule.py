@@ -17,7 +17,7 @@ from typing import NamedTuple
 from pytree2safetensors._arguments import checked
 from pytree2safetensors._tree.patterns import Dims, merged, read_pattern, spread
 from pytree2safetensors._tree.placeholders import (
-    REST,
+    ANY_TEXT,
     SPELLED,
     Binding,
     Side,
@@ -217,7 +217,7 @@ def _check_sides(in_file: list[str], in_tree: list[str], pattern: str) -> None:
         alone = next((axis for axis in here if axis not in there), None)
         if alone is None:
             continue
-        if alone in {REST, SPELLED}:
+        if alone in {ANY_TEXT, SPELLED}:
             raise ValueError(f"{{{alone}}} is only on the side of the {which}")
         hint = ""
         if not pattern:

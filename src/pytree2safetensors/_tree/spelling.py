@@ -72,6 +72,7 @@ def join(prefix: str, *segments: str) -> str:
 
 
 def strip_leading_dot(segments: str) -> str:
+    """Return segments as they are at the start of a key path: mostly without a leading "."."""
     # first = segment / text. A name that is empty or reserved keeps its ".", because it would be
     # the empty path or the name of the metadata without it.
     if segments[0] != "." or segments[1:2] in _ENDS:
@@ -135,7 +136,7 @@ def _escape(text: str, what: str) -> str:
 
 def _checked_index(index: int) -> int:
     if type(index) is not int:
-        # Keys of JAX before 0.4.36 can have it.
+        # Keys of JAX before 0.4.36 take any value.
         raise KeyPathError(  # pragma: no cover - coverage is measured with a newer JAX
             f"an index must be an int, not {with_type(index)}"
         )

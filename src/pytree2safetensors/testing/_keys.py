@@ -60,6 +60,7 @@ def literals() -> SearchStrategy[Any]:
 
 @cache
 def numbers() -> SearchStrategy[Any]:
+    """Generate bools, ints and finite floats."""
     finite = st.floats(allow_nan=False, allow_infinity=False)
     return st.booleans() | st.integers() | finite | st.sampled_from((-0.0, 5e-324)) | limits()
 
@@ -72,6 +73,7 @@ _LIMITS: Final = (
 
 
 def limits() -> SearchStrategy[int]:
+    """Generate ints around the limits above."""
     # By index, because a strategy prints its samples, and these are long.
     return st.integers(0, len(_LIMITS) - 1).map(lambda index: _LIMITS[index])
 
