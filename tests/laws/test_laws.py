@@ -416,3 +416,11 @@ def test_a_node_that_mixes_kinds_loads_into_a_template(path: Path) -> None:
     }
     with pytest.raises(TreeStructureError):
         load_pytree(path)
+
+
+def test_a_node_with_a_gap_between_children_without_keys_loads_into_a_template(path: Path) -> None:
+    save_pytree(Keyed({"#\\(1)": 1, "#\\(3)": 3}), path)
+    loaded = load_into_pytree(Keyed({"#\\(1)": 0, "#\\(3)": 0}), path)
+    assert loaded.children == {"#\\(1)": 1, "#\\(3)": 3}
+    with pytest.raises(TreeStructureError, match="lacks 2 of its 4 children"):
+        load_pytree(path)

@@ -77,6 +77,17 @@ def test_one_shard_is_a_plain_file(tmp_path: Path, tree: Any) -> None:
     assert is_same(tree, load_pytree(tmp_path / "m"))
 
 
+def test_the_header_of_a_file_alone_may_be_longer_than_that_of_a_shard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index_format, "MAX_SHARD_HEADER", 1000)
+    monkeypatch.setattr("pytree2safetensors._save.plan.MAX_SHARD_HEADER", 1000)
+    tree = {"a": np.zeros(8), "b": "text" * 1000}
+    save_pytree(tree, tmp_path / "m", max_shard_size="5GB", metadata={"k": "v" * 1000})
+    assert names_in(tmp_path / "m") == ["model.safetensors"]
+    assert load_metadata(tmp_path / "m") == {"k": "v" * 1000}
+
+
 def test_a_tensor_beyond_the_size_is_alone(tmp_path: Path) -> None:
     tree = {"a": np.zeros(8, np.uint8), "b": np.zeros(100, np.uint8), "c": np.zeros(8, np.uint8)}
     save_pytree(tree, tmp_path, max_shard_size=16)
