@@ -1,7 +1,6 @@
 """The library passes its own conformance kit, with only its public interface."""
 
 import json
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,8 @@ from pytree2safetensors import (
     string2keypath,
 )
 
+pytestmark = pytest.mark.filterwarnings("ignore:JAX does not support the dtypes")  # of 64 bits
+
 KIT = Path(__file__).parent / "kit"
 CLASSES = {
     "name": KeyPathError,
@@ -35,13 +36,6 @@ def cases(name: str) -> Any:
 
 
 ACCEPTED, REFUSED, KEYPATHS = cases("accepted.json"), cases("refused.json"), cases("keypaths.json")
-
-
-@pytest.fixture(autouse=True)
-def _wide_dtypes_may_be_numpy() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "JAX does not support the dtypes")
-        yield
 
 
 def error_of(case: dict[str, Any], load: Any) -> type[Exception] | None:

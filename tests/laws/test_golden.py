@@ -3,8 +3,6 @@
 import io
 import json
 import re
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +24,13 @@ from pytree2safetensors import (
     pytree2dict,
 )
 
+pytestmark = pytest.mark.filterwarnings("ignore:JAX does not support the dtypes")  # of 64 bits
+
 NAMES = list(GOLDEN)
 WRITTEN_BY_OTHERS = {
     "original-0.1.4-dict", "original-0.1.4-train-state", "original-0.1.4-equinox-mlp",
     "safetensors-0.8.0-foreign",
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _wide_dtypes_may_be_numpy() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "JAX does not support the dtypes")
-        yield
 
 
 def golden(name: str) -> Any:

@@ -40,6 +40,8 @@ from pytree2safetensors._tree.unflatten import MAX_GAPS
 from pytree2safetensors.testing import SELF_DESCRIBING, arrays, keypaths, keys, leaves, pytrees
 from pytree2safetensors.testing._nodes import Keyed
 
+wide_dtypes_may_be_numpy = pytest.mark.filterwarnings("ignore:JAX does not support the dtypes")
+
 
 def makes_no_long_list(key: Key) -> bool:
     """Whether a list up to this index is short, or too long to be made at all."""
@@ -221,16 +223,15 @@ def can_be_jax(leaf: Any) -> bool:
     return not isinstance(leaf, np.ndarray | np.generic) or jax_holds(leaf.dtype)
 
 
+@wide_dtypes_may_be_numpy
 @given(tree=pytrees(nodes=SELF_DESCRIBING))
 def test_law_5_holds_for_file_objects_maps_and_checksums(path: Path, tree: Any) -> None:
     buffer = io.BytesIO()
     save_pytree(tree, buffer, checksum=True)
     path.write_bytes(buffer.getvalue())
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="JAX does not support the dtypes")
-        buffer.seek(0)
-        assert_same(load_pytree(buffer), canonical(tree))
-        assert_same(load_pytree(path, mmap=True), canonical(tree))
+    buffer.seek(0)
+    assert_same(load_pytree(buffer), canonical(tree))
+    assert_same(load_pytree(path, mmap=True), canonical(tree))
 
 
 # --- 6: into a template -----------------------------------------------------------------------
@@ -271,14 +272,13 @@ def template_leaves(draw: Any, leaf: Any) -> tuple[Any, Any]:
     return template, expected
 
 
+@wide_dtypes_may_be_numpy
 @given(case=loads())
 @example(case=({"step": 3}, {"step": 0}, {"step": 3}))
 def test_law_6_loading_into_a_template_inverts_saving(x64: bool, path: Path, case: Any) -> None:
     tree, template, expected = case
     save_pytree(tree, path, durable=False)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="JAX does not support the dtypes")
-        assert_same(load_into_pytree(template, path), expected)
+    assert_same(load_into_pytree(template, path), expected)
 
 
 @given(case=loads())
@@ -341,16 +341,15 @@ def test_law_7_any_names_load_into_a_template(path: Path, dictionary: dict[str, 
 # --- 8: saving --------------------------------------------------------------------------------
 
 
+@wide_dtypes_may_be_numpy
 @given(tree=pytrees(nodes=SELF_DESCRIBING), data=st.data())
 def test_law_8_saving_is_deterministic(path: Path, tree: Any, data: st.DataObject) -> None:
     first, second, third = io.BytesIO(), io.BytesIO(), io.BytesIO()
     save_pytree(tree, first, metadata={"a": "1", "b": "2"})
     save_pytree(reordered(tree), second, metadata={"b": "2", "a": "1"})
     assert second.getvalue() == first.getvalue()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="JAX does not support the dtypes")
-        first.seek(0)
-        again = load_pytree(first)
+    first.seek(0)
+    again = load_pytree(first)
     save_pytree(again, third, metadata={"a": "1", "b": "2"})
     assert third.getvalue() == first.getvalue()
     save_pytree(tree, path, durable=False, metadata={"a": "1", "b": "2"})
