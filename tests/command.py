@@ -32,7 +32,7 @@ def layer() -> dict[str, Any]:
 
 
 def small() -> dict[str, Any]:
-    """A tree that has leaves of every kind, and four similar layers."""
+    """A tree with leaves of every kind, and four similar layers."""
     return {
         "params": PyTreeContainer({"layers": [layer() for _ in range(4)], "scale": np.float16(1)}),
         "opt": ((), None, (jnp.ones(3),), OrderedDict(mu=1.0, nu=2.0)),
@@ -44,7 +44,7 @@ def small() -> dict[str, Any]:
 
 
 def strictly(text: str) -> Any:
-    """Read JSON without NaN and its kin."""
+    """Read JSON, and refuse NaN and infinities."""
 
     def refuse(constant: str) -> Any:
         raise AssertionError(constant)

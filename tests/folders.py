@@ -42,7 +42,7 @@ def is_same(tree: Any, found: Any) -> bool:
 
 
 def outcome(folder: Any, *, waits: bool = False) -> str:
-    """What a reader finds, here or in a store, if it waits for a save or does not."""
+    """What a reader of a folder or URL finds, whether it waits for a save or not."""
     try:
         with nullcontext() if waits else mock.patch.object(opening, "without_savers", nullcontext):
             loaded = load_pytree(folder)

@@ -1,4 +1,4 @@
-"""The trees in the golden files of the present format: every kind of leaf and node. They never change.
+"""The trees in the golden files of the current format: every kind of leaf and node. They never change.
 
 A tree that is here stays as it is, and so does its file. What is new gets a file of its own.
 """
@@ -141,7 +141,7 @@ GOLDEN: dict[str, Golden] = {
         lambda: {"a": [_array(16), _array(4)], "b": (1, "text"), "c": _array(40)},
         {"max_shard_size": 100, "metadata": {"run": "1"}, "checksum": True},
     ),
-    # Of a file whose data begin on a page only the head is kept: the data are what they are.
+    # Only the head of this file is kept. The tests make its data from the tree.
     "large": Golden(_large),
 }
 HEADS = {"large": 4096}

@@ -45,7 +45,7 @@ DOCUMENTED = (Pytree2SafetensorsError, OSError)
 
 
 def file(header: Any, data: bytes = b"", length: int | None = None) -> bytes:
-    """A file with this header, whose length may be a lie."""
+    """A file with this header, and possibly a wrong header length."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     size = len(text) if length is None else length
     return size.to_bytes(8, "little") + text + data
@@ -65,7 +65,7 @@ def names(*found: str) -> bytes:
 
 
 def noted(note: Any, data: bytes = b"", **tensors: Any) -> bytes:
-    """A file with a note, which is text or what JSON makes text of."""
+    """A file with a note, given as text or as an object for JSON."""
     text = note if isinstance(note, str) else json.dumps(note)
     return file({"__metadata__": {NOTE: text}, **tensors}, data)
 
@@ -97,7 +97,7 @@ class Hang(BaseException):
 
 @contextmanager
 def no_hang(seconds: int = 120) -> Iterator[None]:
-    """Raise `Hang` where something does not end."""
+    """Raise `Hang` if something takes too long."""
     if not hasattr(signal, "setitimer"):
         yield
         return
@@ -151,7 +151,7 @@ def refused(
 
 
 def attempt(load: Callable[[Any], Any], content: bytes | Path) -> Any:
-    """Load, and return what came or the documented exception; any other goes on its way."""
+    """Load, and return the result or the documented exception. Let other exceptions pass."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "JAX does not support the dtypes")
         try:
@@ -162,7 +162,7 @@ def attempt(load: Callable[[Any], Any], content: bytes | Path) -> Any:
 
 
 def check_message(error: BaseException) -> None:
-    """A message is short, whatever the file says, and shows no character that does things."""
+    """Check that a message is short and printable, whatever the file contains."""
     text = str(error)
     assert 10 < len(text) < 2000
     assert text.isprintable()

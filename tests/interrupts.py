@@ -167,7 +167,7 @@ def restore(operation: Operation, path: Path) -> None:
 
 
 def problems_after(operation: Operation, path: Path, held: int) -> list[str]:
-    wait_for_earlier()  # what is under way in the background goes on
+    wait_for_earlier()  # background saves continue
     found = []
     if not gc.isenabled():
         found.append("the collector is off")

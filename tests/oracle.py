@@ -22,7 +22,7 @@ def assert_same(found: Any, expected: Any) -> None:
     pairs, treedef = jax.tree_util.tree_flatten_with_path(found)
     expected_pairs, expected_treedef = jax.tree_util.tree_flatten_with_path(expected)
     assert treedef == expected_treedef, f"{treedef} is not {expected_treedef}"
-    assert str(treedef) == str(expected_treedef)  # which tells the keys 1, 1.0 and True apart
+    assert str(treedef) == str(expected_treedef)  # this distinguishes the keys 1, 1.0 and True
     for (path, leaf), (_, expected_leaf) in zip(pairs, expected_pairs, strict=True):
         assert identity(leaf) == identity(expected_leaf), jax.tree_util.keystr(path)
 

@@ -14,7 +14,7 @@ from pytree2safetensors._leaves import extents
 from pytree2safetensors._leaves.extents import Region
 from pytree2safetensors._load import plan, slots
 
-P: Any = PartitionSpec  # whose constructor JAX leaves untyped
+P: Any = PartitionSpec  # JAX gives its constructor no types
 Struct: Any = jax.ShapeDtypeStruct
 
 SPECS: dict[str, Any] = {
@@ -32,7 +32,7 @@ ROUTES = ("by JAX", "direct", "bands")
 
 
 def take_route(route: str, patch: pytest.MonkeyPatch) -> None:
-    """Have small arrays read the way that large ones are."""
+    """Read small arrays as large ones are read."""
     if route == "by JAX":
         return
     patch.setattr(plan, "_CUT_BY_JAX", 0)
@@ -52,7 +52,7 @@ def raw(array: Any) -> bytes:
 
 
 def assert_in_place(found: Any, expected: Any, sharding: Sharding) -> None:
-    """The very sharding, dtype and shape, and on each device the bits of its slice."""
+    """Assert the sharding, the dtype, the shape, and the bits on each device."""
     assert isinstance(found, jax.Array)
     if is_key(found):  # JAX writes the shardings of keys differently
         assert found.sharding.is_equivalent_to(sharding, found.ndim)
@@ -63,7 +63,8 @@ def assert_in_place(found: Any, expected: Any, sharding: Sharding) -> None:
     assert {shard.device for shard in found.addressable_shards} == sharding.addressable_devices
     expected = expected if is_key(expected) else np.asarray(expected)
     for shard in found.addressable_shards:
-        index = shard.index[: len(expected.shape)]  # that of keys has the axes of their data too
+        # The index of keys also has the axes of their data.
+        index = shard.index[: len(expected.shape)]
         assert raw(shard.data) == raw(expected[index])
 
 

@@ -34,14 +34,14 @@ class Process(NamedTuple):
     number: int = 0  # of the save in its script
     call: int = 0  # saves that it has begun
     round: int = 0  # the number of the next first meeting
-    save: int = -1  # the round in which the present save was agreed on
+    save: int = -1  # the round in which the current save was agreed on
     held: bool = False  # an interrupt waits for the outcome
     outcomes: str = ""  # of each call: S saved, R raised before its vote, X raised after it
     queue: tuple["Process", ...] = ()  # in the background: the saves that its thread has to do
 
 
 class State(NamedTuple):
-    """All that there is at one moment."""
+    """The state of all processes and files at one moment."""
 
     processes: tuple[Process, ...]
     keys: Pairs  # of the coordination service
@@ -110,7 +110,7 @@ class Model:
                     raise Broken(f"a reader of {path} finds {parts} for the index of {tag}")
 
     def check_end(self, state: State) -> None:
-        """Nobody waits for ever, nothing is left, and all processes agree on what happened."""
+        """No process waits forever, nothing is left, and all processes agree on what happened."""
         for number, process in enumerate(state.processes):
             if process.at != "dead" and not self.is_gone(state, number):
                 raise Broken(f"process {number} waits for ever in {process.at}")
@@ -280,7 +280,7 @@ class Model:
             yield f"{number} raises", self.end(state, number, "R", keys=keys)
 
     def answers(self, state: State, number: int, meeting: int, step: str) -> Any:
-        """What process 0 hears from all, or the others from process 0; None while they wait."""
+        """What process 0 receives from all, or the others from process 0; None while they wait."""
         found = dict(state.keys)
         if number:
             verdict = found.get((meeting, step, "all"))
@@ -327,7 +327,7 @@ class Model:
         yield f"{number} writes {file}", self.to(state, number, after, temporaries=temporaries)
 
     def tell(self, state: State, number: int, process: Process) -> Next:
-        """Tell how a step went; a failed process waits for the outcome, too."""
+        """Post the result of a step. A failed process also waits for the outcome."""
         failure = ERROR if process.failed else None
         keys = put(state.keys, (process.save, process.at, number), failure)
         if process.at == "written":

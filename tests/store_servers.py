@@ -36,7 +36,7 @@ def free_port() -> int:
 
 @contextmanager
 def options_of(scheme: str, **options: Any) -> Iterator[None]:
-    """Give options to the file systems of a scheme, which no other test has."""
+    """Give options to the file systems of a scheme, for one test only."""
     kind = fsspec.get_filesystem_class(scheme)
     kind.clear_instance_cache()
     try:

@@ -11,9 +11,9 @@ from pathlib import Path
 from types import BuiltinFunctionType
 from typing import Any, NamedTuple
 
-# The modules whose calls count: the package's own, and what of the standard library serves it.
+# The modules whose calls count: the package, and modules of the standard library that it uses.
 _OURS = {"pytree2safetensors", "posixpath", "genericpath", "os"}
-# What asks the process about itself, and cannot fail.
+# Calls about the process itself, which cannot fail.
 _INNER = {"fspath", "getpid", "geteuid", "getegid", "getuid", "getgid", "cpu_count", "strerror"}
 
 

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 import pytree2safetensors as p2s
 
-P: Any = PartitionSpec  # whose constructor JAX leaves untyped
+P: Any = PartitionSpec  # JAX gives its constructor no types
 
 LIMIT = 180  # seconds for one step of all processes, on a machine with much else to do
 
@@ -151,7 +151,7 @@ _groups: dict[tuple[int, int], Group] = {}
 
 
 def group_of(count: int, devices: int) -> Group:
-    """Processes that are there already, unless a test has lost them."""
+    """Return processes that an earlier test started, or start new ones."""
     group = _groups.get((count, devices))
     if group is not None and any(process.poll() is not None for process in group.processes):
         group.end()
@@ -174,7 +174,7 @@ def main(rank: int, count: int, devices: int, port: int, heartbeat: int) -> None
         return
     start: Any = jax.distributed.initialize
     known = inspect.signature(start).parameters
-    name = "heartbeat_timeout_seconds"  # which older JAX has not: there a death is noticed later
+    name = "heartbeat_timeout_seconds"  # older JAX lacks this, and notices a death later
     limit = {name: heartbeat} if name in known else {}
     start(f"127.0.0.1:{port}", num_processes=count, process_id=rank, **limit)
     assert (jax.process_count(), len(jax.local_devices())) == (count, devices)
@@ -316,13 +316,13 @@ def arrays_of(number: int) -> dict[str, NDArray[Any]]:
 
 
 def checkpoint(number: int) -> dict[str, Any]:
-    """A tree like any other, of a number."""
+    """A tree that differs for each number."""
     specs = {"rows": P(("x", "y")), "columns": P(None, ("x", "y"))}
     return {name: spread(values, specs[name]) for name, values in arrays_of(number).items()}
 
 
 def number_in(path: Path) -> int:
-    """The number of a checkpoint, which must be no mixture."""
+    """Return the number of a checkpoint, and assert that it is not a mixture."""
     tree = p2s.load_pytree(path)
     (number,) = set(np.unique(tree["rows"]).tolist()) | set(np.unique(tree["columns"]).tolist())
     return int(number)

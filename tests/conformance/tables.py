@@ -38,7 +38,7 @@ def key_paths() -> dict[str, Any]:
 
 
 def small_values() -> dict[str, list[float | str]]:
-    """Tell the value of every byte of the dtypes of at most a byte."""
+    """List the value of each byte, for each dtype of at most a byte."""
     found: dict[str, list[float | str]] = {}
     for name in (*golden_trees.NATIVE, *golden_trees.NOTED, *golden_trees.NEWER):
         dtype = np.dtype(getattr(ml_dtypes, name, name))

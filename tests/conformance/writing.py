@@ -43,7 +43,7 @@ def draw(strategy: Any, count: int, number: int, fits: Callable[[Any], bool]) ->
         if len(found) < count and fits(example):
             found.append(example)
 
-    # Otherwise it also draws constants that stand in the source code of today.
+    # Otherwise Hypothesis also draws constants from the source code, which changes.
     with patch("hypothesis.internal.conjecture.providers.is_local_module_file", return_value=False):
         collect()
     assert len(found) == count, f"only {len(found)} of {count} fit"
@@ -59,12 +59,12 @@ REASONS = (  # what a message says, and the word for it
     ("describes|gives|has the name", "tensor"),
     ("", "header"),
 )
-# Messages about what the format allows to refuse, and does not demand to.
+# Messages about files that the format lets a reader refuse or load.
 OPTIONAL = ("what memory can address", "dimensions, and", "the tree more than", "a packed dtype")
 
 
 class Seen:
-    """Tells whether something is new."""
+    """Remembers texts, and says whether one is new."""
 
     def __init__(self) -> None:
         self.texts: set[str] = set()

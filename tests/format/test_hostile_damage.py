@@ -35,7 +35,7 @@ PEER_SOUND: list[tuple[bytes, dict[str, tuple[int, ...]]]] = [
     (file({"test": tensor("I32", [], 0, 4)}, bytes(4)), {"test": ()}),
     (file(SMALL, bytes(16)), {"test": (2, 2)}),
     (file({"test": tensor("I32", [2, 0], 0, 0)}), {"test": (2, 0)}),
-    # Tensors stand in any order, and those of no size anywhere.
+    # Tensors may be in any order, and empty tensors anywhere.
     (
         file({"b": byte(1), "z": tensor("F32", [0], 1, 1), "a": byte(0)}, bytes(2)),
         {"a": (1,), "b": (1,), "z": (0,)},

@@ -177,13 +177,13 @@ HEADERS: list[tuple[bytes, str]] = [
     (file({"a": tensor("U8", [0], 0, 1)}, b"\0"), "1 bytes, and its dtype U8 with its shape [0]"),
     (file({"a": tensor("F4", [3], 0, 1)}, b"\0"), "its dtype F4 with its shape [3] another size"),
     (file({"a": tensor("F4", [3], 0, 2)}, b"\0"), "its dtype F4 with its shape [3] another size"),
-    # Products beyond 64 bits, which come back as something small where they wrap around.
+    # Products beyond 64 bits, which are small if they wrap around.
     (file({"a": tensor("U8", [2**32, 2**32], 0, 0)}), "another size"),
     (file({"a": tensor("U8", [2**63, 2], 0, 0)}), "another size"),
     (file({"a": tensor("F32", [2**62], 0, 0)}), "another size"),
     (file({"a": tensor("F32", [2**62 + 1], 0, 4)}, bytes(4)), "another size"),
     (file({"a": tensor("U8", [2, 2**63 + 1], 0, 2)}, bytes(2)), "another size"),
-    # Nothing, in shapes that no array has.
+    # Empty tensors, in shapes that no array can have.
     (file({"a": tensor("F32", [0, 2**63], 0, 0)}), "beyond what memory can address"),
     (file({"a": tensor("F32", [2**62, 0], 0, 0)}), "beyond what memory can address"),
     (file({"a": tensor("U8", [2**63, 2**63, 0], 0, 0)}), "beyond what memory can address"),
@@ -213,7 +213,7 @@ HEADERS: list[tuple[bytes, str]] = [
     (file({"__metadata__": {"\udfff": "a"}}), "the metadata of the BytesIO holds a lone surrogate"),
     (file({"\ud800": byte()}, b"\0"), "has the name '\\ud800', which holds a lone surrogate"),
     (file({"@\udc00\ud800": byte()}, b"\0"), "which holds a lone surrogate"),
-    # What stands twice.
+    # Names that occur twice.
     (file(b'{"a":1,"a":1}'), "the header of the BytesIO has 'a' twice"),
     (file(b'{"a":1,"\\u0061":1}'), "the header of the BytesIO has 'a' twice"),
     (file(b'{"__metadata__":{},"__metadata__":{}}'), "has '__metadata__' twice"),

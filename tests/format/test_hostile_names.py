@@ -130,7 +130,7 @@ def test_names_as_deep_as_jax_can_flatten_are_loaded_and_deeper_ones_refused(seg
     assert outcomes[:3] == [True, True, True]
     assert sorted(outcomes, reverse=True) == outcomes
     assert sys.version_info >= (3, 12) or not outcomes[-1]
-    check_file(names("@a"))  # the stack is as it was
+    check_file(names("@a"))  # JAX has not lost count of the stack
 
 
 @pytest.mark.parametrize("make", [lambda t: {"a": t}, lambda t: PyTreeContainer({"a": t})])
@@ -244,7 +244,7 @@ def test_flat_dicts_and_strings_are_input_like_any_other() -> None:
                 read(name)
 
 
-# What Python tells an auditor when something is run. A hook stays for ever, so this one sleeps.
+# The audit events of running something. A hook cannot be removed, so it does nothing unless `watching`.
 RUNNING = {"import", "os.system", "subprocess.Popen", "pickle.find_class"}
 events: list[str] = []
 watching = False

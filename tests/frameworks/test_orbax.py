@@ -19,7 +19,7 @@ from oracle import assert_same
 from pytree2safetensors.orbax import SafetensorsHandler, SafetensorsRestore, SafetensorsSave
 from trees import TREES
 
-P: Any = PartitionSpec  # whose constructor JAX leaves untyped
+P: Any = PartitionSpec  # JAX gives its constructor no types
 Struct: Any = jax.ShapeDtypeStruct
 in_both_ways = pytest.mark.parametrize("background", [True, False], ids=["async", "sync"])
 

@@ -17,7 +17,7 @@ from together import Group, assert_same_shards, group_of, spread
 
 pytestmark = pytest.mark.multiprocess
 
-P: Any = PartitionSpec  # whose constructor JAX leaves untyped
+P: Any = PartitionSpec  # JAX gives its constructor no types
 
 
 @pytest.fixture

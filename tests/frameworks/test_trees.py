@@ -25,7 +25,7 @@ def test_there_are_many_trees() -> None:
 
 
 def save(tree: Any, path: Path) -> dict[str, Any]:
-    """Save a tree, and tell which of its leaves are stored."""
+    """Save a tree, and return the leaves that are stored."""
     leaves = pytree2dict(tree)
     try:
         save_pytree(tree, path)

@@ -152,7 +152,7 @@ def correspondences(draw: Any, *, max_size: int = 3) -> Correspondence:
     for dim in right:
         unknown = [axis for axis in dim if axis not in labels]
         told |= {axis: sizes[axis] for axis in unknown[: max(0, len(unknown) - 1)]}
-    for axis in arrays:  # of which no size has to be positive
+    for axis in arrays:  # their sizes may be 0
         if axis not in told and draw(st.integers(0, 9)) == 0:
             sizes[axis] = 0
     runs = {
@@ -167,7 +167,7 @@ def correspondences(draw: Any, *, max_size: int = 3) -> Correspondence:
         if axis not in told and draw(st.booleans())
         for key in product(*(range(sizes[name]) for name in run))
     }
-    for axis in cut:  # whose sizes the number of leaves tells
+    for axis in cut:  # their sizes may follow from the number of leaves
         if axis not in labels and draw(st.booleans()):
             told[axis] = sizes[axis]
     name = draw(st.permutations([*stacked, *shared]))

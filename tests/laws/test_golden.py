@@ -1,4 +1,4 @@
-"""Files of the present format always load, and saving writes the same bytes."""
+"""Files of the current format always load, and saving writes the same bytes."""
 
 import io
 import json

@@ -91,7 +91,7 @@ def test_law_1_reading_inverts_spelling(path: KeyPath) -> None:
 
 
 def typed(key: Any) -> tuple[Any, ...]:
-    """All that tells one key from another: 1, 1.0 and True are equal."""
+    """All that distinguishes keys; 1, 1.0 and True are equal."""
     return type(key), repr(key)
 
 
@@ -357,7 +357,7 @@ def test_law_8_saving_is_deterministic(path: Path, tree: Any, data: st.DataObjec
 
 
 def reordered(tree: Any) -> Any:
-    """The same tree, in which what has no order stands in another one."""
+    """The same tree, with dict keys and attributes in another order."""
     if isinstance(tree, dict) and not isinstance(tree, OrderedDict):
         return {key: reordered(tree[key]) for key in reversed(tree)}
     if isinstance(tree, PyTreeContainer):

@@ -154,7 +154,7 @@ def test_a_plain_view_is_the_tensor(data: Any, shape: tuple[int, ...]) -> None:
 
 @given(st.data(), correspondences())
 def test_parts_of_equal_size_need_no_other_part(data: Any, case: Correspondence) -> None:
-    """Unless it is the leaves that tell how many there are."""
+    """Except if their number follows from the leaves."""
     if case.joined or any(
         axis not in case.labels and axis not in case.rule.sizes for axis in case.path
     ):
@@ -234,7 +234,7 @@ def template_of(data: Any, leaves: dict[str, NDArray[Any]]) -> Any:
     return dict2pytree(found)
 
 
-STRUCT: Any = jax.ShapeDtypeStruct  # whose constructor JAX leaves untyped
+STRUCT: Any = jax.ShapeDtypeStruct  # JAX gives its constructor no types
 
 
 def assert_loaded(found: Any, template: Any, expected: dict[str, NDArray[Any]]) -> None:

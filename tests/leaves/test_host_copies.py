@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(
     reason="the CPU devices of this JAX have no pinned memory",
 )
 
-P: Any = PartitionSpec  # whose constructor JAX leaves untyped
+P: Any = PartitionSpec  # JAX gives its constructor no types
 
 
 class Link:

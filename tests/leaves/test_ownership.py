@@ -13,7 +13,7 @@ from pytree2safetensors import UnsupportedLeafError
 from pytree2safetensors._leaves.extents import region_of
 from pytree2safetensors._leaves.ownership import ownership
 
-P: Any = PartitionSpec  # whose constructor JAX leaves untyped
+P: Any = PartitionSpec  # JAX gives its constructor no types
 
 SPECS: list[Any] = [
     P(), P("x"), P("y"), P(("x", "y")), P(("y", "x")), P(None, "x"), P("x", "y"), P(None, ("x", "y")),
@@ -63,7 +63,7 @@ def test_the_digest_is_of_devices_and_regions() -> None:
 
 
 class Overlapping:
-    """A sharding of which two devices hold parts that have something in common."""
+    """A sharding with two devices whose parts overlap."""
 
     def __init__(self, indices: list[slice]) -> None:
         self.indices = indices

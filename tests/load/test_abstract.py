@@ -24,7 +24,7 @@ from pytree2safetensors import (
 from pytree2safetensors._load.sharded import misplaced
 
 Spec: Any = jax.sharding.PartitionSpec
-Struct: Any = jax.ShapeDtypeStruct  # whose constructor JAX leaves untyped
+Struct: Any = jax.ShapeDtypeStruct  # JAX gives its constructor no types
 
 
 def test_a_function_that_gives_no_sharding_is_named_with_the_leaf(tmp_path: Path) -> None:

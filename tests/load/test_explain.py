@@ -14,7 +14,7 @@ import safetensors.numpy
 
 from pytree2safetensors import Rule, WeightsMismatchError, explain, load_into_pytree, save_pytree
 
-STRUCT: Any = jax.ShapeDtypeStruct  # whose constructor JAX leaves untyped
+STRUCT: Any = jax.ShapeDtypeStruct  # JAX gives its constructor no types
 
 
 def zeros(*shape: int) -> Any:

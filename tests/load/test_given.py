@@ -17,7 +17,7 @@ from pytree2safetensors._leaves.spec import holds
 from pytree2safetensors._leaves.to_jax import to_jax
 from pytree2safetensors._load import given
 
-Struct: Any = jax.ShapeDtypeStruct  # whose constructor JAX leaves untyped
+Struct: Any = jax.ShapeDtypeStruct  # JAX gives its constructor no types
 NANS = np.array([[np.nan, 1], [np.inf, 3]], np.float32)
 MOVED = [Rule("@w", "@w", "a b -> b a")]
 STACKED = [Rule("w.{l}", "@w", "a b -> l a b")]

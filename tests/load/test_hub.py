@@ -22,7 +22,7 @@ from pytree2safetensors._format import index as index_format
 from pytree2safetensors._format.layout import in_order
 from pytree2safetensors._format.tensor import TensorInfo
 
-P: Any = PartitionSpec  # whose constructor JAX leaves untyped
+P: Any = PartitionSpec  # JAX gives its constructor no types
 STRUCT: Any = jax.ShapeDtypeStruct
 
 

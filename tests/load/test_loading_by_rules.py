@@ -23,7 +23,7 @@ from pytree2safetensors._leaves import extents
 from pytree2safetensors._load import plan, reading
 from pytree2safetensors._storage.byte_source import ByteSource
 
-P: Any = PartitionSpec  # whose constructor JAX leaves untyped
+P: Any = PartitionSpec  # JAX gives its constructor no types
 STRUCT: Any = jax.ShapeDtypeStruct
 
 

@@ -14,7 +14,7 @@ from oracle import assert_same_values
 from pytree2safetensors import Rule, load_into_pytree, save_pytree
 
 PAGE = Path(__file__).parents[2] / "docs" / "guides" / "mappings.md"
-STRUCT: Any = jax.ShapeDtypeStruct  # whose constructor JAX leaves untyped
+STRUCT: Any = jax.ShapeDtypeStruct  # JAX gives its constructor no types
 
 
 def lists_of_the_page() -> dict[str, list[Rule]]:

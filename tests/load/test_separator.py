@@ -24,7 +24,7 @@ from pytree2safetensors import (
 from pytree2safetensors._tree import separated
 from pytree2safetensors._tree.separated import build_separated
 
-P: Any = PartitionSpec  # whose constructor JAX leaves untyped
+P: Any = PartitionSpec  # JAX gives its constructor no types
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from pytree2safetensors._load import finishing, plan, reading
 from pytree2safetensors._storage import read_pool
 from pytree2safetensors._storage.file_source import FileSource
 
-P: Any = PartitionSpec  # whose constructor JAX leaves untyped
+P: Any = PartitionSpec  # JAX gives its constructor no types
 Struct: Any = jax.ShapeDtypeStruct
 RING, BATCH = (16 << 10, 48 << 10), 16 << 10
 
@@ -270,7 +270,7 @@ def test_what_is_read_is_transferred_while_the_ring_is_full(
 
     monkeypatch.setattr(Ring, "release", release)
     save_pytree(tree_of(50, 1500), tmp_path / "file")
-    found = load_pytree(tmp_path / "file")  # batches that are read before anything else goes on
+    found = load_pytree(tmp_path / "file")  # each batch is read before the next step
     link.finish()
     assert len(found) == 50
     assert waits
@@ -292,9 +292,9 @@ def placed_on(*devices: jax.Device) -> NamedSharding:
     return NamedSharding(Mesh(np.array(devices), ("x",)), P())
 
 
-HOST, OTHER = 0, 1  # the numbers of the devices that stand for these
+HOST, OTHER = 0, 1  # the numbers of the devices that play these roles
 
-# Leaves, and whether each has memory of its own: in a load of these alone, and beside others.
+# Leaves, and whether each has its own memory: if loaded alone, and if loaded with others.
 OWN: dict[str, tuple[Any, tuple[bool, bool]]] = {
     "NumPy": (lambda leaf: np.zeros(leaf.shape, leaf.dtype), (True, True)),
     "host": (lambda leaf: on(leaf, HOST), (False, True)),  # the memory of a batch, or reused memory

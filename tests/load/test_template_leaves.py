@@ -23,7 +23,7 @@ from pytree2safetensors import (
 )
 from pytree2safetensors._leaves import spec
 
-Struct: Any = jax.ShapeDtypeStruct  # whose constructor JAX leaves untyped
+Struct: Any = jax.ShapeDtypeStruct  # JAX gives its constructor no types
 
 
 class Foreign:

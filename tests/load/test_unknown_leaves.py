@@ -18,7 +18,7 @@ from pytree2safetensors import (
     load_pytree,
 )
 
-STRUCT: Any = jax.ShapeDtypeStruct  # whose constructor JAX leaves untyped
+STRUCT: Any = jax.ShapeDtypeStruct  # JAX gives its constructor no types
 NOTE = '{"leaves":{"@k":["key","other"]},"version":1}'
 PACKED = (
     "is of the packed dtype F4, which has no NumPy dtype; unpack it with the program that wrote it"

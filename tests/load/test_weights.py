@@ -421,10 +421,10 @@ def test_a_mapping_that_renames_nothing_is_reported() -> None:
 
 def test_what_cast_does_not_convert_is_reported() -> None:
     template = {"a": np.zeros(3, np.int32)}
-    for shape, told in ((3, True), (4, False)):
+    for shape, expected in ((3, True), (4, False)):
         with pytest.raises(WeightsMismatchError) as caught:
             set_weights(template, {"@a": np.zeros(shape, np.float32)}, cast=True)
-        assert ("which cast=True does not convert" in str(caught.value)) is told
+        assert ("which cast=True does not convert" in str(caught.value)) is expected
 
 
 RANGES = [

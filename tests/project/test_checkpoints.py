@@ -26,7 +26,7 @@ def guide() -> types.SimpleNamespace:
 
 
 def kill_before_line(number: int, code: CodeType, call: Callable[[], object]) -> bool:
-    """Call, and end it before the given line of the function that it runs; tell whether it ended."""
+    """Call a function, and end it before a given line; return whether it was ended."""
     left = number
 
     def trace(frame: FrameType, event: str, _: object) -> Any:

@@ -74,7 +74,7 @@ def run_python(page: Path, block: Block, namespace: dict[str, object]) -> None:
 
 
 def run_session(page: Path, block: Block, namespace: dict[str, object]) -> None:
-    """Execute what stands behind `>>>`, and compare what it prints."""
+    """Execute the lines after `>>>`, and compare what they print."""
     parser = doctest.DocTestParser()
     test = parser.get_doctest(block.text, {}, page.stem, str(page), block.line)
     test.globs = namespace
@@ -108,7 +108,7 @@ def run_command(command: str, folder: Path, environment: dict[str, str]) -> str:
 
 
 def run_console(page: Path, block: Block, folder: Path) -> None:
-    """Run what stands behind `$`, and compare what it prints."""
+    """Run the commands after `$`, and compare what they print."""
     environment = dict(os.environ, PYTHONWARNINGS="ignore", JAX_PLATFORMS="cpu")
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]])
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)

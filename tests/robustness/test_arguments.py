@@ -221,7 +221,7 @@ UNDECORATED: list[tuple[Callable[[], Any], str]] = [
 
 
 def message_of(work: Callable[[], Any]) -> str:
-    """What a wrong call says; it says so at once, and nothing stands behind it."""
+    """The message of a wrong call, which comes quickly and shows no other exception."""
     start = time.process_time()
     try:
         work()

@@ -61,7 +61,7 @@ class Group:
         self.interrupts = [Interrupt() for _ in range(count)]
 
     def run(self, *works: Callable[[Processes], Any]) -> list[Any]:
-        """Have each process do something, the last work being that of all others; what came out."""
+        """Run a function on each process, the last one on all others; return the results."""
         with ThreadPoolExecutor(len(self.processes)) as pool:
             futures = [
                 pool.submit(works[min(number, len(works) - 1)], process)

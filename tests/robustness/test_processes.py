@@ -37,7 +37,7 @@ from together import (
 
 pytestmark = pytest.mark.multiprocess
 
-P: Any = PartitionSpec  # whose constructor JAX leaves untyped
+P: Any = PartitionSpec  # JAX gives its constructor no types
 Struct: Any = jax.ShapeDtypeStruct
 
 OLD = {"old": np.arange(3, dtype=np.float32)}

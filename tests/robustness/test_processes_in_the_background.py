@@ -20,7 +20,7 @@ from together import Group, arrays_of, checkpoint, devices_of, first, group_of, 
 
 pytestmark = pytest.mark.multiprocess
 
-P: Any = PartitionSpec  # whose constructor JAX leaves untyped
+P: Any = PartitionSpec  # JAX gives its constructor no types
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def pair() -> Group:
 
 
 def slow_writes(patch: pytest.MonkeyPatch, seconds: float) -> None:
-    """Have the first writes take long."""
+    """Make the first writes slow."""
     calls: list[None] = []
 
     def write_at(*arguments: Any) -> None:
@@ -43,7 +43,7 @@ def slow_writes(patch: pytest.MonkeyPatch, seconds: float) -> None:
 
 
 def train_meanwhile(folder: str) -> tuple[bool, float]:
-    """Save in the background, and go on with steps that donate the arrays and use collectives."""
+    """Save in the background, and continue with steps that donate the arrays and use collectives."""
     update = jax.jit(
         lambda tree: {name: array + 1 for name, array in tree.items()}, donate_argnums=0
     )
@@ -201,7 +201,7 @@ def test_a_callback_cannot_save_arrays_of_several_processes(pair: Group, tmp_pat
 
 
 def count_meetings(folder: str, options: dict[str, Any], background: bool) -> dict[str, list[str]]:
-    """The steps in which this process says something, and those in which it hears something."""
+    """The steps in which this process sets a key, and those in which it waits for one."""
     found: dict[str, list[str]] = {"set": [], "wait": []}
 
     def noting(name: str) -> Any:

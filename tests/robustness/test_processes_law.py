@@ -20,7 +20,7 @@ from together import contents_of, first, group_of, spread
 
 pytestmark = pytest.mark.multiprocess
 
-P: Any = PartitionSpec  # whose constructor JAX leaves untyped
+P: Any = PartitionSpec  # JAX gives its constructor no types
 
 DTYPES = [
     "bool", "int4", "uint4", "int8", "uint16", "bfloat16", "float16", "int32", "float32",

@@ -39,7 +39,7 @@ from together import (
 
 pytestmark = pytest.mark.multiprocess
 
-P: Any = PartitionSpec  # whose constructor JAX leaves untyped
+P: Any = PartitionSpec  # JAX gives its constructor no types
 THOROUGH = (settings.default or settings()).max_examples >= 10_000
 
 OLD = {"old": np.arange(3, dtype=np.float32)}
@@ -56,7 +56,7 @@ def pair() -> Group:
 
 @pytest.fixture
 def old(tmp_path: Path) -> Iterator[Path]:
-    """A file that a save which fails must leave as it is, alone in its folder."""
+    """A file alone in its folder, which a failed save must not change."""
     folder = tmp_path / "checkpoint"
     folder.mkdir()
     p2s.save_pytree(OLD, folder / "file")

@@ -173,7 +173,7 @@ class Checkpoints(RuleBasedStateMachine):
         else:
             tree = load_pytree(where)
         found = Held(tree["step"], is_renamed)
-        assert_loaded(tree, found.tree())  # whatever it is, it is whole
+        assert_loaded(tree, found.tree())  # it is never a mixture
         return found == held
 
     @precondition(lambda self: not self.pending)

@@ -112,7 +112,7 @@ SIZES: dict[str | int, int] = {
     "5GB": 5 * 10**9,
     "5gb": 5 * 10**9,
     " 1.5 MB ": 1_500_000,
-    "0.29KB": 290,  # of which a float would make 289 or 290
+    "0.29KB": 290,  # with floats, it would be 289 or 290
     "2TB": 2 * 10**12,
     "100B": 100,
     "1.9B": 1,
@@ -184,7 +184,7 @@ def test_a_file_gives_the_stem(tmp_path: Path, limit: int | str, ending: str) ->
     sharded = [*shard_names(3, "policy"), "policy.safetensors.index.json"]
     assert names_in(tmp_path / "ckpt") == (sharded if limit == 100 else ["policy.safetensors"])
     assert is_same(tree_of(1), load_pytree(tmp_path / "ckpt"))
-    # What was saved as this path loads as this path, whatever it became.
+    # A path that was saved to can be loaded, whether it became a file or shards.
     assert is_same(tree_of(1), load_pytree(tmp_path / "ckpt/policy.safetensors"))
 
 

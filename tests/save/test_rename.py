@@ -266,7 +266,7 @@ def test_parts_of_a_tensor_must_all_be_there(path: Path) -> None:
 def test_parts_of_a_tensor_must_have_one_dtype(kind: Any, path: Path) -> None:
     rule = Rule("qkv", "{p:q,k,v}", "(p h) e -> h e")
     tree = {"q": kind(KERNEL), "k": kind(KERNEL).astype("bfloat16"), "v": kind(KERNEL)}
-    tree["bias"] = kind(np.zeros(2, np.float16))  # which no rule joins with any other
+    tree["bias"] = kind(np.zeros(2, np.float16))  # no rule joins this leaf with another
     rules = [rule, Rule("{=}", "{=}")]
     for function in (
         lambda: save_pytree(tree, path, rename=rules),

@@ -27,7 +27,7 @@ CHANGES = {"open", "write", "replace", "unlink", "mkdir", "rmdir"}
 
 @contextmanager
 def watched(act: Callable[[Call], Any]) -> Iterator[None]:
-    """Watch the system's calls, of which small files too have their space reserved."""
+    """Watch the system's calls, which reserve the space of small files, too."""
     with pytest.MonkeyPatch.context() as patch, system_calls.watched(act, flushing=False):
         patch.setattr("pytree2safetensors._storage.descriptor._PREALLOCATED", 1)
         yield
@@ -151,7 +151,7 @@ def test_a_failing_rename_brings_everything_back(tmp_path: Path, before: Path, s
 def test_what_cannot_be_looked_at_is_neither_replaced_nor_removed(
     tmp_path: Path, before: Path, failing: int
 ) -> None:
-    """A rename fails (of none, none), and no file can be looked at from then on."""
+    """If a rename fails, no file can be looked at afterwards. With 0, no rename fails."""
     there = before / "shards of the same names"
     root, renames, blind = tmp_path / "root", 0, failing == 0
     shutil.copytree(there, root)

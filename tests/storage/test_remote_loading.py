@@ -239,7 +239,7 @@ def test_an_object_that_changes_in_the_middle_is_never_a_mixture(
     try:
         found = load_pytree(url)
     except FileFormatError as error:
-        # Without tags, the size alone tells.
+        # Without entity tags, only the size shows it.
         assert "was replaced while it was read" in str(error) or "is truncated" in str(error)
         return
     assert at > 2

@@ -281,7 +281,7 @@ def test_a_signal_handler_that_would_wait_for_ever_gets_an_error(tmp_path: Path)
 
 @pytest.mark.parametrize("kind", ["save", "result", "wait"])
 def test_a_signal_handler_can_wait_for_a_save_that_its_thread_waits_for(kind: str) -> None:
-    """Whatever line of the interrupted wait it comes before."""
+    """At every line of the interrupted wait."""
 
     def run(number: int) -> bool:
         started, go_on = threading.Event(), threading.Event()

@@ -1,4 +1,4 @@
-"""Not only paths: file objects, bytes in memory, pipes."""
+"""File objects, bytes in memory, and pipes in place of paths."""
 
 import gzip
 import io

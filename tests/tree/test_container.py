@@ -23,7 +23,7 @@ from pytree2safetensors import (
 )
 from pytree2safetensors.testing import pytrees
 
-# What Python, JAX or this class itself means something by.
+# Names that have a meaning for Python, JAX or this class.
 NAMES = [
     "", "a", "a.b", "é", " ", "_attrs", "__attrs__", "attrs", "children", "shape", "dtype", "items", "keys", "get",
     "__class__", "__dict__", "__slots__", "__module__", "__doc__", "__init__", "__new__", "__reduce__",

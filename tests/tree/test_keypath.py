@@ -348,7 +348,7 @@ def test_a_path_of_a_hundred_thousand_keys() -> None:
     assert string2keypath(string) == path
 
 
-# Were any of these quadratic in its length, or recursive, it would not end, or end otherwise.
+# Quadratic or recursive code would be too slow for these, or exceed the stack.
 HOSTILE = {
     "dots": "." * 1_000_000,
     "ats": "@" * 1_000_000,

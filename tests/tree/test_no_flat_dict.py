@@ -121,7 +121,7 @@ def works(function: Callable[..., object], *arguments: Any) -> bool:
     return True
 
 
-# What is inside of many lists, and what a note says of it.
+# What many nested lists contain, and its kind in the note.
 INNERMOST: list[tuple[Any, Any]] = [
     (1, None),
     (None, "None"),
@@ -192,7 +192,7 @@ def test_cyclic_trees_are_refused(name: str) -> None:
 
 @jax.tree_util.register_pytree_with_keys_class
 class Named:
-    """A node whose children have whatever keys it is given."""
+    """A node with any keys."""
 
     def __init__(self, *pairs: Any) -> None:
         self.pairs = pairs
@@ -273,7 +273,7 @@ class Masked(NamedTuple):
 
 
 class Backwards(Layer):
-    """A namedtuple that iterates otherwise than JAX opens it."""
+    """A namedtuple that iterates over other values than JAX."""
 
     def __iter__(self) -> Any:
         return reversed(tuple(self[i] for i in range(len(self))))

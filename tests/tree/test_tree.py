@@ -39,7 +39,7 @@ TREES: dict[str, tuple[Any, dict[str, Any]]] = {
         {"layers": [PyTreeContainer({"w": UnkeyedContainer([1])})]},
         {"@layers#0.w#\\(0)": 1},
     ),
-    # What the original release got wrong.
+    # Trees that 0.1.4 got wrong.
     "an empty name": ({"": {"": 1}}, {"@@": 1}),
     "an empty attribute": (PyTreeContainer({"": 1}), {".": 1}),
     "a dot in a name": ({"a.b": 1, "a": {"b": 2}}, {"@a@b": 2, "@a\\.b": 1}),
@@ -61,7 +61,7 @@ def test_trees_and_flat_dicts_correspond(tree: Any, dictionary: dict[str, Any]) 
     assert_same(dict2pytree(dict(reversed(dictionary.items()))), tree)
 
 
-# Trees of which the names alone tell less: how they flatten, and what the names give.
+# Trees that names do not fully express: the flat dict, and the tree that it builds.
 FLATTENED: dict[str, tuple[Any, dict[str, Any], Any]] = {
     "a tuple": ((1, 2), {"#0": 1, "#1": 2}, [1, 2]),
     "None": ({"a": None, "b": 1}, {"@b": 1}, {"b": 1}),
