@@ -109,12 +109,12 @@ BARE = {"a tree that is one leaf"}
 
 
 def is_key(leaf: Any) -> bool:
-    """Tell whether a leaf is a typed PRNG key array."""
+    """Return whether a leaf is a typed PRNG key array."""
     return isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def is_array(leaf: Any) -> bool:
-    """Tell whether a leaf is an array or a scalar, of NumPy or of JAX."""
+    """Return whether a leaf is an array or a scalar, of NumPy or of JAX."""
     return isinstance(leaf, jax.Array | np.ndarray | np.generic)
 
 
@@ -137,7 +137,7 @@ def same(value: Any, found: Any) -> bool:
 
 
 def kept(value: Any, found: Any) -> bool:
-    """Tell whether the values are there, in whatever structure and type."""
+    """Return whether the values are there, in whatever structure and type."""
     leaves, others = jax.tree.leaves(value), jax.tree.leaves(found)
     return len(leaves) == len(others) and all(map(_equal, leaves, others))
 

@@ -114,13 +114,13 @@ def no_hang(seconds: int = 120) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-# What a load may take beyond a multiple of the file: caches, compiled functions, the gaps of lists.
+# The bytes that a load may always take: for caches, compiled functions, and gaps in lists.
 _SLACK = 32 << 20
 
 
 @contextmanager
 def bounded_memory(size: int, factor: int = 64) -> Iterator[None]:
-    """Assert that what is allocated at any time stays in proportion to the size of a file."""
+    """Assert that the memory in use stays in proportion to the size of a file."""
     started = not tracemalloc.is_tracing()
     if started:
         tracemalloc.start()
@@ -138,7 +138,7 @@ def bounded_memory(size: int, factor: int = 64) -> Iterator[None]:
 def refused(
     content: bytes, error: type[Pytree2SafetensorsError], text: str, *, by_all: bool = True
 ) -> None:
-    """Assert that loading a file in any way is this error; or that its tree is, if not by all."""
+    """Assert that loading a file raises this error: by each function, or only by those that build trees."""
     loaders: list[Callable[[Any], Any]] = [load_pytree, load_abstract]
     if by_all:
         loaders += [load_metadata, lambda source: load_into_pytree({"a": 0}, source)]
@@ -169,7 +169,7 @@ def check_message(error: BaseException) -> None:
 
 
 def check_file(content: bytes) -> Any:
-    """Load a file in every way; what comes is right, or a documented exception; the tree or that."""
+    """Load a file in every way, and check the results; return the tree or the documented exception."""
     found = attempt(load_pytree, content)
     outline = attempt(load_abstract, content)
     metadata = attempt(load_metadata, content)
@@ -187,7 +187,7 @@ def structure_of(tree: Any) -> Any:
 
 
 def check_tree(content: bytes, tree: Any) -> None:
-    """The tree has every tensor of the file: saved again, it gives the same."""
+    """Assert that a tree, saved again, gives the tensors of the file."""
     again = io.BytesIO()
     save_pytree(tree, again)
     assert tensors_of(again.getvalue()) == tensors_of(content)

@@ -35,7 +35,7 @@ from pytree2safetensors._save.interrupt import Interrupt
 from pytree2safetensors._save.saver import wait_for_earlier
 from versions import assert_holds, litter, open_descriptors, version
 
-# Code whose every instruction counts: the package, and what runs the `with` statements in it.
+# An interrupt may come at each instruction of the package, and of the code behind its `with` statements.
 _OURS = (str(Path(pytree2safetensors.__file__).parent), contextlib.__file__)
 
 # Called in place of a trace function, it sets a flag, and nothing else: Python itself then delivers the
@@ -46,7 +46,7 @@ _set_flag = ctypes.PYFUNCTYPE(None, *3 * [ctypes.py_object])(
 
 
 def interrupted(work: Callable[[], object], at: int = -1) -> int:
-    """Interrupt some work before its instruction of a number; how many instructions it has.
+    """Interrupt some work before the instruction with a number; return how many instructions it has.
 
     Raises:
         KeyboardInterrupt: The interrupt came while the work was under way.
@@ -85,7 +85,7 @@ def interrupted(work: Callable[[], object], at: int = -1) -> int:
 
 
 class Operation(NamedTuple):
-    """What is interrupted, and how what was there before it was saved, if it was."""
+    """An operation to interrupt, and the save that came before it, if any."""
 
     run: Callable[[Path], object]
     before: dict[str, Any] | None
@@ -129,10 +129,10 @@ OPERATIONS = {
 
 
 def problems_of(operation: Operation, folder: Path, positions: int, seed: str) -> list[str]:
-    """Interrupt an operation at many positions; what went wrong."""
+    """Interrupt an operation at many positions; return what went wrong."""
     path = folder / "model"
     restore(operation, path)
-    interrupted(lambda: operation.run(path))  # what is done once in a process is done
+    interrupted(lambda: operation.run(path))  # the first run does what a process does only once
     restore(operation, path)
     count = interrupted(lambda: operation.run(path))
     chosen = random.Random(seed).sample(range(count), min(count, positions))
@@ -158,7 +158,7 @@ def problems_of(operation: Operation, folder: Path, positions: int, seed: str) -
 
 
 def restore(operation: Operation, path: Path) -> None:
-    """Make what was there before, if it is not there."""
+    """Save what was there before, unless it is still there."""
     if operation.before is None:
         shutil.rmtree(path, ignore_errors=True)
         path.unlink(missing_ok=True)
@@ -192,7 +192,7 @@ def problems_after(operation: Operation, path: Path, held: int) -> list[str]:
 
 
 def place_of(error: BaseException) -> str:
-    """Where the interrupt came, in the package's own lines."""
+    """Return the lines of the package where the interrupt came."""
     places, trace = [], error.__traceback__
     while trace:
         code = trace.tb_frame.f_code

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-OLDEST = (20, 19)  # the first Node that takes a module for one without being told
+OLDEST = (20, 19)  # the first Node that detects modules itself
 
 
 def find_node() -> tuple[str | None, str]:

@@ -32,7 +32,7 @@ needs_new = pytest.mark.skipif(
 
 
 def accepted(load: Callable[[Path], Any], path: Path) -> Any:
-    """What loads, or None where it is refused."""
+    """Return what a file loads as, or None if it is refused."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "JAX does not support the dtypes")
         try:
@@ -43,7 +43,7 @@ def accepted(load: Callable[[Path], Any], path: Path) -> Any:
 
 def disagreements(folder: Path) -> str:
     """Read all files and folders in a folder in both languages."""
-    with enable_x64(True):  # JAX has no weak type for what it cannot hold
+    with enable_x64(True):  # without it, JAX has no weak types of 64 bits
         cases = {
             path.name: {
                 "metadata": accepted(load_metadata, path),
@@ -68,7 +68,7 @@ def test_both_agree_on_mutated_files(kind: str, tmp_path: Path) -> None:
     assert disagreements(tmp_path) == ""
 
 
-# Segments, and pieces that make a name something else than a key path.
+# Segments, and texts that make a name invalid as a key path.
 PIECES = [
     "@a", "@b", ".a", "a", "#0", "#1", "#01", "\\", "\\.", "@\\(1)", "@\\(x)", "#\\(0)", "#\\(00)", ".", "@",
     "__metadata__", "\\x", "@a\\",

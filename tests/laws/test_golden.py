@@ -34,7 +34,7 @@ WRITTEN_BY_OTHERS = {
 
 
 def golden(name: str) -> Any:
-    """The path of a golden file, or a file object where only its head is kept."""
+    """The path of a golden file, or a file object if only its head is kept."""
     path = FOLDER / name if (FOLDER / name).is_dir() else FOLDER / f"{name}.safetensors"
     if name not in HEADS:
         return path

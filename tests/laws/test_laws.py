@@ -127,7 +127,7 @@ def test_law_2_spelling_inverts_reading(string: str) -> None:
 
 
 def attempt(function: Any) -> Any:
-    """What a function returns, or None where it refuses its argument as documented."""
+    """Return the result of a function, or None if it raises a documented error."""
     try:
         return function()
     except (KeyPathError, TreeStructureError):
@@ -136,12 +136,12 @@ def attempt(function: Any) -> Any:
 
 # --- 3 and 4: flat dicts and trees ------------------------------------------------------------
 
-objects = st.builds(object)  # leaves to JAX, and equal to nothing but themselves
+objects = st.builds(object)  # JAX treats them as leaves, and each equals only itself
 
 
 @st.composite
 def dictionaries(draw: Any) -> dict[str, Any]:
-    """Flat dicts of trees, with something wrong in a half of them, in any order."""
+    """Flat dicts of trees, half of them with something wrong, in any order."""
     found = pytree2dict(draw(pytrees(objects)))
     if draw(st.booleans()):
         paths = keypaths(keys().filter(makes_no_long_list), max_size=3)
@@ -251,7 +251,7 @@ def loads(draw: Any) -> tuple[Any, Any, Any]:
 
 @st.composite
 def template_leaves(draw: Any, leaf: Any) -> tuple[Any, Any]:
-    """A leaf of a template that asks for such a leaf, and what it gets."""
+    """A template leaf that fits a leaf, and the leaf that it gets."""
     if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):  # type: ignore[attr-defined] # public, and not exported
         data = np.zeros(jax.random.key_data(leaf).shape, np.uint32)
         blank = jax.random.wrap_key_data(jax.device_put(data), impl=jax.random.key_impl(leaf))
@@ -289,7 +289,7 @@ def test_law_6_holds_for_set_weights(case: Any) -> None:
 
 # --- 7: safetensors itself --------------------------------------------------------------------
 
-# What every supported release of safetensors.flax loads, and JAX holds without 64 bits.
+# The dtypes that every supported safetensors.flax loads, and that JAX holds without x64.
 LOADABLE = (
     "float32", "bool", "int8", "int16", "int32", "uint8", "uint16", "uint32", "float16", "bfloat16",
 )  # fmt: skip

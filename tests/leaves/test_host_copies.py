@@ -1,4 +1,4 @@
-"""Copies of device arrays: CPU devices stand in for others, whose arrays the host does not hold."""
+"""Copies of device arrays. CPU devices replace other devices here."""
 
 import weakref
 from collections.abc import Iterator
@@ -135,7 +135,7 @@ def test_copies_are_at_most_two_batches_ahead(link: Link, monkeypatch: pytest.Mo
 def test_copies_that_live_at_once_are_few(
     link: Link, monkeypatch: pytest.MonkeyPatch, size: int, most: int
 ) -> None:
-    """Of copies that fill the memory, one lives beside that which its user still has."""
+    """If one copy fills the memory, at most one more exists: that which its user still has."""
     monkeypatch.setattr(host_copies, "_BATCH", 1)
     monkeypatch.setattr(host_copies, "_MOST", 3 * 4000)
     copies: list[weakref.ref[Any]] = []

@@ -58,7 +58,7 @@ def test_the_digest_is_of_devices_and_regions() -> None:
     rows = ownership(NamedSharding(mesh, P("x")), (4, 4)).digest
     assert rows in digests
     assert ownership(NamedSharding(turned, P("x")), (4, 4)).digest not in digests
-    # The order of the mesh does not matter where it changes nothing.
+    # The order of the mesh does not matter if it changes no region.
     assert ownership(NamedSharding(turned, P()), (4, 4)).digest in digests
 
 

@@ -1,4 +1,4 @@
-"""Routes: the tensors of the contract's examples, and why a leaf has none. The laws are in test_rules."""
+"""Routes: the tensors of a leaf, and why a leaf has none. The laws are in test_rules."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ def route(rules: list[Rule], leaves: Leaves, *, complete: bool = False) -> dict[
     return dict(zip(leaves, found.routes, strict=True))
 
 
-# Rule, leaves, and the tensors of which they are made.
+# A rule, leaves, and their tensors.
 EXAMPLES: list[tuple[Rule, Leaves, dict[str, tuple[int, ...]]]] = [
     (
         Rule("h.{l}.q", "@layers@q", "(h d) e -> l e h d"),

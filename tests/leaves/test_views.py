@@ -1,4 +1,4 @@
-"""Views: what a region of a leaf writes to tensors is what reads as this region."""
+"""Views: a region that was written to tensors reads as the same region."""
 
 import math
 from itertools import pairwise

@@ -98,7 +98,7 @@ def test_data_are_not_read(path: Path) -> None:
     size = path.stat().st_size
     raw = path.read_bytes()
     path.write_bytes(raw[: 8 + int.from_bytes(raw[:8], "little")])
-    os.truncate(path, size)  # the data are a hole now
+    os.truncate(path, size)  # the data are gone now
     assert "1 of 1 leaves fit" in explain(template, path, rename=RULES)
 
 
@@ -135,7 +135,7 @@ def test_eight_billion_parameters_are_explained_from_the_header(
     text = json.dumps(header).encode()
     path = tmp_path / "model.safetensors"
     path.write_bytes(len(text).to_bytes(8, "little") + text)
-    os.truncate(path, 8 + len(text) + end)  # 16 GB of a hole
+    os.truncate(path, 8 + len(text) + end)  # 16 GB without contents
     layer = {
         "q": (4096, 32, 128), "k": (4096, 8, 128), "v": (4096, 8, 128), "o": (32, 128, 4096),
         "gate": (4096, 14336), "up": (4096, 14336), "down": (14336, 4096),

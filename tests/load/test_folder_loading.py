@@ -36,7 +36,7 @@ from pytree2safetensors.testing import pytrees
 
 
 def load_quietly(path: Path) -> Any:
-    """The tree, or the class of what loading raised."""
+    """The tree, or the class of the error."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="JAX does not support the dtypes")
         try:

@@ -33,7 +33,7 @@ AXES: list[list[Any]] = [
 
 
 def leaves() -> st.SearchStrategy[dict[str, Any]]:
-    """Leaves as JSON: an array over devices, or one of this process's own."""
+    """Leaves as JSON: global arrays, and leaves that are local to a process."""
     return st.fixed_dictionaries(
         {
             "shape": st.lists(st.sampled_from([4, 8, 12, 0, 64]), min_size=3, max_size=3),
@@ -74,7 +74,7 @@ def values_of(leaf: dict[str, Any]) -> Any:
 
 
 def bits_of(shape: tuple[int, ...], dtype: Any, seed: int) -> NDArray[Any]:
-    """An array of any bits, so that none of it is equal to another part by chance."""
+    """An array of random bits, so that no part equals another one by chance."""
     dtype = np.dtype(dtype)
     bits = np.random.default_rng(seed).integers(0, 256, (*shape, dtype.itemsize), np.uint8)
     found: NDArray[Any] = (bits % 2 if dtype == np.bool_ else bits).view(dtype)[..., 0]
@@ -109,7 +109,7 @@ def make(leaf: dict[str, Any], together: bool) -> Any:
 
 
 def save_described(folder: str, described: dict[str, Any]) -> bool:
-    """Save together, and on process 0 alone; whether the bytes are the same."""
+    """Save together, and on process 0 only; return whether the bytes are the same."""
     options = {name: described[name] for name in ("checksum", "durable", "max_shard_size")}
     options["metadata"] = described["metadata"]
     if options["max_shard_size"] is not None and first():
@@ -127,7 +127,7 @@ def save_described(folder: str, described: dict[str, Any]) -> bool:
     return together == alone
 
 
-# Each example is a save of several processes: far fewer of them than of those that need none.
+# Fewer examples than for other laws, because each saves on several processes.
 EXAMPLES = max(12, min(1000, (settings.default or settings()).max_examples // 20))
 
 

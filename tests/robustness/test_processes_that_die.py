@@ -22,7 +22,7 @@ pytestmark = pytest.mark.multiprocess
 THOROUGH = (settings.default or settings()).max_examples >= 10_000
 NOTICES = "heartbeat_timeout_seconds" in inspect.signature(jax.distributed.initialize).parameters
 
-# What a process does in a save that others, or a reader, can see.
+# The actions in a save that other processes or a reader can see.
 VISIBLE: list[tuple[Any, str]] = [
     (coordination.CoordinationKeys, "set"),
     (coordination.CoordinationKeys, "wait"),
@@ -46,7 +46,7 @@ def mortals() -> Iterator[Group]:
 def die_while_saving(
     path: str, where: int, count: int, options: dict[str, Any], background: bool
 ) -> None:
-    """Save, and have one process die before it does something for the n-th time."""
+    """Save, and let one process die before its n-th call of a function."""
     calls: list[str] = []
 
     def counting(name: str, function: Any) -> Any:
@@ -76,7 +76,7 @@ def check_death(
     *,
     background: bool = False,
 ) -> int | None:
-    """The number of the checkpoint after a process was killed; None if it says it was cut short."""
+    """Return the number of the checkpoint that a kill left; None if a load says that a save was interrupted."""
     p2s.save_pytree(checkpoint_alone(1), path, **options)
     answers = group.ask(die_while_saving, path, where, count, options, background)
     number = number_or_none(path)
@@ -89,7 +89,7 @@ def check_death(
         assert number == 2 or answers[1 - where] != {"result": None}
         # Only process 0 commits, and between the first and the last name of a folder.
         assert number is not None or (where == 0 and "max_shard_size" in options)
-    # A temporary may be there, which does not hinder the next save.
+    # A temporary file may remain, and does not hinder the next save.
     p2s.save_pytree(checkpoint_alone(3), path, **options)
     assert number_in(path) == 3
     return number

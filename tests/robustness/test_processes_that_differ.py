@@ -67,7 +67,7 @@ def old(tmp_path: Path) -> Iterator[Path]:
 
 
 def save_with(folder: str, what: str, where: int) -> None:
-    """Save, and have one process fail in some way."""
+    """Save, and let one process fail in some way."""
     here = jax.process_index() == where
     tree: dict[str, Any] = large()
     options: dict[str, Any] = {}
@@ -75,9 +75,9 @@ def save_with(folder: str, what: str, where: int) -> None:
         if what == "unsupported" and here:
             tree["function"] = print
         elif what == "key path" and here:
-            tree["bad"] = {float("nan"): 1}  # which has no spelling
+            tree["bad"] = {float("nan"): 1}  # this key has no spelling
         elif what == "unsortable" and here:
-            tree = {"tree": [tree], "keys": {1: 1, "one": 1}}  # which JAX cannot flatten
+            tree = {"tree": [tree], "keys": {1: 1, "one": 1}}  # JAX cannot flatten this
         elif what == "metadata" and here:
             options["metadata"] = {"pytree2safetensors": "mine"}
         elif what == "disk full" and here:
@@ -149,7 +149,7 @@ def test_a_commit_that_fails_is_an_error_on_all(pair: Group, old: Path) -> None:
 
 
 def fail_in_the_end(path: str, what: str, number: int, options: dict[str, Any]) -> None:
-    """Save, and have process 0 fail when all have written: in the header or index, or the commit."""
+    """Save, and let process 0 fail after all have written: in the header, the index, or the commit."""
     with pytest.MonkeyPatch.context() as patch:
 
         def fail(*_: Any, **__: Any) -> None:
@@ -348,7 +348,7 @@ def test_who_owns_a_replica_does_not_follow_the_order_of_the_mesh(
 
 
 def save_all(folder: str, names: list[str], at: str, number: int) -> list[str]:
-    """Save checkpoints 0, 1, ... to these names; what happens at one of them on one process."""
+    """Save checkpoints 0, 1, ... to these names; something happens at one of them on one process."""
     found = []
     for place, name in enumerate(names):
         tree, options = checkpoint(place), dict[str, Any]()
@@ -466,7 +466,7 @@ def test_saves_in_another_order_are_an_error_on_all(pair: Group, tmp_path: Path)
 
 
 def save_local_here_and_global_there(folder: str) -> list[str]:
-    """Process 0 saves one tree more."""
+    """Process 0 saves one more tree."""
     found = save_all(folder, ["a"], "nothing", 0)
     if first():
         found += save_all(folder, ["local"], "nothing", 0)

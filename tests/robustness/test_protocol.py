@@ -10,7 +10,7 @@ from protocol import FAULTS, Background, Model, Save, State, explore
 from pytree2safetensors._save import joint, meeting
 from pytree2safetensors._save.words import Failure, Words
 
-# The larger ones take a minute altogether.
+# The larger models take a minute together.
 THOROUGH = (settings.default or settings()).max_examples >= 10_000
 
 TWO = [Save("1"), Save("2")]
@@ -81,7 +81,7 @@ def test_the_steps_have_the_names_of_the_code() -> None:
     assert listed is not None
     steps = set(re.split(", | and ", listed[1]))
     assert seen == steps | {"idle", "dead"}
-    keys = {"agree", *get_args(meeting.Step), "outcome"}  # what is said in each meeting
+    keys = {"agree", *get_args(meeting.Step), "outcome"}  # the messages of each meeting
     assert keys <= steps
     for step in steps - keys:
         assert hasattr(joint.Work, f"_{step}") or step in joint.Work.__annotations__

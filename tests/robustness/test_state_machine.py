@@ -28,12 +28,12 @@ from versions import litter, open_descriptors, version
 
 RULES = [Rule("{*}.renamed", "{*}")]
 SIZE = 100
-# What is saved to, and what is loaded: a file, a folder, and a folder whose shards have a name.
+# The paths to save to and to load: a file, a folder, and a folder whose shards have a stem.
 PATHS = {"file": "file", "folder": "folder", "named/x.safetensors": "named"}
 
 
 class Held(NamedTuple):
-    """What a path holds: the tree of a number, and whether its names are those of rules."""
+    """The checkpoint at a path: the number of its tree, and whether rules gave its names."""
 
     number: int
     is_renamed: bool
@@ -102,7 +102,7 @@ class Checkpoints(RuleBasedStateMachine):
         return Held(self.number, how.is_renamed)
 
     def settle(self) -> None:
-        """Take what was saved in the background into the model, in the order of the calls."""
+        """Add the background saves to the model, in the order of the calls."""
         for path, held, future in self.pending:
             assert future.done()
             future.result()
@@ -158,7 +158,7 @@ class Checkpoints(RuleBasedStateMachine):
     # --- readers ---
 
     def find(self, path: str, held: Held | None) -> bool:
-        """Whether a path holds something, whole."""
+        """Return whether a path has exactly this checkpoint, or none."""
         where = self.root / PATHS[path]
         if held is None:
             return not where.exists() or not any(where.iterdir())

@@ -329,7 +329,7 @@ def test_shards_that_are_saved_during_a_save_of_one_file_stay_beside_it(tmp_path
 
 
 def test_a_file_beside_shards_is_replaced_without_them(tmp_path: Path) -> None:
-    """A load of the path loads the file, so a save replaces only the file."""
+    """A load prefers the file, so a save replaces only the file."""
     path = tmp_path / "model.safetensors"
     save_pytree(tree_of(1), path, max_shard_size=100)
     save_pytree(tree_of(2), tmp_path / "other")
@@ -342,7 +342,7 @@ def test_a_file_beside_shards_is_replaced_without_them(tmp_path: Path) -> None:
 
 
 def test_symbolic_links_are_replaced_and_not_followed(tmp_path: Path) -> None:
-    """A hub's cache is made of links to files that other revisions share."""
+    """A hub's cache has links to files that other revisions share."""
     folder, shared = tmp_path / "m", tmp_path / "shared"
     save_pytree(tree_of(1), folder, max_shard_size=100)
     shared.mkdir()

@@ -19,7 +19,7 @@ from pytree2safetensors._storage.read_pool import ReadPool
 
 
 def test_few_blocks_wait_to_be_hashed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They keep their memory, so a save of any size needs little."""
+    """Blocks keep their memory until they are hashed, so only few may wait."""
     tree = {f"w{n}": np.full(20_000, n, np.float32) for n in range(12)}  # each a block, and a chunk
     save_pytree(tree, tmp_path / "plain", checksum=True)
     waiting: list[int] = []

@@ -10,7 +10,7 @@ from pytree2safetensors._save.interrupt import Interrupt
 
 
 def starting(patch: pytest.MonkeyPatch, start: Callable[[threading.Thread], None]) -> None:
-    """Replace the start of the thread that works, but not of others."""
+    """Replace the start of the working thread, but not of other threads."""
     real = threading.Thread.start
 
     def replaced(thread: threading.Thread) -> None:

@@ -215,7 +215,7 @@ def test_without_jax_distributed_there_is_one_thing_to_do(monkeypatch: pytest.Mo
 
 
 class Client:
-    """A client of the coordination service that knows one key, and breaks down at others."""
+    """A client of the coordination service that has one key, and fails for others."""
 
     def key_value_set(self, key: str, value: str) -> None:
         raise RuntimeError(f"ALREADY_EXISTS: {key}" if key.endswith("known") else "UNAVAILABLE")

@@ -1,4 +1,4 @@
-"""Leaves that are left out: what remains is a tree, whose other leaves keep their places."""
+"""Leaves that are left out: the rest is a tree, and its leaves keep their places."""
 
 from collections import OrderedDict
 from pathlib import Path

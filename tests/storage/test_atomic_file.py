@@ -31,7 +31,7 @@ def calls_of_a_save(path: Path, durable: bool) -> list[str]:
 @posix
 def test_the_file_is_flushed_then_renamed_then_its_folder_is_flushed(tmp_path: Path) -> None:
     assert calls_of_a_save(tmp_path / "model", durable=True) == [
-        "open folder",  # where that is refused, nothing is done
+        "open folder",  # a system that refuses this changes nothing
         "open temporary",
         "write temporary",  # the header
         "write temporary",  # the data
@@ -122,14 +122,14 @@ def test_a_save_ends_in_the_folder_where_it_began(
 
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make the calls of a large file those of a small one."""
+    """Write a small file with the calls of a large one."""
     monkeypatch.setattr(pytree2safetensors._storage.descriptor, "_PREALLOCATED", 0)
     monkeypatch.setattr(pytree2safetensors._storage.descriptor, "_STEP", 640)
     monkeypatch.setattr(pytree2safetensors._storage.progress, "_STEP", 320)
 
 
 def recorded(path: Path, existing: bool, recorder: Recorder) -> BaseException | None:
-    """Save version 2, over version 1 or nothing; what was raised."""
+    """Save version 2 over version 1 or nothing; return the error."""
     path.unlink(missing_ok=True)
     if existing:
         save_pytree(version(1), path)

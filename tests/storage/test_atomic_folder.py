@@ -33,7 +33,7 @@ def watched(act: Callable[[Call], Any]) -> Iterator[None]:
         yield
 
 
-# What was there, and the size of the shards to be: 3 of the same names, 4, or 1.
+# What the folder has before the save, and the size of the new shards: 3 of the same names, 4, or 1.
 SCENES: dict[str, tuple[int | str | None, int | str]] = {
     "nothing, then shards": (None, 100),
     "shards of the same names": (100, 100),
@@ -47,7 +47,7 @@ SCENES: dict[str, tuple[int | str | None, int | str]] = {
 
 @pytest.fixture(scope="module")
 def before(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of what was there in each scene."""
+    """A folder with the state before the save of each scene."""
     root = tmp_path_factory.mktemp("before")
     for scene, (there, _) in SCENES.items():
         folder = root / scene / "x/m"
@@ -66,7 +66,7 @@ def save_new(folder: Path, scene: str) -> None:
 
 
 def contents(root: Path) -> dict[str, bytes]:
-    """All that is below a folder."""
+    """The contents of a folder and its subfolders."""
     return {
         str(path.relative_to(root)): path.read_bytes() if path.is_file() else b"a folder"
         for path in root.rglob("*")
@@ -76,7 +76,7 @@ def contents(root: Path) -> dict[str, bytes]:
 def each_failure(
     root: Path, before: Path, scene: str, fails: Callable[[int, Call], bool], fault: Fault
 ) -> Iterator[tuple[str, BaseException | None]]:
-    """Save once for each position at which a call may fail; what failed, and what was raised."""
+    """Save once for each call that may fail; yield the call and the error."""
     position, failing = 0, [""]
     while failing:
         failing.clear()
@@ -116,7 +116,7 @@ def test_a_save_that_fails_changes_nothing(
         left = [path for path in now if ".pytree2safetensors-" in path]
         assert not left or ("['unlink" in what and len(left) == 1), what
         found = outcome(root / "x/m") if now != there else was
-        # Once the index is there the save is done; what goes after that may still be there.
+        # When the index exists, the save is done. Stale files may still exist.
         assert found in ({"new"} if raised is None else {was, "new"}), what
         if found == was:
             assert now.items() >= there.items(), what
@@ -193,7 +193,7 @@ def test_short_writes_are_gone_on_with(tmp_path: Path) -> None:
 def test_a_reader_at_any_moment_finds_the_old_or_the_new_or_says_so(
     tmp_path: Path, before: Path, scene: str
 ) -> None:
-    """Which is what a reader finds after the process was killed at that moment, too."""
+    """A reader also finds this if the process is killed at that moment."""
     root = tmp_path / "root"
     shutil.copytree(before / scene, root)
     folder = root / "x/m"
