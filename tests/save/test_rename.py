@@ -33,6 +33,7 @@ from pytree2safetensors._save import renamed
 TRANSPOSED = Rule("{*}.weight", "{*}.kernel", "o i -> i o")
 STRUCT: Any = jax.eval_shape(lambda: np.float32(0))
 CHARACTERS = st.characters(categories=["L", "P", "Z", "Cc", "Cs"])  # with lone surrogates
+FUSED = Rule("kv", "{p:k,v}", "(p o) i -> i o")
 KERNEL = np.arange(6, dtype=np.float32).reshape(2, 3)
 
 
@@ -329,6 +330,18 @@ def test_leaves_that_a_file_cannot_hold_are_refused_or_left_out(path: Path) -> N
     assert_same(saved(tree, rename, path, unsupported="skip"), {"w": KERNEL})
     with pytest.raises(UnsupportedLeafError, match="Only concrete arrays can be saved"):
         save_pytree({"w": STRUCT}, path, rename=rename, unsupported="skip")
+
+
+@pytest.mark.parametrize("unsupported", ["raise", "skip"])
+def test_arrays_without_values_are_refused_also_if_a_rule_rearranges_them(
+    path: Path, unsupported: Any
+) -> None:
+    deleted = jnp.zeros((2, 3))
+    deleted.delete()
+    with pytest.raises(UnsupportedLeafError, match="'@v' was deleted or donated"):
+        save_pytree({"k": KERNEL, "v": deleted}, path, rename=[FUSED], unsupported=unsupported)
+    with pytest.raises(UnsupportedLeafError, match="Only concrete arrays can be saved"):
+        save_pytree({"k": KERNEL, "v": STRUCT}, path, rename=[FUSED], unsupported=unsupported)
 
 
 @pytest.mark.parametrize("unsupported", ["raise", "skip"])

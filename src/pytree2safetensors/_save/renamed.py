@@ -44,7 +44,7 @@ def place(
         The leaves that a file can hold, and the paths and leaves of the others.
 
     Raises:
-        WeightsMismatchError: A leaf has no place in the file.
+        WeightsMismatchError: A leaf has no place in the file, and a file can hold all others.
     """
     paths = [path for path, _, _ in found]
     shapes = [_shape_of(info) for _, _, info in found]
@@ -53,14 +53,14 @@ def place(
     unfit: list[tuple[str, Any]] = []
     lost: list[tuple[str, Rule | None, str]] = []
     for route, rule, (path, leaf, info) in zip(routes, rules, found, strict=True):
-        if isinstance(route, Lost):
-            lost.append((path, rule, route.reason))
-        elif route is not None and info is None:
+        if route is not None and info is None:
             unfit.append((path, leaf))
+        elif isinstance(route, Lost):
+            lost.append((path, rule, route.reason))
         elif route is not None and info is not None:
             placed.append(Placed(route, rule, path, leaf, info))
     lost += other_dtypes(placed)
-    if lost:
+    if lost and not unfit:
         raise misfit_error(lost, idle)
     return placed, unfit
 
