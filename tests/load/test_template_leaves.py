@@ -176,6 +176,16 @@ def test_an_int_that_a_dtype_cannot_hold_is_a_mismatch(
             set_weights({"a": template}, {"@a": number}, cast=cast)
 
 
+def test_a_large_int_becomes_a_scalar_of_the_class_of_the_template(tmp_path: Path) -> None:
+    save_pytree({"a": 2**64 - 1}, tmp_path / "file")
+    for found in (
+        load_into_pytree({"a": np.uint64(0)}, tmp_path / "file"),
+        set_weights({"a": np.uint64(0)}, {"@a": 2**64 - 1}),
+    ):
+        assert type(found["a"]) is np.uint64
+        assert found["a"] == 2**64 - 1
+
+
 def test_files_of_others_fit_by_dtype_alone(tmp_path: Path) -> None:
     safetensors.numpy.save_file({"@a": np.ones(2, np.int32)}, tmp_path / "file")
     with pytest.raises(WeightsMismatchError, match="1 mismatched"):

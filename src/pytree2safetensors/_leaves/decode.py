@@ -64,7 +64,8 @@ def holds_value(dtype: np.dtype[Any], value: Any) -> bool:
 
 def scalar_array(value: Any, dtype: np.dtype[Any]) -> NDArray[Any]:
     """Convert a Python scalar to a 0-d array of a dtype."""
-    return cast_array(np.array(value), dtype)
+    # NumPy makes large ints np.ulonglong, whose dtype equals that of np.uint64.
+    return cast_array(np.array(value), dtype).view(dtype)
 
 
 def to_host(value: Any, dtype: np.dtype[Any] | None) -> NDArray[Any]:
