@@ -56,8 +56,8 @@ def save_pytree(
             that hold arrays always raise.
         durable: Flush the file to disk before returning.
         checksum: Store a digest of each tensor, which loading verifies.
-        max_shard_size: Split the tree into files of at most this size, as model hubs do: a number
-            of bytes, or a str such as "5GB".
+        max_shard_size: Split the tree into files with tensors of at most this size together, as model
+            hubs do: a number of bytes, or a str such as "5GB". A larger tensor gets its own file.
         progress: True for a progress bar, or a function of (done_bytes, total_bytes).
         rename: Rules, or another value that `load_into_pytree` takes. The file gets the names and
             axes that `load_into_pytree` would load with it, and no note.
@@ -122,7 +122,7 @@ def save_pytree_async(
         unsupported: "raise", or "skip" to leave out leaves that a file cannot hold.
         durable: Flush the file to disk before the future is done.
         checksum: Store a digest of each tensor, which loading verifies.
-        max_shard_size: Split the tree into files of at most this size, such as "5GB".
+        max_shard_size: As for `save_pytree`.
         progress: As for `save_pytree`. A function is called in another thread.
         rename: As for `save_pytree`.
 
