@@ -1,4 +1,4 @@
-"""Draws the path from a tree to a file: an SVG whose colours follow the page's theme."""
+"""Draws the path from a tree to a file: an SVG whose colors follow the page's theme."""
 
 from collections.abc import Sequence
 from html import escape

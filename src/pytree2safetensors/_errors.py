@@ -1,4 +1,4 @@
-"""The exceptions: one base class, and one class for each kind of problem.
+"""The exceptions, one class for each kind of problem, and the words that messages share.
 
 Specification: *Errors*.
 """

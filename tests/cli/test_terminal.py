@@ -88,27 +88,27 @@ def screen_of(out: io.StringIO, monkeypatch: pytest.MonkeyPatch, *arguments: str
 
 
 @pytest.fixture
-def _shows_colours(monkeypatch: pytest.MonkeyPatch) -> None:
+def _shows_colors(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("NO_COLOR", "TERM"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WT_SESSION", "")  # as newer terminals of Windows have it
 
 
-@pytest.mark.usefixtures("_shows_colours")
+@pytest.mark.usefixtures("_shows_colors")
 @pytest.mark.parametrize("command", ["show", "diff", "verify"])
-def test_colours_change_nothing_but_colour(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_colors_change_nothing_but_color(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     save_pytree(small(), "a.safetensors")
     save_pytree({**small(), "step": 8, "new": 1}, "b.safetensors")
     arguments = [command, "a.safetensors", *(["b.safetensors"] if command == "diff" else [])]
-    coloured = screen_of(Terminal(), monkeypatch, *arguments)
+    colored = screen_of(Terminal(), monkeypatch, *arguments)
     piped = screen_of(io.StringIO(), monkeypatch, *arguments)
-    assert "\x1b[" in coloured
-    assert re.sub(r"\x1b\[[0-9]*m", "", coloured) == piped
+    assert "\x1b[" in colored
+    assert re.sub(r"\x1b\[[0-9]*m", "", colored) == piped
 
 
-@pytest.mark.usefixtures("_shows_colours")
+@pytest.mark.usefixtures("_shows_colors")
 @pytest.mark.parametrize(("name", "value"), [("NO_COLOR", "1"), ("TERM", "dumb")])
-def test_a_terminal_gets_no_colours_if_the_user_wants_none(
+def test_a_terminal_gets_no_colors_if_the_user_wants_none(
     name: str, value: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_pytree({"a": 1}, "a.safetensors")
@@ -116,8 +116,8 @@ def test_a_terminal_gets_no_colours_if_the_user_wants_none(
     assert "\x1b" not in screen_of(Terminal(), monkeypatch, "verify", "a.safetensors")
 
 
-@pytest.mark.usefixtures("_shows_colours")
-def test_a_file_cannot_forge_a_colour(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("_shows_colors")
+def test_a_file_cannot_forge_a_color(monkeypatch: pytest.MonkeyPatch) -> None:
     save_file({"\x1b[32m": np.zeros(1)}, "a.safetensors")
     screen = screen_of(Terminal(), monkeypatch, "show", "a.safetensors")
     assert "\x1b[32m" not in screen

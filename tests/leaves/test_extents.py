@@ -43,7 +43,7 @@ def test_runs_are_where_a_region_stands(
     pieces = [whole[start : start + length] for start in starts.tolist()]
     expected = select(array, region).tobytes()
     assert b"".join(pieces) == expected
-    assert all(starts[1:] > starts[:-1] + length)  # neighbours are one run
+    assert all(starts[1:] > starts[:-1] + length)  # neighbors are one run
     if expected:
         first, last = span_of(region, shape, itemsize)
         assert first == starts[0]
@@ -89,7 +89,7 @@ def test_gather_gives_the_bytes_of_parts(
         patch.setattr(extents, "BAND", limit)
         end, size = -1, 0
         for offset, piece in gather(parts, shape, 2):
-            assert offset > end or not offset or limit < 100  # neighbours within a band are one
+            assert offset > end or not offset or limit < 100  # neighbors within a band are one
             end = offset + len(piece)
             found[offset:end] = piece
             size += len(piece)

@@ -364,7 +364,7 @@ def save_all(folder: str, names: list[str], at: str, number: int) -> list[str]:
                 elif at == "path":
                     path = None
                 elif at == "silent":  # interrupted before it begins
-                    known = calls.present()
+                    known = calls.current_processes()
                     known.calls += 1
                     found.append("silent")
                     continue

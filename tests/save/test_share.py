@@ -207,7 +207,7 @@ def test_chunks_of_a_share_have_a_good_size(gaps_and_sizes: list[tuple[int, int]
 def test_without_jax_distributed_there_is_one_thing_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calls, "coordination_client", lambda: None)
     with pytest.raises(FileFormatError) as caught:
-        calls.present()
+        calls.current_processes()
     assert str(caught.value) == (
         "an array of this tree is spread over several processes, which need jax.distributed to "
         "save it together; call jax.distributed.initialize() first"

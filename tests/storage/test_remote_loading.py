@@ -97,7 +97,7 @@ def test_a_whole_file_is_asked_for_in_long_ranges_many_at_a_time(
     assert server.sent < len(server.files["/m.safetensors"]) + 100_001
 
 
-def test_many_small_leaves_that_are_neighbours_are_one_range(
+def test_many_small_leaves_that_are_neighbors_are_one_range(
     server: WebServer, tmp_path: Path
 ) -> None:
     tree = {f"{i:05}": np.full(100, i, np.float32) for i in range(3000)}

@@ -190,7 +190,7 @@ def test_rejecting_never_warns() -> None:
                 string2keypath(f"@\\({literal})")
 
 
-class Colour(enum.IntEnum):
+class Color(enum.IntEnum):
     RED = 1
 
 
@@ -217,7 +217,7 @@ UNSPELLABLE: list[tuple[Any, str]] = [
     (DictKey(float("nan")), "a dict key is the float nan, which is not finite"),
     (DictKey(float("inf")), "a dict key is the float inf, which is not finite"),
     (DictKey((1, float("-inf"))), "a dict key is the float -inf, which is not finite"),
-    (DictKey(Colour.RED), KEY_KINDS + f"<Colour.RED: 1> of type {__name__}.Colour"),
+    (DictKey(Color.RED), KEY_KINDS + f"<Color.RED: 1> of type {__name__}.Color"),
     (DictKey(Text("a")), KEY_KINDS + f"'a' of type {__name__}.Text"),
     (DictKey((0, Text("a"))), KEY_KINDS + f"'a' of type {__name__}.Text"),
     (DictKey(np.int64(3)), KEY_KINDS + f"{np.int64(3)!r} of type numpy.int64"),

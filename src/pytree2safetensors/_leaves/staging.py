@@ -47,7 +47,7 @@ class Ring:
     def __init__(self, device: jax.Device, sizes: Sequence[int] = RING) -> None:
         self.largest = max(sizes, default=0)
         self.pieces: list[_Piece] = []
-        self.unused = deque(StartedMemory(device, size) for size in sizes)  # pieces to be
+        self.unused = deque(StartedMemory(device, size) for size in sizes)  # for more pieces
         self.taken: deque[_Piece] = deque()  # the piece of each batch, the oldest first
         self.moving: deque[list[Any]] = deque()  # the arrays that are made of the oldest batches
 

@@ -45,7 +45,7 @@ def announced(save: Callable[Params, T]) -> Callable[Params, T]:
                 "would wait for the current one; save it after the current save"
             )
         with _one_at_a_time:
-            processes = present()
+            processes = current_processes()
             processes.calls += 1
             try:
                 return save(*args, **kwargs)
@@ -63,7 +63,7 @@ def _refuse(processes: Processes, error: BaseException) -> None:
         interrupt.run(partial(processes.refuse, error, interrupt))
 
 
-def present() -> Processes:
+def current_processes() -> Processes:
     """Return the processes of `jax.distributed`. If it is initialized again, they count from zero."""
     client = coordination_client()
     if client is None:

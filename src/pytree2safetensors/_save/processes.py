@@ -13,7 +13,7 @@ from pytree2safetensors._format.note import NOTE, read_note
 from pytree2safetensors._leaves.assembled import Assembled, Member
 from pytree2safetensors._leaves.describe import PYTHON_SCALARS
 from pytree2safetensors._leaves.ownership import is_global, ownership
-from pytree2safetensors._save.calls import present
+from pytree2safetensors._save.calls import current_processes
 from pytree2safetensors._save.contents import Contents
 from pytree2safetensors._save.interrupt import Interrupt
 from pytree2safetensors._save.joint import Work
@@ -70,7 +70,7 @@ def _begin(
     background: bool,
 ) -> Future[None]:
     """Prepare a save and agree on it with the other processes; the saver does the rest."""
-    processes = present()
+    processes = current_processes()
     where = resolve(path)
     if isinstance(where, RemotePath):
         raise FileFormatError(

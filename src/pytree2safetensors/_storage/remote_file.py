@@ -29,7 +29,8 @@ def _turn(fs: Any) -> AbstractContextManager[Any]:
     """Return a lock if a file system can only do one thing at a time, as with one connection."""
     if fs.async_impl or "hf" in fs.protocol:
         return nullcontext()
-    # With the instance, as other instances may be equal. A cache gives the `__dict__` of its class.
+    # Kept in the instance, because other instances may be equal to it. A caching file system returns
+    # the `__dict__` of its class.
     attributes = object.__getattribute__(fs, "__dict__")
     lock: AbstractContextManager[Any] = attributes.setdefault(_LOCK, threading.RLock())
     return lock

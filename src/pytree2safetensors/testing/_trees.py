@@ -60,7 +60,7 @@ def _choices(
     leaves: SearchStrategy[Any], kinds: Any, min_size: int, depth: int
 ) -> list[SearchStrategy[Any]]:
     """Return the strategy for a tree: in one of four cases a leaf, to which it shrinks."""
-    # Cached, because a strategy takes longer to analyse its parts than to draw.
+    # Cached, because a strategy takes longer to analyze its parts than to draw.
     children = _trees(leaves, kinds, min_size, depth - 1)
     nodes = [_BUILDERS[kind](children, min_size) for kind in kinds]
     return [leaves] * (len(nodes) // 3 + 1) + nodes
