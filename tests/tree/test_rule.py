@@ -104,6 +104,10 @@ def test_rules_are_equal_hashed_and_shown_by_what_they_are_made_of() -> None:
     assert repr(Rule(None, "a")) == "Rule(None, 'a')"
 
 
+def test_the_class_reports_the_package() -> None:
+    assert repr(Rule) == "<class 'pytree2safetensors.Rule'>"
+
+
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_copies_of_a_rule_are_equal(protocol: int) -> None:
     rule = Rule("a.{l}", "b", "... (t d) -> l ... (d t)", t=2, l=3)

@@ -52,6 +52,7 @@ class Rule:
     {'h.0.q_proj.weight': (32, 6), 'h.1.q_proj.weight': (32, 6)}
     """
 
+    __module__ = "pytree2safetensors"
     name: str | None
     path: str | None
     pattern: str
