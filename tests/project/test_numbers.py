@@ -1,0 +1,45 @@
+"""The limits that the pages state are those of the code."""
+
+from pathlib import Path
+
+import pytest
+
+from pytree2safetensors._errors import _LISTED
+from pytree2safetensors._format.digests import BLOCK
+from pytree2safetensors._format.header import MAX_HEADER
+from pytree2safetensors._format.layout import MAX_SHARD_HEADER
+from pytree2safetensors._leaves.to_jax import TAKEN_OVER
+from pytree2safetensors._load.reading import _BATCH
+from pytree2safetensors._save.meeting import _PATIENCE as LATE
+from pytree2safetensors._storage.folder import _DAY, _PATIENCE
+from pytree2safetensors._tree.keys import MAX_INDEX
+from pytree2safetensors._tree.literal import MAX_DIGITS
+from pytree2safetensors._tree.unflatten import MAX_GAPS
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+STATED = {
+    "format": [
+        f"The header has at most {MAX_HEADER:,} bytes",
+        f"including the padding, larger than {MAX_SHARD_HEADER:,} bytes",
+        f"A block is {BLOCK >> 20} MiB ({BLOCK:,} bytes)",
+        f"must accept {MAX_GAPS:,} such gaps",
+        f"is at most {MAX_INDEX:,}.",
+        f"an `int` of at most {MAX_DIGITS:,} digits",
+    ],
+    "interface": [
+        f"wait for more than {_PATIENCE:.0f} seconds",
+        f"older than {'a day' if _DAY == 24 * 60 * 60 else _DAY}",
+        f"memory of at most {_BATCH >> 20} MiB",
+        f"Arrays of less than {TAKEN_OVER >> 10} KiB",
+        f"the first {_LISTED} of each list",
+        f"the first {_LISTED}, and the number of the others",
+    ],
+    "guides/multi-host": [f"within {'ten' if LATE == 600 else LATE / 60} minutes"],
+}
+
+
+@pytest.mark.parametrize("page", STATED)
+def test_pages_state_the_limits_of_the_code(page: str) -> None:
+    text = " ".join((DOCS / f"{page}.md").read_text("utf-8").split())
+    assert [sentence for sentence in STATED[page] if sentence not in text] == []
