@@ -296,7 +296,7 @@ def test_a_folder_without_its_index_shows_an_error(page: Page, tmp_path: Path) -
     assert "and no index" in page.one("[role=alert]").text
 
 
-def test_a_hundred_thousand_tensors_are_drawn_as_they_come_in_sight(
+def test_a_hundred_thousand_tensors_are_drawn_as_they_come_into_view(
     page: Page, tmp_path: Path
 ) -> None:
     header = tensors({f"w{i}": [2, i % 7 + 1] for i in range(100_000)})

@@ -17,7 +17,7 @@ from pytree2safetensors import save_pytree
 pytestmark = pytest.mark.usefixtures("own_folder")
 
 
-def test_options_may_stand_before_a_file_alone(run: Run) -> None:
+def test_options_may_precede_a_file_without_a_command(run: Run) -> None:
     save_pytree(small(), "tree")
     assert run("--json", "tree") == run("show", "tree", "--json")
     assert run("--all", "--prefix", "", "tree") == run("show", "tree", "--all")
@@ -112,7 +112,7 @@ def test_an_interrupt_ends_quietly(run: Run, monkeypatch: pytest.MonkeyPatch) ->
     assert run("verify", "file") == (130, "", "")
 
 
-def test_a_closed_pipe_ends_it_quietly(tmp_path: Path) -> None:
+def test_a_closed_pipe_ends_the_command_quietly(tmp_path: Path) -> None:
     path = tmp_path / "many.safetensors"
     save_pytree({f"{number}x": np.zeros(1, np.int8) for number in range(20_000)}, path)
     with start("show", "--all", str(path)) as process:

@@ -161,7 +161,7 @@ def test_show_leaves_out_a_value_that_it_cannot_read(run: Run) -> None:
     assert out.splitlines()[-1].split() == ["@x", "int4[]", "1", "1", "B"]
 
 
-def test_a_file_alone_is_shown(run: Run) -> None:
+def test_a_file_without_a_command_is_shown(run: Run) -> None:
     save_pytree(small(), "small.safetensors")
     assert run("small.safetensors") == run("show", "small.safetensors")
 

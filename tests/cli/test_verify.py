@@ -98,7 +98,7 @@ def test_verify_finds_no_damage_in_what_needs_a_template(run: Run) -> None:
 
 
 @pytest.mark.parametrize("shape", [(), (3,), (2, 3)])
-def test_verify_finds_a_key_whose_data_are_none(shape: tuple[int, ...], run: Run) -> None:
+def test_verify_finds_a_key_whose_data_have_another_shape(shape: tuple[int, ...], run: Run) -> None:
     note = {"version": 1, "leaves": {"@a": ["key", "threefry2x32"]}}
     save_file(
         {"@a": np.zeros(shape, np.uint32)},

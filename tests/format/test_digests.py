@@ -62,7 +62,7 @@ def test_the_digests_are_compact_json_with_sorted_names() -> None:
 
 
 @pytest.mark.parametrize("entry", ["[]", '{"a":1}', "1", "null"])
-def test_digests_that_are_none_are_refused(entry: str) -> None:
+def test_malformed_digests_are_refused(entry: str) -> None:
     metadata = {digests.DIGESTS: entry}
     metadata[digests.METADATA_DIGEST] = digests.digest_metadata(metadata)
     with pytest.raises(FileFormatError, match="the digests of x do not map names to digests"):

@@ -275,13 +275,13 @@ def test_a_number_of_many_digits_is_refused() -> None:
     ['{"deep":[1,null]}', "1.5", "-0", "1e999", "9" * 10_000, "null", '"\\ud800"', '{"a":1,"b":2}'],
     ids=lambda more: more[:12],
 )
-def test_a_header_may_say_more_than_it_must(more: str) -> None:
+def test_an_entry_may_have_unknown_members(more: str) -> None:
     entry = '"dtype":"U8","shape":[1],"data_offsets":[0,1]'
     for text in (f'{{"@a":{{{entry},"more":{more}}}}}', f'{{"@a":{{"more":{more},{entry}}}}}'):
         assert load_pytree(io.BytesIO(file(text.encode(), b"\7")))["a"].tolist() == [7]
 
 
-def test_metadata_that_are_null_are_none() -> None:
+def test_null_metadata_are_empty() -> None:
     content = file({"__metadata__": None, "@a": byte()}, b"\7")
     assert load_metadata(io.BytesIO(content)) == {}
     assert load_pytree(io.BytesIO(content))["a"].tolist() == [7]

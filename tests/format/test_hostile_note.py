@@ -140,7 +140,7 @@ def test_a_note_that_contradicts_the_names_is_refused_however_the_file_is_opened
         assert text in str(caught.value)
 
 
-def test_a_note_may_stand_beside_names_that_spell_nothing() -> None:
+def test_a_note_may_accompany_names_that_are_not_key_paths() -> None:
     kinds = {"@a": "tuple", "b": "list", "@o": ["OrderedDict", ["@y", "@x"]]}
     content = nodes(kinds, "#01", "a\\x", "@a#0", "@ab", "b c", "ba", "@o@x", "@o@y#0", "@oo")
     assert load_metadata(io.BytesIO(content)) == {}
@@ -154,7 +154,7 @@ def test_many_deep_claims_are_checked_in_time() -> None:
 
 
 @pytest.mark.parametrize(("content", "text"), NOTES, ids=range(len(NOTES)))
-def test_a_note_that_is_none_is_refused(content: bytes, text: str) -> None:
+def test_a_malformed_note_is_refused(content: bytes, text: str) -> None:
     with bounded_memory(len(content)):
         refused(content, FileFormatError, text)
 
@@ -175,7 +175,7 @@ def test_a_noted_leaf_without_a_tensor_has_a_key_path(path: str) -> None:
         assert "the note of the BytesIO has an impossible leaf: " in str(found)
 
 
-def test_noted_nodes_that_registered_nodes_alone_have_make_no_tree() -> None:
+def test_noted_nodes_that_only_registered_types_have_make_no_tree() -> None:
     for kinds, places, text in (
         ({"@a": "list", "b": "list"}, [], "two kinds of node at once"),
         ({r"@\(True)": "tuple"}, [r"@\(1)#0"], "have dict keys that are equal in Python"),

@@ -72,7 +72,7 @@ def test_trees_of_frameworks_come_back_into_templates(name: str, tmp_path: Path)
     assert_same(found, TREES[name](1))
 
 
-def test_shards_and_other_items_stand_side_by_side(tmp_path: Path) -> None:
+def test_shards_and_other_items_are_side_by_side(tmp_path: Path) -> None:
     with closing(ocp.CheckpointManager(tmp_path)) as manager:
         tree = {"a": jnp.arange(100.0), "b": jnp.arange(100.0)}
         manager.save(

@@ -388,7 +388,7 @@ def test_saving_changes_no_argument(path: Path, tree: Any) -> None:
 
 
 @given(leaf=leaves())
-def test_a_leaf_alone_is_a_tree(path: Path, leaf: Any) -> None:
+def test_a_single_leaf_is_a_tree(path: Path, leaf: Any) -> None:
     save_pytree(leaf, path, durable=False)
     found, _ = load_quietly(path)
     assert_same(found, canonical(leaf))

@@ -90,7 +90,7 @@ def test_a_view_of_whole_tensors_is_the_leaf(case: Correspondence) -> None:
 
 
 @given(st.data(), correspondences())
-def test_a_region_of_a_leaf_is_read_from_its_own_elements_alone(
+def test_a_region_of_a_leaf_is_read_only_from_its_own_elements(
     data: Any, case: Correspondence
 ) -> None:
     file = case.file()

@@ -97,7 +97,7 @@ def test_gather_gives_the_bytes_of_parts(
     assert size == sum(part.values.nbytes for part in parts)  # and no bytes between them
 
 
-def test_common_is_none_where_regions_do_not_meet() -> None:
+def test_regions_that_do_not_overlap_have_nothing_in_common() -> None:
     assert common(((0, 2), (0, 4)), ((1, 3), (2, 6))) == ((1, 2), (2, 4))
     assert common(((0, 2),), ((2, 3),)) is None
     assert common((), ()) == ()

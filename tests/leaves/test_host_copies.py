@@ -221,7 +221,9 @@ def test_memory_without_a_pinned_kind_is_copied_as_it_is(
     assert load_pytree(tmp_path / "file")["step"] == 3
 
 
-def test_parts_of_tensors_are_copied_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_of_device_arrays_are_saved_by_rules(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("x", "y"))
     values = jnp.arange(8 * 64 * 3, dtype=jnp.float32).reshape(8, 64, 3)
     tree = {"w": jax.device_put(values, NamedSharding(mesh, P(None, "x"))), "k": values}

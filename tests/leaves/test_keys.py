@@ -44,7 +44,7 @@ def test_keys_without_a_registered_name_are_refused_or_left_out(tmp_path: Path) 
     assert load_pytree(tmp_path / "file") == {"w": 1.0}
 
 
-def test_such_keys_of_a_template_keep_their_values(tmp_path: Path) -> None:
+def test_keys_without_a_registered_implementation_keep_their_values(tmp_path: Path) -> None:
     key = jax.random.key(0, impl=UNNAMED)
     save_pytree({"w": 1.0}, tmp_path / "file")
     found = load_into_pytree({"key": key, "w": 0.0}, tmp_path / "file")

@@ -78,7 +78,7 @@ def test_a_prefix_gives_the_subtree(tmp_path: Path) -> None:
         load_abstract(path, prefix="@c")
 
 
-def test_a_file_alone_loads_sharded(tmp_path: Path) -> None:
+def test_a_file_loads_sharded_without_a_model(tmp_path: Path) -> None:
     path = tmp_path / "tree.safetensors"
     tree: dict[str, Any] = {
         "w": jnp.arange(64.0).reshape(16, 4), "b": jnp.ones(4), "k": jax.random.key(1), "step": 7,

@@ -74,7 +74,7 @@ def test_every_loader_takes_the_folder_and_the_index(tmp_path: Path, where: str)
     assert abstract["e"] == "text 1"
 
 
-def test_a_prefix_reads_its_shards_alone(tmp_path: Path) -> None:
+def test_a_prefix_reads_only_its_shards(tmp_path: Path) -> None:
     save_pytree(tree_of(1), tmp_path, max_shard_size=100)
     seen: list[tuple[int, int]] = []
     load_pytree(tmp_path, prefix="@c", progress=lambda *report: seen.append(report))
@@ -229,7 +229,7 @@ def test_names_of_folders_are_names_to_choose_from(
 
 
 @pytest.mark.parametrize("variant", ["", "a.b"])
-def test_an_index_of_another_name_is_none(tmp_path: Path, variant: str) -> None:
+def test_an_index_of_another_name_is_not_an_index(tmp_path: Path, variant: str) -> None:
     save_pytree(tree_of(1), tmp_path, max_shard_size=100)
     (tmp_path / INDEX).rename(tmp_path / f"model.safetensors.index.{variant}.json")
     with pytest.raises(FileFormatError, match="but no index"):

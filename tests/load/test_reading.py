@@ -63,7 +63,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         yield sizes
 
 
-def test_a_prefix_reads_its_subtree_alone(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prefix_reads_only_its_subtree(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with counted(monkeypatch) as sizes:
         tree = load_pytree(path, prefix="@b")
     assert np.asarray(tree["w"]).tobytes() == np.full(SIZE, 1, np.float32).tobytes()
@@ -79,7 +79,7 @@ def test_a_small_tensor_is_read_by_one_call(
     assert sizes.count(1000) == 1
 
 
-def test_a_template_reads_what_it_needs_alone(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_template_reads_only_what_it_needs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     template = {side: {"w": np.zeros(SIZE, np.float32)} for side in "ac"}
     with counted(monkeypatch) as sizes:
         tree = load_into_pytree(template, path, strict=False)
@@ -112,7 +112,7 @@ def test_a_mapped_array_of_jax_is_not_copied(path: Path, monkeypatch: pytest.Mon
     assert not copied
 
 
-def test_a_file_says_of_its_leaves_what_was_saved(tmp_path: Path) -> None:
+def test_a_checkpoint_describes_leaves_as_a_save_does(tmp_path: Path) -> None:
     tree: dict[str, Any] = {
         "a": np.ones((2, 3), np.float16), "b": 2**70, "c": "text", "d": 1.5, "e": jax.random.key(0),
         "f": jnp.asarray(1.0), "g": np.zeros(0, np.int8), "h": True, "i": 1j, "j": 3,
@@ -223,7 +223,7 @@ def test_many_equal_leaves_load_in_groups(shape: tuple[int, ...], tmp_path: Path
 
 
 @pytest.mark.parametrize("enabled", [True, False])
-def test_the_collector_is_left_as_it_was(enabled: bool, path: Path, tmp_path: Path) -> None:
+def test_the_state_of_the_collector_is_restored(enabled: bool, path: Path, tmp_path: Path) -> None:
     works: list[Callable[[], Any]] = [
         lambda: save_pytree({"a": 1}, tmp_path / "other"),
         lambda: load_pytree(path),

@@ -157,7 +157,7 @@ def test_gaps_and_depth_are_limited() -> None:
         build_separated({"a." * 20_000: 1}, ".", "")
 
 
-def test_as_many_gaps_as_there_may_be() -> None:
+def test_a_list_may_have_as_many_gaps_as_allowed() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(separated, "MAX_GAPS", 3)
         assert build_separated({"3": 1}, ".", "") == [None, None, None, 1]

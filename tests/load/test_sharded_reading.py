@@ -91,9 +91,7 @@ def test_saving_leaves_no_copy_inside_sharded_arrays(tmp_path: Path, mesh: Mesh)
 
 
 @pytest.mark.parametrize("spec", [P("x"), P(None, "y"), P("x", "y"), P(("y", "x"))], ids=str)
-def test_saving_makes_no_whole_of_what_is_spread_over_devices(
-    spec: Any, tmp_path: Path, mesh: Mesh
-) -> None:
+def test_saving_sharded_arrays_makes_no_whole_copies(spec: Any, tmp_path: Path, mesh: Mesh) -> None:
     values = np.arange(8 << 20, dtype=np.float32).reshape(2048, -1)
     tree = [jax.device_put(values, NamedSharding(mesh, spec))]
     p2s.save_pytree([values], tmp_path / "plain", checksum=True)
@@ -316,7 +314,7 @@ def test_progress_counts_regions_when_they_are_read(
     assert told[-2] >= tree[0].nbytes
 
 
-def test_a_file_that_is_cut_short_while_it_is_read(
+def test_a_file_that_is_truncated_while_it_is_read_is_an_error(
     tmp_path: Path, mesh: Mesh, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     take_route("bands", monkeypatch)

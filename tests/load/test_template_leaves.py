@@ -186,7 +186,7 @@ def test_a_large_int_becomes_a_scalar_of_the_class_of_the_template(tmp_path: Pat
         assert found["a"] == 2**64 - 1
 
 
-def test_files_of_others_fit_by_dtype_alone(tmp_path: Path) -> None:
+def test_files_of_other_programs_are_compared_by_dtype(tmp_path: Path) -> None:
     safetensors.numpy.save_file({"@a": np.ones(2, np.int32)}, tmp_path / "file")
     with pytest.raises(WeightsMismatchError, match="1 mismatched"):
         load_into_pytree({"a": np.ones(2, np.float32)}, tmp_path / "file")

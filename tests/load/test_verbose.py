@@ -25,7 +25,7 @@ from pytree2safetensors._save import contents as save_contents
 struct: Any = jax.ShapeDtypeStruct
 
 
-def test_verbose_tells_what_was_left(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_verbose_prints_what_did_not_fit(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     template = {"a": 0, "b": np.zeros(2), "c": 1}
     stored = {"@a": 5, "@b": np.zeros(3), "@d": 2}
     found = set_weights(template, stored, True, strict=False)
@@ -68,7 +68,7 @@ def test_unexpected_leaves_can_be_ignored(load: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("verbose", [False, True])
-def test_a_logger_has_what_was_left(
+def test_a_logger_gets_what_did_not_fit(
     verbose: bool, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     given = {"@a": 1, "@b": "text", "@more": 3}

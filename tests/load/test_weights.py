@@ -187,7 +187,7 @@ def test_what_is_traced_and_no_array_is_no_data() -> None:
 
 
 @pytest.mark.parametrize("shape", [([2],), (np.ones(2),)])
-def test_a_shape_that_is_none_is_no_data(shape: Any) -> None:
+def test_a_leaf_whose_shape_is_none_is_not_data(shape: Any) -> None:
     class Odd:
         dtype = np.dtype(np.float32)
 
@@ -219,7 +219,7 @@ def test_what_is_cast_is_as_weak_as_the_template(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("many", [1, 1100])
-def test_values_pass_whatever_jax_watches_for(many: int, tmp_path: Path) -> None:
+def test_values_load_while_jax_checks_for_nans_and_transfers(many: int, tmp_path: Path) -> None:
     weak = jax.lax.full_like(jnp.asarray(0.0), np.float32("nan"))
     tree = [*[np.full(2, np.nan, np.float32)] * many, weak, jax.random.key(0)]
     save_pytree(tree, tmp_path / "file")
@@ -305,7 +305,7 @@ def test_what_numpy_converts_is_reported(value: Any, kind: str) -> None:
     )
 
 
-def test_a_traced_value_becomes_nothing_but_an_array_of_jax() -> None:
+def test_a_traced_value_only_replaces_a_jax_array() -> None:
     template = {
         "array": np.zeros(4, np.float32),
         "scalar": np.float32(0),

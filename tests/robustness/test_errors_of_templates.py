@@ -286,7 +286,7 @@ def test_long_names_are_shortened() -> None:
     assert "(100,001 characters)" in str(caught.value)
 
 
-def test_names_are_shown_so_that_they_do_nothing() -> None:
+def test_names_are_escaped_in_messages() -> None:
     with pytest.raises(WeightsMismatchError) as caught:
         set_weights({"\x1b[31m": 1}, {"@\u202e\n": 1})
     assert r"'@\x1b[31m'" in str(caught.value)

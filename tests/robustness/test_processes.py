@@ -196,7 +196,7 @@ def save_alone(folder: str) -> None:
         )
 
 
-def test_a_tree_without_global_arrays_waits_for_nobody(pair: Group, tmp_path: Path) -> None:
+def test_a_tree_without_global_arrays_is_saved_without_waiting(pair: Group, tmp_path: Path) -> None:
     pair.run(save_alone, tmp_path)
     assert set(p2s.load_pytree(tmp_path / "file")) == {"local", "host"}
 
@@ -351,7 +351,7 @@ def names_meanwhile(folder: str) -> list[str]:
     return sorted(found - {"target"})
 
 
-def test_temporary_names_are_those_of_what_a_link_leads_to(pair: Group, tmp_path: Path) -> None:
+def test_temporary_names_follow_from_the_target_of_a_link(pair: Group, tmp_path: Path) -> None:
     """By these names, a later save of one process finds what a killed one has left."""
     (tmp_path / "files").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "files" / "target")

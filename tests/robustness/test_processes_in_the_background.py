@@ -167,7 +167,7 @@ def raise_in_the_call(folder: str) -> list[str]:
     return found
 
 
-def test_what_the_call_can_check_it_raises_on_all(pair: Group, tmp_path: Path) -> None:
+def test_the_call_raises_what_it_can_check_on_all(pair: Group, tmp_path: Path) -> None:
     for size, checksum, metadata in pair.run(raise_in_the_call, tmp_path):
         assert "is not a size" in size
         assert "checksum" in checksum

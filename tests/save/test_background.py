@@ -195,7 +195,7 @@ def test_a_callback_of_a_background_save_cannot_wait_for_another(
     assert load_pytree(tmp_path / "other") == {"b": 2}
 
 
-def test_what_the_call_can_check_it_raises(tmp_path: Path) -> None:
+def test_the_call_raises_what_it_can_check(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedLeafError, match="'@f'"):
         save_pytree_async({"f": len}, tmp_path / "file")
     with pytest.raises(ValueError, match="is not a size"):
@@ -382,9 +382,7 @@ def test_a_small_tree_tells_its_end(tmp_path: Path) -> None:
     assert told == [(0, 0)]
 
 
-def test_a_bar_is_shown_on_request_alone(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_bar_is_shown_only_on_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_pytree({"a": np.zeros(9)}, tmp_path / "file")
     assert capsys.readouterr() == ("", "")
     save_pytree({"a": np.zeros(9)}, tmp_path / "file", progress=True)

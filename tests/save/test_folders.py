@@ -77,7 +77,7 @@ def test_one_shard_is_a_plain_file(tmp_path: Path, tree: Any) -> None:
     assert is_same(tree, load_pytree(tmp_path / "m"))
 
 
-def test_the_header_of_a_file_alone_may_be_longer_than_that_of_a_shard(
+def test_a_single_file_may_have_a_longer_header_than_a_shard(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(index_format, "MAX_SHARD_HEADER", 1000)
@@ -88,7 +88,7 @@ def test_the_header_of_a_file_alone_may_be_longer_than_that_of_a_shard(
     assert load_metadata(tmp_path / "m") == {"k": "v" * 1000}
 
 
-def test_a_tensor_beyond_the_size_is_alone(tmp_path: Path) -> None:
+def test_a_tensor_larger_than_the_limit_has_its_own_shard(tmp_path: Path) -> None:
     tree = {"a": np.zeros(8, np.uint8), "b": np.zeros(100, np.uint8), "c": np.zeros(8, np.uint8)}
     save_pytree(tree, tmp_path, max_shard_size=16)
     weights = json.loads((tmp_path / INDEX).read_text())["weight_map"]
@@ -240,7 +240,7 @@ def test_a_folder_in_place_of_a_shard_is_an_error(tmp_path: Path) -> None:
     assert names_in(tmp_path) == [shard_names(3)[1]]
 
 
-def test_permissions_are_those_of_what_is_replaced(tmp_path: Path) -> None:
+def test_new_files_have_the_permissions_of_the_old_ones(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
         save_pytree(tree_of(1), tmp_path, max_shard_size=100)

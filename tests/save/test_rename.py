@@ -367,7 +367,7 @@ def test_a_flat_dict_may_be_made_under_a_trace() -> None:
 
 
 @pytest.mark.parametrize("of", ["embed", "head"])
-def test_processes_do_not_compare_what_they_hold_parts_of(of: str, path: Path) -> None:
+def test_tied_global_arrays_are_not_compared(of: str, path: Path) -> None:
     tree = {"embed": KERNEL, "head": KERNEL.T}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pytree2safetensors._save.renamed.is_global", lambda leaf: leaf is tree[of])

@@ -204,7 +204,9 @@ def test_chunks_of_a_share_have_a_good_size(gaps_and_sizes: list[tuple[int, int]
             assert len(piece) >= 8
 
 
-def test_without_jax_distributed_there_is_one_thing_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_jax_distributed_the_error_says_to_initialize_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(calls, "coordination_client", lambda: None)
     with pytest.raises(FileFormatError) as caught:
         calls.current_processes()

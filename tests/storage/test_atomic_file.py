@@ -196,7 +196,7 @@ def check_error(error: BaseException | None, fault: Fault, call: Told, path: Pat
 
 
 @pytest.mark.usefixtures("small_pieces")
-def test_a_short_write_is_gone_on_with(tmp_path: Path) -> None:
+def test_a_short_write_is_continued(tmp_path: Path) -> None:
     def halve(call: Call) -> Any:
         if call.name != "write":
             return call.run()

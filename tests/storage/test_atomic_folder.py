@@ -181,7 +181,7 @@ def test_where_all_calls_fail_from_some_moment_on_there_is_no_mixture(
         assert outcome(root / "x/m") in {was, "new", "cut short"}, what
 
 
-def test_short_writes_are_gone_on_with(tmp_path: Path) -> None:
+def test_short_writes_are_continued(tmp_path: Path) -> None:
     write = os.write
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "write", lambda descriptor, piece: write(descriptor, piece[:7]))

@@ -125,7 +125,7 @@ def test_a_save_may_come_into_a_save_of_the_same_folder(
 
 
 @pytest.mark.parametrize("delay", [0, 0.1], ids=["at the start", "while waiting"])
-def test_what_a_handler_raises_comes_after_the_work_that_it_came_into(delay: float) -> None:
+def test_what_a_handler_raises_is_raised_after_the_interrupted_work(delay: float) -> None:
     steps: list[str] = []
 
     def work() -> None:

@@ -47,7 +47,7 @@ def test_bytes_load_through_every_loader() -> None:
     assert load_abstract(io.BytesIO(saved()))["w"].shape == (70_000,)
 
 
-def test_a_stream_is_read_from_where_it_stands_to_its_end() -> None:
+def test_a_stream_is_read_from_its_position_to_its_end() -> None:
     file = io.BytesIO(b"before" + saved())
     file.seek(6)
     assert_same(load_pytree(file), TREE)
@@ -98,7 +98,7 @@ def test_a_compressed_pipe_loads() -> None:
         assert_same(load_pytree(file), TREE)
 
 
-def test_a_stream_that_says_it_can_seek_and_cannot_loads() -> None:
+def test_a_stream_that_wrongly_claims_to_seek_loads() -> None:
     class Claims(Forward):
         def seekable(self) -> bool:
             return True

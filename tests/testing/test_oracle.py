@@ -39,7 +39,7 @@ DIFFERENT: list[Any] = [
 
 
 @pytest.mark.parametrize("index", range(len(DIFFERENT)))
-def test_differences_are_told_apart(index: int) -> None:
+def test_differences_are_found(index: int) -> None:
     tree = DIFFERENT[index]
     for other, candidate in enumerate(DIFFERENT):
         assert is_same(candidate, tree) is (other == index)

@@ -27,7 +27,7 @@ def test_every_tree_round_trips(tree: Any) -> None:
     assert_round_trips(tree)
 
 
-def test_the_tree_is_as_it_was() -> None:
+def test_assert_round_trips_does_not_change_the_tree() -> None:
     tree = {"a": np.arange(3), "b": [None, 1.5]}
     before = jax.tree_util.tree_map(lambda leaf: leaf, tree)
     assert assert_round_trips(tree) is None  # type: ignore[func-returns-value] # what is tested

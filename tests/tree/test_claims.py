@@ -61,7 +61,7 @@ def is_key_path(name: str) -> bool:
 @example(kinds={"a": "tuple", "ab": "tuple"}, leaves={"a#0": 0, "ab#0": 0, "ab": 0})
 @example(kinds={"#1": "tuple", "": "tuple"}, leaves={"#1#0": 0, "#12": 0})
 @example(kinds={"a": "None"}, leaves={"ab": 0, "a.b": 0})
-def test_claims_are_refused_just_where_they_are_untrue(
+def test_exactly_the_untrue_claims_are_refused(
     kinds: dict[str, Any], leaves: dict[str, Any]
 ) -> None:
     if is_true(kinds, {name: 0 for name in leaves if is_key_path(name)}):

@@ -155,7 +155,7 @@ def test_a_name_is_a_str() -> None:
     assert 1 not in container
 
 
-def test_containers_are_themselves_alone() -> None:
+def test_a_container_equals_only_itself() -> None:
     assert PyTreeContainer() != PyTreeContainer()
     assert len({PyTreeContainer(), PyTreeContainer()}) == 2
 

@@ -426,7 +426,7 @@ def test_below_and_under_are_inverse(path: Any, rest: Any) -> None:
 
 
 @given(keypaths(max_size=2), keypaths(max_size=4))
-def test_below_finds_no_more_than_what_is_below(path: Any, other: Any) -> None:
+def test_strip_prefix_finds_exactly_the_paths_below_a_prefix(path: Any, other: Any) -> None:
     found = strip_prefix(keypath2string(path), keypath2string(other))
     is_below = [repr(key) for key in other[: len(path)]] == [repr(key) for key in path]
     assert (found is not None) == is_below

@@ -58,7 +58,7 @@ def test_other_texts_are_no_literals(text: str) -> None:
         (r"@\(('\\q',))", "the text in parentheses has an unknown escape"),
     ],
 )
-def test_characters_that_are_none_are_refused(text: str, reason: str) -> None:
+def test_unknown_escapes_are_refused(text: str, reason: str) -> None:
     with pytest.raises(KeyPathError) as caught:
         string2keypath(text)
     assert reason in str(caught.value)

@@ -329,7 +329,7 @@ jax.tree_util.register_pytree_node(
         "other nodes",
     ],
 )
-def test_names_are_those_of_jax(tree: Any) -> None:
+def test_names_are_the_key_paths_of_jax_in_its_order(tree: Any) -> None:
     pairs, _ = jax.tree_util.tree_flatten_with_path(tree)
     assert [*pytree2dict(tree)] == [keypath2string(path) for path, _ in pairs]
     assert [*pytree2dict(tree).values()] == [leaf for _, leaf in pairs]

@@ -79,7 +79,7 @@ ATTRIBUTES = {"a namedtuple", "a dataclass"}
 
 
 @pytest.mark.parametrize("name", FLATTENED)
-def test_what_names_alone_give(name: str) -> None:
+def test_names_alone_give_a_similar_tree(name: str) -> None:
     tree, dictionary, expected = FLATTENED[name]
     found = pytree2dict(tree)
     assert [*found.items()] == [*dictionary.items()]  # in JAX's order of leaves
@@ -201,12 +201,12 @@ def test_a_name_is_a_key_path(name: str) -> None:
 # --- gaps -------------------------------------------------------------------------------------
 
 
-def test_gaps_are_none() -> None:
+def test_a_list_has_none_at_its_gaps() -> None:
     assert dict2pytree({"#1": 1}) == [None, 1]
     assert dict2pytree({"a#3#0": 1, "a#1": 2})["a"] == [None, 2, None, [1]]
 
 
-def test_as_many_gaps_as_there_may_be() -> None:
+def test_a_list_may_have_as_many_gaps_as_allowed() -> None:
     tree = dict2pytree({f"#{2**20}": 1})
     assert len(tree) == 2**20 + 1
     assert tree[-1] == 1
