@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,7 +47,7 @@ class Values(NamedTuple):
         )
 
 
-Aspect = Literal["missing", "added", "kind", "dtype", "shape", "values"]
+Aspect: TypeAlias = Literal["missing", "added", "kind", "dtype", "shape", "values"]
 
 
 class Difference(NamedTuple):

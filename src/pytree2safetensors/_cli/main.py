@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Final
+from typing import Final, TypeAlias
 
 from pytree2safetensors._cli.answer import Answer
 from pytree2safetensors._cli.fitting import fitting, named_object
@@ -66,7 +66,7 @@ def _os_error(error: OSError) -> str:
 
 # --- arguments --------------------------------------------------------------------------------
 
-_Questions = list[Callable[[], Answer]]  # one for each answer to print
+_Questions: TypeAlias = list[Callable[[], Answer]]  # one for each answer to print
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -6,7 +6,7 @@ import sys
 import textwrap
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Final, Literal, NamedTuple
+from typing import Final, Literal, NamedTuple, TypeAlias
 
 from pytree2safetensors._errors import shorten
 
@@ -15,7 +15,7 @@ _LONGEST_NAME: Final = 400
 _LABEL: Final = 10  # columns of the labels at the left
 GLUE: Final = "\N{NO-BREAK SPACE}"  # prints as a space; no line is cut there
 
-Style = Literal["", "bold", "dim", "red", "green", "yellow"]
+Style: TypeAlias = Literal["", "bold", "dim", "red", "green", "yellow"]
 _CODES: Final[dict[Style, str]] = {
     "bold": "1",
     "dim": "2",

@@ -8,13 +8,13 @@ Specification: *Loading into a template*.
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import product
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-Shape = tuple[int, ...]
-Region = tuple[tuple[int, int], ...]  # where it starts and stops on each axis
+Shape: TypeAlias = tuple[int, ...]
+Region: TypeAlias = tuple[tuple[int, int], ...]  # where it starts and stops on each axis
 
 BAND = 4 << 20  # bytes: few enough for the cache, many enough for one call
 

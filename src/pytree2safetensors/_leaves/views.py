@@ -10,7 +10,7 @@ Specification: *Rules*.
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 
@@ -101,7 +101,7 @@ def boxes_of(view: View, region: Region) -> list[Box]:
     return found
 
 
-_Range = tuple[int, int]
+_Range: TypeAlias = tuple[int, int]
 
 
 def _cut(sizes: Sequence[int], start: int, stop: int) -> Iterator[tuple[_Range, list[_Range]]]:

@@ -64,10 +64,18 @@ def explain(
     'model.safetensors': 1 of 1 leaves fit
       fits  '@w' = 'w'  float32[3,2]  '@w' float32[2,3]  'o i -> i o'
     """
-    with open_checkpoint(path, False) as checkpoint:
+    with open_checkpoint(path) as checkpoint:
         template = flat_template(module)
         available = stored_for(template, checkpoint, prefix, rename)
-        options = Options(checkpoint.label, True, False, cast, prefix, rename, "raise")
+        options = Options(
+            label=checkpoint.label,
+            strict=True,
+            verbose=False,
+            cast=cast,
+            prefix=prefix,
+            rename=rename,
+            unexpected="raise",
+        )
         read = scalar_reader(checkpoint)
         found = compare(template.names, template.needs, available, read, options)
         rows = [*_rows(found)]

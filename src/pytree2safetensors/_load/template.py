@@ -4,7 +4,7 @@ Specification: *Loading into a template*.
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
@@ -28,7 +28,7 @@ _RANKS: Final = {"bool": 0, "int": 2, "float": 3, "complex": 4}
 
 # What a stored leaf becomes: a JAX array; a NumPy array because JAX does not support its dtype
 # here ("foreign") or because the template has one; a NumPy scalar; a Python scalar.
-Target = Literal["jax", "foreign", "numpy", "scalar", "python"]
+Target: TypeAlias = Literal["jax", "foreign", "numpy", "scalar", "python"]
 
 
 class TemplateLeaf(NamedTuple):

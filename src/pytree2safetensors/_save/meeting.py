@@ -12,7 +12,7 @@ import base64
 import json
 import math
 import time
-from typing import Final, Literal, Protocol, runtime_checkable
+from typing import Final, Literal, Protocol, TypeAlias, runtime_checkable
 
 from pytree2safetensors._errors import FileFormatError
 from pytree2safetensors._save.interrupt import Interrupt
@@ -34,7 +34,7 @@ from pytree2safetensors._save.words import (
     read_words,
 )
 
-Step = Literal["written", "vote"]
+Step: TypeAlias = Literal["written", "vote"]
 
 _SLICE: Final = 0.5  # seconds between checks for interrupts and for processes that have left
 _PATIENCE: Final = 600.0  # seconds that a process waits until the others begin the same save

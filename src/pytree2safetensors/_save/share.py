@@ -6,7 +6,7 @@ Specification: *Saving*, *Digests*.
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeAlias
 
 from pytree2safetensors._format.digests import block_bounds, digest_tensor
 from pytree2safetensors._format.tensor import TensorInfo
@@ -24,7 +24,7 @@ _LARGEST: Final = 32 << 20  # bytes of one write, so that interrupts and progres
 _EACH: Final = 4096  # bytes that could be hashed in the time that reading one more block takes
 
 # What a process saves: its shards of global arrays and, on process 0, all other leaves.
-Share = Mapping[str, Any]
+Share: TypeAlias = Mapping[str, Any]
 
 
 def share_of(contents: Contents, process: int, *, copied: bool) -> Share:

@@ -6,7 +6,7 @@ Specification: *Saving*.
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 from pytree2safetensors._errors import (
     FileFormatError,
@@ -19,7 +19,7 @@ from pytree2safetensors._errors import (
 _TEXT: Final = 400  # characters of an error that are sent to the others
 _VALUE: Final = 100  # characters of a term that an error shows
 
-Terms = Mapping[str, str]  # what the processes must agree on, by its name in errors
+Terms: TypeAlias = Mapping[str, str]  # what the processes must agree on, by its name in errors
 
 
 class Failure(NamedTuple):

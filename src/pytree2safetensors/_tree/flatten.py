@@ -69,7 +69,7 @@ def open_once(node: Any) -> list[tuple[Any, Any]]:
     return cast("list[tuple[Any, Any]]", pairs)
 
 
-Children = Iterator[tuple[str, Any]]  # the spelled segment of each child, and the child
+Children: TypeAlias = Iterator[tuple[str, Any]]  # the spelled segment of each child, and the child
 
 
 class _Walk:

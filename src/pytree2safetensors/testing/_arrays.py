@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import jax
 import ml_dtypes
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pytree2safetensors._leaves.spec import holds
 from pytree2safetensors.testing._compare import VALUE_BITS
 
-Draw = Callable[..., Any]  # Hypothesis's own type cannot be checked at run time
+Draw: TypeAlias = Callable[..., Any]  # Hypothesis's own type cannot be checked at run time
 
 # Files cannot hold these: longdoubles, half-precision complex numbers, and dtypes that are not
 # numbers.

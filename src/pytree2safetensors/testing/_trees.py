@@ -3,7 +3,7 @@
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache, lru_cache
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
@@ -67,7 +67,7 @@ def _choices(
 
 
 _SIZES: Final[Mapping[type, int]] = {type(None): 0, Nothing: 0, Pair: 2, Record: 2}
-_Children = SearchStrategy[Any]
+_Children: TypeAlias = SearchStrategy[Any]
 
 
 def _most(least: int) -> int:
