@@ -104,6 +104,8 @@ def test_an_index_with_other_members_has_metadata(tmp_path: Path) -> None:
     (tmp_path / INDEX).write_text(json.dumps(index))
     with pytest.raises(FileFormatError, match="has other entries but no metadata"):
         load_pytree(tmp_path)
+    (tmp_path / INDEX).write_text(json.dumps(index | {"metadata": None}))
+    assert load_metadata(tmp_path) == {}
 
 
 BAD_TEXTS = {
