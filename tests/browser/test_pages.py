@@ -25,6 +25,7 @@ OPTIONS = """{runOnly: ["wcag2a", "wcag2aa"], rules: {
 def pages(folder: Path) -> list[str]:
     """List the pages of the site, but for the indexes that Sphinx adds."""
     found = {page.relative_to(folder).as_posix() for page in folder.rglob("*.html")}
+    assert "index.html" in found
     return sorted(
         page for page in found - {"genindex.html", "search.html"} if not page.startswith("_")
     )

@@ -216,10 +216,10 @@ def test_files_of_safetensors_load_from_any_offset(tmp_path: Path) -> None:
 def test_many_equal_leaves_load_in_groups(shape: tuple[int, ...], tmp_path: Path) -> None:
     tree = [np.full(shape, n, np.float32) for n in range(1500)]
     save_pytree(tree, tmp_path / "file", durable=False)
-    for number, leaf in enumerate(load_pytree(tmp_path / "file")):
+    for saved, leaf in zip(tree, load_pytree(tmp_path / "file"), strict=True):
         assert isinstance(leaf, jax.Array)
         assert leaf.shape == shape
-        assert np.asarray(leaf).tobytes() == tree[number].tobytes()
+        assert np.asarray(leaf).tobytes() == saved.tobytes()
 
 
 @pytest.mark.parametrize("enabled", [True, False])

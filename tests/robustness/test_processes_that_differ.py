@@ -343,7 +343,9 @@ def test_who_owns_a_replica_does_not_follow_the_order_of_the_mesh(
     pair: Group, tmp_path: Path
 ) -> None:
     pair.run(save_replicated_over_meshes_in_another_order, tmp_path)
-    for array in p2s.load_pytree(tmp_path / "file").values():
+    found = p2s.load_pytree(tmp_path / "file")
+    assert found.keys() == {"replicated", "rows"}
+    for array in found.values():
         assert raw(array) == raw(values_of((1024, 300)))
 
 
