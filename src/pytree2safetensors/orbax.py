@@ -101,7 +101,7 @@ class SafetensorsSave(ocp.args.CheckpointArgs):
         metadata: Strings to store beside the tensors, for `load_metadata`.
         unsupported: "raise", or "skip" to leave out leaves that a file cannot hold.
         checksum: Store a digest of each tensor, which loading verifies.
-        max_shard_size: Split the tree into files of at most this size, such as "5GB".
+        max_shard_size: As for `save_pytree`.
     """
 
     item: PyTree
