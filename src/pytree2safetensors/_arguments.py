@@ -14,7 +14,7 @@ from beartype import beartype
 from jax.sharding import Mesh, PartitionSpec, Sharding
 from jaxtyping import jaxtyped
 
-from pytree2safetensors._errors import shorten
+from pytree2safetensors._messages import shorten
 
 P = ParamSpec("P")
 R = TypeVar("R")

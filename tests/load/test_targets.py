@@ -13,7 +13,7 @@ import pytest
 from pytree2safetensors import (
     Rule,
     WeightsMismatchError,
-    _errors,
+    _messages,
     load_into_pytree,
     load_pytree,
     save_pytree,
@@ -209,7 +209,7 @@ def test_a_leaf_that_is_not_data_is_named(leaf: Any, load: Any, tmp_path: Path) 
 
 @pytest.mark.parametrize("list_", ["missing", "unexpected", "mismatched"])
 def test_a_long_list_of_mismatches_is_cut(list_: str) -> None:
-    names = [f"w{n:03}" for n in range(_errors._LISTED + 5)]
+    names = [f"w{n:03}" for n in range(_messages._LISTED + 5)]
     leaves = {name: np.zeros(2) for name in names}
     template = {} if list_ == "unexpected" else dict(leaves)
     given = {} if list_ == "missing" else {f"@{name}": np.zeros(3) for name in names}
@@ -218,7 +218,7 @@ def test_a_long_list_of_mismatches_is_cut(list_: str) -> None:
     text = str(caught.value)
     assert f"{len(names)} {list_}" in text
     shown = [name for name in names if f"'@{name}'" in text]
-    assert shown == names[: _errors._LISTED]
+    assert shown == names[: _messages._LISTED]
 
 
 @pytest.mark.parametrize(("count", "more"), [(20, ""), (21, " and 1 more")])

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from pytree2safetensors._errors import _LISTED
 from pytree2safetensors._format.digests import BLOCK
 from pytree2safetensors._format.header import MAX_HEADER
 from pytree2safetensors._format.layout import MAX_SHARD_HEADER
 from pytree2safetensors._leaves.to_jax import TAKEN_OVER
 from pytree2safetensors._load.reading import _BATCH
+from pytree2safetensors._messages import _LISTED
 from pytree2safetensors._save.meeting import _PATIENCE as LATE
 from pytree2safetensors._storage.folder import _DAY, _PATIENCE
 from pytree2safetensors._tree.keys import MAX_INDEX

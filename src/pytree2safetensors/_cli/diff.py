@@ -8,7 +8,7 @@ from pytree2safetensors._cli.comparison import Change, Comparison, Difference, V
 from pytree2safetensors._cli.show import leaf_text, leaves_text, value_text
 from pytree2safetensors._cli.summary import leaf_json
 from pytree2safetensors._cli.terminal import Cells, labelled, plain, size, table
-from pytree2safetensors._errors import shorten
+from pytree2safetensors._messages import shorten
 
 
 def diff(first: str, second: str, *, everything: bool) -> Answer:

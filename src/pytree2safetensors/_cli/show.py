@@ -18,8 +18,8 @@ from pytree2safetensors._cli.terminal import (
     table,
 )
 from pytree2safetensors._collector import collector_paused
-from pytree2safetensors._errors import plural, shorten
 from pytree2safetensors._load.opening import open_checkpoint
+from pytree2safetensors._messages import plural, shorten
 
 _MOST_METADATA: Final = 20
 _LONGEST_ENTRY: Final = 1000

@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Final, Literal, NamedTuple, TypeAlias
 
-from pytree2safetensors._errors import shorten
+from pytree2safetensors._messages import shorten
 
 _NARROWEST: Final = 40  # columns that every screen takes
 _LONGEST_NAME: Final = 400

@@ -15,13 +15,12 @@ from pytree2safetensors._errors import (
     Pytree2SafetensorsError,
     TreeStructureError,
     UnknownHere,
-    plural,
-    shorten,
 )
 from pytree2safetensors._format.digests import digest_tensor, hash_blocks
 from pytree2safetensors._leaves.spec import spec_of
 from pytree2safetensors._load.checkpoint import OpenCheckpoint
 from pytree2safetensors._load.opening import open_checkpoint
+from pytree2safetensors._messages import plural, shorten
 from pytree2safetensors._storage.byte_source import PathLike
 from pytree2safetensors._tree.unflatten import build_tree
 

@@ -7,9 +7,10 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
-from pytree2safetensors._errors import FileFormatError, shorten
+from pytree2safetensors._errors import FileFormatError
 from pytree2safetensors._format.strict_json import read_json, write_json
 from pytree2safetensors._format.tensor import TensorInfo
+from pytree2safetensors._messages import shorten
 
 DIGESTS: Final = "pytree2safetensors.sha256"  # the metadata entry with the digests of tensors
 METADATA_DIGEST: Final = "pytree2safetensors.sha256.metadata"  # with that of all other metadata

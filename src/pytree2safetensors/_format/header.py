@@ -10,9 +10,10 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from pytree2safetensors._errors import FileFormatError, shorten
+from pytree2safetensors._errors import FileFormatError
 from pytree2safetensors._format.strict_json import read_json, read_json_at
 from pytree2safetensors._format.tensor import BITS, TensorInfo
+from pytree2safetensors._messages import shorten
 
 MAX_HEADER: Final = 100_000_000  # bytes, as safetensors' own parser
 MAX_DIMENSIONS: Final = 64 if np.lib.NumpyVersion(np.__version__) >= "2.0.0" else 32

@@ -11,7 +11,7 @@ from decimal import Decimal
 from operator import index
 from typing import Any, Final, SupportsIndex
 
-from pytree2safetensors._errors import FileFormatError, shorten
+from pytree2safetensors._errors import FileFormatError
 from pytree2safetensors._format.header import MAX_HEADER
 from pytree2safetensors._format.layout import (
     MAX_SHARD_HEADER,
@@ -22,6 +22,7 @@ from pytree2safetensors._format.layout import (
 )
 from pytree2safetensors._format.note import is_reserved
 from pytree2safetensors._format.tensor import TensorInfo
+from pytree2safetensors._messages import shorten
 
 STEM: Final = "model"  # of file names, if the path is a folder
 SUFFIX: Final = ".safetensors"

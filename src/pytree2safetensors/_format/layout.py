@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from json.encoder import encode_basestring_ascii as quote
 from typing import Final, NamedTuple
 
-from pytree2safetensors._errors import FileFormatError, shorten
+from pytree2safetensors._errors import FileFormatError
 from pytree2safetensors._format.header import LENGTH_BYTES, MAX_HEADER, METADATA, SURROGATE
 from pytree2safetensors._format.note import is_reserved
 from pytree2safetensors._format.tensor import BITS, TensorInfo
+from pytree2safetensors._messages import shorten
 
 MAX_SHARD_HEADER: Final = 25_000_000  # bytes, as the Hub's own reader
 _BEST: Final = 256  # the alignment that GPUs and their copy engines want

@@ -7,9 +7,10 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple
 
-from pytree2safetensors._errors import FileFormatError, shorten
+from pytree2safetensors._errors import FileFormatError
 from pytree2safetensors._format.strict_json import read_json, write_json
 from pytree2safetensors._format.tensor import LEAF_KINDS
+from pytree2safetensors._messages import shorten
 from pytree2safetensors._types import Kind
 
 VERSION: Final = 1

@@ -8,7 +8,8 @@ from collections import Counter
 from collections.abc import Collection
 from typing import Any, Final, TypeAlias
 
-from pytree2safetensors._errors import FileFormatError, shorten
+from pytree2safetensors._errors import FileFormatError
+from pytree2safetensors._messages import shorten
 
 _MEMBERS: Final = 3  # of a tensor's entry
 

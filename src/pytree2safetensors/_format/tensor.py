@@ -5,7 +5,8 @@ Specification: *Leaves*.
 
 from typing import Final, NamedTuple
 
-from pytree2safetensors._errors import FileFormatError, shorten
+from pytree2safetensors._errors import FileFormatError
+from pytree2safetensors._messages import shorten
 from pytree2safetensors._types import Kind
 
 # The bits of one element of each dtype of the format.

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pytree2safetensors._errors import FileFormatError, shorten
+from pytree2safetensors._errors import FileFormatError
 from pytree2safetensors._format.tensor import COMPLEX128, TensorInfo
 from pytree2safetensors._leaves.describe import PYTHON_SCALARS
 from pytree2safetensors._leaves.encode import canonical_bools, host_array, to_bytes, width_of
 from pytree2safetensors._leaves.spec import numpy_dtype, rank_of
+from pytree2safetensors._messages import shorten
 
 
 def from_bytes(

@@ -8,9 +8,9 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import accumulate, product
 from typing import NamedTuple, TypeAlias
 
-from pytree2safetensors._errors import shorten
 from pytree2safetensors._leaves.extents import Shape
 from pytree2safetensors._leaves.views import View
+from pytree2safetensors._messages import shorten
 from pytree2safetensors._tree.placeholders import Binding, fill
 from pytree2safetensors._tree.rule import ParsedRule, Rule
 

@@ -9,8 +9,9 @@ from typing import Any, Final
 import jax
 import numpy as np
 
-from pytree2safetensors._errors import UnknownHere, shorten
+from pytree2safetensors._errors import UnknownHere
 from pytree2safetensors._leaves.jax_versions import ShapeDtypeStruct
+from pytree2safetensors._messages import shorten
 
 is_subdtype: Any = jax.dtypes.issubdtype  # type: ignore[attr-defined] # public, and not exported
 _PRNG: Final = ("threefry2x32", "rbg", "unsafe_rbg")  # implementations in every JAX version

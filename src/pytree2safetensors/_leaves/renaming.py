@@ -6,9 +6,9 @@ Specification: *Rules*.
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
-from pytree2safetensors._errors import shorten
 from pytree2safetensors._leaves.extents import Shape
 from pytree2safetensors._leaves.routes import Routes, routes_of
+from pytree2safetensors._messages import shorten
 from pytree2safetensors._tree.paths import add_prefix
 from pytree2safetensors._tree.rule import Rule
 from pytree2safetensors._tree.rule_index import RuleIndex

@@ -7,12 +7,12 @@ import jax
 
 from pytree2safetensors._arguments import checked
 from pytree2safetensors._collector import collector_paused
-from pytree2safetensors._errors import joined, shorten
 from pytree2safetensors._format.note import FORMAT
 from pytree2safetensors._leaves.spec import ARRAYS, LeafSpec, abstract
 from pytree2safetensors._load.checkpoint import OpenCheckpoint
 from pytree2safetensors._load.opening import again_if_replaced, open_checkpoint
 from pytree2safetensors._load.stored import load_stored, names_below, nodes_below, warn
+from pytree2safetensors._messages import joined, shorten
 from pytree2safetensors._storage.byte_source import PathLike, Readable
 from pytree2safetensors._storage.progress import ProgressOption, reporter
 from pytree2safetensors._tree.flatten import PyTree

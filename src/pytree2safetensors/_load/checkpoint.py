@@ -11,18 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pytree2safetensors._collector import collector_paused
-from pytree2safetensors._errors import (
-    FileFormatError,
-    KeyPathError,
-    UnreadableLeaf,
-    errors_of,
-    shorten,
-)
+from pytree2safetensors._errors import FileFormatError, KeyPathError, UnreadableLeaf, errors_of
 from pytree2safetensors._format.digests import read_digests
 from pytree2safetensors._format.header import Tensors
 from pytree2safetensors._format.note import NOTE, Note, is_reserved, read_note
 from pytree2safetensors._format.tensor import TensorInfo, check_kind
 from pytree2safetensors._leaves.spec import LeafSpec, spec_of
+from pytree2safetensors._messages import shorten
 from pytree2safetensors._storage.byte_source import PIECE, ByteSource
 from pytree2safetensors._tree.claims import check_nodes
 from pytree2safetensors._tree.keypath import string2keypath

@@ -9,9 +9,10 @@ import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Final
 
-from pytree2safetensors._errors import WeightsMismatchError, listed, nearest, shorten
+from pytree2safetensors._errors import WeightsMismatchError
 from pytree2safetensors._leaves.renaming import Rename, rules_in
 from pytree2safetensors._load.matching import Comparison, Options
+from pytree2safetensors._messages import listed, nearest, shorten
 from pytree2safetensors._tree.paths import add_prefix, dotted, strip_prefix
 from pytree2safetensors._tree.rule import describe_idle
 from pytree2safetensors._tree.rule_index import RuleIndex

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from typing import Final
 
 from pytree2safetensors._arguments import checked
-from pytree2safetensors._errors import shorten
 from pytree2safetensors._leaves.renaming import Rename
 from pytree2safetensors._leaves.spec import LeafSpec
 from pytree2safetensors._leaves.views import View
@@ -17,6 +16,7 @@ from pytree2safetensors._load.matching import Comparison, Options, compare
 from pytree2safetensors._load.opening import open_checkpoint
 from pytree2safetensors._load.stored import scalar_reader
 from pytree2safetensors._load.template import show
+from pytree2safetensors._messages import shorten
 from pytree2safetensors._storage.byte_source import PathLike, Readable
 from pytree2safetensors._tree.flatten import PyTree
 from pytree2safetensors._tree.paths import dotted

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from contextlib import closing, suppress
 from typing import Any, Final, NamedTuple
 
-from pytree2safetensors._errors import FileFormatError, joined, shorten
+from pytree2safetensors._errors import FileFormatError
 from pytree2safetensors._format.header import LENGTH_BYTES, MAX_HEADER
 from pytree2safetensors._format.index import (
     INDEX_NAME,
@@ -23,6 +23,7 @@ from pytree2safetensors._format.index import (
     stem_of,
 )
 from pytree2safetensors._format.strict_json import read_json
+from pytree2safetensors._messages import joined, shorten
 from pytree2safetensors._storage.byte_source import ByteSource
 from pytree2safetensors._storage.file_source import identity, open_source
 from pytree2safetensors._storage.naming import TEMPORARY

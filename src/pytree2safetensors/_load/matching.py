@@ -8,7 +8,6 @@ from typing import Any, Final, NamedTuple, TypeAlias
 
 import numpy as np
 
-from pytree2safetensors._errors import joined, shorten
 from pytree2safetensors._leaves.describe import holds_array
 from pytree2safetensors._leaves.families import Lost
 from pytree2safetensors._leaves.renaming import Rename, renamed
@@ -17,6 +16,7 @@ from pytree2safetensors._leaves.spec import LeafSpec, TracedSpec
 from pytree2safetensors._leaves.views import View
 from pytree2safetensors._load.sharded import misplaced
 from pytree2safetensors._load.template import TemplateLeaf, misfit, show
+from pytree2safetensors._messages import joined, shorten
 from pytree2safetensors._tree.paths import add_prefix
 from pytree2safetensors._tree.printing import array_text
 from pytree2safetensors._tree.rule import Rule

@@ -11,7 +11,7 @@ from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
 from pytree2safetensors._collector import collector_paused
-from pytree2safetensors._errors import FileFormatError, ReplacedError, shorten
+from pytree2safetensors._errors import FileFormatError, ReplacedError
 from pytree2safetensors._format.header import (
     LENGTH_BYTES,
     Tensors,
@@ -29,6 +29,7 @@ from pytree2safetensors._load.locate import (
     locate_remotely,
     read_index,
 )
+from pytree2safetensors._messages import shorten
 from pytree2safetensors._storage.byte_source import ByteSource, PathLike, Readable
 from pytree2safetensors._storage.file_source import descriptors_to_keep, open_source
 from pytree2safetensors._storage.folder import without_savers

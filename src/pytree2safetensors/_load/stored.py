@@ -9,12 +9,13 @@ from types import FrameType
 from typing import Any, Final
 
 from pytree2safetensors._collector import collector_paused
-from pytree2safetensors._errors import KeyPathError, WeightsMismatchError, joined, nearest, shorten
+from pytree2safetensors._errors import KeyPathError, WeightsMismatchError
 from pytree2safetensors._leaves.spec import LeafSpec, holds, noted_value
 from pytree2safetensors._load.checkpoint import OpenCheckpoint
 from pytree2safetensors._load.reading import read_leaves
 from pytree2safetensors._load.slots import Wanted
 from pytree2safetensors._load.template import PYTHON_NUMBERS, TemplateLeaf
+from pytree2safetensors._messages import joined, nearest, shorten
 from pytree2safetensors._storage.progress import Progress
 from pytree2safetensors._tree.keypath import split, string2keypath
 from pytree2safetensors._tree.paths import strip_prefix

@@ -10,7 +10,7 @@ from typing import Any, Final, Literal, NamedTuple
 import jax
 import numpy as np
 
-from pytree2safetensors._errors import UnsupportedLeafError, listed, plural, shorten
+from pytree2safetensors._errors import UnsupportedLeafError
 from pytree2safetensors._format.header import MAX_DIMENSIONS
 from pytree2safetensors._format.layout import check_metadata
 from pytree2safetensors._format.note import FORMAT, NOTE, Note, write_note
@@ -26,6 +26,7 @@ from pytree2safetensors._leaves.describe import (
     is_valueless,
 )
 from pytree2safetensors._leaves.renaming import Rename
+from pytree2safetensors._messages import listed, plural, shorten
 from pytree2safetensors._save.renamed import place, tensors_of
 from pytree2safetensors._tree.flatten import Flat, flatten
 from pytree2safetensors._tree.keypath import split

@@ -8,14 +8,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from pytree2safetensors._errors import (
-    FileFormatError,
-    UnsupportedLeafError,
-    WeightsMismatchError,
-    listed,
-    plural,
-    shorten,
-)
+from pytree2safetensors._errors import FileFormatError, UnsupportedLeafError, WeightsMismatchError
 from pytree2safetensors._format.layout import check_name
 from pytree2safetensors._format.tensor import COMPLEX128, NOTED_DTYPES, SCALARS, TensorInfo
 from pytree2safetensors._leaves.assembled import Assembled, Copy, Placed, assemble
@@ -25,6 +18,7 @@ from pytree2safetensors._leaves.ownership import is_global
 from pytree2safetensors._leaves.renaming import Rename, renamed
 from pytree2safetensors._leaves.spread import assembled_chunks
 from pytree2safetensors._leaves.views import View
+from pytree2safetensors._messages import listed, plural, shorten
 from pytree2safetensors._tree.rule import Rule, describe_idle
 
 # Kinds of leaves that need no note.

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any, NamedTuple, SupportsIndex
 
-from pytree2safetensors._errors import shorten
 from pytree2safetensors._format.index import SUFFIX, index_name, parse_size, split_path, stem_of
+from pytree2safetensors._messages import shorten
 from pytree2safetensors._save.chunks import data_chunks
 from pytree2safetensors._save.contents import Contents
 from pytree2safetensors._save.hashing import Hashing

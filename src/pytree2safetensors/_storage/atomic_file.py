@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Final
 
-from pytree2safetensors._errors import shorten
+from pytree2safetensors._messages import shorten
 from pytree2safetensors._storage.byte_source import LocalPath
 from pytree2safetensors._storage.descriptor import Held, flush, write_chunks
 from pytree2safetensors._storage.folder import Folder

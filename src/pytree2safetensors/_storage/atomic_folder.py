@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, suppre
 from functools import partial
 from typing import NamedTuple
 
-from pytree2safetensors._errors import shorten
+from pytree2safetensors._messages import shorten
 from pytree2safetensors._storage.descriptor import Held, flush, write_chunks
 from pytree2safetensors._storage.folder import Folder
 from pytree2safetensors._storage.naming import temporary_name

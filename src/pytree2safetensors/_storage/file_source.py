@@ -13,7 +13,8 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from pytree2safetensors._errors import FileFormatError, ReplacedError, shorten
+from pytree2safetensors._errors import FileFormatError, ReplacedError
+from pytree2safetensors._messages import shorten
 from pytree2safetensors._storage.byte_source import ByteSource, LocalPath
 from pytree2safetensors._storage.descriptor import Held
 from pytree2safetensors._storage.folder import absolute

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Final
 
-from pytree2safetensors._errors import shorten
+from pytree2safetensors._messages import shorten
 from pytree2safetensors._storage.descriptor import Held
 from pytree2safetensors._storage.naming import temporary_prefix
 from pytree2safetensors._storage.permissions import keep_permissions

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any, Final, NamedTuple, NoReturn, TypeVar
 from urllib.parse import unquote, urlsplit
 
-from pytree2safetensors._errors import shorten
+from pytree2safetensors._messages import shorten
 from pytree2safetensors._storage.byte_source import PathLike, StorePath
 
 T = TypeVar("T")

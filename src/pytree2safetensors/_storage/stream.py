@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Protocol, SupportsIndex
 import numpy as np
 from numpy.typing import NDArray
 
-from pytree2safetensors._errors import FileFormatError, shorten
+from pytree2safetensors._errors import FileFormatError
+from pytree2safetensors._messages import shorten
 from pytree2safetensors._storage.byte_source import PIECE, ByteSource, HasMethod, Readable
 from pytree2safetensors._storage.descriptor import cut_chunks
 from pytree2safetensors._storage.progress import Progress, Report

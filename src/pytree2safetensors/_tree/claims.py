@@ -5,7 +5,8 @@ Specification: *The note*.
 
 from collections.abc import Mapping
 
-from pytree2safetensors._errors import FileFormatError, KeyPathError, TreeStructureError, shorten
+from pytree2safetensors._errors import FileFormatError, KeyPathError, TreeStructureError
+from pytree2safetensors._messages import shorten
 from pytree2safetensors._tree.keypath import split, string2keypath
 from pytree2safetensors._tree.spelling import ATTR, INDEX, ITEM, MARKERS, UNKEYED
 from pytree2safetensors._types import Kind

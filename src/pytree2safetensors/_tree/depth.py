@@ -10,7 +10,8 @@ from typing import Any, Final
 
 import jax
 
-from pytree2safetensors._errors import TreeStructureError, node_at
+from pytree2safetensors._errors import TreeStructureError
+from pytree2safetensors._messages import node_at
 from pytree2safetensors._tree.containers import PyTreeContainer, UnkeyedContainer
 
 DEEP: Final = 200  # levels that JAX can flatten for certain

@@ -11,7 +11,8 @@ import jax
 import numpy as np
 
 from pytree2safetensors._arguments import checked
-from pytree2safetensors._errors import KeyPathError, TreeStructureError, shorten
+from pytree2safetensors._errors import KeyPathError, TreeStructureError
+from pytree2safetensors._messages import shorten
 from pytree2safetensors._tree.containers import PyTreeContainer, UnkeyedContainer, attrs_of
 from pytree2safetensors._tree.depth import DEEP, DepthCheck, too_deep, unsortable
 from pytree2safetensors._tree.spelling import (

@@ -20,7 +20,8 @@ import re
 from functools import lru_cache
 from typing import NoReturn
 
-from pytree2safetensors._errors import KeyPathError, shorten
+from pytree2safetensors._errors import KeyPathError
+from pytree2safetensors._messages import shorten
 from pytree2safetensors._tree.keys import (
     MAX_INDEX,
     DictKey,

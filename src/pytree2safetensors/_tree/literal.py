@@ -9,7 +9,8 @@ import reprlib
 from collections.abc import Callable
 from typing import cast
 
-from pytree2safetensors._errors import KeyPathError, shorten
+from pytree2safetensors._errors import KeyPathError
+from pytree2safetensors._messages import shorten
 
 MAX_DIGITS = 4300  # Python's default limit for conversion to and from decimal
 MAX_DEPTH = 64  # of tuples inside a dict key

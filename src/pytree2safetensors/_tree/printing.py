@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from pytree2safetensors._errors import shorten
+from pytree2safetensors._messages import shorten
 
 _WIDTH = 88
 _DECIMAL = 256  # larger ints, in bits, print in hexadecimal

@@ -5,7 +5,7 @@ Specification: *Rules*.
 
 from collections.abc import Iterable, Sequence
 
-from pytree2safetensors._errors import shorten
+from pytree2safetensors._messages import shorten
 from pytree2safetensors._tree.paths import dotted, is_dotted
 from pytree2safetensors._tree.placeholders import Alternatives, Match
 from pytree2safetensors._tree.rule import ParsedRule, Rule, parse_rule

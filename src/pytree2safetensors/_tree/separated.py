@@ -7,7 +7,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
-from pytree2safetensors._errors import TreeStructureError, shorten
+from pytree2safetensors._errors import TreeStructureError
+from pytree2safetensors._messages import shorten
 from pytree2safetensors._tree.depth import DEEP, DepthCheck
 from pytree2safetensors._tree.unflatten import MAX_GAPS
 

@@ -6,7 +6,8 @@ Specification: *Key paths*.
 import re
 from collections.abc import Callable, Iterable
 
-from pytree2safetensors._errors import KeyPathError, shorten
+from pytree2safetensors._errors import KeyPathError
+from pytree2safetensors._messages import shorten
 from pytree2safetensors._tree.keys import (
     MAX_INDEX,
     DictKey,

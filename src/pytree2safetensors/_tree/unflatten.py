@@ -7,7 +7,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from pytree2safetensors._errors import KeyPathError, TreeStructureError, node_at, shorten
+from pytree2safetensors._errors import KeyPathError, TreeStructureError
+from pytree2safetensors._messages import node_at, shorten
 from pytree2safetensors._tree.containers import PyTreeContainer, UnkeyedContainer, container_of
 from pytree2safetensors._tree.depth import DEEP, TOO_DEEP, DepthCheck, too_deep, unsortable
 from pytree2safetensors._tree.keypath import read_segment, split, string2keypath

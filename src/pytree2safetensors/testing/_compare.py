@@ -7,9 +7,9 @@ from typing import Any, Final
 import jax
 import numpy as np
 
-from pytree2safetensors._errors import shorten
 from pytree2safetensors._format.tensor import WIDTHS
 from pytree2safetensors._leaves.keys import is_key_dtype
+from pytree2safetensors._messages import shorten
 from pytree2safetensors._tree.spelling import join, spell_key
 
 # The bits of a value's byte that are used. NumPy ignores the others.

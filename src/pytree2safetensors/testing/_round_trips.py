@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pytree2safetensors._errors import TreeStructureError, WeightsMismatchError, listed, shorten
+from pytree2safetensors._errors import TreeStructureError, WeightsMismatchError
 from pytree2safetensors._leaves.keys import is_key_dtype
 from pytree2safetensors._load.api import load_pytree
 from pytree2safetensors._load.into_template import load_into_pytree
+from pytree2safetensors._messages import listed, shorten
 from pytree2safetensors._save.api import save_pytree
 from pytree2safetensors._save.flat_dict import pytree2dict
 from pytree2safetensors.testing._compare import assert_same, assert_same_leaves
