@@ -177,11 +177,18 @@ def _sharded(name: str, leaf: LeafSpec, sharding: Shardings | None) -> jax.Shape
                 "give a jax.sharding.Sharding or None"
             )
     try:
-        return abstract(leaf, sharding)
+        struct = abstract(leaf, sharding)
+        if sharding is not None:
+            sharding.shard_shape(leaf.shape)
     except ValueError as error:  # JAX's, which does not name the leaf
-        raise ValueError(
-            f"load_abstract: sharding= does not fit {shorten(name)}: {error}"
-        ) from None
+        raise _does_not_fit(name, str(error)) from None
+    except IndexError:  # before JAX 0.8
+        raise _does_not_fit(name, f"it has more axes: {sharding}") from None
+    return struct
+
+
+def _does_not_fit(name: str, reason: str) -> ValueError:
+    return ValueError(f"load_abstract: sharding= does not fit {shorten(name)}: {reason}")
 
 
 @checked
