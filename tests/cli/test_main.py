@@ -86,6 +86,11 @@ def test_a_url_that_cannot_be_opened_gets_one_line(run: Run) -> None:
     assert "'no-such-store://bucket/file' cannot be opened with fsspec" in err
 
 
+def test_an_empty_file_name_is_shown(run: Run) -> None:
+    code, _, err = run("show", "")
+    assert (code, err) == (1, "pytree2safetensors: '': No such file or directory\n")
+
+
 def test_a_file_name_of_control_characters_is_escaped(run: Run) -> None:
     code, _, err = run("show", "a\x1b\nb")
     assert (code, err) == (1, "pytree2safetensors: 'a\\x1b\\nb': No such file or directory\n")

@@ -61,7 +61,7 @@ def _failed(error: Exception) -> int:
 
 def _os_error(error: OSError) -> str:
     reason = error.strerror or str(error)
-    return f"{plain(os.fsdecode(error.filename))}: {reason}" if error.filename else reason
+    return reason if error.filename is None else f"{plain(os.fsdecode(error.filename))}: {reason}"
 
 
 # --- arguments --------------------------------------------------------------------------------
