@@ -177,14 +177,13 @@ def _sharded(name: str, leaf: LeafSpec, sharding: Shardings | None) -> jax.Shape
                 "give a jax.sharding.Sharding or None"
             )
     try:
-        struct = abstract(leaf, sharding)
         if sharding is not None:
             sharding.shard_shape(leaf.shape)
+        return abstract(leaf, sharding)
     except ValueError as error:  # JAX's, which does not name the leaf
         raise _does_not_fit(name, str(error)) from None
-    except IndexError:  # before JAX 0.8
+    except IndexError:  # JAX's, which says nothing
         raise _does_not_fit(name, f"it has more axes: {sharding}") from None
-    return struct
 
 
 def _does_not_fit(name: str, reason: str) -> ValueError:
