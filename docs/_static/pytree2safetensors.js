@@ -888,9 +888,13 @@ export async function openFolder(files) {
     return openIndex(folder.get(index), (name) => folder.get(name));
   }
   if (folder.has(usual)) return openFile(folder.get(usual));
-  const shard = names.find((name) => /-[0-9]{5,}-of-[0-9]{5,}\.safetensors$/.test(name));
+  const stemOf = (name) => /^(.*)-[0-9]{5,}-of-[0-9]{5,}\.safetensors$/s.exec(name)?.[1];
+  // A save of one file removes the older shards with its stem at the end.
+  const isReplaced = (name) => stemOf(name) !== undefined && folder.has(`${stemOf(name)}.safetensors`);
+  const left = names.filter((name) => !isReplaced(name));
+  const shard = left.find((name) => stemOf(name) !== undefined);
   if (shard) refuse(`has ${show(shard)} and no index`);
-  const single = only(names.filter((name) => name.endsWith(".safetensors")));
+  const single = only(left.filter((name) => name.endsWith(".safetensors")));
   return openFile(folder.get(single) ?? refuse("has no safetensors file and no index"));
 }
 

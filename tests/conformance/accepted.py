@@ -269,6 +269,10 @@ def add_folders_by_others(kit: Kit) -> None:
     folder.mkdir()
     (folder / INDEX).write_text('{"weight_map": {}}')
     kit.accept("index-empty", {}, {}, "others")
+    folder = kit.folder / "accepted" / "file-beside-older-shards"
+    save_pytree(tree, folder / "a.safetensors", max_shard_size="1MB")
+    (folder / "a-00001-of-00002.safetensors").write_bytes(b"")
+    kit.accept("file-beside-older-shards", tree, {}, "others")
 
 
 PARTS = (add_golden, add_drawn, add_by_others, add_folders_by_others)

@@ -129,6 +129,7 @@ def add_refused_folders(kit: Kit) -> None:
             kit.refuse(f"index-{number:02}", "index")
     broken = {
         "shards-without-an-index": [first, second],
+        "shards-and-another-file": [first, second, "a.safetensors"],
         "two-files": ["a.safetensors", "b.safetensors"],
         "index-and-file": [INDEX, "model.safetensors"],
         "other-index-and-file": ["a.safetensors.index.json", "model.safetensors"],

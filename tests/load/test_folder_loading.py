@@ -158,6 +158,10 @@ def test_numbers_in_the_metadata_of_other_programs_are_no_metadata(tmp_path: Pat
             "progress, or the index was not copied; save or copy the folder again",
         ),
         (
+            ["a.safetensors", *shard_names(2)],
+            "has 'model-00001-of-00002.safetensors' but no index: a save was interrupted",
+        ),
+        (
             [".pytree2safetensors-0123456789abcdef.tmp"],
             "has '.pytree2safetensors-0123456789abcdef.tmp' but no index: a save was interrupted",
         ),
@@ -236,9 +240,11 @@ def test_an_index_of_another_name_is_not_an_index(tmp_path: Path, variant: str) 
         load_pytree(tmp_path)
 
 
-def test_a_single_file_beside_shards_without_an_index_loads(tmp_path: Path) -> None:
-    save_pytree(tree_of(1), tmp_path, max_shard_size="5GB")
-    (tmp_path / shard_names(3)[0]).write_bytes(b"")
+@pytest.mark.parametrize("stem", ["model", "a"])
+def test_a_single_file_beside_shards_without_an_index_loads(tmp_path: Path, stem: str) -> None:
+    save_pytree(tree_of(1), tmp_path / f"{stem}.safetensors", max_shard_size="5GB")
+    for shard in shard_names(3):
+        (tmp_path / shard.replace("model", stem)).write_bytes(b"")
     assert is_same(tree_of(1), load_pytree(tmp_path))
 
 

@@ -42,7 +42,14 @@ SCENES: dict[str, tuple[int | str | None, int | str]] = {
     "one file, then shards": ("5GB", 100),
     "one file, then another": ("5GB", "5GB"),
     "shards without an index": ("cut short", 100),
+    "named shards, then one file": (100, "5GB"),
+    "named file, then shards": ("5GB", 100),
 }
+
+
+def target(folder: Path, scene: str) -> Path:
+    """The path that a scene saves to: the folder, or a name in it."""
+    return folder / "n.safetensors" if scene.startswith("named") else folder
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +61,8 @@ def before(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if there is None:
             (root / scene).mkdir()
             continue
-        save_pytree(tree_of(1), folder, max_shard_size=100 if there == "cut short" else there)
+        size = 100 if there == "cut short" else there
+        save_pytree(tree_of(1), target(folder, scene), max_shard_size=size)
         (folder / "config.json").write_text("kept")
         if there == "cut short":
             (folder / INDEX).unlink()
@@ -62,7 +70,7 @@ def before(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def save_new(folder: Path, scene: str) -> None:
-    save_pytree(tree_of(2), folder, max_shard_size=SCENES[scene][1])
+    save_pytree(tree_of(2), target(folder, scene), max_shard_size=SCENES[scene][1])
 
 
 def contents(root: Path) -> dict[str, bytes]:
@@ -121,7 +129,7 @@ def test_a_save_that_fails_changes_nothing(
         if found == was:
             assert now.items() >= there.items(), what
         if isinstance(raised, OSError):
-            assert raised.filename == str(root / "x/m"), what
+            assert raised.filename == str(target(root / "x/m", scene)), what
             assert raised.errno in {errno.ENOSPC, errno.EIO, errno.EINTR}, what
 
 
@@ -218,6 +226,8 @@ def test_a_reader_at_any_moment_finds_the_old_or_the_new_or_says_so(
             "one file, then shards": ["old", "cut short", "new"],
             "one file, then another": ["old", "new"],
             "shards without an index": ["cut short", "new"],
+            "named shards, then one file": ["old", "cut short", "new"],
+            "named file, then shards": ["old", "cut short", "new"],
         }[scene]
     )
 

@@ -282,7 +282,7 @@ def test_the_error_for_several_processes_says_what_to_do_instead(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("pytree2safetensors._save.api.is_needed", lambda _: True)
-    monkeypatch.setattr("pytree2safetensors._save.processes.present", lambda: None)
+    monkeypatch.setattr("pytree2safetensors._save.processes.current_processes", lambda: None)
     with pytest.raises(FileFormatError) as caught:
         save_pytree(tree_of(1), "memory://run/m")
     assert str(caught.value) == (

@@ -133,8 +133,8 @@ def _chosen(folder: str, names: list[str]) -> str:
     elif single in names:
         found = [single]
     else:
-        _check_not_cut_short(folder, list(filter(SHARD_NAME.fullmatch, names)))
-        found = [name for name in names if name.endswith(SUFFIX)]
+        found = [name for name in _without_replaced(names) if name.endswith(SUFFIX)]
+        _check_not_cut_short(folder, list(filter(SHARD_NAME.fullmatch, found)))
     if len(found) > 1:
         raise FileFormatError(
             f"the folder {shorten(folder)} has {joined([*map(shorten, found)], 5)}; "
@@ -154,6 +154,12 @@ def _chosen(folder: str, names: list[str]) -> str:
             f"the folder {shorten(folder)} has no safetensors file and no index{hint or present}"
         )
     return found[0]
+
+
+def _without_replaced(names: list[str]) -> list[str]:
+    """Leave out shards beside a file with their stem, which a save of this file did not remove yet."""
+    there = set(names)
+    return [name for name in names if (stem := stem_of(name)) is None or stem + SUFFIX not in there]
 
 
 def locate_remotely(path: RemotePath) -> list[RemotePath]:
