@@ -1,6 +1,8 @@
 """The settings of all tests: eight CPU devices, and one of three Hypothesis profiles."""
 
 # The package itself is not imported here: what a conftest imports can escape the runtime type checks.
+import functools
+import itertools
 import os
 import sys
 
@@ -11,7 +13,7 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
         f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
     )
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,6 +41,28 @@ for _name, _examples in (("random", 2_000), ("thorough", 20_000)):
         suppress_health_check=[HealthCheck.too_slow],
     )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Free JAX's compiled programs after every 1,000 examples of a property.
+
+    A program takes three memory maps, and Linux allows a process 65,530. XLA crashes beyond that.
+    """
+    numbers = itertools.count(1)
+
+    def freeing(run: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(run)
+        def call(*args: object, **options: object) -> None:
+            if next(numbers) % 1_000 == 0:
+                jax.clear_caches()  # type: ignore[no-untyped-call] # JAX gives it no types
+            run(*args, **options)
+
+        return call
+
+    handles = (getattr(getattr(item, "obj", None), "hypothesis", None) for item in items)
+    for handle in {id(handle): handle for handle in handles}.values():  # cases share their handle
+        if handle is not None:
+            handle.inner_test = freeing(handle.inner_test)
 
 
 @pytest.fixture(scope="session", autouse=True)
