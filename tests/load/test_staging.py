@@ -210,7 +210,11 @@ def test_arrays_on_the_host_keep_no_memory_of_the_ring(
         assert np.asarray(found[name]).tobytes() == np.asarray(leaf).tobytes()
 
 
-@given(st.lists(st.integers(1, 5000), max_size=60), st.randoms(use_true_random=False))
+# Batches may be without bytes, if their tensors have memory of their own; some fill a piece exactly.
+SIZES = st.integers(0, 5000) | st.sampled_from([0, 256, 2048, 4096])
+
+
+@given(st.lists(SIZES, max_size=60), st.randoms(use_true_random=False))
 def test_batches_in_a_ring_never_overlap(sizes: list[int], random: Any) -> None:
     pieces = (4096, 8192)
     ring = Ring(jax.devices()[0], pieces)

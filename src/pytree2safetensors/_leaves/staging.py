@@ -53,7 +53,7 @@ class Ring:
 
     def take(self, size: int) -> NDArray[np.uint8] | None:
         """Return memory for a batch, or None while the ring is full."""
-        size = -(-size // ALIGNMENT) * ALIGNMENT
+        size = -(-max(size, 1) // ALIGNMENT) * ALIGNMENT  # else an empty batch makes a full piece look free
         for piece in self._pieces():
             start = piece.place(size)
             if start is not None:
