@@ -53,7 +53,8 @@ class Ring:
 
     def take(self, size: int) -> NDArray[np.uint8] | None:
         """Return memory for a batch, or None while the ring is full."""
-        size = -(-max(size, 1) // ALIGNMENT) * ALIGNMENT  # else an empty batch makes a full piece look free
+        # At least one unit: an empty batch would make a full piece look free.
+        size = -(-max(size, 1) // ALIGNMENT) * ALIGNMENT
         for piece in self._pieces():
             start = piece.place(size)
             if start is not None:
