@@ -109,7 +109,9 @@ def test_a_file_loads_sharded_without_a_model(tmp_path: Path) -> None:
     assert load_into_pytree(below, path, prefix="@layer").w.sharding == rows
 
 
-@pytest.mark.parametrize(("shape", "reason"), [((3,), "Sharding "), ((), "it has more axes: ")])
+@pytest.mark.parametrize(
+    ("shape", "reason"), [((3,), "Sharding "), ((), "the sharding has more axes: ")]
+)
 def test_a_sharding_that_does_not_fit_is_named_with_the_leaf(
     shape: tuple[int, ...], reason: str, tmp_path: Path
 ) -> None:
@@ -124,8 +126,8 @@ def test_a_sharding_that_does_not_fit_is_named_with_the_leaf(
 def test_a_sharding_with_more_axes_than_the_array_does_not_fit() -> None:
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("x",))
     rows = jax.sharding.NamedSharding(mesh, Spec(None, "x"))
-    expected = f"it does not fit the sharding of its template, which has more axes: {rows}"
-    assert misplaced(rows, (2,)) == expected
+    reason = f"the sharding has more axes: {rows}"
+    assert misplaced(rows, (2,)) == f"it does not fit the sharding of its template: {reason}"
     assert misplaced(rows, (2, len(jax.devices()))) is None
 
 

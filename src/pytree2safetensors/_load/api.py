@@ -11,6 +11,7 @@ from pytree2safetensors._format.note import FORMAT
 from pytree2safetensors._leaves.spec import ARRAYS, LeafSpec, abstract
 from pytree2safetensors._load.checkpoint import OpenCheckpoint
 from pytree2safetensors._load.opening import again_if_replaced, open_checkpoint
+from pytree2safetensors._load.sharded import refusal
 from pytree2safetensors._load.stored import load_stored, names_below, nodes_below, warn
 from pytree2safetensors._messages import joined, shorten
 from pytree2safetensors._storage.byte_source import PathLike, Readable
@@ -176,18 +177,10 @@ def _sharded(name: str, leaf: LeafSpec, sharding: Shardings | None) -> jax.Shape
                 f"load_abstract: sharding= gives {shorten(name)} a value of type {kind}, but it must "
                 "give a jax.sharding.Sharding or None"
             )
-    try:
-        if sharding is not None:
-            sharding.shard_shape(leaf.shape)
-        return abstract(leaf, sharding)
-    except ValueError as error:  # JAX's, which does not name the leaf
-        raise _does_not_fit(name, str(error)) from None
-    except IndexError:  # JAX's, which says nothing
-        raise _does_not_fit(name, f"it has more axes: {sharding}") from None
-
-
-def _does_not_fit(name: str, reason: str) -> ValueError:
-    return ValueError(f"load_abstract: sharding= does not fit {shorten(name)}: {reason}")
+    reason = None if sharding is None else refusal(sharding, leaf.shape)
+    if reason is not None:
+        raise ValueError(f"load_abstract: sharding= does not fit {shorten(name)}: {reason}")
+    return abstract(leaf, sharding)
 
 
 @checked

@@ -37,12 +37,18 @@ def misplaced(sharding: Sharding, shape: tuple[int, ...]) -> str | None:
         )
     if is_unreduced(found):
         return "its template has an unreduced sharding; give it one that holds whole values"
+    reason = refusal(found, shape)
+    return reason and f"it does not fit the sharding of its template: {reason}"
+
+
+def refusal(sharding: Sharding, shape: tuple[int, ...]) -> str | None:
+    """Return why JAX refuses to split this shape by a sharding; None if it does not."""
     try:
-        found.shard_shape(shape)
+        sharding.shard_shape(shape)
     except ValueError as error:
-        return f"it does not fit the sharding of its template: {error}"
-    except IndexError:  # before JAX 0.8, a template can have such a sharding
-        return f"it does not fit the sharding of its template, which has more axes: {found}"
+        return str(error)
+    except IndexError:  # JAX's, which says nothing
+        return f"the sharding has more axes: {sharding}"
     return None
 
 
