@@ -124,7 +124,7 @@ def test_judge_raises_on_a_process_that_is_behind() -> None:
         judge(Verdict(3, 0, (1, BUG), 1, "", 0), 2)
     assert str(caught.value) == (
         "this process begins save number 2 of arrays of several processes, and another process "
-        "number 3; nothing was written; call save_pytree equally often on all processes"
+        "begins number 3; nothing was written; call save_pytree equally often on all processes"
     )
 
 

@@ -189,7 +189,7 @@ def test_a_callback_of_a_background_save_cannot_wait_for_another(
     save_pytree_async({"a": 1}, tmp_path / "file", progress=wait).result(20)
     assert said == [
         "a callback of a background save cannot wait for a background save, because they run one "
-        "after the other; wait in another thread"
+        "after another; wait in another thread"
     ]
     save_pytree({"c": 3}, tmp_path / "file")
     assert load_pytree(tmp_path / "other") == {"b": 2}

@@ -68,7 +68,7 @@ def save_pytree(
         WeightsMismatchError: `rename` does not fit the tree.
         KeyPathError: A key cannot be spelled, or two leaves have the same spelling.
         TreeStructureError: JAX cannot flatten the tree.
-        FileFormatError: The format does not allow these metadata or a header of this size,
+        FileFormatError: The format does not allow this metadata or a header of this size,
             `rename` gives the same name to leaves that differ or a name that no file can hold, the
             name of the shards has a backslash, an array changes its size during the save, or several
             processes do not save the same tree.

@@ -72,7 +72,7 @@ class _Save(Future[None]):
         if timeout is None and is_current() and not self.done():
             raise RuntimeError(
                 "a callback of a background save cannot wait for a background save, because they run one "
-                "after the other; wait in another thread"
+                "after another; wait in another thread"
             )
 
     def _get_snapshot(self) -> Any:  # pragma: no cover - asyncio calls it from Python 3.15 on

@@ -75,7 +75,7 @@ def judge(verdict: Verdict, call: int) -> Literal["go", "again", "explain"]:
     if call < verdict.call:
         raise FileFormatError(
             f"this process begins save number {call} of arrays of several processes, and another "
-            f"process number {verdict.call}; nothing was written; call save_pytree equally often on "
+            f"process begins number {verdict.call}; nothing was written; call save_pytree equally often on "
             "all processes"
         )
     if verdict.failed is not None:
