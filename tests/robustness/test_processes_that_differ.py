@@ -303,6 +303,9 @@ def test_a_process_that_does_not_see_the_folder(
     found = pair.fail(save_elsewhere, old, elsewhere)
     for error, text in found:
         assert error == "builtins.FileNotFoundError"
+        assert (
+            "process 1 does not find the file that process 0 has made for this save; all pr" in text
+        )
         assert str(elsewhere / "file") in text
     assert "process 1 could not save: " in found[0][1]
     assert not exists or not list(elsewhere.iterdir())

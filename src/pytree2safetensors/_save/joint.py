@@ -218,7 +218,15 @@ class Work:
         name = _temporary(self.joint.token, number)
         folder = self.target.folder
         path = self.target.path if folder is None else os.path.join(folder, name)
-        with naming(self.target.path), joining(path, name) as descriptor:
+        with naming(self.target.path), ExitStack() as stack:
+            try:
+                descriptor = stack.enter_context(joining(path, name))
+            except FileNotFoundError as error:
+                text = (
+                    f"process {self.joint.process} does not find the file that process 0 has made for "
+                    "this save; all processes need the same path, in a folder that they share"
+                )
+                raise FileNotFoundError(error.errno, text) from None
             yield descriptor
 
 
