@@ -239,6 +239,12 @@ def save_differently(folder: str, what: str) -> None:
         options[what] = bool(rank)
     elif what == "max_shard_size":
         options[what] = [None, "1GB"][rank]
+    elif what == "one more in a folder":
+        tree |= {"zero": np.zeros(3, np.float32)} if rank else {}
+        path, options["max_shard_size"] = folder, "2MB"
+    elif what == "rule":
+        options["rename"] = [p2s.Rule("rows", "rows", ["i o -> i o", "i o -> o i"][rank])]
+        tree = {"rows": spread(values[:300, :], P("x"))}
     p2s.save_pytree(tree, path, **options)
 
 
@@ -256,7 +262,7 @@ def save_differently(folder: str, what: str) -> None:
         ("structure", "the node '@some' is tuple on process 0 and list on process 1"),
         ("kind", "'@number' is 1.5 on process 0 and F64[] on process 1"),
         ("int", "'@number' is 7 on process 0 and 8 on process 1"),
-        ("str", "'@number' is ['str', 'a 0'] on process 0 and ['str', 'a 1'] on process 1"),
+        ("str", "'@number' is 'a 0' on process 0 and 'a 1' on process 1"),
         ("global", "'@some' is F32[4] on process 0 and F32[4] {} on process 1"),
         ("path", "the name of the file is 'file' on process 0 and 'other' on process 1"),
         ("durable", "the option durable= is False on process 0 and True on process 1"),
@@ -265,13 +271,21 @@ def save_differently(folder: str, what: str) -> None:
             "max_shard_size",
             "the option max_shard_size= is None on process 0 and 1000000000 on process 1",
         ),
+        ("one more in a folder", "'@zero' is missing on process 0 and F32[3] on process 1"),
+        (
+            "rule",
+            "'rows' is F32[300, 300] {} on process 0 and on process 1, but its rule or the shape of its "
+            "leaf differs",
+        ),
     ],
 )
 def test_processes_that_differ_save_nothing(
     pair: Group, old: Path, what: str, difference: str
 ) -> None:
     start, end = "the processes do not save the same: ", "; nothing was written; give all processes"
-    pattern = re.escape(f"{start}{difference}{end}").replace(r"\{\}", "with shards [0-9a-f]{32}")
+    pattern = re.escape(f"{start}{difference}{end}").replace(
+        r"\{\}", r"in shards of \[\d+(, \d+)?\] \(devices \d+(, \d+){3}\)"
+    )
     for error, text in pair.fail(save_differently, old, what):
         assert error == "pytree2safetensors.FileFormatError"
         assert re.match(pattern, text), text

@@ -17,9 +17,16 @@ from pytree2safetensors._errors import (
 )
 
 _TEXT: Final = 400  # characters of an error that are sent to the others
-_VALUE: Final = 100  # characters of a term that an error shows
+_VALUE: Final = 200  # characters of a term that an error shows
 
-Terms: TypeAlias = Mapping[str, str]  # what the processes must agree on, by its name in errors
+# What the processes must agree on, by its name in errors, which show the first line of the text.
+Terms: TypeAlias = Mapping[str, str]
+LAYOUT: Final = "the layout of the files"  # a term that the leaves determine
+_LINES: Final = (
+    "what is left out here",  # of a long line
+    "its placement on the devices",
+    "its rule or the shape of its leaf",
+)
 
 
 class Failure(NamedTuple):
@@ -92,10 +99,16 @@ def digest_of(terms: Terms) -> str:
 
 def difference(first: Terms, other: Terms, process: int) -> str:
     """Describe the first term in which a process differs from process 0."""
-    for name in {**first, **other}:
-        if first.get(name) != other.get(name):
-            of_first, of_other = (_shorten(terms.get(name, "missing")) for terms in (first, other))
-            return f"{name} is {of_first} on process 0 and {of_other} on process {process}"
+    for name in sorted({**first, **other}, key=LAYOUT.__eq__):  # last, as a leaf may explain it
+        one, two = (terms.get(name, "missing").split("\n") for terms in (first, other))
+        if one == two:
+            continue
+        shown, others = _shorten(one[0]), _shorten(two[0])
+        if shown != others:
+            return f"{name} is {shown} on process 0 and {others} on process {process}"
+        lines = zip(_LINES, one, two, strict=False)
+        line = next(line for line, of_first, of_other in lines if of_first != of_other)
+        return f"{name} is {shown} on process 0 and on process {process}, but {line} differs"
     return f"process {process} has other names, or the same names in another order"
 
 
