@@ -6,7 +6,9 @@ import os
 import pickle
 import re
 import traceback
+from collections import deque
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +126,9 @@ class Strs:
 class Unregistered:
     """A class that JAX does not know."""
 
+    def __init__(self, held: Any = None) -> None:
+        self.held = held
+
 
 def deleted() -> jax.Array:
     array = jnp.ones(3)
@@ -137,6 +142,15 @@ def cyclic() -> list[Any]:
     return found
 
 
+def objects(held: Any) -> Any:
+    return np.array([held, None], object)
+
+
+HOLDS = ", which holds arrays"
+HOLDING = (
+    "Register the class of an object that holds arrays as a pytree node, for example with "
+    "jax.tree_util.register_dataclass, or save its arrays instead."
+)
 FUNCTION = "builtins.builtin_function_or_method"
 TREES: list[tuple[Any, type[Exception], str]] = [
     (
@@ -154,6 +168,26 @@ TREES: list[tuple[Any, type[Exception], str]] = [
         UnsupportedLeafError,
         "the tree is a single leaf, which cannot be stored: test_errors.Unregistered. (To save an "
         "object of your own class, register the class as a pytree node.)",
+    ),
+    (
+        Unregistered([np.ones(1)]),
+        UnsupportedLeafError,
+        f"the tree is a single leaf, which cannot be stored: test_errors.Unregistered{HOLDS}. {HOLDING}",
+    ),
+    (
+        {"f": print, "w": Unregistered([np.ones(1)])},
+        UnsupportedLeafError,
+        f"2 leaves of the tree cannot be stored:\n  '@f': {FUNCTION}\n"
+        f"  '@w': test_errors.Unregistered{HOLDS}\n"
+        f'{HOLDING} Then unsupported="skip" leaves out the others.',
+    ),
+    (
+        [deque([np.ones(1)]), partial(print, np.ones(1)), objects(np.ones(1))],
+        UnsupportedLeafError,
+        f"3 leaves of the tree cannot be stored:\n"
+        f"  '#0': collections.deque{HOLDS}; list(leaf) is a pytree node\n"
+        f"  '#1': functools.partial{HOLDS}; a jax.tree_util.Partial is a pytree node\n"
+        f"  '#2': numpy.ndarray of dtype object{HOLDS}; leaf.tolist() is a pytree node\n{HOLDING}",
     ),
     (
         b"x",

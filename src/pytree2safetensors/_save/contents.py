@@ -3,31 +3,16 @@
 Specification: *Saving*.
 """
 
-import enum
 from collections.abc import Iterable, Mapping
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-import jax
-import numpy as np
-
-from pytree2safetensors._errors import UnsupportedLeafError
-from pytree2safetensors._format.header import MAX_DIMENSIONS
 from pytree2safetensors._format.layout import check_metadata
 from pytree2safetensors._format.note import FORMAT, NOTE, Note, write_note
 from pytree2safetensors._format.tensor import TensorInfo
-from pytree2safetensors._leaves.describe import (
-    PYTHON_SCALARS,
-    DeletedLeaf,
-    attribute_of,
-    describe,
-    holds_array,
-    is_deleted,
-    is_sum,
-    is_valueless,
-)
+from pytree2safetensors._leaves.describe import describe
 from pytree2safetensors._leaves.renaming import Rename
-from pytree2safetensors._messages import listed, plural, shorten
 from pytree2safetensors._save.renamed import place, tensors_of
+from pytree2safetensors._save.unfit import check_unfit, loses_data
 from pytree2safetensors._tree.flatten import Flat, flatten
 from pytree2safetensors._tree.keypath import split
 from pytree2safetensors._tree.paths import cut
@@ -56,7 +41,7 @@ def collect(
     found = describe(flat.leaves)
     unfit = [(flat.names[n], flat.leaves[n]) for n, info in enumerate(found) if info is None]
     if unfit:
-        _check_unfit(unfit, skip=unsupported == "skip")
+        check_unfit(unfit, skip=unsupported == "skip")
         leave_out([name for name, _ in unfit], flat)
     infos = dict(zip(flat.names, filter(None, found), strict=True))
     leaves = dict(zip(flat.names, flat.leaves, strict=True))
@@ -80,90 +65,12 @@ def _collect_renamed(
     infos = describe(flat.leaves)
     found = [*zip(flat.names, flat.leaves, infos, strict=True)]
     if unsupported == "skip":
-        found = [item for item in found if item[2] is not None or _loses_data(item[1])]
+        found = [item for item in found if item[2] is not None or loses_data(item[1])]
     placed, unfit = place(rename, found)
     if unfit:
-        _check_unfit(unfit, skip=False)
+        check_unfit(unfit, skip=False)
     tensors, leaves = tensors_of(placed)
     return Contents(tensors, leaves, {**FORMAT, **metadata})
-
-
-def _loses_data(leaf: Any) -> bool:
-    """Return whether skipping a leaf that a file cannot hold would lose data."""
-    return is_deleted(leaf) or is_sum(leaf) or is_valueless(leaf) or holds_array(leaf)
-
-
-def _check_unfit(unfit: list[tuple[str, Any]], *, skip: bool) -> None:
-    """Raise an error for leaves that a file cannot hold, unless they are skipped."""
-    deleted = next((name for name, leaf in unfit if is_deleted(leaf)), None)
-    if deleted is not None:
-        raise DeletedLeaf(
-            f"the array at {shorten(deleted)} was deleted or donated; save it before that, "
-            "or save the array that replaced it"
-        )
-    unreduced = next((name for name, leaf in unfit if is_sum(leaf)), None)
-    if unreduced is not None:
-        raise UnsupportedLeafError(
-            f"the array at {shorten(unreduced)} is unreduced: its values are sums over its shards; "
-            "reduce it first, for example with jax.reshard"
-        )
-    valueless = any(_loses_data(leaf) for _, leaf in unfit)
-    if valueless or not skip:
-        raise UnsupportedLeafError(_unfit_message(unfit, valueless))
-
-
-def _unfit_message(unfit: list[tuple[str, Any]], valueless: bool) -> str:
-    lines = (f"{shorten(name)}: {_type_name(leaf)}{_hint(leaf)}" for name, leaf in unfit)
-    own = any(not (_hint(leaf) or isinstance(leaf, np.ndarray | np.generic)) for _, leaf in unfit)
-    register = _REGISTER if own else ""
-    name, leaf = unfit[0]
-    if name == "" and not valueless:  # without it, nothing would be saved
-        found = f"{_type_name(leaf)}{_hint(leaf)}"
-        return f"the tree is a single leaf, which cannot be stored: {found}.{register}"
-    remedy = (
-        "Only concrete arrays can be saved: call this outside of jit, grad and vmap, and save the "
-        "array that a Ref or another object holds."
-        if valueless
-        else 'Save with unsupported="skip" to leave them out; load_into_pytree then keeps those of '
-        f"its template.{register}"
-    )
-    first = f"{plural(len(unfit), 'leaf', 'leaves')} of the tree cannot be stored:"
-    return "\n".join([first, *listed(lines, len(unfit), "  "), remedy])
-
-
-_REGISTER: Final = " (To save an object of your own class, register the class as a pytree node.)"
-_BASES: Final = (str, int, float, complex)
-
-
-def _hint(leaf: Any) -> str:
-    """Say how to convert a leaf to one that can be saved."""
-    if isinstance(leaf, np.random.Generator):
-        return ", whose .bit_generator.state can be saved"
-    if isinstance(leaf, np.ma.MaskedArray):
-        return ", whose .data and .mask can be saved"
-    if isinstance(leaf, enum.Enum):
-        return ", whose .value can be saved" if type(leaf.value) in PYTHON_SCALARS else ""
-    if isinstance(leaf, bytes | bytearray):
-        return ", which np.frombuffer(leaf, np.uint8) makes an array"
-    if isinstance(leaf, np.ndarray | np.generic) and leaf.dtype.kind in "mM":
-        return ", which .view(np.int64) makes integers"
-    if isinstance(leaf, np.ndarray) and leaf.dtype.kind == "U":
-        return ", whose .tolist() can be saved"
-    if isinstance(leaf, np.ndarray) and leaf.ndim == MAX_DIMENSIONS and leaf.dtype == np.complex128:
-        return f", which needs a .reshape, because its tensor would have more than {MAX_DIMENSIONS} axes"
-    base = next((base for base in _BASES if isinstance(leaf, base)), None)
-    return "" if base in {None, type(leaf)} else f", which {base.__name__}(leaf) converts"
-
-
-def _type_name(leaf: Any) -> str:
-    kind = type(leaf)
-    name = f"{kind.__module__}.{kind.__qualname__}"
-    if isinstance(leaf, jax.core.Tracer):
-        return f"{name}, a traced value"
-    if kind is str:
-        return f"{name} with the two halves of a surrogate pair, which JSON would join to one character"
-    dtype = attribute_of(leaf, "dtype")
-    return f"{name} of dtype {dtype}" if dtype is not None else name
 
 
 def leave_out(names: Iterable[str], flat: Flat) -> None:

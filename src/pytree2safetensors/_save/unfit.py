@@ -1,0 +1,149 @@
+"""Leaves that a file cannot hold: which may be left out, and what an error says about the others.
+
+Specification: *Saving*.
+"""
+
+import enum
+from collections import deque
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, Final
+
+import jax
+import numpy as np
+
+from pytree2safetensors._errors import UnsupportedLeafError
+from pytree2safetensors._format.header import MAX_DIMENSIONS
+from pytree2safetensors._leaves.describe import (
+    PYTHON_SCALARS,
+    DeletedLeaf,
+    attribute_of,
+    holds_array,
+    is_deleted,
+    is_sum,
+    is_valueless,
+)
+from pytree2safetensors._leaves.holders import holds_arrays
+from pytree2safetensors._messages import listed, plural, shorten
+
+
+def loses_data(leaf: Any) -> bool:
+    """Return whether skipping a leaf that a file cannot hold would lose data."""
+    return is_deleted(leaf) or is_sum(leaf) or _is_valueless(leaf) or holds_arrays(leaf)
+
+
+def _is_valueless(leaf: Any) -> bool:
+    """Return whether a leaf stands for an array, or for arrays, but is none with values of its own."""
+    return is_valueless(leaf) or holds_array(leaf)
+
+
+def check_unfit(unfit: list[tuple[str, Any]], *, skip: bool) -> None:
+    """Raise an error for leaves that a file cannot hold, unless they are skipped."""
+    deleted = next((name for name, leaf in unfit if is_deleted(leaf)), None)
+    if deleted is not None:
+        raise DeletedLeaf(
+            f"the array at {shorten(deleted)} was deleted or donated; save it before that, "
+            "or save the array that replaced it"
+        )
+    unreduced = next((name for name, leaf in unfit if is_sum(leaf)), None)
+    if unreduced is not None:
+        raise UnsupportedLeafError(
+            f"the array at {shorten(unreduced)} is unreduced: its values are sums over its shards; "
+            "reduce it first, for example with jax.reshard"
+        )
+    holding = [not _is_valueless(leaf) and holds_arrays(leaf) for _, leaf in unfit]
+    valueless = any(_is_valueless(leaf) for _, leaf in unfit)
+    if valueless or any(holding) or not skip:
+        raise UnsupportedLeafError(_unfit_message(unfit, holding, valueless))
+
+
+def _unfit_message(unfit: list[tuple[str, Any]], holding: list[bool], valueless: bool) -> str:
+    found = [
+        f"{_type_name(leaf)}{_holder_hint(leaf) if holds else _hint(leaf)}"
+        for (_, leaf), holds in zip(unfit, holding, strict=True)
+    ]
+    remedy = _remedy(unfit, holding, valueless)
+    name, _ = unfit[0]
+    if name == "" and not valueless:  # skipping it would leave nothing to save
+        remedy = remedy if holding[0] else _register(unfit)
+        return f"the tree is a single leaf, which cannot be stored: {found[0]}. {remedy}".strip()
+    lines = (f"{shorten(name)}: {text}" for (name, _), text in zip(unfit, found, strict=True))
+    first = f"{plural(len(unfit), 'leaf', 'leaves')} of the tree cannot be stored:"
+    return "\n".join([first, *listed(lines, len(unfit), "  "), remedy])
+
+
+def _remedy(unfit: list[tuple[str, Any]], holding: list[bool], valueless: bool) -> str:
+    if not (valueless or any(holding)):
+        remedy = (
+            'Save with unsupported="skip" to leave them out; load_into_pytree then keeps those of '
+            "its template."
+        )
+        return f"{remedy} {_register(unfit)}".strip()
+    remedies = [_CONCRETE] if valueless else []
+    remedies += [_HOLDING] if any(holding) else []
+    if not (valueless or all(holding)):
+        remedies.append('Then unsupported="skip" leaves out the others.')
+    return " ".join(remedies)
+
+
+def _register(unfit: list[tuple[str, Any]]) -> str:
+    own = any(not (_hint(leaf) or isinstance(leaf, np.ndarray | np.generic)) for _, leaf in unfit)
+    return _REGISTER if own else ""
+
+
+_CONCRETE: Final = (
+    "Only concrete arrays can be saved: call this outside of jit, grad and vmap, and save the array "
+    "that a Ref or another object holds."
+)
+_HOLDING: Final = (
+    "Register the class of an object that holds arrays as a pytree node, for example with "
+    "jax.tree_util.register_dataclass, or save its arrays instead."
+)
+_REGISTER: Final = "(To save an object of your own class, register the class as a pytree node.)"
+_BASES: Final = (str, int, float, complex)
+_CONTAINERS: Final[Mapping[type, str]] = {
+    dict: "dict",
+    tuple: "tuple",
+    **dict.fromkeys((list, deque, set, frozenset), "list"),
+}
+
+
+def _holder_hint(leaf: Any) -> str:
+    """Say how to make an object that holds arrays a pytree node."""
+    if isinstance(leaf, np.ndarray):
+        return ", which holds arrays; leaf.tolist() is a pytree node"
+    if isinstance(leaf, partial):
+        return ", which holds arrays; a jax.tree_util.Partial is a pytree node"
+    made = next((name for base, name in _CONTAINERS.items() if isinstance(leaf, base)), None)
+    return f", which holds arrays{f'; {made}(leaf) is a pytree node' if made else ''}"
+
+
+def _hint(leaf: Any) -> str:
+    """Say how to convert a leaf to one that can be saved."""
+    if isinstance(leaf, np.random.Generator):
+        return ", whose .bit_generator.state can be saved"
+    if isinstance(leaf, np.ma.MaskedArray):
+        return ", whose .data and .mask can be saved"
+    if isinstance(leaf, enum.Enum):
+        return ", whose .value can be saved" if type(leaf.value) in PYTHON_SCALARS else ""
+    if isinstance(leaf, bytes | bytearray):
+        return ", which np.frombuffer(leaf, np.uint8) makes an array"
+    if isinstance(leaf, np.ndarray | np.generic) and leaf.dtype.kind in "mM":
+        return ", which .view(np.int64) makes integers"
+    if isinstance(leaf, np.ndarray) and leaf.dtype.kind == "U":
+        return ", whose .tolist() can be saved"
+    if isinstance(leaf, np.ndarray) and leaf.ndim == MAX_DIMENSIONS and leaf.dtype == np.complex128:
+        return f", which needs a .reshape, because its tensor would have more than {MAX_DIMENSIONS} axes"
+    base = next((base for base in _BASES if isinstance(leaf, base)), None)
+    return "" if base in {None, type(leaf)} else f", which {base.__name__}(leaf) converts"
+
+
+def _type_name(leaf: Any) -> str:
+    kind = type(leaf)
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    if isinstance(leaf, jax.core.Tracer):
+        return f"{name}, a traced value"
+    if kind is str:
+        return f"{name} with the two halves of a surrogate pair, which JSON would join to one character"
+    dtype = attribute_of(leaf, "dtype")
+    return f"{name} of dtype {dtype}" if dtype is not None else name
