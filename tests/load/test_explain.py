@@ -54,9 +54,32 @@ def test_every_leaf_has_a_row(path: Path) -> None:
         "'o i -> l i o'",
         "unused tensors:",
         "  'rest'",
-        "rules that match no path of the template:",
+        "rules that no leaf of the template uses:",
         "  Rule('idle.{p}', 'idle.{p}') (numbers match {p}; texts need labels, as in {p:a,b})",
     ]
+
+
+def test_rules_that_earlier_rules_hide_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    safetensors.numpy.save_file({"fc.weight": zeros(2, 2)}, path)
+    wide = Rule("{*}.weight", "{*}.kernel")
+    hidden = [Rule("fc.weight", "fc.kernel", "o i -> i o"), Rule("fc.weight", "@fc@kernel")]
+    rules = [wide, *hidden, Rule("gone", "gone")]
+    assert explain({"fc": {"kernel": zeros(2, 2)}}, path, rename=rules).splitlines()[2:] == [
+        "rules that no leaf of the template uses:",
+        f"  {hidden[0]!r} (hidden by the earlier {wide!r}; put the more specific rule first)",
+        f"  {hidden[1]!r} (hidden by the earlier {wide!r}; put the more specific rule first)",
+        "  Rule('gone', 'gone')",
+    ]
+
+
+def test_a_hidden_rule_may_be_ambiguous(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    safetensors.numpy.save_file({"a": zeros(1)}, path)
+    template = {"a.0": zeros(1), "a": [zeros(1)]}  # which have the dotted path a.0
+    rules = [Rule("a", "@a#0"), Rule("{=}", "{=}"), Rule("b", "a.0")]
+    text = explain(template, path, rename=rules)
+    assert f"  {rules[2]!r} (hidden by the earlier {rules[0]!r};" in text
 
 
 def test_without_rules_all_paths_are_listed(path: Path) -> None:

@@ -112,7 +112,7 @@ def test_all_that_does_not_fit_is_listed() -> None:
         f"float32[16,6]; this is the transpose, so give {rules[1]!r} the pattern 'o i -> i o'",
         f"    '@layers#0@q': the template has float32[6,2,8]; by {rules[0]!r} the tensor 'h.0.q.weight' "
         "would be [16,6], but it is float32[16,5]",
-        "  rules that match no path of the template:",
+        "  rules that no leaf of the template uses:",
         "    Rule('idle.{p}', 'idle.{p}') (numbers match {p}; texts need labels, as in {p:a,b})",
         "No leaf fits, so strict=False does not help: Rule(None, path) keeps a leaf of the template; "
         "change the rules or the template.",

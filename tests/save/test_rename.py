@@ -234,7 +234,7 @@ def test_leaves_without_a_place_are_refused(path: Path) -> None:
             f"    '@a@kernel': it has 1 axes, and {TRANSPOSED!r} gives it 2",
             "    '@b@bias': no rule has this path",
             f"    '@c@kernel': {TRANSPOSED!r} rearranges axes, and this leaf is not an array of numbers",
-            "  rules that match no path of the tree:",
+            "  rules that no leaf of the tree uses:",
             f"    {idle!r} (numbers match {{p}}; texts need labels, as in {{p:a,b}})",
             'As the last rule, Rule("{=}", "{=}") stores leaves under their own names; '
             "Rule(None, path) leaves one out.",

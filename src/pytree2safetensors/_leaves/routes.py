@@ -10,7 +10,7 @@ from pytree2safetensors._leaves.extents import Shape
 from pytree2safetensors._leaves.families import Family, Lost
 from pytree2safetensors._leaves.views import View
 from pytree2safetensors._tree.placeholders import Binding, fill
-from pytree2safetensors._tree.rule import ParsedRule, Rule
+from pytree2safetensors._tree.rule import ParsedRule, Rule, describe_idle
 from pytree2safetensors._tree.rule_index import RuleIndex
 
 # The name of the tensor of a leaf, its view, or None for a leaf that is not in a file.
@@ -18,7 +18,7 @@ Route: TypeAlias = str | View | Lost | None
 
 
 class Routes(NamedTuple):
-    """Where each leaf of a tree is in a file and by which rule, and rules that match no leaf."""
+    """Where each leaf of a tree is in a file and by which rule, and rules that no leaf uses."""
 
     routes: list[Route]
     rules: list[Rule | None]  # None if no rule matches
@@ -78,6 +78,20 @@ def routes_of(
         if number not in makers and rule.path is not None
     ]
     return Routes(routes, found, idle)
+
+
+def describe_unused(found: Routes, paths: Sequence[str]) -> Iterator[str]:
+    """Describe the rules that no leaf uses, and say which of them earlier rules hide."""
+    for rule in found.idle:
+        index = RuleIndex([rule])
+        users = zip(paths, found.rules, strict=True)
+        earlier = next(
+            (user for path, user in users if user and any(index.match_paths([path]))), None
+        )
+        if earlier is None:
+            yield describe_idle(rule)
+        else:
+            yield f"{rule!r} (hidden by the earlier {earlier!r}; put the more specific rule first)"
 
 
 class _Maker:

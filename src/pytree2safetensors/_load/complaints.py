@@ -11,10 +11,10 @@ from typing import Final
 
 from pytree2safetensors._errors import WeightsMismatchError
 from pytree2safetensors._leaves.renaming import Rename, rules_in
+from pytree2safetensors._leaves.routes import describe_unused
 from pytree2safetensors._load.matching import Comparison, Options
 from pytree2safetensors._messages import listed, nearest, shorten
 from pytree2safetensors._tree.paths import add_prefix, dotted, strip_prefix
-from pytree2safetensors._tree.rule import describe_idle
 from pytree2safetensors._tree.rule_index import RuleIndex
 
 _LOGGER: Final = logging.getLogger("pytree2safetensors")
@@ -32,7 +32,7 @@ def check(outcome: Comparison, options: Options) -> None:
     mismatched = [f"{shorten(path)}: {reason}" for path, reason in outcome.mismatched]
     unused = unexpected_names(outcome, options)
     unexpected = unused if options.unexpected == "raise" else []
-    idle = outcome.routes.idle
+    idle = describe_unused(outcome.routes, outcome.paths)
     wanted = any(leaf is not None for leaf in outcome.needs)
     left = bool(missing or unexpected or mismatched)
     nothing = left and not outcome.found
@@ -53,7 +53,7 @@ def check(outcome: Comparison, options: Options) -> None:
         ),
         *_section("mismatched", mismatched, len(mismatched)),
         *_useless(options.rename, outcome.paths),
-        *_section("rules that match no path of the template", map(describe_idle, idle), len(idle)),
+        *_section("rules that no leaf of the template uses", idle, len(outcome.routes.idle)),
     ]
     paths = list(dict.fromkeys(path for path, _ in missing))
     if not fails:

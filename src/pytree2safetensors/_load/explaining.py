@@ -8,6 +8,7 @@ from typing import Final
 
 from pytree2safetensors._arguments import checked
 from pytree2safetensors._leaves.renaming import Rename
+from pytree2safetensors._leaves.routes import describe_unused
 from pytree2safetensors._leaves.spec import LeafSpec
 from pytree2safetensors._leaves.views import View
 from pytree2safetensors._load.complaints import unexpected_names
@@ -20,7 +21,6 @@ from pytree2safetensors._messages import shorten
 from pytree2safetensors._storage.byte_source import PathLike, Readable
 from pytree2safetensors._tree.flatten import PyTree
 from pytree2safetensors._tree.paths import dotted
-from pytree2safetensors._tree.rule import describe_idle
 
 _WIDEST: Final = 60  # characters of a column; longer cells are not aligned
 
@@ -46,7 +46,7 @@ def explain(
     Returns:
         Text to print. A line for each leaf of the template says whether the leaf fits, and shows its
         path, its dotted path, its shape, its tensors with their shapes, and the pattern. Then come
-        unused tensors and rules that match nothing.
+        unused tensors and rules, and which earlier rules hide those.
 
     Raises:
         WeightsMismatchError: The file has nothing at `prefix`.
@@ -86,8 +86,8 @@ def explain(
                 *_aligned(rows),
                 *_listed("unused tensors", map(shorten, unexpected)),
                 *_listed(
-                    "rules that match no path of the template",
-                    map(describe_idle, found.routes.idle),
+                    "rules that no leaf of the template uses",
+                    describe_unused(found.routes, found.paths),
                 ),
             ]
         )

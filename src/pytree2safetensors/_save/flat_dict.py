@@ -61,12 +61,12 @@ def pytree2dict(tree: PyTree, *, rename: Rename | None = None) -> dict[str, Any]
 
 
 def _renamed(paths: list[str], leaves: list[Any], rename: Rename) -> dict[str, Any]:
-    routes, rules, idle = renamed(rename, paths, [*map(_shape_of, leaves)], complete=True)
+    routes = renamed(rename, paths, [*map(_shape_of, leaves)], complete=True)
     found: dict[str, Any] = {}
     owners: dict[str, str] = {}  # the path of the leaf under each name
     placed: list[Placed] = []
     lost: list[tuple[str, Rule | None, str]] = []
-    for route, rule, path, leaf in zip(routes, rules, paths, leaves, strict=True):
+    for route, rule, path, leaf in zip(routes.routes, routes.rules, paths, leaves, strict=True):
         if isinstance(route, Lost):
             lost.append((path, rule, route.reason))
         elif isinstance(route, View):
@@ -75,7 +75,7 @@ def _renamed(paths: list[str], leaves: list[Any], rename: Rename) -> dict[str, A
             _add(found, owners, route, path, leaf)
     lost += other_dtypes(placed)
     if lost:
-        raise misfit_error(lost, idle)
+        raise misfit_error(lost, paths, routes)
     for name, copies in assemble(placed).items():
         for tensor, _, path in copies:
             _add(found, owners, name, path, _array_of(tensor))

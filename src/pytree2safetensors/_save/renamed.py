@@ -16,10 +16,11 @@ from pytree2safetensors._leaves.extents import Shape
 from pytree2safetensors._leaves.families import Lost
 from pytree2safetensors._leaves.ownership import is_global
 from pytree2safetensors._leaves.renaming import Rename, renamed
+from pytree2safetensors._leaves.routes import Routes, describe_unused
 from pytree2safetensors._leaves.spread import assembled_chunks
 from pytree2safetensors._leaves.views import View
 from pytree2safetensors._messages import listed, plural, shorten
-from pytree2safetensors._tree.rule import Rule, describe_idle
+from pytree2safetensors._tree.rule import Rule
 
 # Kinds of leaves that need no note.
 _PLAIN: Final = frozenset({None, "weak", *SCALARS} - {"complex"})
@@ -42,11 +43,11 @@ def place(
     """
     paths = [path for path, _, _ in found]
     shapes = [_shape_of(info) for _, _, info in found]
-    routes, rules, idle = renamed(rename, paths, shapes, complete=True)
+    routes = renamed(rename, paths, shapes, complete=True)
     placed: list[Placed] = []
     unfit: list[tuple[str, Any]] = []
     lost: list[tuple[str, Rule | None, str]] = []
-    for route, rule, (path, leaf, info) in zip(routes, rules, found, strict=True):
+    for route, rule, (path, leaf, info) in zip(routes.routes, routes.rules, found, strict=True):
         if route is not None and info is None:
             unfit.append((path, leaf))
         elif isinstance(route, Lost):
@@ -55,7 +56,7 @@ def place(
             placed.append(Placed(route, rule, path, leaf, info))
     lost += other_dtypes(placed)
     if lost and not unfit:
-        raise misfit_error(lost, idle)
+        raise misfit_error(lost, paths, routes)
     return placed, unfit
 
 
@@ -84,16 +85,14 @@ def other_dtypes(placed: Iterable[Placed]) -> Iterator[tuple[str, Rule | None, s
 
 
 def misfit_error(
-    lost: Sequence[tuple[str, Rule | None, str]], idle: Sequence[Rule]
+    lost: Sequence[tuple[str, Rule | None, str]], paths: Sequence[str], routes: Routes
 ) -> WeightsMismatchError:
     """Make the error for leaves without a place in the file."""
     parts = ["rename= does not fit the tree:"]
     parts += listed((f"{shorten(path)}: {reason}" for path, _, reason in lost), len(lost))
-    if idle:
-        parts += [
-            "  rules that match no path of the tree:",
-            *listed(map(describe_idle, idle), len(idle)),
-        ]
+    if routes.idle:
+        parts.append("  rules that no leaf of the tree uses:")
+        parts += listed(describe_unused(routes, paths), len(routes.idle))
     parts.append(
         'As the last rule, Rule("{=}", "{=}") stores leaves under their own names; '
         "Rule(None, path) leaves one out."
