@@ -37,7 +37,7 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
         for name, value in zip(positional, args, strict=False):
             check_argument(where, name, value)
         for name, value in kwargs.items():
-            check_argument(where, name if name in keywords else "**", value)
+            check_argument(where, name if name in keywords else f"**{name}", value)
         call = inner
         try:
             bind(*args, **kwargs)
@@ -50,9 +50,12 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
 
 def check_argument(where: str, name: str, value: object) -> None:
     """Raise a TypeError that names an argument if its value is of a wrong type."""
-    rule = _RULES.get(f"{where} {name}") or _RULES.get(name)
+    key = "**" if name.startswith("**") else name
+    rule = _RULES.get(f"{where} {key}") or _RULES.get(key)
     if rule is not None and not rule[0](value):
-        name = "a size" if name == "**" else name
+        if name in {"**name", "**path", "**pattern"}:  # an axis may have such a name, and a size
+            raise TypeError(f"{where}: {name[2:]} is positional, as in Rule(name, path, pattern)")
+        name = "a size" if key == "**" else name
         remedy = _REMEDIES.get(f"{where} {name}", "")
         if name == "metadata" and isinstance(value, Mapping):
             remedy = "; json.dumps converts a value to a str, and json.loads converts it back"

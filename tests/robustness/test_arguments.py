@@ -163,7 +163,19 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
         lambda: p.Rule(BYTES, "@a"),
         "Rule: name must be a str with placeholders, or None, not bytes",
     ),
-    (lambda: p.Rule("a", "@a", "p -> p", path="3"), "Rule: a size must be an int, not '3'"),
+    (lambda: p.Rule("a", "@a", "p -> p", p="3"), "Rule: a size must be an int, not '3'"),
+    (
+        lambda: p.Rule("a", "@a", pattern="o i -> i o"),
+        "Rule: pattern is positional, as in Rule(name, path, pattern)",
+    ),
+    (
+        lambda: p.Rule("a", path=None),
+        "Rule: path is positional, as in Rule(name, path, pattern)",
+    ),
+    (
+        lambda: p.Rule(name="a", path="@a"),
+        "Rule: name is positional, as in Rule(name, path, pattern)",
+    ),
     (lambda: p.UnkeyedContainer(3), "UnkeyedContainer: children must be an iterable, not int"),
     *(
         (
