@@ -34,6 +34,7 @@ def model(tmp_path: Path, own_folder: None) -> str:
     return name
 
 
+COMPLAINT = "pytree2safetensors: model.safetensors does not fit the template"
 FITS = [
     "'model.safetensors': 1 of 1 leaves fit",
     "  fits  '@a' = 'a'  float32[3,2]  'a.weight' float32[2,3]  'o i -> i o'",
@@ -46,15 +47,42 @@ def test_a_file_is_compared_with_a_template(run: Run, model: str, template: str)
     assert run("show", "model.safetensors", *options) == (0, "\n".join([*FITS, ""]), "")
     code, printed, _ = run("show", "model.safetensors", *options, "--json")
     assert code == 0
-    assert json.loads(printed) == {"file": "model.safetensors", "lines": FITS}
+    assert json.loads(printed) == {
+        "file": "model.safetensors",
+        "fits": True,
+        "missing": [],
+        "unexpected": [],
+        "mismatched": [],
+        "lines": FITS,
+    }
 
 
 def test_without_rules_the_names_are_compared(run: Run, model: str) -> None:
-    _, printed, _ = run("show", "model.safetensors", "--template", f"{model}:TREE")
+    code, printed, complaint = run("show", "model.safetensors", "--template", f"{model}:TREE")
+    assert (code, complaint) == (1, f"{COMPLAINT}\n")
     assert "  missing  '@a' = 'a'  float32[3,2]  there is no '@a'" in printed.splitlines()
+    code, printed, complaint = run(
+        "show", "model.safetensors", "--template", f"{model}:TREE", "--json"
+    )
+    assert (code, complaint) == (1, f"{COMPLAINT}\n")
+    found = json.loads(printed)
+    assert (found["fits"], found["missing"], found["unexpected"]) == (False, ["@a"], ["a.weight"])
     save_pytree({"a": np.ones((3, 2), np.float32)}, "own.safetensors")
     _, printed, _ = run("show", "own.safetensors", "--template", f"{model}:TREE")
     assert printed.startswith("'own.safetensors': 1 of 1 leaves fit\n")
+
+
+@pytest.mark.parametrize("name", ["missing", "unexpected", "mismatched"])
+def test_the_exit_code_says_whether_a_load_would_fail(run: Run, model: str, name: str) -> None:
+    array = np.zeros((2, 2) if name == "mismatched" else (3, 2), np.float32)
+    tree = {"missing": {}, "unexpected": {"a": array, "b": array}, "mismatched": {"a": array}}[name]
+    save_pytree(tree, "own.safetensors")
+    template = f"{model}:TREE"
+    code, printed, _ = run("show", "own.safetensors", "--template", template, "--json")
+    found = json.loads(printed)
+    assert (code, found["fits"]) == (1, False)
+    for kind in ("missing", "unexpected", "mismatched"):
+        assert bool(found[kind]) is (kind == name)
 
 
 def test_rules_of_a_wrong_type_are_refused(run: Run, model: str) -> None:

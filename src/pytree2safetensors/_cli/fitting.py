@@ -12,18 +12,21 @@ from functools import reduce
 from typing import Any
 
 from pytree2safetensors._cli.answer import Answer
+from pytree2safetensors._cli.terminal import plain
 
 
 def fitting(file: str, prefix: str, template: Any, rules: Any) -> Answer:
     """Explain what loading a file into a template would do."""
-    from pytree2safetensors._load.explaining import explain
+    from pytree2safetensors._load.explaining import explanation
 
     tree = template() if inspect.isroutine(template) else template
-
-    def lines() -> list[str]:
-        return explain(tree, file, prefix=prefix, rename=rules).splitlines()
-
-    return Answer(lines, lambda: {"file": file, "lines": lines()})
+    lines, misfits = explanation(tree, file, prefix=prefix, rename=rules)
+    fits = not any(misfits)
+    return Answer(
+        lambda: lines,
+        lambda: {"file": file, "fits": fits, **misfits._asdict(), "lines": lines},
+        "" if fits else f"{plain(file)} does not fit the template",
+    )
 
 
 def named_object(text: str) -> Any:

@@ -26,7 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: What follows the command's name; by default, from `sys.argv`.
 
     Returns:
-        The exit code: 0 if all is fine, 1 if files differ or one is broken or cannot be read.
+        The exit code: 0 if all is fine, 1 if files differ, or one does not fit the template, is
+        broken or cannot be read.
     """
     options = _parser().parse_args(_with_command(sys.argv[1:] if arguments is None else arguments))
     code = FINE
@@ -73,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "pytree2safetensors",
         description="Show, compare and verify safetensors files from any program.",
-        epilog="Exit codes: 0 success, 1 different, damaged or unreadable, 2 wrong usage.",
+        epilog="Exit codes: 0 success, 1 different, misfitting, damaged or unreadable, 2 wrong usage.",
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="show | diff | verify")
@@ -90,7 +91,8 @@ def _parser() -> argparse.ArgumentParser:
         "--template",
         metavar="MODULE:NAME",
         type=named_object,
-        help="a template, or a function that returns one: show how files fit it",
+        help="a template, or a function that returns one: show how files fit it, and exit with 1 if "
+        "a strict load would fail",
     )
     command.add_argument(
         "--rules",

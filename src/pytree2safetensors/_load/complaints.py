@@ -7,7 +7,7 @@ import itertools
 import logging
 import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 from pytree2safetensors._errors import WeightsMismatchError
 from pytree2safetensors._leaves.renaming import Rename, rules_in
@@ -26,12 +26,29 @@ _SHOWN: Final = 3  # subtrees that fit
 _COMPARED: Final = 40_000  # characters of names to search for the nearest
 
 
+class Misfits(NamedTuple):
+    """What a `WeightsMismatchError` lists."""
+
+    missing: list[str]
+    unexpected: list[str]
+    mismatched: list[str]
+
+
+def misfits(outcome: Comparison, options: Options) -> Misfits:
+    """Return what does not fit."""
+    unused = unexpected_names(outcome, options)
+    return Misfits(
+        [*dict.fromkeys(path for path, _ in outcome.missing)],
+        unused if options.unexpected == "raise" else [],
+        [f"{shorten(path)}: {reason}" for path, reason in outcome.mismatched],
+    )
+
+
 def check(outcome: Comparison, options: Options) -> None:
     """Raise one error for all mismatches, or print and log them if `strict` is False."""
     missing = outcome.missing
-    mismatched = [f"{shorten(path)}: {reason}" for path, reason in outcome.mismatched]
-    unused = unexpected_names(outcome, options)
-    unexpected = unused if options.unexpected == "raise" else []
+    lists = misfits(outcome, options)
+    _, unexpected, mismatched = lists
     idle = describe_unused(outcome.routes, outcome.paths)
     wanted = any(leaf is not None for leaf in outcome.needs)
     left = bool(missing or unexpected or mismatched)
@@ -41,7 +58,7 @@ def check(outcome: Comparison, options: Options) -> None:
     if not fails and not (is_reported and left):
         return
     counts = f"{len(missing)} missing, {len(unexpected)} unexpected, {len(mismatched)} mismatched"
-    candidates = _up_to(_COMPARED, unused)
+    candidates = _up_to(_COMPARED, unexpected_names(outcome, options))
     missing_lines = (_missing_line(*pair, options, candidates) for pair in missing)
     parts = [
         f"{options.label} does not fit the template: {counts}",
@@ -55,17 +72,15 @@ def check(outcome: Comparison, options: Options) -> None:
         *_useless(options.rename, outcome.paths),
         *_section("rules that no leaf of the template uses", idle, len(outcome.routes.idle)),
     ]
-    paths = list(dict.fromkeys(path for path, _ in missing))
     if not fails:
         if options.verbose:
             print(*parts, sep="\n", file=sys.stderr)  # noqa: T201 - `verbose` asks for it
-        lists = {"missing": paths, "unexpected": unexpected, "mismatched": mismatched}
-        _LOGGER.info("%s", "\n".join(parts), extra=lists)
+        _LOGGER.info("%s", "\n".join(parts), extra=lists._asdict())
         return
     is_larger = bool(unexpected) and not missing and not mismatched
     remedy = _remedy(outcome, options, nothing, is_larger)
     parts.append(remedy if wanted else _NOTHING_WANTED)
-    raise WeightsMismatchError("\n".join(parts), paths, unexpected, mismatched)
+    raise WeightsMismatchError("\n".join(parts), *lists)
 
 
 def unexpected_names(outcome: Comparison, options: Options) -> list[str]:

@@ -4,14 +4,14 @@ Specification: *Rules*.
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Final
+from typing import Final, NamedTuple
 
 from pytree2safetensors._arguments import checked
 from pytree2safetensors._leaves.renaming import Rename
 from pytree2safetensors._leaves.routes import describe_unused
 from pytree2safetensors._leaves.spec import LeafSpec
 from pytree2safetensors._leaves.views import View
-from pytree2safetensors._load.complaints import unexpected_names
+from pytree2safetensors._load.complaints import Misfits, misfits
 from pytree2safetensors._load.flat_template import flat_template, stored_for
 from pytree2safetensors._load.matching import Comparison, Options, compare
 from pytree2safetensors._load.opening import open_checkpoint
@@ -23,6 +23,13 @@ from pytree2safetensors._tree.flatten import PyTree
 from pytree2safetensors._tree.paths import dotted
 
 _WIDEST: Final = 60  # characters of a column; longer cells are not aligned
+
+
+class Explanation(NamedTuple):
+    """The lines of `explain`, and what does not fit."""
+
+    lines: list[str]
+    misfits: Misfits
 
 
 @checked
@@ -64,6 +71,18 @@ def explain(
     'model.safetensors': 1 of 1 leaves fit
       fits  '@w' = 'w'  float32[3,2]  '@w' float32[2,3]  'o i -> i o'
     """
+    return "\n".join(explanation(module, path, cast=cast, prefix=prefix, rename=rename).lines)
+
+
+def explanation(
+    module: PyTree,
+    path: PathLike | Readable,
+    *,
+    cast: bool = False,
+    prefix: str = "",
+    rename: Rename | None = None,
+) -> Explanation:
+    """Return what `explain` says, and what a strict load would complain about."""
     with open_checkpoint(path) as checkpoint:
         template = flat_template(module)
         available = stored_for(template, checkpoint, prefix, rename)
@@ -79,18 +98,15 @@ def explain(
         read = scalar_reader(checkpoint)
         found = compare(template.names, template.needs, available, read, options)
         rows = [*_rows(found)]
-        unexpected = unexpected_names(found, options)
-        return "\n".join(
-            [
-                f"{checkpoint.label}: {len(found.found)} of {len(rows)} leaves fit",
-                *_aligned(rows),
-                *_listed("unused tensors", map(shorten, unexpected)),
-                *_listed(
-                    "rules that no leaf of the template uses",
-                    describe_unused(found.routes, found.paths),
-                ),
-            ]
-        )
+        wrong = misfits(found, options)
+        unused = describe_unused(found.routes, found.paths)
+        lines = [
+            f"{checkpoint.label}: {len(found.found)} of {len(rows)} leaves fit",
+            *_aligned(rows),
+            *_listed("unused tensors", map(shorten, wrong.unexpected)),
+            *_listed("rules that no leaf of the template uses", unused),
+        ]
+        return Explanation(lines, wrong)
 
 
 def _rows(found: Comparison) -> Iterable[tuple[str, ...]]:
