@@ -195,6 +195,27 @@ def test_a_background_save_lets_arrays_be_donated_at_once(link: Link, tmp_path: 
     assert np.asarray(found).tobytes() == expected
 
 
+@pytest.mark.parametrize("axes", [None, (), ("x",)])
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "int4", "bfloat16", "float32"])
+@pytest.mark.parametrize("kind", ["device", "pinned_host", "unpinned_host"])
+def test_a_background_save_shares_no_memory_with_arrays(
+    link: Link, tmp_path: Path, kind: str, dtype: str, axes: tuple[str, ...] | None
+) -> None:
+    """Moving an array to where it is returns an array with the same memory."""
+    devices = jax.devices()[:2]
+    sharding = (
+        jax.sharding.SingleDeviceSharding(devices[0], memory_kind=kind)
+        if axes is None
+        else NamedSharding(Mesh(np.array(devices), ("x",)), P(*axes), memory_kind=kind)
+    )
+    array = jax.device_put(np.ones((64, 64), dtype), sharding)
+    future = save_pytree_async([array], tmp_path / "file")
+    array.delete()  # as a donation does
+    future.result()
+    [found] = load_pytree(tmp_path / "file")
+    assert (np.asarray(found) == np.ones((), dtype)).all()
+
+
 def test_a_save_leaves_no_copy_inside_the_arrays(link: Link, tmp_path: Path) -> None:
     array: Any = jnp.arange(10_000, dtype=jnp.float32)
     save_pytree([array], tmp_path / "file")

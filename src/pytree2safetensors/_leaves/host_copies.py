@@ -121,7 +121,8 @@ def _moves(leaves: Sequence[Any]) -> list[_Move]:
             continue
         whole = first.is_fully_replicated
         pinned = pinned_sharding(first.addressable_data(0).sharding if whole else sharding)
-        if pinned is None:
+        # Moving an array to the memory where it is makes no copy.
+        if pinned is None or pinned.memory_kind == sharding.memory_kind:
             continue
         arrays = [leaves[i].addressable_data(0) if whole else leaves[i] for i in positions]
         many = whole and len(positions) >= _MANY and first.nbytes < _SMALL and not is_packed(dtype)
