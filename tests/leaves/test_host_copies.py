@@ -233,6 +233,51 @@ def test_saves_go_on_where_transfers_are_watched_for(
     assert (tmp_path / "file").read_bytes() == (tmp_path / "again").read_bytes()
 
 
+def test_stacks_are_read_where_transfers_are_allowed(
+    link: Link, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CPU devices read their memory in place, so this guard would not notice a read."""
+    levels: list[str] = []
+
+    class Stack:
+        def __array__(self, *_: Any, **__: Any) -> Any:
+            levels.append(jax.config.jax_transfer_guard_device_to_host)  # type: ignore[attr-defined] # JAX gives it no type
+            return np.zeros((64, 3))
+
+    monkeypatch.setattr(host_copies, "_MANY", 64)
+    monkeypatch.setattr(jax, "device_put", lambda values, *_: [Stack() for _ in values])
+    with jax.transfer_guard("disallow"):
+        host_copies.start_host_copies([jnp.arange(3) for _ in range(64)])
+    assert levels == ["allow"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, ValueError, NotImplementedError])
+@pytest.mark.parametrize("background", [False, True])
+def test_arrays_are_saved_if_pinned_memory_is_refused(
+    link: Link,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    background: bool,
+    error: type[Exception],
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise error("RESOURCE_EXHAUSTED: Out of host memory")
+
+    tree = tree_of_arrays()
+    save_pytree(tree, tmp_path / "plain")
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "device_put", refuse)
+        if background:
+            future = save_pytree_async(tree, tmp_path / "copied")
+            for leaf in jax.tree.leaves(tree):
+                if isinstance(leaf, jax.Array):
+                    leaf.delete()
+            future.result()
+        else:
+            save_pytree(tree, tmp_path / "copied")
+    assert (tmp_path / "copied").read_bytes() == (tmp_path / "plain").read_bytes()
+
+
 def test_memory_without_a_pinned_kind_is_copied_as_it_is(
     link: Link, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,6 +5,7 @@ Specification: *Leaves*.
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any, Final, NamedTuple
 
 import jax
@@ -82,20 +83,22 @@ def start_host_copies(leaves: Sequence[Any]) -> list[Any]:
     """Start to copy all device arrays to the host in one call. Other leaves stay as they are.
 
     The arrays may be donated as soon as this returns. The copies are JAX arrays in host memory, or
-    NumPy arrays where many small arrays are copied together.
+    NumPy arrays where many small arrays are copied together. If JAX refuses the memory, all leaves
+    stay as they are.
     """
     found = list(leaves)
     if not _has_device_arrays(leaves):
         return found
-    with own_programs(leaves):
+    # The pool of pinned memory is limited, and backends and versions differ in what they raise.
+    with suppress(RuntimeError, ValueError), own_programs(leaves):
         moves = _moves(leaves)
         if not moves:
             return found
         copies = jax.device_put([m.array for m in moves], [m.pinned for m in moves])
-    for (positions, *_), copy in zip(moves, copies, strict=True):
-        parts = np.asarray(copy) if len(positions) > 1 else [copy]
-        for position, part in zip(positions, parts, strict=True):
-            found[position] = part
+        for (positions, *_), copy in zip(moves, copies, strict=True):
+            parts = np.asarray(copy) if len(positions) > 1 else [copy]
+            for position, part in zip(positions, parts, strict=True):
+                found[position] = part
     return found
 
 
