@@ -351,6 +351,27 @@ def test_the_interpreter_waits_for_saves(tmp_path: Path) -> None:
     assert float(load_pytree(path)["a"][-1]) == 2.0
 
 
+WITH_THREADS = """
+import sys, time
+from concurrent.futures import ThreadPoolExecutor
+import pytree2safetensors as p2s
+def progress(*_):  # as the client of a store does when it looks up the address
+    time.sleep(0.5)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(int).result()
+def again(_):
+    p2s.save_pytree_async({"a": 2}, sys.argv[2], progress=progress)
+p2s.save_pytree_async({"a": 1}, sys.argv[1], progress=progress).add_done_callback(again)
+"""
+
+
+def test_saves_that_the_interpreter_waits_for_can_start_threads(tmp_path: Path) -> None:
+    paths = [tmp_path / "file", tmp_path / "again"]
+    command = [sys.executable, "-c", WITH_THREADS, *map(str, paths)]
+    assert not subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    assert [load_pytree(path) for path in paths] == [{"a": 1}, {"a": 2}]
+
+
 def test_progress_is_reported_at_least_every_64_mib_and_at_the_end(tmp_path: Path) -> None:
     tree = {f"{n}": np.zeros(10_000_000, np.float32) for n in range(5)}
     told: list[tuple[int, int]] = []

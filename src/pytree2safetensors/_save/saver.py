@@ -103,6 +103,19 @@ def _warn_all() -> None:
         save.warn()
 
 
+def _finish_all() -> None:
+    """Wait for all saves while Python can still start tasks, which saves may need."""
+    for saver in _savers:
+        saver.shutdown()
+
+
+# The interpreter calls the last one registered first. Without this, the one of `concurrent.futures`
+# waits for the saves, after it has forbidden new tasks.
+_register: Any = getattr(threading, "_register_atexit", None)
+if _register is not None:  # pragma: no branch - it is no public name
+    _register(_finish_all)
+
+
 def submit(save: Callable[[], None], where: str) -> Future[None]:
     """Save on the saver's thread, after everything that was submitted before.
 
