@@ -3,6 +3,7 @@
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,20 @@ def interrupt_after_the_call(folder: str) -> None:
 def test_an_interrupt_after_the_call_does_not_end_the_save(pair: Group, tmp_path: Path) -> None:
     pair.run(interrupt_after_the_call, tmp_path)
     assert number_in(tmp_path / "file") == 1
+
+
+def save_without_threads(folder: str) -> None:
+    def refuse(*_: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ThreadPoolExecutor, "submit", refuse)
+        p2s.save_pytree(checkpoint(1), f"{folder}/file", checksum=True)
+
+
+def test_processes_that_cannot_start_threads_save(pair: Group, tmp_path: Path) -> None:
+    pair.run(save_without_threads, tmp_path)
+    assert number_in(tmp_path / "file") == 1  # which verifies the digests
 
 
 def save_here_and_there(folder: str) -> None:

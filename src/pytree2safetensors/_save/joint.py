@@ -35,6 +35,7 @@ from pytree2safetensors._storage.atomic_folder import replacing_together
 from pytree2safetensors._storage.descriptor import flush, read_at, reserve, write_at
 from pytree2safetensors._storage.naming import foreign, naming, temporary_name
 from pytree2safetensors._storage.progress import Progress, Report, closing_bar
+from pytree2safetensors._storage.threads import start
 from pytree2safetensors._types import Chunk
 
 _HASH: Final = 32  # bytes of the hash of a block
@@ -176,10 +177,17 @@ class Work:
         """Read this process's share of the blocks, and return their hashes."""
         shares = split_blocks(blocks_of(self.plan, self.starts), self.joint.count)
         hashes: list[bytes] = []
-        with ThreadPoolExecutor(_READERS, "pytree2safetensors-hash") as pool:
-            for number, blocks in groupby(shares[self.joint.process], lambda block: block.file):
-                with self._opened(number) as descriptor:  # again: a network file system caches
-                    hashes += pool.map(partial(self._hash_block, descriptor), blocks)
+        for number, blocks in groupby(shares[self.joint.process], lambda block: block.file):
+            with (
+                self._opened(number) as descriptor,  # again: a network file system caches
+                ThreadPoolExecutor(_READERS, "pytree2safetensors-hash") as pool,
+            ):
+                tasks = [start(pool, partial(self._hash_block, descriptor, b)) for b in blocks]
+                try:
+                    hashes += [task.result() for task in tasks]
+                finally:
+                    for task in tasks:
+                        task.cancel()
         return b"".join(hashes)
 
     def _hash_block(self, descriptor: int, block: Block) -> bytes:
