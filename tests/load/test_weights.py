@@ -414,7 +414,7 @@ def test_a_mapping_that_renames_nothing_is_reported() -> None:
     with pytest.raises(WeightsMismatchError) as caught:
         set_weights(template, found, rename={"x.a": "@a", "@b": "x.c"})
     assert "    '@a'" in str(caught.value)
-    assert "    'x.c' (renamed from '@b') (nearest: 'x.b')" in str(caught.value)
+    assert "    '@b': there is no 'x.c' (nearest: 'x.b')" in str(caught.value)
     assert "  rename= maps from key paths that the template lacks: 'x.a'" in str(caught.value)
     assert caught.value.missing == ("@a", "@b")
 

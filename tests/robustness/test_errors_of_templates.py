@@ -318,11 +318,21 @@ def test_a_key_is_shown_without_its_values(tmp_path: Path) -> None:
     )
 
 
-def test_a_leaf_that_is_missing_below_a_prefix_was_not_renamed(tmp_path: Path) -> None:
-    save_pytree({"model": {"weight": 1.0}}, tmp_path / "model")
+def test_errors_below_a_prefix_name_the_leaves_of_the_template(tmp_path: Path) -> None:
+    save_pytree({"model": {"weight": 1.0, "new": 1}}, tmp_path / "model")
     with pytest.raises(WeightsMismatchError) as caught:
-        load_into_pytree({"weight": 1.0, "b": 1.0}, tmp_path / "model", prefix="@model")
-    assert "    '@model@b'" in str(caught.value).splitlines()
+        load_into_pytree({"weight": "", "b": 1.0}, tmp_path / "model", prefix="@model")
+    assert str(caught.value).splitlines()[1:] == [
+        "  missing (the template has them):",
+        "    '@b': there is no '@model@b' (nearest: '@model@new')",
+        "  unexpected (the template does not have them):",
+        "    '@model@new'",
+        "  mismatched:",
+        "    '@weight': the template has a Python str, but the stored leaf '@model@weight' is a Python "
+        "float",
+        "No leaf fits, so strict=False does not help: rename= maps names; change the template.",
+    ]
+    assert (caught.value.missing, caught.value.unexpected) == (("@b",), ("@model@new",))
 
 
 KEEPING = """

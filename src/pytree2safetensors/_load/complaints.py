@@ -59,7 +59,7 @@ def check(outcome: Comparison, options: Options) -> None:
         return
     counts = f"{len(missing)} missing, {len(unexpected)} unexpected, {len(mismatched)} mismatched"
     candidates = _up_to(_COMPARED, unexpected_names(outcome, options))
-    missing_lines = (_missing_line(*pair, options, candidates) for pair in missing)
+    missing_lines = (_missing_line(*pair, candidates) for pair in missing)
     parts = [
         f"{options.label} does not fit the template: {counts}",
         *_section("missing (the template has them)", missing_lines, len(missing)),
@@ -100,14 +100,12 @@ def _up_to(characters: int, names: list[str]) -> list[str]:
     return [name for name, length in zip(names, lengths, strict=True) if length <= characters]
 
 
-def _missing_line(path: str, name: str | None, options: Options, candidates: list[str]) -> str:
+def _missing_line(path: str, name: str | None, candidates: list[str]) -> str:
     if name is None:
         dots = dotted(path)
         return f"{shorten(path)}{f', dotted {shorten(dots)}' if dots != path else ''}: no rule has this path"
-    if rules_in(options.rename) is not None:
-        return f"{shorten(path)}: there is no {shorten(name)}{nearest(name, candidates)}"
-    renamed = "" if name == add_prefix(options.prefix, path) else f" (renamed from {shorten(path)})"
-    return shorten(name) + renamed + nearest(name, candidates)
+    lacks = "" if name == path else f": there is no {shorten(name)}"
+    return shorten(path) + lacks + nearest(name, candidates)
 
 
 def _kept(name: str, outcome: Comparison, options: Options) -> str:
@@ -153,7 +151,8 @@ def _remedies(outcome: Comparison, options: Options, nothing: bool) -> list[str]
         change = ["change the rules or the template"] if paths or outcome.mismatched else []
         return [*kept, *cast, *change]
     change = ["change the template"] if outcome.mismatched and not cast else []
-    names = ["rename= maps names", "prefix= selects a subtree"] if paths else []
+    names = ["rename= maps names"] if paths else []
+    names += ["prefix= selects a subtree"] if paths and not options.prefix else []
     if nothing and paths and options.rename is None and not options.prefix:
         names = _names_that_fit(paths, outcome.available)
     return [*names, *cast, *change]
