@@ -1,301 +1,317 @@
-"""Small checkpoints with the names and axes of well-known models, and the trees that they make."""
+"""Small checkpoints with the names and axes of well-known models, and the leaves of their trees.
 
-from collections.abc import Mapping
+A row says, apart from the rules, which values of a tensor a leaf has: the function in it is NumPy, and
+follows from what the layer computes in PyTorch.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
 
 E, H, K, D, F, V, L, X = 8, 4, 2, 3, 10, 11, 2, 3  # width, heads, key heads, their size, ...
 
-Shape = tuple[int, ...]
-Shapes = Mapping[str, Shape]
+Shape: TypeAlias = tuple[int, ...]
+Array: TypeAlias = Any  # of NumPy
+View: TypeAlias = Callable[[Array], Array]
+
+
+def same(w: Array) -> Array:
+    return w
+
+
+def transposed(w: Array) -> Array:
+    """For x @ kernel: torch.nn.Linear computes x @ w.T."""
+    return w.T
+
+
+def to_heads(w: Array) -> Array:
+    """For einsum("e,ehd->hd", x, kernel): PyTorch computes (x @ w.T).view(heads, D)."""
+    return w.reshape(-1, D, w.shape[1]).transpose(2, 0, 1)
+
+
+def from_heads(w: Array) -> Array:
+    """For einsum("hd,hde->e", x, kernel): PyTorch computes x.view(heads * D) @ w.T."""
+    return w.T.reshape(-1, D, len(w))
+
+
+def split_heads(b: Array) -> Array:
+    """For the bias of `to_heads`."""
+    return b.reshape(-1, D)
+
+
+def convolution(w: Array) -> Array:
+    """In Flax, the input and the output come last; in PyTorch, they come first, the output before."""
+    return np.moveaxis(w, (1, 0), (-2, -1))
+
+
+class Row(NamedTuple):
+    """A leaf, and the tensor that has its values. {l} is a layer, and {x} an expert; experts are stacked."""
+
+    path: str
+    name: str
+    shape: Shape
+    view: View = same
+
+    def paths(self) -> list[str]:
+        return [*dict.fromkeys(self.path.replace("{l}", str(l)) for l in range(L))]
+
+    def names(self, layer: int) -> list[str]:
+        name = self.name.replace("{l}", str(layer))
+        return [*dict.fromkeys(name.replace("{x}", str(x)) for x in range(X))]
+
+    def value(self, file: Mapping[str, Array], layer: int) -> Array:
+        """Return what the leaf of a layer must be."""
+        found = [self.view(file[name]) for name in self.names(layer)]
+        return np.stack(found) if "{x}" in self.name else found[0]
 
 
 class Example(NamedTuple):
-    """The tensors of a checkpoint, and the leaves of a tree, by dotted path."""
+    """The leaves of a tree, and the tensors of a checkpoint that no leaf has."""
 
-    tensors: Shapes
-    leaves: Shapes
-    unused: Shapes = MappingProxyType({})
+    rows: Sequence[Row]
+    unused: Mapping[str, Shape] = MappingProxyType({})
 
+    def tensors(self) -> dict[str, Shape]:
+        """Return the tensors that leaves have."""
+        return {name: row.shape for row in self.rows for l in range(L) for name in row.names(l)}
 
-def _layers(name: str, shapes: Shapes, count: int = L) -> dict[str, Shape]:
-    return {f"{name}.{l}.{rest}": shape for l in range(count) for rest, shape in shapes.items()}
+    def leaves(self, file: Mapping[str, Array]) -> dict[str, Array]:
+        """Return what the leaves must be, by their dotted paths."""
+        return {path: row.value(file, l) for row in self.rows for l, path in enumerate(row.paths())}
 
+    def unchanged(self) -> "Example":
+        """Return the same with the axes of the file."""
+        return self._replace(rows=[row._replace(view=same) for row in self.rows])
 
-def _dense(name: str, out: int, in_: int) -> dict[str, Shape]:
-    return {f"{name}.weight": (out, in_), f"{name}.bias": (out,)}
-
-
-def _kernel(path: str, *shape: int, bias: int = 1) -> dict[str, Shape]:
-    return {f"{path}.kernel": shape, f"{path}.bias": shape[-bias:]}
-
-
-def _norm(name: str, weight: str = "weight", bias: str = "bias") -> dict[str, Shape]:
-    return {f"{name}.{weight}": (E,), f"{name}.{bias}": (E,)}
-
-
-def _decoder(norms: tuple[str, ...], mlp: bool, qk_norm: bool, head: bool) -> Example:
-    block = {
-        "self_attn.q_proj.weight": (H * D, E),
-        "self_attn.k_proj.weight": (K * D, E),
-        "self_attn.v_proj.weight": (K * D, E),
-        "self_attn.o_proj.weight": (E, H * D),
-        **{f"{norm}_layernorm.weight": (E,) for norm in norms},
-    }
-    leaves = {
-        "attn.q.kernel": (E, H, D),
-        "attn.k.kernel": (E, K, D),
-        "attn.v.kernel": (E, K, D),
-        "attn.o.kernel": (H, D, E),
-        **{f"{norm}_norm.scale": (E,) for norm in norms},
-    }
-    if qk_norm:
-        block |= {f"self_attn.{p}_norm.weight": (D,) for p in "qk"}
-        leaves |= {f"attn.{p}_norm.scale": (D,) for p in "qk"}
-    if mlp:
-        block |= {f"mlp.{m}_proj.weight": (F, E) for m in ("gate", "up")}
-        block |= {"mlp.down_proj.weight": (E, F)}
-        leaves |= {f"mlp.{m}.kernel": (E, F) for m in ("gate", "up")}
-        leaves |= {"mlp.down.kernel": (F, E)}
-    tensors = {"model.embed_tokens.weight": (V, E), "model.norm.weight": (E,)}
-    tree = {"embed.embedding": (V, E), "norm.scale": (E,)}
-    if head:
-        tensors["lm_head.weight"] = (V, E)
-        tree["lm_head.kernel"] = (E, V)
-    return Example(
-        {**tensors, **_layers("model.layers", block)}, {**tree, **_layers("layers", leaves)}
-    )
-
-
-def _with_experts(
-    example: Example, gate: str, experts: str, names: tuple[str, str, str]
-) -> Example:
-    up, down = (F, E), (E, F)
-    block: dict[str, Shape] = {gate: (X, E)}
-    for x in range(X):
-        block |= {
-            f"{experts}.{x}.{name}.weight": s for name, s in zip(names, (up, up, down), strict=True)
+    def stacked(self, file: Mapping[str, Array]) -> dict[str, Array]:
+        """Return the same, with all layers in one array."""
+        return {
+            row.path.replace("{l}.", ""): np.stack([row.value(file, l) for l in range(L)])
+            if "{l}" in row.path
+            else row.value(file, 0)
+            for row in self.rows
         }
-    leaves: dict[str, Shape] = {
-        "moe.router.kernel": (E, X),
-        "moe.gate": (X, E, F),
-        "moe.up": (X, E, F),
-        "moe.down": (X, F, E),
-    }
-    return Example(
-        {**example.tensors, **_layers("model.layers", block)},
-        {**example.leaves, **_layers("layers", leaves)},
-    )
 
 
-_NORMS = ("input", "post_attention")
+def _dense(path: str, name: str, out: int, in_: int) -> list[Row]:
+    return [
+        Row(f"{path}.kernel", f"{name}.weight", (out, in_), transposed),
+        Row(f"{path}.bias", f"{name}.bias", (out,)),
+    ]
 
 
-def _gpt2() -> Example:
-    block = {
-        **_norm("ln_1"),
-        **_norm("ln_2"),
-        "attn.c_attn.weight": (E, 3 * H * D),
-        "attn.c_attn.bias": (3 * H * D,),
-        "attn.c_proj.weight": (H * D, E),
-        "attn.c_proj.bias": (E,),
-        "mlp.c_fc.weight": (E, F),
-        "mlp.c_fc.bias": (F,),
-        "mlp.c_proj.weight": (F, E),
-        "mlp.c_proj.bias": (E,),
-    }
-    leaves = {
-        **_norm("ln_1", "scale"),
-        **_norm("ln_2", "scale"),
-        **{k: s for p in "qkv" for k, s in _kernel(f"attn.{p}", E, H, D, bias=2).items()},
-        **_kernel("attn.out", H, D, E),
-        **_kernel("mlp.fc", E, F),
-        **_kernel("mlp.proj", F, E),
-    }
-    return Example(
-        {"wte.weight": (V, E), "wpe.weight": (7, E), **_norm("ln_f"), **_layers("h", block)},
-        {
-            "wte.embedding": (V, E),
-            "wpe.embedding": (7, E),
-            **_norm("ln_f", "scale"),
-            **_layers("h", leaves),
-        },
-        _layers("h", {"attn.bias": (1, 1, 7, 7)}),
-    )
+def _norm(path: str, name: str, weight: str = "weight", bias: str = "bias") -> list[Row]:
+    return [
+        Row(f"{path}.scale", f"{name}.{weight}", (E,)),
+        Row(f"{path}.bias", f"{name}.{bias}", (E,)),
+    ]
 
 
-def _attention(name: str, parts: tuple[str, ...], biased: tuple[str, ...]) -> dict[str, Shape]:
-    found: dict[str, Shape] = {f"{name}.{part}.weight": (H * D, E) for part in parts}
-    return found | {f"{name}.{part}.bias": (H * D,) for part in biased}
+def _heads(path: str, name: str) -> list[Row]:
+    return [
+        Row(f"{path}.kernel", f"{name}.weight", (H * D, E), to_heads),
+        Row(f"{path}.bias", f"{name}.bias", (H * D,), split_heads),
+    ]
 
 
-def _attention_leaves(
-    path: str, parts: tuple[str, ...], biased: tuple[str, ...]
-) -> dict[str, Shape]:
-    found: dict[str, Shape] = {f"{path}.{part}.kernel": (E, H, D) for part in parts}
-    return found | {f"{path}.{part}.bias": (H, D) for part in biased}
+def _out(path: str, name: str) -> list[Row]:
+    return [
+        Row(f"{path}.kernel", f"{name}.weight", (E, H * D), from_heads),
+        Row(f"{path}.bias", f"{name}.bias", (E,)),
+    ]
 
 
-_QKV = ("query", "key", "value")
+_HEAD = [Row("lm_head.kernel", "lm_head.weight", (V, E), transposed)]
+_MLP = [
+    Row("layers.{l}.mlp.gate.kernel", "model.layers.{l}.mlp.gate_proj.weight", (F, E), transposed),
+    Row("layers.{l}.mlp.up.kernel", "model.layers.{l}.mlp.up_proj.weight", (F, E), transposed),
+    Row("layers.{l}.mlp.down.kernel", "model.layers.{l}.mlp.down_proj.weight", (E, F), transposed),
+]
+_QK_NORMS = [
+    Row("layers.{l}.attn.q_norm.scale", "model.layers.{l}.self_attn.q_norm.weight", (D,)),
+    Row("layers.{l}.attn.k_norm.scale", "model.layers.{l}.self_attn.k_norm.weight", (D,)),
+]
+
+
+def _decoder(norms: Sequence[str] = ("input", "post_attention")) -> list[Row]:
+    attn, own = "model.layers.{l}.self_attn", "layers.{l}.attn"
+    return [
+        Row("embed.embedding", "model.embed_tokens.weight", (V, E)),
+        Row(f"{own}.q.kernel", f"{attn}.q_proj.weight", (H * D, E), to_heads),
+        Row(f"{own}.k.kernel", f"{attn}.k_proj.weight", (K * D, E), to_heads),
+        Row(f"{own}.v.kernel", f"{attn}.v_proj.weight", (K * D, E), to_heads),
+        Row(f"{own}.o.kernel", f"{attn}.o_proj.weight", (E, H * D), from_heads),
+        Row("norm.scale", "model.norm.weight", (E,)),
+        *(
+            Row(f"layers.{{l}}.{n}_norm.scale", f"model.layers.{{l}}.{n}_layernorm.weight", (E,))
+            for n in norms
+        ),
+    ]
+
+
+def _experts(block: str, gate: str, up: str, down: str) -> list[Row]:
+    own, experts = "layers.{l}.moe", f"model.layers.{{l}}.{block}.experts.{{x}}"
+    return [
+        Row(f"{own}.router.kernel", f"model.layers.{{l}}.{block}.gate.weight", (X, E), transposed),
+        Row(f"{own}.gate", f"{experts}.{gate}.weight", (F, E), transposed),
+        Row(f"{own}.up", f"{experts}.{up}.weight", (F, E), transposed),
+        Row(f"{own}.down", f"{experts}.{down}.weight", (E, F), transposed),
+    ]
+
+
+def _gpt2(query: View, query_bias: View, out: View, dense: View) -> Example:
+    """GPT-2 computes x @ w, and splits the output, the last axis, into queries, keys and values."""
+    attn = "h.{l}.attn"
+    rows = [
+        Row("wte.embedding", "wte.weight", (V, E)),
+        Row("wpe.embedding", "wpe.weight", (7, E)),
+        *_norm("h.{l}.ln_1", "h.{l}.ln_1"),
+        *_norm("h.{l}.ln_2", "h.{l}.ln_2"),
+        *_norm("ln_f", "ln_f"),
+        Row(f"{attn}.out.kernel", f"{attn}.c_proj.weight", (H * D, E), out),
+        Row(f"{attn}.out.bias", f"{attn}.c_proj.bias", (E,)),
+        Row("h.{l}.mlp.fc.kernel", "h.{l}.mlp.c_fc.weight", (E, F), dense),
+        Row("h.{l}.mlp.fc.bias", "h.{l}.mlp.c_fc.bias", (F,)),
+        Row("h.{l}.mlp.proj.kernel", "h.{l}.mlp.c_proj.weight", (F, E), dense),
+        Row("h.{l}.mlp.proj.bias", "h.{l}.mlp.c_proj.bias", (E,)),
+    ]
+    for number, p in enumerate("qkv"):
+
+        def third(view: View, number: int = number) -> View:
+            return lambda w: view(np.split(w, 3, axis=-1)[number])
+
+        rows += [
+            Row(f"{attn}.{p}.kernel", f"{attn}.c_attn.weight", (E, 3 * H * D), third(query)),
+            Row(f"{attn}.{p}.bias", f"{attn}.c_attn.bias", (3 * H * D,), third(query_bias)),
+        ]
+    return Example(rows, {f"h.{l}.attn.bias": (1, 1, 7, 7) for l in range(L)})
 
 
 def _bert() -> Example:
-    block = {
-        **_attention("attention.self", _QKV, _QKV),
-        **_dense("attention.output.dense", E, H * D),
-        **_norm("attention.output.LayerNorm", "gamma", "beta"),
-        **_dense("intermediate.dense", F, E),
-        **_dense("output.dense", E, F),
-        **_norm("output.LayerNorm", "gamma", "beta"),
-    }
-    leaves = {
-        **_attention_leaves("attn", _QKV, _QKV),
-        **_kernel("attn.out", H, D, E),
-        **_norm("attn.norm", "scale"),
-        **_kernel("mlp.up", E, F),
-        **_kernel("mlp.down", F, E),
-        **_norm("mlp.norm", "scale"),
-    }
-    sizes = {"word": V, "position": 7, "token_type": 2}
-    return Example(
-        {
-            **{f"bert.embeddings.{e}_embeddings.weight": (n, E) for e, n in sizes.items()},
-            **_norm("bert.embeddings.LayerNorm", "gamma", "beta"),
-            **_layers("bert.encoder.layer", block),
-            **_dense("bert.pooler.dense", E, E),
-        },
-        {
-            **{f"embeddings.{e}.embedding": (n, E) for e, n in sizes.items()},
-            **_norm("embeddings.norm", "scale"),
-            **_layers("layers", leaves),
-            **_kernel("pooler", E, E),
-        },
-        {
-            "cls.predictions.bias": (V,),
-            **_dense("cls.predictions.transform.dense", E, E),
-            **_norm("cls.predictions.transform.LayerNorm", "gamma", "beta"),
-            **_dense("cls.seq_relationship", 2, E),
-        },
-    )
+    block, own = "bert.encoder.layer.{l}", "layers.{l}"
+    rows = [
+        Row("embeddings.word.embedding", "bert.embeddings.word_embeddings.weight", (V, E)),
+        Row("embeddings.position.embedding", "bert.embeddings.position_embeddings.weight", (7, E)),
+        Row(
+            "embeddings.token_type.embedding",
+            "bert.embeddings.token_type_embeddings.weight",
+            (2, E),
+        ),
+        *_norm("embeddings.norm", "bert.embeddings.LayerNorm", "gamma", "beta"),
+        *_heads(f"{own}.attn.query", f"{block}.attention.self.query"),
+        *_heads(f"{own}.attn.key", f"{block}.attention.self.key"),
+        *_heads(f"{own}.attn.value", f"{block}.attention.self.value"),
+        *_out(f"{own}.attn.out", f"{block}.attention.output.dense"),
+        *_norm(f"{own}.attn.norm", f"{block}.attention.output.LayerNorm", "gamma", "beta"),
+        *_dense(f"{own}.mlp.up", f"{block}.intermediate.dense", F, E),
+        *_dense(f"{own}.mlp.down", f"{block}.output.dense", E, F),
+        *_norm(f"{own}.mlp.norm", f"{block}.output.LayerNorm", "gamma", "beta"),
+        *_dense("pooler", "bert.pooler.dense", E, E),
+    ]
+    unused = [
+        *_dense("", "cls.predictions.transform.dense", E, E),
+        *_norm("", "cls.predictions.transform.LayerNorm", "gamma", "beta"),
+        *_dense("", "cls.seq_relationship", 2, E),
+    ]
+    return Example(rows, {"cls.predictions.bias": (V,), **{row.name: row.shape for row in unused}})
 
 
 def _vit() -> Example:
-    block = {
-        **_attention("attention.attention", _QKV, _QKV),
-        **_dense("attention.output.dense", E, H * D),
-        **_dense("intermediate.dense", F, E),
-        **_dense("output.dense", E, F),
-        **_norm("layernorm_before"),
-        **_norm("layernorm_after"),
-    }
-    leaves = {
-        **_attention_leaves("attn", _QKV, _QKV),
-        **_kernel("attn.out", H, D, E),
-        **_kernel("mlp.up", E, F),
-        **_kernel("mlp.down", F, E),
-        **_norm("norm_before", "scale"),
-        **_norm("norm_after", "scale"),
-    }
+    block, own = "vit.encoder.layer.{l}", "layers.{l}"
     patches = "vit.embeddings.patch_embeddings.projection"
     return Example(
-        {
-            "vit.embeddings.cls_token": (1, 1, E),
-            "vit.embeddings.position_embeddings": (1, 5, E),
-            f"{patches}.weight": (E, 3, 4, 4),
-            f"{patches}.bias": (E,),
-            **_layers("vit.encoder.layer", block),
-            **_norm("vit.layernorm"),
-            **_dense("classifier", V, E),
-        },
-        {
-            "cls": (1, 1, E),
-            "position": (1, 5, E),
-            **_kernel("patches", 4, 4, 3, E),
-            **_layers("layers", leaves),
-            **_norm("norm", "scale"),
-            **_kernel("head", E, V),
-        },
+        [
+            Row("cls", "vit.embeddings.cls_token", (1, 1, E)),
+            Row("position", "vit.embeddings.position_embeddings", (1, 5, E)),
+            Row("patches.kernel", f"{patches}.weight", (E, 3, 4, 4), convolution),
+            Row("patches.bias", f"{patches}.bias", (E,)),
+            *_heads(f"{own}.attn.query", f"{block}.attention.attention.query"),
+            *_heads(f"{own}.attn.key", f"{block}.attention.attention.key"),
+            *_heads(f"{own}.attn.value", f"{block}.attention.attention.value"),
+            *_out(f"{own}.attn.out", f"{block}.attention.output.dense"),
+            *_dense(f"{own}.mlp.up", f"{block}.intermediate.dense", F, E),
+            *_dense(f"{own}.mlp.down", f"{block}.output.dense", E, F),
+            *_norm(f"{own}.norm_before", f"{block}.layernorm_before"),
+            *_norm(f"{own}.norm_after", f"{block}.layernorm_after"),
+            *_norm("norm", "vit.layernorm"),
+            *_dense("head", "classifier", V, E),
+        ]
     )
 
 
 def _whisper() -> Example:
-    tensors: dict[str, Shape] = {
-        "model.decoder.embed_tokens.weight": (V, E),
-        "model.encoder.conv1.weight": (E, 6, 3),
-        "model.encoder.conv1.bias": (E,),
-        "model.encoder.conv2.weight": (E, E, 3),
-        "model.encoder.conv2.bias": (E,),
-    }
-    leaves: dict[str, Shape] = {
-        "decoder.embed.embedding": (V, E),
-        **_kernel("encoder.conv1", 3, 6, E),
-        **_kernel("encoder.conv2", 3, E, E),
-    }
-    for stack, attentions in {"encoder": ("self",), "decoder": ("self", "encoder")}.items():
-        block, mine = (
-            {**_dense("fc1", F, E), **_dense("fc2", E, F)},
-            {**_kernel("mlp.fc1", E, F), **_kernel("mlp.fc2", F, E)},
-        )
+    rows = [
+        Row("decoder.embed.embedding", "model.decoder.embed_tokens.weight", (V, E)),
+        Row("encoder.conv1.kernel", "model.encoder.conv1.weight", (E, 6, 3), convolution),
+        Row("encoder.conv1.bias", "model.encoder.conv1.bias", (E,)),
+        Row("encoder.conv2.kernel", "model.encoder.conv2.weight", (E, E, 3), convolution),
+        Row("encoder.conv2.bias", "model.encoder.conv2.bias", (E,)),
+    ]
+    for s, attentions in {"encoder": ["self"], "decoder": ["self", "encoder"]}.items():
+        block, own = f"model.{s}.layers.{{l}}", f"{s}.layers.{{l}}"
+        rows += [
+            Row(f"{s}.positions", f"model.{s}.embed_positions.weight", (9, E)),
+            *_dense(f"{own}.mlp.fc1", f"{block}.fc1", F, E),
+            *_dense(f"{own}.mlp.fc2", f"{block}.fc2", E, F),
+            *_norm(f"{own}.final_norm", f"{block}.final_layer_norm"),
+            *_norm(f"{s}.norm", f"model.{s}.layer_norm"),
+        ]
         for a in attentions:
-            block |= _attention(f"{a}_attn", ("q_proj", "k_proj", "v_proj"), ("q_proj", "v_proj"))
-            block |= _dense(f"{a}_attn.out_proj", E, H * D)
-            mine |= _attention_leaves(f"{a}_attn", ("q", "k", "v"), ("q", "v"))
-            mine |= _kernel(f"{a}_attn.out", H, D, E)
-        for norm in (*(f"{a}_attn" for a in attentions), "final"):
-            block |= _norm(f"{norm}_layer_norm")
-            mine |= _norm(f"{norm}_norm", "scale")
-        tensors |= {
-            f"model.{stack}.embed_positions.weight": (9, E),
-            **_norm(f"model.{stack}.layer_norm"),
-        }
-        leaves |= {f"{stack}.positions": (9, E), **_norm(f"{stack}.norm", "scale")}
-        tensors |= _layers(f"model.{stack}.layers", block)
-        leaves |= _layers(f"{stack}.layers", mine)
-    return Example(tensors, leaves)
+            rows += [
+                *_heads(f"{own}.{a}_attn.q", f"{block}.{a}_attn.q_proj"),
+                *_heads(f"{own}.{a}_attn.k", f"{block}.{a}_attn.k_proj")[:1],  # without a bias
+                *_heads(f"{own}.{a}_attn.v", f"{block}.{a}_attn.v_proj"),
+                *_out(f"{own}.{a}_attn.out", f"{block}.{a}_attn.out_proj"),
+                *_norm(f"{own}.{a}_attn_norm", f"{block}.{a}_attn_layer_norm"),
+            ]
+    return Example(rows)
 
 
 def _t5() -> Example:
-    tensors: dict[str, Shape] = {"shared.weight": (V, E)}
-    leaves: dict[str, Shape] = {"embed.embedding": (V, E)}
-    for stack, parts in {
-        "encoder": [("self", "SelfAttention")],
-        "decoder": [("self", "SelfAttention"), ("cross", "EncDecAttention")],
-    }.items():
-        block: dict[str, Shape] = {}
-        mine: dict[str, Shape] = {}
-        for number, (part, name) in enumerate(parts):
-            block |= {f"layer.{number}.{name}.{p}.weight": (H * D, E) for p in "qkv"}
-            block |= {f"layer.{number}.{name}.o.weight": (E, H * D)}
-            mine |= {f"{part}.{p}.kernel": (E, H, D) for p in "qkv"}
-            mine |= {f"{part}.o.kernel": (H, D, E)}
-        last = f"layer.{len(parts)}.DenseReluDense"
-        block |= {f"{last}.wi.weight": (F, E), f"{last}.wo.weight": (E, F)}
-        mine |= {"mlp.wi.kernel": (E, F), "mlp.wo.kernel": (F, E)}
-        block |= {f"layer.{number}.layer_norm.weight": (E,) for number in range(len(parts) + 1)}
-        mine |= {f"{part}.norm.scale": (E,) for part in (*(part for part, _ in parts), "mlp")}
-        tensors |= _layers(f"{stack}.block", block)
-        leaves |= _layers(f"{stack}.layers", mine)
-        bias = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
-        tensors |= {bias: (5, H), f"{stack}.final_layer_norm.weight": (E,)}
-        leaves |= {f"{stack}.relative_bias": (5, H), f"{stack}.norm.scale": (E,)}
-    unused = {"decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight": (5, H)}
-    return Example(tensors, leaves, unused)
+    parts = {"self": "SelfAttention", "cross": "EncDecAttention", "mlp": "DenseReluDense"}
+    bias = "relative_attention_bias.weight"
+    rows = [Row("embed.embedding", "shared.weight", (V, E))]
+    for s, order in {"encoder": ["self", "mlp"], "decoder": ["self", "cross", "mlp"]}.items():
+        rows += [
+            Row(f"{s}.relative_bias", f"{s}.block.0.layer.0.SelfAttention.{bias}", (5, H)),
+            Row(f"{s}.norm.scale", f"{s}.final_layer_norm.weight", (E,)),
+        ]
+        for number, part in enumerate(order):
+            sublayer, own = f"{s}.block.{{l}}.layer.{number}", f"{s}.layers.{{l}}.{part}"
+            layer = f"{sublayer}.{parts[part]}"
+            rows += [Row(f"{own}.norm.scale", f"{sublayer}.layer_norm.weight", (E,))]
+            if part == "mlp":
+                rows += [
+                    Row(f"{own}.wi.kernel", f"{layer}.wi.weight", (F, E), transposed),
+                    Row(f"{own}.wo.kernel", f"{layer}.wo.weight", (E, F), transposed),
+                ]
+            else:
+                rows += [
+                    Row(f"{own}.q.kernel", f"{layer}.q.weight", (H * D, E), to_heads),
+                    Row(f"{own}.k.kernel", f"{layer}.k.weight", (H * D, E), to_heads),
+                    Row(f"{own}.v.kernel", f"{layer}.v.weight", (H * D, E), to_heads),
+                    Row(f"{own}.o.kernel", f"{layer}.o.weight", (E, H * D), from_heads),
+                ]
+    return Example(rows, {f"decoder.block.0.layer.1.EncDecAttention.{bias}": (5, H)})
 
 
 def _resnet() -> Example:
-    tensors: dict[str, Shape] = {"fc.weight": (V, 8), "fc.bias": (V,)}
-    leaves: dict[str, Shape] = {"params.fc.kernel": (8, V), "params.fc.bias": (V,)}
+    rows = [*_dense("params.fc", "fc", V, 8)]
     unused: dict[str, Shape] = {}
 
     def add(conv: str, norm: str, out: int, in_: int, size: int) -> None:
-        tensors.update({f"{conv}.weight": (out, in_, size, size)})
-        leaves.update({f"params.{conv}.kernel": (size, size, in_, out)})
-        tensors.update(
-            {f"{norm}.{w}": (out,) for w in ("weight", "bias", "running_mean", "running_var")}
+        rows.extend(
+            [
+                Row(f"params.{conv}.kernel", f"{conv}.weight", (out, in_, size, size), convolution),
+                Row(f"params.{norm}.scale", f"{norm}.weight", (out,)),
+                Row(f"params.{norm}.bias", f"{norm}.bias", (out,)),
+                Row(f"batch_stats.{norm}.mean", f"{norm}.running_mean", (out,)),
+                Row(f"batch_stats.{norm}.var", f"{norm}.running_var", (out,)),
+            ]
         )
-        leaves.update({f"params.{norm}.{w}": (out,) for w in ("scale", "bias")})
-        leaves.update({f"batch_stats.{norm}.{w}": (out,) for w in ("mean", "var")})
-        unused.update({f"{norm}.num_batches_tracked": ()})
+        unused[f"{norm}.num_batches_tracked"] = ()
 
     add("conv1", "bn1", 4, 3, 7)
     for layer, (out, in_) in {"layer1": (4, 4), "layer2": (8, 4)}.items():
@@ -303,26 +319,28 @@ def _resnet() -> Example:
             add(f"{layer}.{block}.conv1", f"{layer}.{block}.bn1", out, in_ if not block else out, 3)
             add(f"{layer}.{block}.conv2", f"{layer}.{block}.bn2", out, out, 3)
     add("layer2.0.downsample.0", "layer2.0.downsample.1", 8, 4, 1)
-    return Example(tensors, leaves, unused)
+    return Example(rows, unused)
 
-
-_llama = _decoder(_NORMS, mlp=True, qk_norm=False, head=True)
-_qwen = _decoder(_NORMS, mlp=False, qk_norm=True, head=True)
-_mixtral = _decoder(_NORMS, mlp=False, qk_norm=False, head=True)
-_gemma_norms = (*_NORMS, "pre_feedforward", "post_feedforward")
 
 # By the name of the list of rules on the page.
 EXAMPLES: dict[str, Example] = {
-    "LLAMA": _llama,
-    "QWEN3": _decoder(_NORMS, mlp=True, qk_norm=True, head=True),
-    "QWEN3_MOE": _with_experts(
-        _qwen, "mlp.gate.weight", "mlp.experts", ("gate_proj", "up_proj", "down_proj")
+    "LLAMA": Example([*_decoder(), *_MLP, *_HEAD]),
+    "QWEN3": Example([*_decoder(), *_MLP, *_QK_NORMS, *_HEAD]),
+    "QWEN3_MOE": Example(
+        [*_decoder(), *_experts("mlp", "gate_proj", "up_proj", "down_proj"), *_QK_NORMS, *_HEAD]
     ),
-    "MIXTRAL": _with_experts(
-        _mixtral, "block_sparse_moe.gate.weight", "block_sparse_moe.experts", ("w1", "w3", "w2")
+    "MIXTRAL": Example([*_decoder(), *_experts("block_sparse_moe", "w1", "w3", "w2"), *_HEAD]),
+    "GEMMA3": Example(
+        [
+            *_decoder(("input", "post_attention", "pre_feedforward", "post_feedforward")),
+            *_MLP,
+            *_QK_NORMS,
+        ]
     ),
-    "GEMMA3": _decoder(_gemma_norms, mlp=True, qk_norm=True, head=False),
-    "GPT2": _gpt2(),
+    "GPT2": _gpt2(
+        lambda w: w.reshape(E, H, D), split_heads, lambda w: w.reshape(H, D, E), dense=same
+    ),
+    "GPT2_OUT_IN": _gpt2(transposed, same, transposed, dense=transposed),
     "BERT": _bert(),
     "VIT": _vit(),
     "WHISPER": _whisper(),
