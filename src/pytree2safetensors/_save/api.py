@@ -55,7 +55,8 @@ def save_pytree(
             abstract, deleted, donated and unreduced arrays, references to arrays, and other objects
             that hold arrays always raise.
         durable: Flush the file to disk before returning.
-        checksum: Store a digest of each tensor, which loading verifies.
+        checksum: Store a digest of each tensor. A load verifies the tensors that its process reads
+            whole.
         max_shard_size: Split the tree into files with tensors of at most this size together, as model
             hubs do: a number of bytes, or a str such as "5GB". A larger tensor gets its own file.
         progress: True for a progress bar, or a function of (done_bytes, total_bytes).
@@ -121,7 +122,8 @@ def save_pytree_async(
         metadata: Strings to store beside the tensors, for `load_metadata`.
         unsupported: "raise", or "skip" to leave out leaves that a file cannot hold.
         durable: Flush the file to disk before the future is done.
-        checksum: Store a digest of each tensor, which loading verifies.
+        checksum: Store a digest of each tensor. A load verifies the tensors that its process reads
+            whole.
         max_shard_size: As for `save_pytree`.
         progress: As for `save_pytree`. A function is called in another thread.
         rename: As for `save_pytree`.
