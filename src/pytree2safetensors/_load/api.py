@@ -44,7 +44,8 @@ def load_pytree(
         separator: The text that joins keys in names from another program, such as "." in PyTorch.
             The tree has lists where all keys are indices, and dicts elsewhere.
         mmap: Map the file instead of reading it. The file must not change afterwards.
-        progress: True for a progress bar, or a function of (done_bytes, total_bytes).
+        progress: True for a progress bar, or a function of (done_bytes, total_bytes), which may be
+            called in other threads, one call at a time.
 
     Returns:
         The tree that was saved. The keys of its children decide whether a node of another type
@@ -54,8 +55,8 @@ def load_pytree(
 
     Raises:
         FileFormatError: The file is damaged, is not a safetensors file, or changes during the load;
-            the folder does not have exactly one checkpoint; or the installed libraries do not know a
-            leaf.
+            the folder has no checkpoint, or none of several takes precedence; or the installed
+            libraries do not know a leaf.
         KeyPathError: A name in the file or `prefix` is not a key path, and `separator` is empty. Load
             a file with such names into a template.
         TreeStructureError: The names do not form a tree.

@@ -130,7 +130,8 @@ def load_into_pytree(
         rename: Rules; or a function or mapping from a spelled key path of the template to the name
             in the file.
         mmap: Map the file instead of reading it. The file must not change afterwards.
-        progress: True for a progress bar, or a function of (done_bytes, total_bytes).
+        progress: True for a progress bar, or a function of (done_bytes, total_bytes), which may be
+            called in other threads, one call at a time.
 
     Returns:
         A tree with the treedef of `module`. Type checkers give it the type of `module`.
@@ -139,7 +140,7 @@ def load_into_pytree(
         WeightsMismatchError: Leaves are missing, unexpected or mismatched. Its attributes list all of
             them, and the message lists the first 20 of each kind.
         FileFormatError: The file is damaged, is not a safetensors file, or changes during the load; or
-            the folder does not have exactly one checkpoint.
+            the folder has no checkpoint, or none of several takes precedence.
         KeyPathError: A key path of `module` cannot be spelled, or `prefix` is not a key path.
         TreeStructureError: JAX cannot flatten `module`.
         ValueError: `mmap` is True, and `path` is a file object or a URL; or the path of a rule is
