@@ -77,3 +77,11 @@ def test_a_kill_before_any_line_leaves_checkpoints(step: int, tmp_path: Path) ->
         kept = {int(path.stem.removeprefix("step-")) for path in names.checkpoints(folder)}
         assert kept == newest | {best_step}
     assert line > 5, "no line was reached"
+
+
+def test_nan_is_never_the_best_score(tmp_path: Path) -> None:
+    names = guide()
+    for step, score in enumerate([float("nan"), 0.5, float("nan"), 0.1, 0.2]):
+        names.save_step(tmp_path, {"step": step}, step, score, {}, keep=2)
+    steps = [int(path.stem.removeprefix("step-")) for path in names.checkpoints(tmp_path)]
+    assert steps == [1, 3, 4]
