@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from command import Run, small, strictly
-from pytree2safetensors import load_into_pytree, save_pytree
+from pytree2safetensors import FileFormatError, load_into_pytree, load_pytree, save_pytree
 from pytree2safetensors._cli.verify import verify_file
 from pytree2safetensors.testing._nodes import Keyed
 
@@ -69,6 +69,25 @@ def test_verify_names_what_is_broken(run: Run) -> None:
     assert run("verify", "w.safetensors")[2] == (
         "pytree2safetensors: w.safetensors is damaged: 2 problems\n"
     )
+
+
+def test_a_damaged_shard_is_named(run: Run) -> None:
+    tree = {"a": np.zeros(3), "b": np.zeros(3), "c": np.zeros(100_000)}
+    save_pytree(tree, "folder", checksum=True, max_shard_size=24)
+    for number, name in ((1, "@c"), (3, "@b")):
+        shard = Path("folder", f"model-{number:05}-of-00003.safetensors")
+        content = shard.read_bytes()
+        shard.write_bytes(content[:-1] + b"\x07")
+        problem = f"{name!r} in {str(shard)!r} does not match its digest: its data is damaged"
+        code, _, err = run("verify", "folder")
+        assert (code, err) == (1, f"pytree2safetensors: folder is damaged: {problem}\n")
+        with pytest.raises(FileFormatError) as caught:
+            load_pytree("folder")
+        assert str(caught.value) == f"{problem}; restore the file from a copy"
+        with pytest.raises(FileFormatError) as caught:
+            load_into_pytree(tree, "folder")
+        assert str(caught.value) == f"{problem}; restore the file from a copy"
+        shard.write_bytes(content)
 
 
 def test_verify_of_names_that_make_no_tree_is_no_error(run: Run) -> None:

@@ -19,8 +19,13 @@ HOLES = " is not a placeholder; write {l}, {l+3}, {6*b+i}, {p:q,k,v}, {*} or {=}
 # Arguments, sizes, and what the message says after the rule.
 BAD = [
     ((None, None), {}, "it has neither a name nor a path"),
-    (("w{", "w"), {}, "'w{' has a single '{'; write it twice"),
-    (("w", "a}b"), {}, "'a}b' has a single '}'; write it twice"),
+    (("w{", "w"), {}, "'w{' has a '{' that is not closed; write '{{' for the character"),
+    (
+        ("w.{l", "w.{l}"),
+        {},
+        "'w.{l' has a '{' that is not closed; write '{{' for the character",
+    ),
+    (("w", "a}b"), {}, "'a}b' has a '}' that closes nothing; write '}}' for the character"),
     (("{}", "w"), {}, "{}" + HOLES),
     (("{l-1}", "{l}"), {}, "{l-1}" + HOLES),
     (("t{²}", "x{²}"), {}, "{²}" + HOLES),

@@ -124,7 +124,9 @@ def _tensor_problems(checkpoint: OpenCheckpoint, name: str, remarks: list[str]) 
             for _ in pieces:
                 pass
         elif digest_tensor(name, info, hash_blocks(pieces)) != checkpoint.digests[name]:
-            yield f"{shorten(name)} does not match its digest: its data is damaged"
+            shard = checkpoint.places[name][0].label
+            where = "" if shard == checkpoint.label else f" in {shard}"
+            yield f"{shorten(name)}{where} does not match its digest: its data is damaged"
     except FileFormatError as error:
         yield str(error)
 

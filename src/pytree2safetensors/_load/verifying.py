@@ -23,26 +23,27 @@ def check_digests(checkpoint: OpenCheckpoint, places: Sequence[Place], pool: Rea
     digests = checkpoint.digests
     if digests is None:
         return
-    checks: list[tuple[str, TensorInfo, Sequence[Future[list[bytes]]]]] = []
+    checks: list[tuple[str, TensorInfo, str, Sequence[Future[list[bytes]]]]] = []
     for name, group in groupby(places, key=lambda place: place.slot.name):
         mine = list(group)
         info = checkpoint.infos[name]
+        file = checkpoint.places[name][0].label
         whole = next((place for place in mine if place.slot.region is None), None)
         if whole is not None:
             if info.nbytes < ALONE:
-                check_digest(name, info, hash_blocks([whole.raw]), digests, checkpoint.label)
+                check_digest(name, info, hash_blocks([whole.raw]), digests, file)
                 continue
             blocks = [[whole.raw[start:stop]] for start, stop in block_bounds(whole.slot.nbytes)]
-            checks.append((name, info, pool.map(hash_blocks, blocks)))
+            checks.append((name, info, file, pool.map(hash_blocks, blocks)))
             continue
         for _, parts in groupby(mine, key=lambda place: place.slot.info.shape):
             found = list(parts)
             if sum(place.slot.nbytes for place in found) == info.nbytes:
-                checks.append((name, info, pool.map(_hash_all, [found])))
+                checks.append((name, info, file, pool.map(_hash_all, [found])))
                 break
-    for name, info, futures in checks:
+    for name, info, file, futures in checks:
         hashes = chain.from_iterable(future.result() for future in futures)
-        check_digest(name, info, hashes, digests, checkpoint.label)
+        check_digest(name, info, hashes, digests, file)
 
 
 def _hash_all(places: list[Place]) -> list[bytes]:

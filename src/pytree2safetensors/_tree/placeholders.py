@@ -21,6 +21,10 @@ SPELLED: Final = "="  # stands for a whole spelled key path
 _PIECES: Final = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|([{}])")
 _TERM: Final = re.compile(r"(?:([0-9]{1,18})\*)?([^\W\d]\w*)|([0-9]{1,18})")
 _NUMBER: Final = "0|[1-9][0-9]{0,17}"  # at most what a 64-bit integer holds
+_ALONE: Final = {
+    "{": "a '{' that is not closed; write '{{' for the character",
+    "}": "a '}' that closes nothing; write '}}' for the character",
+}
 _EXAMPLES: Final = "{l}, {l+3}, {6*b+i}, {p:q,k,v}, {*} or {=}"
 
 
@@ -75,7 +79,7 @@ def read_side(text: str) -> Side:
         literal += text[end : piece.start()]
         end = piece.end()
         if piece[2] is not None:
-            raise ValueError(f"{text!r} has a single {piece[2]!r}; write it twice")
+            raise ValueError(f"{text!r} has {_ALONE[piece[2]]}")
         if piece[1] is None:
             literal += piece[0][0]
         else:
