@@ -37,7 +37,7 @@ DIFFERENT = """\
 ~ metadata run  '42' -> '43'
 ~ metadata tag  'x' -> absent
 
-leaves    10 of 11 in both files differ, 1 only in the first, 1 only in the
+leaves    of the 11 in both files, 10 differ, 1 only in the first, 1 only in the
           second
 nodes     1 differ
 metadata  2 differ

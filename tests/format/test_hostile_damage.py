@@ -56,12 +56,12 @@ PEER_BROKEN: list[tuple[bytes, str]] = [
     (file(SMALL, bytes(14)), "is truncated: its header describes 16 bytes of data, and 14 follow"),
     (
         file({"test": tensor("I32", [2, 2], 0, 4)}),
-        "4 bytes, and its dtype I32 with its shape [2, 2]",
+        "4 bytes, but its dtype I32 and shape [2, 2]",
     ),
-    (file({"test": tensor("I32", [2, 2**64 - 2], 0, 16)}, bytes(16)), "another size"),
-    (file({"test": tensor("I32", [2, 2**63 - 1], 0, 16)}, bytes(16)), "another size"),
+    (file({"test": tensor("I32", [2, 2**64 - 2], 0, 16)}, bytes(16)), "take another size"),
+    (file({"test": tensor("I32", [2, 2**63 - 1], 0, 16)}, bytes(16)), "take another size"),
     (file(OVERLAPPING, bytes(16)), "has an overlap at the data of 'weight_"),
-    (file({"test": tensor("F4", [1, 3], 0, 2)}, bytes(2)), "its dtype F4 with its shape [1, 3]"),
+    (file({"test": tensor("F4", [1, 3], 0, 2)}, bytes(2)), "its dtype F4 and shape [1, 3]"),
 ]
 
 

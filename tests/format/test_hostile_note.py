@@ -29,11 +29,11 @@ NOTES: list[tuple[bytes, str]] = [
     (noted({"version": True}), "the note of the BytesIO has no version; it is damaged"),
     (noted({"version": 0}), "the note of the BytesIO has no version; it is damaged"),
     (noted({"version": 1.0}), "the note of the BytesIO"),
-    (noted({"version": 2}), "is of version 2, and this is a reader of version 1; install a newer"),
-    (noted({"version": 10**4000}), "is of version 1000000000, and this is a reader of version 1"),
+    (noted({"version": 2}), "has version 2, but this reader knows only version 1; install a newer"),
+    (noted({"version": 10**4000}), "has version 1000000000, but this reader knows only version 1"),
     (noted({"version": 1, "code": ""}), "the note of the BytesIO has an unknown entry 'code'"),
-    (noted({"version": 1, "nodes": []}), "lists its node kinds outside of a JSON object"),
-    (noted({"version": 1, "leaves": None}), "lists its leaf kinds outside of a JSON object"),
+    (noted({"version": 1, "nodes": []}), "the node kinds in the note of"),
+    (noted({"version": 1, "leaves": None}), "the leaf kinds in the note of"),
     (nodes({"": "set"}), "gives '' the unknown or malformed node kind 'set'"),
     (nodes({"": 1}), "gives '' the unknown or malformed node kind of type int"),
     (nodes({"": []}), "gives '' the unknown or malformed node kind of type list"),
@@ -76,7 +76,10 @@ TREE_NOTES: list[tuple[bytes, str]] = [
         leaves({"@a": ["key", "rbg"]}, **{"@a": U32}),
         "noted as a key of rbg, whose data must end in",
     ),
-    (leaves({"@a": "int4"}, **{"@a": tensor("I8", [1], 0, 1)})[:-1] + b"\x10", "outside of int4"),
+    (
+        leaves({"@a": "int4"}, **{"@a": tensor("I8", [1], 0, 1)})[:-1] + b"\x10",
+        "has values that are not int4",
+    ),
 ]
 
 

@@ -46,8 +46,8 @@ def test_every_leaf_has_a_row(path: Path) -> None:
         "  kept     '@f' = 'f'                        float32[1]      not in the file",
         "  fits     '@layers#0@q' = 'layers.0.q'      float32[6,2,8]  'h.0.q' float32[16,6]               "
         "'(h d) e -> e h d'",
-        "  differs  '@layers#1@q' = 'layers.1.q'      float32[6,2,8]  the template has float32[6,2,8]; by "
-        f"{RULES[0]!r} the tensor 'h.1.q' would be [16,6], but it is float32[16,5]",
+        "  differs  '@layers#1@q' = 'layers.1.q'      float32[6,2,8]  the template has float32[6,2,8]; under "
+        f"{RULES[0]!r}, the tensor 'h.1.q' would be [16,6], but it is float32[16,5]",
         "  missing  '@layers#2@new' = 'layers.2.new'  float32[2]      no rule has this path",
         "  missing  '@layers#2@q' = 'layers.2.q'      float32[6,2,8]  there is no 'h.2.q'",
         "  fits     '@w' = 'w'                        float32[2,3,2]  'w.0' ... 'w.1', 2 of float32[2,3]  "

@@ -110,7 +110,7 @@ def test_all_that_does_not_fit_is_listed() -> None:
         "  mismatched:",
         "    '@layers#0@o': the template has float32[6,16], but the stored leaf 'h.0.o.weight' is "
         f"float32[16,6]; this is the transpose, so give {rules[1]!r} the pattern 'o i -> i o'",
-        f"    '@layers#0@q': the template has float32[6,2,8]; by {rules[0]!r} the tensor 'h.0.q.weight' "
+        f"    '@layers#0@q': the template has float32[6,2,8]; under {rules[0]!r}, the tensor 'h.0.q.weight' "
         "would be [16,6], but it is float32[16,5]",
         "  rules that no leaf of the template uses:",
         "    Rule('idle.{p}', 'idle.{p}') (numbers match {p}; texts need labels, as in {p:a,b})",
@@ -171,17 +171,17 @@ STACK = Rule("w.{l}", "w", "o i -> l i o")
         ({"w.0": zeros(4, 3)}, "'@w': there is no 'w.1'"),
         (
             {"w.0": zeros(4, 3), "w.1": zeros(4, 3).astype(np.float16)},
-            f"'@w': the template has float32[2,3,4]; by {STACK!r} the tensor 'w.1' would be "
+            f"'@w': the template has float32[2,3,4]; under {STACK!r}, the tensor 'w.1' would be "
             "float32[4,3], but it is float16[4,3]",
         ),
         (
             {"w.0": zeros(4, 3), "w.1": 1.0},
-            f"'@w': the template has float32[2,3,4]; by {STACK!r} the tensor 'w.1' would be "
+            f"'@w': the template has float32[2,3,4]; under {STACK!r}, the tensor 'w.1' would be "
             "float32[4,3], but it is a Python float",
         ),
         (
             {"w.0": zeros(4, 3), "w.1": object()},
-            f"'@w': the template has float32[2,3,4]; by {STACK!r} the tensor 'w.1' would be "
+            f"'@w': the template has float32[2,3,4]; under {STACK!r}, the tensor 'w.1' would be "
             "float32[4,3], but it is not an array, or an array without values",
         ),
         (
@@ -191,7 +191,7 @@ STACK = Rule("w.{l}", "w", "o i -> l i o")
         ),
         (
             {"w.0": zeros(4, 3).astype(complex), "w.1": zeros(4, 3).astype(complex)},
-            f"'@w': the template has float32[2,3,4]; by {STACK!r} the tensor 'w.0' would be "
+            f"'@w': the template has float32[2,3,4]; under {STACK!r}, the tensor 'w.0' would be "
             "[4,3], but it is complex128[4,3], which no pattern can rearrange, because a file stores "
             "it as float64",
         ),

@@ -43,7 +43,7 @@ def test_packed_values_out_of_range_are_refused_in_any_shard(
     content = bytearray((tmp_path / "file").read_bytes())
     content[-1] = 100
     (tmp_path / "file").write_bytes(content)
-    with pytest.raises(p2s.FileFormatError, match="holds values outside of int4"):
+    with pytest.raises(p2s.FileFormatError, match="has values that are not int4"):
         into(tmp_path / "file", (8, 16), ml_dtypes.int4, NamedSharding(mesh, P(None, "x")))
 
 

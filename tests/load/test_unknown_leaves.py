@@ -84,7 +84,7 @@ def test_rules_do_not_find_their_values(path: Path) -> None:
     with pytest.raises(WeightsMismatchError) as got:
         load_into_pytree(wanted, path, rename=rules)
     assert got.value.mismatched[1] == (
-        f"'@p': the template has float32[1,2]; by {rules[0]!r} the tensor '@p' would be [2], but it {PACKED}"
+        f"'@p': the template has float32[1,2]; under {rules[0]!r}, the tensor '@p' would be [2], but it {PACKED}"
     )
     assert load_into_pytree(wanted, path, rename=rules, strict=False)["a"].tolist() == [3]
 

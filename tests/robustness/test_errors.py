@@ -158,7 +158,7 @@ TREES: list[tuple[Any, type[Exception], str]] = [
         UnsupportedLeafError,
         "3 leaves of the tree cannot be stored:\n"
         f"  '@f': {FUNCTION}\n"
-        "  '@g#0': builtins.bytes, which np.frombuffer(leaf, np.uint8) makes an array\n"
+        "  '@g#0': builtins.bytes, which np.frombuffer(leaf, np.uint8) turns into an array\n"
         "  '@g#1': numpy.ndarray of dtype <U1, whose .tolist() can be saved\n"
         'Save with unsupported="skip" to leave them out; load_into_pytree then keeps those of its '
         "template. (To save an object of your own class, register the class as a pytree node.)",
@@ -193,7 +193,7 @@ TREES: list[tuple[Any, type[Exception], str]] = [
         b"x",
         UnsupportedLeafError,
         "the tree is a single leaf, which cannot be stored: builtins.bytes, which "
-        "np.frombuffer(leaf, np.uint8) makes an array.",
+        "np.frombuffer(leaf, np.uint8) turns into an array.",
     ),
     (
         {"a": np.zeros(2, [("x", "f4")])},
@@ -217,7 +217,7 @@ TREES: list[tuple[Any, type[Exception], str]] = [
         "2 leaves of the tree cannot be stored:\n"
         f"  '@a': {jax.ShapeDtypeStruct.__module__}.ShapeDtypeStruct of dtype float32\n"
         f"  '@f': {FUNCTION}\n"
-        "Only concrete arrays can be saved: call this outside of jit, grad and vmap, and save the array that a Ref or "
+        "Only concrete arrays can be saved: call this outside jit, grad and vmap, and save the array that a Ref or "
         "another object holds.",
     ),
     (
@@ -301,7 +301,7 @@ def test_a_traced_value_is_reported() -> None:
         jax.jit(lambda x: save_pytree({"a": x}, io.BytesIO()))(1.0)
     assert "'@a': jax._src" in str(caught.value)
     assert "Tracer, a traced value\n" in str(caught.value)
-    assert "call this outside of jit" in str(caught.value)
+    assert "call this outside jit" in str(caught.value)
 
 
 class Stage(enum.IntEnum):
@@ -321,15 +321,15 @@ HINTS: list[tuple[Any, str]] = [
     (Pair.BOTH, "test_errors.Pair"),
     (Meters(2.5), "test_errors.Meters, which float(leaf) converts"),
     (np.str_("text"), "numpy.str_ of dtype <U4, which str(leaf) converts"),
-    (b"text", "builtins.bytes, which np.frombuffer(leaf, np.uint8) makes an array"),
-    (bytearray(2), "builtins.bytearray, which np.frombuffer(leaf, np.uint8) makes an array"),
+    (b"text", "builtins.bytes, which np.frombuffer(leaf, np.uint8) turns into an array"),
+    (bytearray(2), "builtins.bytearray, which np.frombuffer(leaf, np.uint8) turns into an array"),
     (
         np.datetime64(5, "s"),
-        "numpy.datetime64 of dtype datetime64[s], which .view(np.int64) makes integers",
+        "numpy.datetime64 of dtype datetime64[s], which .view(np.int64) turns into integers",
     ),
     (
         np.zeros(2, "m8[ms]"),
-        "numpy.ndarray of dtype timedelta64[ms], which .view(np.int64) makes integers",
+        "numpy.ndarray of dtype timedelta64[ms], which .view(np.int64) turns into integers",
     ),
     (np.array(["a"]), "numpy.ndarray of dtype <U1, whose .tolist() can be saved"),
     (
@@ -455,7 +455,7 @@ DICTS: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"@a#2000000": 1},
         TreeStructureError,
-        "the list at '@a' would have 2000001 elements, and the tree more than 1048576 gaps",
+        "the list at '@a' would have 2000001 elements, and the tree would have more than 1048576 gaps",
     ),
 ]
 

@@ -134,7 +134,7 @@ MISMATCHES: list[tuple[Any, dict[str, Any], tuple[int, int, int], str]] = [
             (0, 3, 0),
             "  unexpected (the template does not have them):\n"
             "    '@layer@b'\n    '@layer@w'\n    '@step'\n"
-            "The template has no array, number or string: give a model or its shapes, as from "
+            "The template has no array, number or string: pass a model or its shapes, as from "
             "jax.eval_shape, not a class, a function, shardings, or an object whose class is not "
             "registered as a pytree node.",
         )

@@ -32,7 +32,7 @@ READERS = {
     "flat": FlattenedIndexKey,
 }
 NUMBER = "an index is a decimal number from 0 to 2147483647, without sign or leading zero"
-LITERAL = "a dict key in parentheses is written as Python's ascii() writes it, and is no str"
+LITERAL = "a dict key in parentheses is written as Python's ascii() writes it, and is not a str"
 NO_KEY = "the text in parentheses is not a dict key"
 OPEN = r"a \( needs a ) at the end of its segment"
 BACKSLASH = r"a backslash must be before one of . @ # \, or after @ or # as \("

@@ -225,7 +225,9 @@ def test_a_list_may_have_as_many_gaps_as_allowed() -> None:
 def test_more_gaps_are_refused(names: list[str], length: int) -> None:
     with pytest.raises(TreeStructureError) as caught:
         dict2pytree(dict.fromkeys(names, 1))
-    assert f"would have {length} elements, and the tree more than 1048576 gaps" in str(caught.value)
+    assert f"would have {length} elements, and the tree would have more than 1048576 gaps" in str(
+        caught.value
+    )
 
 
 # --- what the original release got wrong in files ---------------------------------------------

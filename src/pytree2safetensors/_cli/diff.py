@@ -42,7 +42,8 @@ def _sum(found: Comparison) -> Iterator[str]:
         return
     missing = sum("missing" in difference.aspects for difference in found.leaves)
     added = sum("added" in difference.aspects for difference in found.leaves)
-    counts = [f"{len(found.leaves) - missing - added:,} of {found.compared:,} in both files differ"]
+    changed = len(found.leaves) - missing - added
+    counts = [f"of the {found.compared:,} in both files, {changed:,} differ"]
     counts += [f"{missing:,} only in the first"] if missing else []
     counts += [f"{added:,} only in the second"] if added else []
     yield from labelled("leaves", ", ".join(counts))

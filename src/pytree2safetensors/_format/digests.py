@@ -87,7 +87,7 @@ def read_digests(
     differing = sorted(set(tensors) ^ set(names))
     if differing:
         raise FileFormatError(
-            f"{file} lists other tensors than its digests, such as {shorten(differing[0])}: "
+            f"the digests of {file} do not name exactly its tensors (for example {shorten(differing[0])}): "
             "the file is damaged; restore it from a copy"
         )
     return tensors

@@ -232,8 +232,8 @@ def _info(name: str, dtype: str, sizes: list[Any], start: int, stop: int, file: 
     bits = math.prod(sizes) * BITS[dtype]
     if bits != 8 * (stop - start):
         raise FileFormatError(
-            f"{file} gives {shorten(name)} {stop - start:,} bytes, and its dtype {dtype} with its "
-            f"shape {sizes if len(sizes) <= 8 else '...'} another size"
+            f"{file} gives {shorten(name)} {stop - start:,} bytes, but its dtype {dtype} and "
+            f"shape {sizes if len(sizes) <= 8 else '...'} take another size"
         )
     if not bits and math.prod(size for size in sizes if size) * BITS[dtype] >= 2**66:
         # The tensor is empty, but no array can have this shape.

@@ -52,7 +52,7 @@ def read_note(text: str | None, file: str) -> Note:
         raise FileFormatError(f"the note of {file} has no version; it is damaged")
     if version > VERSION:
         raise FileFormatError(
-            f"the note of {file} is of version {min(version, 10**9)}, and this is a reader of version "
+            f"the note of {file} has version {min(version, 10**9)}, but this reader knows only version "
             f"{VERSION}; install a newer pytree2safetensors"
         )
     unknown = sorted(set(content) - {"version", "nodes", "leaves"})
@@ -67,7 +67,7 @@ def _checked(
     kinds: Any, is_kind: Callable[[Any], bool], what: str, file: str
 ) -> Mapping[str, Kind]:
     if not isinstance(kinds, dict):
-        raise FileFormatError(f"the note of {file} lists its {what} kinds outside of a JSON object")
+        raise FileFormatError(f"the {what} kinds in the note of {file} are not a JSON object")
     for path, kind in kinds.items():
         if not is_kind(kind):
             raise FileFormatError(

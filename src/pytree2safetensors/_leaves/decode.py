@@ -30,7 +30,7 @@ def from_bytes(
     raw = memory[offset : offset + info.nbytes]
     canonical = to_bytes(raw, info)
     if not np.array_equal(canonical, raw):
-        raise FileFormatError(f"{shorten(name)} holds values outside of {info.kind}")
+        raise FileFormatError(f"{shorten(name)} has values that are not {info.kind}")
     masked: NDArray[np.uint8] = np.bitwise_and(canonical, np.uint8((1 << width) - 1))
     return masked.view(dtype).reshape(shape)
 

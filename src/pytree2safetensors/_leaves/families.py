@@ -146,7 +146,7 @@ class Family:
                 yield indices, sizes
 
     def _check_counts(self) -> None:
-        """Check that no leaf has a number outside of the size in the rule."""
+        """Check that no leaf has a number outside the size in the rule."""
         for axis, count in self.counts.items():
             most = max(indices[axis] for indices in self.indices)
             if most >= count:
@@ -197,9 +197,7 @@ def _sizes_of(rule: Rule, parsed: ParsedRule, shape: Shape | None) -> Mapping[st
         rest = [axis for axis in dim if axis not in given]
         if size % count if rest else size != count:
             listed = ", ".join(f"{axis}={number}" for axis, number in given.items()) or "1"
-            return (
-                f"it has shape {list(shape)}, and by {rule!r} an axis of {size} is made of {listed}"
-            )
+            return f"it has shape {list(shape)}, and under {rule!r}, an axis of {size} is made of {listed}"
         found |= given
         found |= dict.fromkeys(rest, size // count)
     return found

@@ -98,7 +98,7 @@ def load_abstract(
     Args:
         path: The path or URL of a file, a folder of shards or its index; or a binary file object.
         flat: Return a flat dict from the names in the file, below `prefix`, to their leaves. The names
-            do not have to form a tree. A warning names leaves that cannot be loaded, such as
+            need not form a tree. A warning names leaves that cannot be loaded, such as
             tensors of the packed dtype F4; the dict does not have them.
         prefix: As for `load_pytree`.
         separator: As for `load_pytree`.

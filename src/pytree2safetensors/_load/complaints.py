@@ -19,7 +19,7 @@ from pytree2safetensors._tree.rule_index import RuleIndex
 
 _LOGGER: Final = logging.getLogger("pytree2safetensors")
 _NOTHING_WANTED: Final = (
-    "The template has no array, number or string: give a model or its shapes, as from jax.eval_shape, "
+    "The template has no array, number or string: pass a model or its shapes, as from jax.eval_shape, "
     "not a class, a function, shardings, or an object whose class is not registered as a pytree node."
 )
 _SHOWN: Final = 3  # subtrees that fit

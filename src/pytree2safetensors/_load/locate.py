@@ -210,7 +210,7 @@ def read_index(path: str | RemotePath) -> Index:
     """Read and check an index. The caller closes its source.
 
     Raises:
-        FileFormatError: It is not an index, or names files outside of its folder.
+        FileFormatError: It is not an index, or names files outside its folder.
         OSError: It cannot be read.
     """
     try:

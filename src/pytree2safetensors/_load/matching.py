@@ -107,7 +107,7 @@ class Comparison:
                     continue
             expected = array_text("" if dtype is None else dtype, view.stored)
             reason = (
-                f"the template has {show(leaf.spec)}; by {self.routes.rules[position]!r} the tensor "
+                f"the template has {show(leaf.spec)}; under {self.routes.rules[position]!r}, the tensor "
                 f"{shorten(name)} would be {expected}, but it {_predicate(stored)}"
             )
             if stored is not None and not isinstance(stored, str) and stored.dtype == np.complex128:

@@ -92,7 +92,7 @@ def _register(unfit: list[tuple[str, Any]]) -> str:
 
 
 _CONCRETE: Final = (
-    "Only concrete arrays can be saved: call this outside of jit, grad and vmap, and save the array "
+    "Only concrete arrays can be saved: call this outside jit, grad and vmap, and save the array "
     "that a Ref or another object holds."
 )
 _HOLDING: Final = (
@@ -127,9 +127,9 @@ def _hint(leaf: Any) -> str:
     if isinstance(leaf, enum.Enum):
         return ", whose .value can be saved" if type(leaf.value) in PYTHON_SCALARS else ""
     if isinstance(leaf, bytes | bytearray):
-        return ", which np.frombuffer(leaf, np.uint8) makes an array"
+        return ", which np.frombuffer(leaf, np.uint8) turns into an array"
     if isinstance(leaf, np.ndarray | np.generic) and leaf.dtype.kind in "mM":
-        return ", which .view(np.int64) makes integers"
+        return ", which .view(np.int64) turns into integers"
     if isinstance(leaf, np.ndarray) and leaf.dtype.kind == "U":
         return ", whose .tolist() can be saved"
     if isinstance(leaf, np.ndarray) and leaf.ndim == MAX_DIMENSIONS and leaf.dtype == np.complex128:

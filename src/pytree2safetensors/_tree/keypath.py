@@ -220,7 +220,9 @@ def _read_parenthesis(piece: str) -> Key:
     except KeyPathError as error:
         raise Rejected(3, str(error)) from None
     if spelling != piece:
-        reason = "a dict key in parentheses is written as Python's ascii() writes it, and is no str"
+        reason = (
+            "a dict key in parentheses is written as Python's ascii() writes it, and is not a str"
+        )
         raise Rejected(3, reason, (0, len(piece), spelling))
     return item_key(value)
 

@@ -27,9 +27,9 @@ def read_pattern(text: str) -> tuple[Dims, Dims]:
         raise ValueError("a pattern has one arrow, as in '(h d) e -> e h d'")
     left, right = map(_read_dims, sides)
     if left.count(REST) > 1 or right.count(REST) > 1:
-        raise ValueError("a side of a pattern has '...' once at most")
+        raise ValueError("a side of a pattern has at most one '...'")
     if (REST in left) != (REST in right):
-        raise ValueError("a pattern has '...' on both sides or on none")
+        raise ValueError("a pattern has '...' on both sides or neither")
     return left, right
 
 

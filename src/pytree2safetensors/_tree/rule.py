@@ -166,7 +166,11 @@ def _check_matched(name: Side | None, path: Side | None) -> None:
     labels: dict[str, tuple[str, ...]] = {}
     for hole in holes_of((name if path is None else path) or ()):
         if hole.axis is None:
-            hint = "only a rule with a path sums" if path is None else "sums belong in the name"
+            hint = (
+                "only a rule with a path can have sums"
+                if path is None
+                else "sums belong in the name"
+            )
             raise ValueError(f"{{{hole.text}}} is not a single axis; {hint}")
         if hole.labels and labels.setdefault(hole.axis, hole.labels) != hole.labels:
             raise ValueError(f"{hole.axis!r} has two lists of labels, of which one is needed")

@@ -72,7 +72,9 @@ def _build(leaves: Mapping[str, Any], separator: str) -> Any:
 
 
 def _taken(name: str, other: str) -> TreeStructureError:
-    return TreeStructureError(f"{shorten(name)} and {shorten(other)} are at one place in a tree")
+    return TreeStructureError(
+        f"{shorten(name)} and {shorten(other)} are at the same place in the tree"
+    )
 
 
 def _with_lists(nodes: list[dict[str, Any]]) -> Any:
@@ -89,7 +91,7 @@ def _with_lists(nodes: list[dict[str, Any]]) -> Any:
             gaps += length - len(by_index)
             if gaps > MAX_GAPS:
                 raise TreeStructureError(
-                    f"a list would have {length} elements, and the tree more than {MAX_GAPS} gaps"
+                    f"a list would have {length} elements, and the tree would have more than {MAX_GAPS} gaps"
                 )
             finished[id(node)] = [by_index.get(index) for index in range(length)]
         else:

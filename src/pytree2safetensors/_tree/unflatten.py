@@ -243,7 +243,7 @@ class _Trie:
         if self.gaps > MAX_GAPS:
             raise TreeStructureError(
                 f"the list at {node_at(self.name_of(node))} would have {length} elements, and "
-                f"the tree more than {MAX_GAPS} gaps"
+                f"the tree would have more than {MAX_GAPS} gaps"
             )
         children = [entries.get(index) for index in range(length)]
         return tuple(children) if node.kind == "tuple" else children
