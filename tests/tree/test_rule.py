@@ -200,6 +200,15 @@ def test_rules_without_a_path_match_names() -> None:
     assert index.match_names(["h.1" + "0" * 5000 + ".b"]) == {}
 
 
+def test_texts_differ_in_rules_with_one_side_and_are_the_same_in_others() -> None:
+    index = RuleIndex([Rule("{*}.attn.{*}", None), Rule("{l}.{l}", None)])
+    names = ["a.attn.b", "a.attn.a", "attn.b", "0.0", "0.1"]
+    assert index.match_names(names) == {"a.attn.b": 0, "a.attn.a": 0, "0.0": 1}
+    index = RuleIndex([Rule(None, "{*}.rngs.{*}"), Rule("{*}.x", "{*}.y.{*}")])
+    matches = index.match_paths(["a.rngs.b", "a.y.a", "a.y.b"])
+    assert [None if match is None else match.number for match in matches] == [0, 1, None]
+
+
 def test_two_leaves_of_one_dotted_path_are_refused() -> None:
     index = RuleIndex([Rule("x", "@a@b"), Rule("{*}", "{*}")])
     assert all(index.match_paths(["@a@b", "a.b", "@c"]))

@@ -128,6 +128,16 @@ def with_labels(side: Side, labels: Mapping[str, tuple[str, ...]]) -> Side:
     )
 
 
+def with_free_texts(side: Side) -> Side:
+    """Let every {*} of a side stand for a text of its own."""
+    return tuple(
+        part._replace(terms=(Term(1, f"{ANY_TEXT}{number}"),))
+        if isinstance(part, Hole) and part.text == ANY_TEXT
+        else part
+        for number, part in enumerate(side)
+    )
+
+
 def fill(side: Side, binding: Binding) -> str:
     """Fill the placeholders of a side in."""
     indices, text = binding

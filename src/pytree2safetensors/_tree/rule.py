@@ -25,6 +25,7 @@ from pytree2safetensors._tree.placeholders import (
     fill,
     holes_of,
     read_side,
+    with_free_texts,
     with_labels,
 )
 
@@ -36,7 +37,8 @@ class Rule:
     Args:
         name: The name of a tensor, with placeholders; None for leaves that are not in the file.
         path: The key path of a leaf, with placeholders, spelled or dotted; None for tensors that are
-            not used.
+            not used. A placeholder that a rule has several times, such as {*}, stands for the same
+            number or text everywhere. Only in a rule without a name or a path may the texts differ.
         pattern: The axes of the tensor and those of the leaf, in einops notation; "" if they are the
             same.
         sizes: The sizes of axes that do not follow from the shape of the leaf or from labels.
@@ -148,6 +150,7 @@ def _parse(rule: Rule) -> ParsedRule:
     if name is None or path is None:
         if rule.pattern or rule.sizes:
             raise ValueError("it needs a name and a path to have a pattern or sizes")
+        name, path = name and with_free_texts(name), path and with_free_texts(path)
         return ParsedRule(name, path, (), (), {}, (), ())
     in_file, in_tree = _axes(name, left, "file"), _axes(path, right, "tree")
     _check_sides(in_file, in_tree, rule.pattern)
