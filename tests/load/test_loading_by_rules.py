@@ -262,6 +262,72 @@ def test_cast_converts_what_is_rearranged(path: Path) -> None:
         assert_same_values(found["a"], numbers(2, 3).T)
 
 
+MIXED = {
+    "w.0": numbers(4, 6) / 3,
+    "w.1": (numbers(4, 6) / 7).astype(np.float16),
+    "w.2": np.arange(24, dtype=np.uint64).reshape(4, 6) + np.uint64(2**63),
+    "w.3": (numbers(4, 6) / 7).astype(jax.numpy.bfloat16),
+}
+# Rules that stack the tensors, and what they are to the leaf.
+JOINED: list[tuple[Rule, Any]] = [
+    (Rule("w.{l}", "w", "o i -> l i o"), lambda found: np.stack(found).transpose(0, 2, 1)),
+    (
+        Rule("w.{l}", "w", "o i -> (i l) o", l=4),
+        lambda found: np.stack(found).transpose(2, 0, 1).reshape(24, 4),
+    ),
+]
+
+
+@pytest.mark.parametrize(("rule", "join"), JOINED)
+@pytest.mark.parametrize("dtype", [np.float32, jax.numpy.bfloat16])
+@pytest.mark.parametrize("checksum", [False, True])
+def test_cast_converts_each_tensor_before_they_are_joined(
+    path: Path, monkeypatch: pytest.MonkeyPatch, rule: Rule, join: Any, dtype: Any, checksum: bool
+) -> None:
+    monkeypatch.setattr(plan, "_CUT_BY_JAX", 0)
+    save_pytree(MIXED, path, rename=[Rule("{*}", "{*}")], checksum=checksum)
+    expected = join([values.astype(dtype) for values in MIXED.values()])
+    mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("x", "y"))
+    struct = STRUCT(expected.shape, dtype)
+    templates = [np.zeros_like(expected), struct]
+    specs = [P("x"), P(None, "y"), P(("x", "y")) if len(expected) == 24 else P("x", "y")]
+    templates += [STRUCT(struct.shape, dtype, sharding=NamedSharding(mesh, spec)) for spec in specs]
+    for template in templates:
+        for mmap in (False, True):
+            found = load_into_pytree({"w": template}, path, rename=[rule], cast=True, mmap=mmap)
+            assert_same_values(found["w"], expected)
+        assert_same_values(
+            set_weights({"w": template}, MIXED, rename=[rule], cast=True)["w"], expected
+        )
+    text = explain({"w": struct}, path, rename=[rule], cast=True)
+    assert "4 of float32[4,6] or float16[4,6] or uint64[4,6] or bfloat16[4,6]" in text
+
+
+def test_cast_joins_arrays_of_numpy_and_jax() -> None:
+    file = {"w.0": jax.numpy.asarray(numbers(2) + 2**24, np.int32) + 1, "w.1": numbers(2)}
+    rules = [Rule("w.{l}", "w", "i -> l i")]
+    found = set_weights({"w": np.zeros((2, 2))}, file, rename=rules, cast=True)
+    expected = np.stack([np.asarray(values).astype(float) for values in file.values()])
+    assert_same(found, {"w": expected})
+    leaf = {"w": STRUCT((2, 2), np.float32)}
+    traced = jax.jit(lambda given: set_weights(leaf, given, rename=rules, cast=True))(file)
+    np.testing.assert_array_equal(traced["w"], expected.astype(np.float32))
+
+
+def test_each_tensor_of_a_leaf_must_be_one_that_cast_converts() -> None:
+    template = {"w": np.zeros((2, 3, 4), np.int32)}
+    file = {"w.0": np.zeros((4, 3), np.int8), "w.1": zeros(4, 3)}
+    error = refusal(template, file, [STACK])
+    assert "cast=True" not in str(error)
+    error = refusal(template, file, [STACK], cast=True)
+    assert error.mismatched == (
+        f"'@w': the template has int32[2,3,4]; under {STACK!r}, the tensor 'w.1' would be "
+        "int8[4,3], but it is float32[4,3]",
+    )
+    error = refusal({"w": np.zeros((2, 3, 4), np.float16)}, file, [STACK])
+    assert "cast=True converts dtypes" in str(error)
+
+
 def test_damage_to_a_part_of_a_tensor_is_noticed(path: Path) -> None:
     tree = {"q": numbers(3, 4), "k": numbers(3, 2), "v": numbers(3, 2)}
     rules = [Rule("qkv", "{p:q,k,v}", "(p o) i -> i o")]

@@ -410,6 +410,24 @@ def test_which_values_are_rearranged_on_their_device(
     assert [shape for shape in shapes if len(shape) == 2] == [moved]
 
 
+@pytest.mark.parametrize("sharding", [on for on, *_ in REARRANGED.values()], ids=REARRANGED)
+def test_tensors_of_several_dtypes_are_converted_before_they_are_joined(
+    link: Link, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sharding: Any
+) -> None:
+    default, host = jax.devices()[:2]
+    monkeypatch.setattr(reading, "is_on_host", lambda device: device == host)
+    values = np.arange(4000, dtype=np.float32).reshape(1000, 4) / 3
+    file = {f"w.{n}": values.astype(d) for n, d in enumerate(["<f4", "<f2", "<i4", "<f2"])}
+    save_pytree(file, tmp_path / "file", rename=[Rule("{*}", "{*}")])
+    link.reset()
+    template = {"w": Struct((4, 4, 1000), np.float32, sharding=sharding(default))}
+    rules = [Rule("w.{l}", "w", "a b -> l b a")]
+    found = load_into_pytree(template, tmp_path / "file", rename=rules, cast=True)
+    link.finish()
+    expected = np.stack([stored.astype(np.float32).T for stored in file.values()])
+    assert np.array_equal(found["w"], expected)
+
+
 def test_what_is_read_slowly_is_waited_for(
     link: Link, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from pytree2safetensors._errors import errors_of
 from pytree2safetensors._leaves.as_bits import moved_as_bits
-from pytree2safetensors._leaves.decode import from_bytes
+from pytree2safetensors._leaves.decode import cast_array, from_bytes
 from pytree2safetensors._leaves.extents import shape_of, within
 from pytree2safetensors._leaves.staging import aligned
 from pytree2safetensors._leaves.to_jax import own_programs
@@ -29,6 +29,9 @@ class Assembler:
     def __init__(self, checkpoint: OpenCheckpoint) -> None:
         self.checkpoint = checkpoint
         self._memory: dict[int, list[NDArray[np.uint8]]] = {}  # of each box of an assembly
+        self._converted: dict[
+            int, list[NDArray[Any]]
+        ] = {}  # the same, for tensors of several dtypes
         self._missing: dict[int, int] = {}  # how many regions an assembly still lacks
         # By assembly and use.
         self._arrays: dict[tuple[int, int], list[tuple[Piece, jax.Array]]] = {}
@@ -51,13 +54,17 @@ class Assembler:
         Returns:
             The values in the order of the file, or in the order of the leaf if it has several boxes.
         """
-        number, view, region, boxes, _, count, _ = piece.assembly
+        number, view, region, boxes, _, count, _, dtype = piece.assembly
         if count == 1:
             return values.reshape(boxes[0].shape)
+        if dtype is not None:
+            if number not in self._converted:
+                self._converted[number] = [_empty(box.shape, dtype) for box in boxes]
+            self._converted[number][piece.box][piece.place] = cast_array(values, dtype)
         self._missing[number] = self._missing.get(number, count) - 1
         if self._missing[number]:
             return None
-        parts = [
+        parts = self._converted.pop(number, None) or [
             self._values(piece.assembly, memory, box.shape)
             for memory, box in zip(self._memory.pop(number), boxes, strict=True)
         ]
@@ -106,6 +113,12 @@ class Assembler:
         info = self.checkpoint.infos[name]._replace(shape=shape, nbytes=len(memory))
         with errors_of(self.checkpoint.label):
             return from_bytes(memory, info, name)
+
+
+def _empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Make an array whose memory JAX can use."""
+    found: NDArray[Any] = np.ndarray(shape, dtype, aligned(math.prod(shape) * dtype.itemsize))
+    return found
 
 
 @partial(jax.jit, static_argnums=(1, 2, 3))

@@ -138,8 +138,7 @@ def _tensors(source: str | View, available: Mapping[str, LeafSpec | None]) -> st
     names = source.names if isinstance(source, View) else (source,)
     if not names:
         return "no tensors"
-    stored = available[names[0]]
-    shown = "" if stored is None else show(stored)
+    shown = " or ".join(dict.fromkeys(show(spec) for name in names if (spec := available[name])))
     if len(names) == 1:
         return f"{shorten(names[0])} {shown}"
     return f"{shorten(names[0])} ... {shorten(names[-1])}, {len(names)} of {shown}"

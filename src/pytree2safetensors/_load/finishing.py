@@ -48,7 +48,7 @@ class Finisher:
     def memory_for(self, slot: Slot) -> tuple[NDArray[np.uint8], int]:
         """Return the memory of a region that does not share memory, and its offset in it."""
         piece = slot.piece
-        if piece is None or piece.assembly.pieces == 1:
+        if piece is None or piece.assembly.pieces == 1 or piece.assembly.dtype is not None:
             return aligned(slot.nbytes), 0
         return self._assembled.memory_for(piece, slot.nbytes)
 

@@ -42,9 +42,12 @@ def fitted(pairs: Iterable[tuple[TemplateLeaf, Any]]) -> list[Any]:
     return found + _finished(batch)
 
 
-def seen_through(view: View, dictionary: Mapping[str, Any]) -> Any:
+def seen_through(view: View, dictionary: Mapping[str, Any], leaf: TemplateLeaf) -> Any:
     """Return the leaf that a rule makes of entries of a dictionary."""
     values = [dictionary[name] for name in view.names]
+    if len({value.dtype for value in values}) > 1:  # each is converted, not to a common dtype first
+        unplaced = leaf._replace(sharding=None, format=None)
+        values = fitted((unplaced, value) for value in values)
     if any(isinstance(value, jax.Array) for value in values):
         return computed(lambda found: _made_of(view, map(jnp.asarray, found), jnp.stack), values)
     return _made_of(view, map(host_array, values), np.stack)

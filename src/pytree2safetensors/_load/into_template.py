@@ -87,7 +87,9 @@ def set_weights(
     pairs = (
         (
             placed(need),
-            dictionary[source] if isinstance(source, str) else seen_through(source, dictionary),
+            dictionary[source]
+            if isinstance(source, str)
+            else seen_through(source, dictionary, need),
         )
         for _, source, need in matches
     )

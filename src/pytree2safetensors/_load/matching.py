@@ -105,6 +105,11 @@ class Comparison:
                 dtype = dtype or stored.dtype
                 if stored.dtype == dtype:
                     continue
+                seen = LeafSpec("array", stored.dtype, leaf.spec.shape)
+                is_convertible = _unfit(leaf, seen, None, True) is None
+                if self.cast and is_convertible:
+                    continue
+                self.castable |= is_convertible
             expected = array_text("" if dtype is None else dtype, view.stored)
             reason = (
                 f"the template has {show(leaf.spec)}; under {self.routes.rules[position]!r}, the tensor "

@@ -163,14 +163,20 @@ def _requests(
             found = [(n, part) for n, box in enumerate(boxes) for part in sources_of(source, box)]
             keeps = keeps_memory(leaf)
             far = not keeps and all(map(is_far, uses))
-            assembly = Assembly(next(assemblies), source, region, boxes, uses, len(found), far)
-            # One region may be in the memory of the batch; several have theirs until all are there.
-            keeps = keeps or (len(found) > 1 and not far)
+            infos = {part.name: checkpoint.infos[part.name] for _, part in found}
+            is_mixed = len({(info.dtype, info.kind) for info in infos.values()}) > 1
+            dtype = leaf.spec.dtype if is_mixed else None
+            assembly = Assembly(
+                next(assemblies), source, region, boxes, uses, len(found), far, dtype
+            )
+            # One region may be in the memory of the batch, and so may those that are converted;
+            # several have theirs until all are there.
+            keeps = not is_mixed and (keeps or (len(found) > 1 and not far))
             fine = whole_region(source.fine)
             for number, part in found:
                 yield (
                     part.name,
-                    info._replace(shape=source.fine),
+                    infos[part.name]._replace(shape=source.fine),
                     None if part.region == fine else part.region,
                     [],
                     Piece(assembly, number, part.place),

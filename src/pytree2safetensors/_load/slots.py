@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import Sharding
 
 from pytree2safetensors._format.tensor import TensorInfo
@@ -55,6 +56,8 @@ class Assembly(NamedTuple):
         uses: The uses of the region.
         pieces: How many regions of tensors make it.
         is_far: Whether the regions become arrays on their devices first, and are put together there.
+        dtype: What the regions are converted to before they are put together; None if they have one
+            dtype.
     """
 
     number: int
@@ -64,6 +67,7 @@ class Assembly(NamedTuple):
     uses: list[Use]
     pieces: int
     is_far: bool
+    dtype: np.dtype[Any] | None
 
 
 class Piece(NamedTuple):
