@@ -65,6 +65,24 @@ def test_an_empty_tensor_has_a_shape_that_memory_could_hold() -> None:
             parse(entry(dtype, [size, 0]))
 
 
+def test_a_zip_archive_may_begin_with_a_header_length_that_is_allowed() -> None:
+    length = int.from_bytes(b"PK\3\4", "little")  # as in archives of torch.save
+    with pytest.raises(FileFormatError) as caught:
+        header.check_header(length, 108, "'file'")
+    assert str(caught.value) == (
+        "'file' is not a safetensors file (it looks like a zip archive): its header should take "
+        "67,324,752 bytes, and the file has 108"
+    )
+    with pytest.raises(FileFormatError) as caught:
+        header.parse(bytes(length), "'file'")
+    assert str(caught.value) == (
+        "'file' is not a safetensors file (it looks like a zip archive): its header does not begin with {"
+    )
+    for other in (int.from_bytes(b"PK", "little"), 128):  # truncated files may have these
+        with pytest.raises(FileFormatError, match=r"^'file' is truncated: its header should take"):
+            header.check_header(other, 108, "'file'")
+
+
 def test_a_tensor_has_as_many_dimensions_as_an_array_of_numpy() -> None:
     most = max(count for count in range(1, 100) if can_have(count))
     assert parse(entry("U8", [0] * most)) == TensorInfo("U8", (0,) * most, 0)

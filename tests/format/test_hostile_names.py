@@ -86,6 +86,7 @@ NAMES: list[tuple[tuple[str, ...], type[Pytree2SafetensorsError], str]] = [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a pointer of Git LFS"),
         (b"<!DOCTYPE html><html></html>", "a web page"),
         (b"PK\3\4" + b"x" * 30, "a zip archive"),
+        (b"PK\3\4" + bytes(100), "a zip archive"),
     ],
 )
 def test_what_looks_like_something_else_is_reported(content: bytes, kind: str) -> None:

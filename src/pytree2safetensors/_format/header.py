@@ -58,9 +58,12 @@ def header_length(head: bytes, file: str) -> int:
 def check_header(length: int, file_size: int, file: str) -> None:
     """Raise an error if a file is shorter than its header."""
     if LENGTH_BYTES + length > file_size:
+        other = _guess_by(length)
+        problem = f"is not a safetensors file{other}" if other else "is truncated"
+        remedy = "" if other else f"; {_WHOLE}"
         raise FileFormatError(
-            f"{file} is truncated: its header should take {length:,} bytes, and the file has "
-            f"{file_size:,}; {_WHOLE}"
+            f"{file} {problem}: its header should take {length:,} bytes, and the file has "
+            f"{file_size:,}{remedy}"
         )
 
 
@@ -77,6 +80,7 @@ def check_data(size: int, data_size: int, file: str) -> None:
 
 
 _WHOLE: Final = "copy or download it again"
+_ZIP: Final = b"PK\x03\x04"  # begins archives, as of torch.save, often with zeros after it
 _MAGIC: Final = {
     b"PK": "a zip archive",
     b"\x80": "a pickle",
@@ -95,6 +99,11 @@ def _guess(head: bytes) -> str:
     return ""
 
 
+def _guess_by(length: int) -> str:
+    """Guess what a file is by its header length, which is allowed and may be that of a safetensors file."""
+    return _guess(_ZIP) if length == int.from_bytes(_ZIP, "little") else ""
+
+
 def parse(header: bytes, file: str) -> tuple[Tensors, dict[str, str]]:
     """Read and check a header.
 
@@ -110,7 +119,7 @@ def parse(header: bytes, file: str) -> tuple[Tensors, dict[str, str]]:
     """
     if header[:1] != b"{":
         raise FileFormatError(
-            f"{file} is not a safetensors file: its header does not begin with {{"
+            f"{file} is not a safetensors file{_guess_by(len(header))}: its header does not begin with {{"
         )
     try:
         text = header.decode()
