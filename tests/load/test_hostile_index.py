@@ -102,7 +102,8 @@ def test_an_index_with_other_members_has_metadata(tmp_path: Path) -> None:
     index = json.loads((tmp_path / INDEX).read_text())
     index["Metadata"] = index.pop("metadata")
     (tmp_path / INDEX).write_text(json.dumps(index))
-    with pytest.raises(FileFormatError, match="has other entries but no metadata"):
+    message = 'has other entries but no metadata: copy it again, or add "metadata": null to it'
+    with pytest.raises(FileFormatError, match=message):
         load_pytree(tmp_path)
     (tmp_path / INDEX).write_text(json.dumps(index | {"metadata": None}))
     assert load_metadata(tmp_path) == {}

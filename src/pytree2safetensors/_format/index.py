@@ -150,7 +150,10 @@ def _is_plain(name: str) -> bool:
 def read_index_metadata(content: dict[str, Any], label: str) -> dict[str, str]:
     """Read the metadata of all shards. Ignore the numbers that other programs add."""
     if "metadata" not in content and len(content) > 1:
-        raise FileFormatError(f"the index {label} has other entries but no metadata")
+        raise FileFormatError(
+            f"the index {label} has other entries but no metadata: copy it again, or add "
+            '"metadata": null to it if it needs none'
+        )
     metadata = content.get("metadata")
     if metadata is None:
         return {}
