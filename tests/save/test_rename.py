@@ -247,6 +247,16 @@ def test_leaves_without_a_place_are_refused(path: Path) -> None:
     assert not path.exists()
 
 
+def test_names_of_their_own_are_offered_only_to_leaves_without_a_rule() -> None:
+    with pytest.raises(WeightsMismatchError) as caught:
+        pytree2dict({"a": {"kernel": KERNEL[0]}}, rename=[TRANSPOSED])
+    assert str(caught.value).splitlines() == [
+        "rename= does not fit the tree:",
+        f"    '@a@kernel': it has 1 axes, and {TRANSPOSED!r} gives it 2",
+        "Change the rule, or put Rule(None, path) before it to leave the leaf out.",
+    ]
+
+
 def test_a_long_list_is_cut(path: Path) -> None:
     with pytest.raises(WeightsMismatchError) as caught:
         save_pytree([1.0] * 23, path, rename=[])

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from pytree2safetensors._tree.placeholders import fill
-from pytree2safetensors._tree.rule import Rule, describe_idle
-from pytree2safetensors._tree.rule_index import RuleIndex
+from pytree2safetensors._tree.rule import Rule
+from pytree2safetensors._tree.rule_index import RuleIndex, describe_idle
 
 STACK = "; to stack or cut arrays, give a pattern such as "
 SPACES = "; spaces separate axes, as in 'o i -> i o'"
@@ -234,4 +234,22 @@ def test_two_leaves_of_one_dotted_path_are_refused() -> None:
     ],
 )
 def test_an_idle_rule_is_shown_with_its_numbers(rule: Rule, text: str) -> None:
-    assert describe_idle(rule) == f"{rule!r}{text}"
+    assert describe_idle(rule, ["@a", "b"]) == f"{rule!r}{text}"
+
+
+@pytest.mark.parametrize(
+    ("rule", "path", "text"),
+    [
+        (Rule("h.{i}", "layers_{i}@q"), "@layers_0@q", "'@layers_{i}@q'"),
+        (Rule("h.{i}", "{i}@q"), "#3@q", "'#{i}@q'"),
+        (Rule("h", "layers#0"), "@layers#0", "'@layers#0'"),
+        (Rule("{p:k,v}", "{p}@w"), "@v@w", "'@{p}@w'"),
+        (Rule("h.{i}", "layers_{i}@q", "a b -> b a"), "@layers_0@q", "'@layers_{i}@q'"),
+    ],
+)
+def test_an_idle_rule_without_its_first_marker_is_shown_with_it(
+    rule: Rule, path: str, text: str
+) -> None:
+    assert describe_idle(rule, ["other", path]) == (
+        f"{rule!r} (a marker is missing at the beginning of its path: write {text})"
+    )

@@ -10,8 +10,8 @@ from pytree2safetensors._leaves.extents import Shape
 from pytree2safetensors._leaves.families import Family, Lost
 from pytree2safetensors._leaves.views import View
 from pytree2safetensors._tree.placeholders import Binding, fill
-from pytree2safetensors._tree.rule import ParsedRule, Rule, describe_idle
-from pytree2safetensors._tree.rule_index import RuleIndex
+from pytree2safetensors._tree.rule import ParsedRule, Rule
+from pytree2safetensors._tree.rule_index import RuleIndex, describe_idle
 
 # The name of the tensor of a leaf, its view, or None for a leaf that is not in a file.
 Route: TypeAlias = str | View | Lost | None
@@ -89,7 +89,7 @@ def describe_unused(found: Routes, paths: Sequence[str]) -> Iterator[str]:
             (user for path, user in users if user and any(index.match_paths([path]))), None
         )
         if earlier is None:
-            yield describe_idle(rule)
+            yield describe_idle(rule, paths)
         else:
             yield f"{rule!r} (hidden by the earlier {earlier!r}; put the more specific rule first)"
 

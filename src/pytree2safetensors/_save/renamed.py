@@ -93,11 +93,13 @@ def misfit_error(
     if routes.idle:
         parts.append("  rules that no leaf of the tree uses:")
         parts += listed(describe_unused(routes, paths), len(routes.idle))
+    missing = [path for path, rule, _ in lost if rule is None]
     parts.append(
         'As the last rule, Rule("{=}", "{=}") stores leaves under their own names; '
         "Rule(None, path) leaves one out."
+        if missing
+        else "Change the rule, or put Rule(None, path) before it to leave the leaf out."
     )
-    missing = [path for path, rule, _ in lost if rule is None]
     mismatched = [f"{shorten(path)}: {reason}" for path, rule, reason in lost if rule is not None]
     return WeightsMismatchError("\n".join(parts), missing, (), mismatched)
 

@@ -81,19 +81,6 @@ class Rule:
         return hash(_key(self))
 
 
-def describe_idle(rule: Rule) -> str:
-    """Describe a rule that matches nothing: a placeholder may stand for a number where a text was meant."""
-    side = parse_rule(rule).path or ()
-    numbers = dict.fromkeys(
-        hole.text for hole in holes_of(side) if not (hole.labels or hole.is_text)
-    )
-    if not numbers:
-        return repr(rule)
-    shown = ", ".join(f"{{{text}}}" for text in numbers)
-    example = f"{{{next(reversed(numbers))}:a,b}}"
-    return f"{rule!r} (numbers match {shown}; texts need labels, as in {example})"
-
-
 def _key(rule: Rule) -> tuple[object, ...]:
     return rule.name, rule.path, rule.pattern, frozenset(rule.sizes.items())
 

@@ -3,12 +3,13 @@
 Specification: *Rules*.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from pytree2safetensors._messages import shorten
 from pytree2safetensors._tree.paths import dotted, is_dotted
-from pytree2safetensors._tree.placeholders import Alternatives, Match
+from pytree2safetensors._tree.placeholders import Alternatives, Match, holes_of
 from pytree2safetensors._tree.rule import ParsedRule, Rule, parse_rule
+from pytree2safetensors._tree.spelling import INDEX, ITEM
 
 
 class RuleIndex:
@@ -54,3 +55,20 @@ class RuleIndex:
         """Return the names that rules without a path match, and the numbers of those rules."""
         matches = ((name, self._unused.match(name)) for name in names)
         return {name: found.number for name, found in matches if found is not None}
+
+
+def describe_idle(rule: Rule, paths: Collection[str]) -> str:
+    """Describe a rule that matches none of these paths, and what may be wrong with its path."""
+    path, side = rule.path or "", parse_rule(rule).path or ()
+    for marker in (
+        () if is_dotted(path) else (ITEM, INDEX)
+    ):  # an attribute has none at the beginning
+        if any(map(Alternatives({0: (marker, *side)}).match, paths)):
+            return f"{rule!r} (a marker is missing at the beginning of its path: write {marker + path!r})"
+    holes = holes_of(side)
+    numbers = dict.fromkeys(hole.text for hole in holes if not (hole.labels or hole.is_text))
+    if not numbers:
+        return repr(rule)
+    shown = ", ".join(f"{{{text}}}" for text in numbers)
+    example = f"{{{next(reversed(numbers))}:a,b}}"
+    return f"{rule!r} (numbers match {shown}; texts need labels, as in {example})"
