@@ -202,11 +202,61 @@ def test_every_tensor_of_a_leaf_must_fit(file: dict[str, Any], line: str) -> Non
     assert f"    {line}" in str(error).splitlines()
 
 
-def test_a_leaf_of_another_rank_says_what_the_rule_gives_it() -> None:
-    error = refusal({"w": zeros(3)}, {"w.0": zeros(3)}, [STACK])
-    assert error.mismatched == (
-        f"'@w': the template has float32[3]; it has 1 axes, and {STACK!r} gives it 3",
-    )
+EXPERTS = Rule("h.{l}.{2*x+1}.{p:q,k}", "h.{p}", "o i -> l x i o")
+CUT = Rule("qkv", "{p:q,k}", "(p h) e -> e h")
+
+
+@pytest.mark.parametrize(
+    ("rule", "template", "file", "reason"),
+    [
+        (STACK, {"w": zeros(3)}, {}, "it has 1 axes, and {} gives it 3"),
+        (
+            STACK,
+            {"w": zeros(3)},
+            {"w.0": zeros(3), "w.1": 2.0},
+            "it has 1 axes, and {} gives it 3; the tensor 'w.0' is float32[3]",
+        ),
+        (
+            EXPERTS,
+            {"h": {"k": zeros(4)}},
+            {f"h.{l}.{x}.k": zeros(2, 1) for l in range(2) for x in (1, 3, 5)},
+            "it has 1 axes, and {} gives it 4; the tensor 'h.0.1.k' is float32[2,1]",
+        ),
+        (
+            Rule("w", "w", "(a b) -> a b", a=2),
+            {"w": zeros(3, 4)},
+            {"w": 1.5},
+            "it has shape [3, 4], and under {}, an axis of 3 is made of a=2; the tensor 'w' is a "
+            "Python float",
+        ),
+        (
+            Rule("w", "w", "a -> a"),
+            {"w": 1.0},
+            {"w": zeros(2)},
+            "{} rearranges axes, and this leaf is not an array of numbers; the tensor 'w' is float32[2]",
+        ),
+        (
+            CUT,
+            {"q": zeros(6)},
+            {"qkv": zeros(6, 6)},
+            "it has 1 axes, and {} gives it 2; the tensor 'qkv' is float32[6,6]",
+        ),
+        (
+            Rule("w.{0*l}", "w", "a -> l a"),
+            {"w": zeros(6)},
+            {"w.0": zeros(6)},
+            "it has 1 axes, and {} gives it 2; the tensor 'w.0' is float32[6]",
+        ),
+    ],
+)
+def test_a_leaf_that_a_rule_cannot_rearrange_is_shown_with_its_tensor(
+    rule: Rule, template: Any, file: dict[str, Any], reason: str
+) -> None:
+    error = refusal(template, file | {"other": zeros(1)}, [rule])
+    (line,) = error.mismatched
+    assert line.split("; ", 1)[1] == reason.format(repr(rule))
+    assert error.unexpected == ("other",)
+    assert not error.missing
 
 
 def test_strict_false_keeps_what_does_not_fit(path: Path) -> None:

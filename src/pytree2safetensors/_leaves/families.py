@@ -21,6 +21,7 @@ class Lost(NamedTuple):
     """Why a leaf has no place in a file."""
 
     reason: str
+    binding: Binding = Binding({})  # of the rule's path
 
 
 class _Problem(Exception):
@@ -71,9 +72,12 @@ class Family:
                 if run and axis is not None
             }
         except _Problem as problem:
-            return [Lost(s if isinstance(s, str) else str(problem)) for s in self.sizes]
+            reasons = (s if isinstance(s, str) else str(problem) for s in self.sizes)
+            return [Lost(reason, self.binding) for reason in reasons]
         return [
-            Lost(sizes) if isinstance(sizes, str) else self._view(indices, sizes, pieces, joined)
+            Lost(sizes, self.binding)
+            if isinstance(sizes, str)
+            else self._view(indices, sizes, pieces, joined)
             for indices, sizes in zip(self.indices, self.sizes, strict=True)
         ]
 

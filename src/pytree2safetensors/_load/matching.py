@@ -19,7 +19,7 @@ from pytree2safetensors._load.template import TemplateLeaf, misfit, show
 from pytree2safetensors._messages import joined, shorten
 from pytree2safetensors._tree.paths import add_prefix
 from pytree2safetensors._tree.printing import array_text
-from pytree2safetensors._tree.rule import Rule
+from pytree2safetensors._tree.rule import Rule, parse_rule
 
 
 class Options(NamedTuple):
@@ -88,7 +88,11 @@ class Comparison:
         elif rule is None:
             self.miss(position, None, leaf)
         else:
-            self.refuse(position, f"the template has {show(leaf.spec)}; {route.reason}", leaf)
+            names = parse_rule(rule).names_among(self.available, route.binding)
+            self.used.update(names)
+            tensor = [f"the tensor {shorten(n)} {_predicate(self.available[n])}" for n in names[:1]]
+            reasons = [f"the template has {show(leaf.spec)}", route.reason, *tensor]
+            self.refuse(position, "; ".join(reasons), leaf)
 
     def judge_view(self, position: int, leaf: TemplateLeaf, view: View) -> None:
         """Match a leaf with the tensors of a view."""

@@ -7,10 +7,10 @@ on one side and belongs to the array on the other stacks arrays, or cuts one.
 Specification: *Rules*.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
+from itertools import product, takewhile
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -112,6 +112,18 @@ class ParsedRule(NamedTuple):
         for count in product(*(range(sizes[axis]) for axis in self.stacked)):
             numbers = dict(zip(self.stacked, count, strict=True))
             yield fill(side, Binding({**binding.indices, **numbers}, binding.text))
+
+    def names_among(self, there: Collection[str], binding: Binding) -> list[str]:
+        """Return those names of a leaf's tensors that are there, without the sizes of its axes."""
+        first = {**binding.indices, **dict.fromkeys(self.stacked, 0)}
+        sizes: dict[str, int] = {}
+        for axis in self.stacked:
+            numbers = range(self.counts.get(axis, len(there)))
+            names = (
+                fill(self.name or (), Binding({**first, axis: n}, binding.text)) for n in numbers
+            )
+            sizes[axis] = sum(1 for _ in takewhile(there.__contains__, names))
+        return [name for name in self.names(binding, sizes) if name in there]
 
 
 def parse_rule(rule: Rule) -> ParsedRule:
