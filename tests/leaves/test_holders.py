@@ -17,7 +17,13 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from pytree2safetensors import UnsupportedLeafError, load_into_pytree, load_pytree, save_pytree
+from pytree2safetensors import (
+    Rule,
+    UnsupportedLeafError,
+    load_into_pytree,
+    load_pytree,
+    save_pytree,
+)
 
 ARRAY = np.ones(3, np.float32)
 STRUCT: Any = jax.ShapeDtypeStruct  # JAX gives these constructors no types
@@ -224,6 +230,17 @@ OTHERS: dict[str, Any] = {
 def test_functions_and_the_like_are_left_out(other: str) -> None:
     file = io.BytesIO()
     save_pytree({"other": OTHERS[other], "w": ARRAY}, file, unsupported="skip")
+    file.seek(0)
+    assert list(load_pytree(file)) == ["w"]
+
+
+def test_a_rule_may_leave_out_an_object_that_holds_arrays() -> None:
+    tree = {"state": State(ARRAY), "f": print, "w": ARRAY}
+    file = io.BytesIO()
+    rules = [Rule("{=}", "{=}")]
+    with pytest.raises(UnsupportedLeafError, match=r"'@state': .*, which holds arrays\n"):
+        save_pytree(tree, file, unsupported="skip", rename=rules)
+    save_pytree(tree, file, unsupported="skip", rename=[Rule(None, "@state"), *rules])
     file.seek(0)
     assert list(load_pytree(file)) == ["w"]
 
