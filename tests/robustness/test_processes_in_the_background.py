@@ -96,6 +96,26 @@ def test_saves_of_several_processes_end_in_the_order_of_their_calls(
     assert [number_in(tmp_path / name) for name in "abc"] == [3, 2, 4]
 
 
+def cancel_in_the_queue(folder: str, where: int) -> list[bool]:
+    go_on = threading.Event()
+    local = f"{folder}/local{jax.process_index()}"
+    earlier = p2s.save_pytree_async({"a": 1}, local, progress=lambda *_: go_on.wait(20))
+    futures = [p2s.save_pytree_async(checkpoint(n), f"{folder}/file") for n in range(2)]
+    cancelled = [jax.process_index() == where and future.cancel() for future in futures]
+    go_on.set()
+    for future in [earlier, *futures]:
+        future.result(60)
+    return cancelled
+
+
+@pytest.mark.parametrize("where", [0, 1])
+def test_one_process_cannot_cancel_a_save_that_all_have_agreed_on(
+    pair: Group, tmp_path: Path, where: int
+) -> None:
+    assert pair.run(cancel_in_the_queue, tmp_path, where) == [[False] * 2] * 2
+    assert number_in(tmp_path / "file") == 1
+
+
 def fail_in_the_background(folder: str, where: int) -> list[str]:
     """One save fails on one process, the next succeeds."""
     here = jax.process_index() == where

@@ -77,8 +77,8 @@ class Work:
             self.commit = stack.pop_all()
         if not plan.index_name:  # metadata may differ, so only process 0 knows the length
             self.starts = [self.joint.start]
-        # Every process that agreed submits this, so the others never wait for it in vain.
-        return saver.submit(self._run, label_of(self.target))
+        # Every process that agreed does this, so the others never wait for it in vain.
+        return saver.submit(self._run, label_of(self.target), is_joint=True)
 
     def _prepare(self, stack: ExitStack, token: str) -> None:
         """Create the temporary files, as large as they will be."""

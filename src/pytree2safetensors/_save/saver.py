@@ -48,10 +48,14 @@ class _Save(Future[None]):
 
     _is_retrieved = True  # until `__init__` is done, which an interrupt may stop
 
-    def __init__(self, where: str) -> None:
+    def __init__(self, where: str, is_joint: bool) -> None:
         super().__init__()
-        self._where, self._is_retrieved = where, False
+        self._where, self._is_joint, self._is_retrieved = where, is_joint, False
         _saves.add(self)
+
+    def cancel(self) -> bool:
+        """Do not save, if the save has not begun and no other process waits for it."""
+        return not self._is_joint and super().cancel()
 
     # The runtime checks of the tests distinguish ints from floats.
     def result(self, timeout: int | float | None = None) -> None:  # noqa: PYI041
@@ -116,19 +120,23 @@ if _register is not None:  # pragma: no branch - it is no public name
     _register(_finish_all)
 
 
-def submit(save: Callable[[], None], where: str) -> Future[None]:
+def submit(save: Callable[[], None], where: str, *, is_joint: bool = False) -> Future[None]:
     """Save on the saver's thread, after everything that was submitted before.
 
     If no thread can start, for example because the interpreter is exiting or this is a signal
-    handler, save before this returns. `where` is the path for a warning about an error that is
-    never retrieved.
+    handler, save before this returns.
+
+    Args:
+        save: What to do.
+        where: The path for a warning about an error that is never retrieved.
+        is_joint: Whether other processes wait for this save, so that it cannot be cancelled.
     """
     if not threading.main_thread().is_alive() or is_starting():
-        return _saved_now(save, where)
+        return _saved_now(save, where, is_joint)
     if not _savers:
         _savers.append(ThreadPoolExecutor(1, _NAME))
     end = _End()  # does not keep an error and its snapshot alive, unlike the future
-    future = _Save(where)
+    future = _Save(where, is_joint)
 
     def ended(_: object = None) -> None:
         _unfinished.discard(end)
@@ -140,16 +148,16 @@ def submit(save: Callable[[], None], where: str) -> Future[None]:
             _unfinished.add(end)
             _savers[0].submit(_run, save, future, ended)
     except BaseException as error:
-        future.cancel()  # nobody has it, and later saves wait for its end
+        Future.cancel(future)  # nobody has it, and later saves wait for its end
         if not says_no_threads(error):  # but an interrupt
             raise
-        return _saved_now(save, where)
+        return _saved_now(save, where, is_joint)
     return future
 
 
-def _saved_now(save: Callable[[], None], where: str) -> Future[None]:
+def _saved_now(save: Callable[[], None], where: str, is_joint: bool) -> Future[None]:
     wait_for_earlier()
-    future = _Save(where)
+    future = _Save(where, is_joint)
     _run(save, future, lambda: None)
     return future
 
