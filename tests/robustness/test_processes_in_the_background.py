@@ -16,6 +16,7 @@ from jax.sharding import Mesh, PartitionSpec
 import pytree2safetensors as p2s
 from pytree2safetensors._save import joint
 from pytree2safetensors._save.coordination import CoordinationKeys
+from pytree2safetensors._save.meeting import JointSave
 from pytree2safetensors._storage import descriptor
 from together import Group, arrays_of, checkpoint, devices_of, first, group_of, number_in, spread
 
@@ -148,6 +149,34 @@ def test_what_fails_in_the_background_on_one_is_the_result_on_all(
     assert "No space left on device" in found[where][0]
     assert f"process {where} could not save: No space left on device" in found[1 - where][0]
     assert number_in(tmp_path / "file") == 1
+
+
+def fail_to_send(folder: str, where: int, step: str) -> list[str]:
+    """One process cannot send a message, and then can."""
+
+    def refuse(*_: Any) -> None:
+        raise RuntimeError("UNAVAILABLE: failed to connect to all addresses")
+
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        if jax.process_index() == where:
+            patch.setattr(JointSave, step, refuse)
+        try:
+            p2s.save_pytree(checkpoint(1), f"{folder}/file", checksum=True)
+        except RuntimeError as error:
+            found.append(str(error))
+    p2s.save_pytree(checkpoint(2), f"{folder}/file")
+    return found
+
+
+@pytest.mark.parametrize(("where", "step"), [(1, "give"), (1, "vote"), (0, "meet"), (1, "meet")])
+def test_no_process_waits_for_one_that_cannot_send_a_message(
+    pair: Group, tmp_path: Path, where: int, step: str
+) -> None:
+    found = pair.run(fail_to_send, tmp_path, where, step)
+    assert found[where] == ["UNAVAILABLE: failed to connect to all addresses"]
+    assert "could not save" in found[1 - where][0]
+    assert number_in(tmp_path / "file") == 2
 
 
 def interrupt_after_the_call(folder: str) -> None:

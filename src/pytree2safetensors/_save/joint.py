@@ -106,10 +106,14 @@ class Work:
 
     def _run(self) -> None:
         with closing_bar(self.progress):
-            if self.joint.process == 0:
-                self._lead()
-            else:
-                self._follow()
+            try:
+                if self.joint.process == 0:
+                    self._lead()
+                else:
+                    self._follow()
+            except BaseException:
+                self.joint.leave()  # if the others do not know of this error
+                raise
 
     def _lead(self) -> None:
         """Do the rest as process 0."""
@@ -128,8 +132,7 @@ class Work:
 
     def _follow(self) -> None:
         """Do the rest as another process."""
-        hashes, error = self._work()
-        self.joint.give(hashes)
+        _, error = self._work()
         self.joint.vote(error)
         self.joint.outcome(error)
 
@@ -145,6 +148,8 @@ class Work:
             self.joint.meet("written", error)
             try:
                 hashes = self._hash()
+                if self.joint.process:
+                    self.joint.give(hashes)
             except BaseException as raised:  # noqa: BLE001 - as above
                 error = raised
         return hashes, error

@@ -12,6 +12,7 @@ import base64
 import json
 import math
 import time
+from contextlib import suppress
 from typing import Final, Literal, Protocol, TypeAlias, runtime_checkable
 
 from pytree2safetensors._errors import FileFormatError
@@ -219,6 +220,11 @@ class JointSave:
             self.failed = failed
             raise error_of(*failed)
 
+    def leave(self) -> None:
+        """Let nobody wait for messages that this process has not sent."""
+        with suppress(Exception):  # this process raises the error that makes it leave
+            self._set(f"left/{self.process}", str(self.call))
+
     # --- data for process 0 ---
 
     def give(self, data: bytes) -> None:
@@ -272,5 +278,5 @@ class JointSave:
                         "call save_pytree on all processes"
                     )
             except BaseException:
-                self._set(f"left/{self.process}", str(self.call))
+                self.leave()
                 raise
