@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import fsspec
 import numpy as np
 import pytest
-from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 from upath import UPath
 
@@ -55,7 +55,7 @@ class ObjectFile(AbstractBufferedFile):  # type: ignore[misc] # fsspec has no ty
 class ObjectStore(AbstractFileSystem):  # type: ignore[misc] # fsspec has no types
     """A store whose objects appear whole; it fails when its budget of bytes is spent."""
 
-    protocol = "objects"
+    protocol: Any = ("objects", "gs")  # as that of Google, it is known to keep an object until then
     cachable = False
     objects: ClassVar[dict[str, bytes]] = {}
     budget: ClassVar[int] = 1 << 60
@@ -98,9 +98,51 @@ class ObjectStore(AbstractFileSystem):  # type: ignore[misc] # fsspec has no typ
         pass
 
 
+class InPlaceFile(io.RawIOBase):
+    """A file that has its name from the start, as those of sshfs, and gets some bytes later."""
+
+    def __init__(self, fs: Any, path: str) -> None:
+        super().__init__()
+        self.fs, self.path, self.late = fs, path, b""
+        fs.spend(1)
+        fs.objects[path] = b""
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, content: Any) -> int:
+        self.flush()
+        self.fs.spend(1)
+        self.late = bytes(content)
+        return len(content)
+
+    def flush(self) -> None:
+        if self.late:
+            self.fs.spend(1)
+            self.fs.objects[self.path] += self.late
+            self.late = b""
+
+    def close(self) -> None:
+        if not self.closed:
+            self.flush()
+        super().close()
+
+
+class InPlaceStore(ObjectStore):
+    """A store that writes in place, as `sshfs`."""
+
+    protocol: Any = "inplace"
+
+    def _open(self, path: str, mode: str = "rb", **options: Any) -> Any:
+        if mode == "rb":
+            return super()._open(path, mode, **options)
+        return InPlaceFile(self, path)
+
+
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[ObjectStore]]:
     fsspec.register_implementation("objects", ObjectStore, clobber=True)
+    fsspec.register_implementation("inplace", InPlaceStore, clobber=True)
     monkeypatch.setattr(ObjectStore, "objects", {})
     monkeypatch.setattr(ObjectStore, "steps", [])
     monkeypatch.setattr(ObjectStore, "budget", 1 << 60)
@@ -257,6 +299,79 @@ def test_a_folder_is_old_or_new_or_cut_short(
     assert ("old" if before else "nothing") in seen
     assert attempt(cost) == "saved"
     assert outcome(url) == "new"
+
+
+class Steps:
+    """Counts the steps of a save into memory, and fails at one of them."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.left = 1 << 60
+        for kind, name in (
+            (MemoryFileSystem, "_open"),
+            (MemoryFileSystem, "rm_file"),
+            (MemoryFile, "write"),
+            (MemoryFile, "commit"),
+            (MemoryFile, "close"),
+        ):
+            patch.setattr(kind, name, self.counted(getattr(kind, name)))
+
+    def counted(self, work: Any) -> Any:
+        def count(*args: Any, **options: Any) -> Any:
+            self.left -= 1
+            if self.left < 0:
+                raise Full(28, "No space left in the store")
+            return work(*args, **options)
+
+        return count
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(100, 100), (100, 40), (100, "5GB"), ("5GB", 100), ("5GB", "5GB"), (None, 100)],
+)
+@pytest.mark.parametrize("url", ["memory://run/folder", "inplace://bucket/run"])
+def test_a_folder_in_a_store_that_writes_in_place_is_never_a_mixture(
+    memory: MemoryFileSystem,
+    store: type[ObjectStore],
+    monkeypatch: pytest.MonkeyPatch,
+    url: str,
+    before: int | str | None,
+    after: int | str,
+) -> None:
+    steps = Steps(monkeypatch)
+
+    def allow(count: int) -> None:
+        steps.left = InPlaceStore.budget = count
+
+    def attempt(count: int) -> tuple[str, str]:
+        """Whether a save returns that fails at some step, and what a reader finds then."""
+        allow(1 << 60)
+        memory.store.clear()
+        store.objects.clear()
+        if before is not None:
+            save_pytree(tree_of(1), url, max_shard_size=before)
+        allow(count)
+        result = "saved"
+        try:
+            save_pytree(tree_of(2), url, max_shard_size=after)
+        except Full:
+            result = "failed"
+        except OSError as error:
+            assert "No space left in the store" in str(error)
+            result = "failed"
+        allow(1 << 60)
+        try:
+            loaded = load_pytree(url)
+        except (FileFormatError, FileNotFoundError):
+            return result, "nothing"
+        is_new = is_same(tree_of(2), loaded)
+        assert is_new or is_same(tree_of(1), loaded), "a mixture"
+        return result, "new" if is_new else "old"
+
+    assert attempt(0) == ("failed", "nothing" if before is None else "old")
+    steps_needed = next(count for count in range(1, 99) if attempt(count)[0] == "saved")
+    assert steps_needed > 4
+    assert attempt(steps_needed) == ("saved", "new")
 
 
 def test_nothing_is_uploaded_after_a_failure(store: type[ObjectStore]) -> None:

@@ -220,8 +220,8 @@ class Pending:
             self._file.write(piece)
 
     def finish(self) -> None:
-        """Send the rest now, unless that would already give the file its name."""
-        if _commits(self._file):
+        """Send the rest now, unless that would give the file its name too early."""
+        if _commits(self._file) or not self.path.appears_whole:
             with naming_url(self.path):
                 self._file.close()
 

@@ -38,8 +38,9 @@ def replace_remotely(
 ) -> None:
     """Write files that become valid with the last of them, then remove stale files.
 
-    A store has no renames and no locks. So the old index is removed before any shard is replaced.
-    Until the new index is written, a reader gets the error that a save was interrupted.
+    A store has no renames and no locks. So the old index is removed before any shard is replaced,
+    which in stores that write in place is when the shard is opened. Until the new index is written, a
+    reader gets the error that a save was interrupted.
     """
     report = Report(progress, sum(file.size for file in files))
     *others, last = files
@@ -47,6 +48,9 @@ def replace_remotely(
     if not names and not folder.protocols & _FLAT:
         with naming_url(folder):
             folder.fs.makedirs(folder.path, exist_ok=True)
+    replaces_shards = any(file.name in names for file in others)
+    if replaces_shards and not folder.appears_whole:
+        _remove(folder, last.name, names)
     written: list[Pending] = []
     try:
         for file in files:
@@ -55,7 +59,7 @@ def replace_remotely(
             write_pending(pending, file.chunks, file.size, report)
             pending.finish()
         report.finish()
-        if any(file.name in names for file in others):
+        if replaces_shards and folder.appears_whole:
             _remove(folder, last.name, names)
         for pending in written[:-1]:
             pending.commit()

@@ -17,6 +17,11 @@ T = TypeVar("T")
 
 _URL: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(?:::|://)")
 _COLLAPSED: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+:)[/\\][^/\\]")
+# Stores that give a file its name when it is complete; docs/guides/object-stores.md says how. Caches
+# in front of them do not wait for that, and `sshfs` does not have these schemes.
+_WHOLE: Final = frozenset(
+    ["s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hf", "sftp", "ftp", "smb", "webhdfs", "file"]
+)
 _USER: Final = re.compile(r"((?:https?|ftps?|sftp|ssh|webdavs?|smb|git|github)://)[^/@\s'\"]*@")
 _QUERY: Final = re.compile(r"(://[^\s?'\"]*)\?[^\s'\"]*")
 
@@ -55,6 +60,11 @@ class RemotePath(NamedTuple):
         """Return the schemes of its file system."""
         found = self.fs.protocol
         return frozenset([found] if isinstance(found, str) else found)
+
+    @property
+    def appears_whole(self) -> bool:
+        """Return whether the store surely keeps an old file until the new one is complete."""
+        return bool(self.protocols & _WHOLE)
 
     def joined(self, name: str) -> "RemotePath":
         """Return the path of a file in this folder."""
