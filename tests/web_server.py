@@ -26,6 +26,8 @@ class WebServer:
         delay: Seconds that each request takes.
         has_ranges: "yes", "no" (which it says), or "ignored".
         has_etags: Whether files have entity tags.
+        obeys_if_match: Whether it refuses to send a file with another tag than was asked for.
+        has_head: Whether it answers HEAD, which presigned URLs of S3 refuse.
         key: What the header X-Key has to be, if anything.
         refusal: The status of the answer to requests for other files, or without the key.
         before: Called with the number of each request, before it is answered; may change files, or
@@ -37,7 +39,7 @@ class WebServer:
         self.requests: list[Request] = []
         self.delay = 0.0
         self.has_ranges = "yes"
-        self.has_etags = True
+        self.has_etags = self.obeys_if_match = self.has_head = True
         self.key = ""
         self.refusal = 404
         self.before: Callable[[int], None] = lambda number: None
@@ -87,8 +89,11 @@ class _Handler(QuietHandler):
         if content is None or state.key not in {"", self.headers.get("X-Key")}:
             self.reply(state.refusal)
             return
+        if self.command == "HEAD" and not state.has_head:
+            self.reply(403)
+            return
         etag, wanted = etag_of(content), self.headers.get("If-Match")
-        if wanted is not None and wanted != etag:
+        if wanted is not None and wanted != etag and state.obeys_if_match:
             self.reply(412)
             return
         size, ranges = len(content), self.headers.get("Range")

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.spec import AbstractFileSystem
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from upath import UPath
@@ -58,11 +59,11 @@ def publish(server: WebServer, path: str, folder: Path, tree: Any, **options: An
 # --- how much is asked ------------------------------------------------------------------------
 
 
-def test_one_leaf_takes_three_requests_and_its_own_bytes(server: WebServer, tmp_path: Path) -> None:
+def test_one_leaf_takes_four_requests_and_its_own_bytes(server: WebServer, tmp_path: Path) -> None:
     url = publish(server, "/m.safetensors", tmp_path, large())
     assert is_same(large()["w1"], load_pytree(url, prefix="@w1"))
-    assert [request.method for request in server.requests] == ["HEAD", "GET", "GET"]
-    assert [request.sent for request in server.requests] == [0, 100_000, 1 * MIB]
+    assert [request.method for request in server.requests] == ["HEAD", "GET", "GET", "HEAD"]
+    assert [request.sent for request in server.requests] == [0, 100_000, 1 * MIB, 0]
 
 
 def test_shapes_and_metadata_take_two_requests(server: WebServer, tmp_path: Path) -> None:
@@ -75,7 +76,7 @@ def test_shapes_and_metadata_take_two_requests(server: WebServer, tmp_path: Path
     url = publish(server, "/scalar.safetensors", tmp_path, tree)
     server.requests.clear()
     assert load_abstract(url)["step"] == 7  # whose value is read, too
-    assert len(server.requests) == 3
+    assert len(server.requests) == 4
 
 
 def test_a_small_file_takes_two_requests(server: WebServer, tmp_path: Path) -> None:
@@ -137,8 +138,18 @@ def test_many_shards_are_opened_many_at_a_time(server: WebServer, tmp_path: Path
     tree = {f"w{i:02}": jnp.full(10, i, jnp.float32) for i in range(40)}
     url = publish(server, "/run", tmp_path, tree, max_shard_size=40)
     server.delay = 0.05
+    opened = 2 + 2 * len(tree) + 1  # requests until the index is found unchanged
+    most: list[int] = []
+
+    def note(number: int) -> None:
+        if number == opened:
+            most.append(server.most_at_once)
+            server.most_at_once = 0
+
+    server.before = note
     assert is_same(tree, load_pytree(url + "/"))
-    assert server.most_at_once > 8
+    assert len(server.requests) == opened + len(tree)
+    assert min(*most, server.most_at_once) > 8  # they are verified many at a time, too
 
 
 def test_chained_urls_load(
@@ -217,18 +228,18 @@ def test_a_server_without_ranges_is_reported(
     )
 
 
-@pytest.mark.parametrize("etags", [True, False])
+@pytest.mark.parametrize("etags", ["obeyed", "ignored", "none"])
 @pytest.mark.parametrize("size", [1 * MIB, 1 * MIB + 4])
 @pytest.mark.parametrize("at", range(1, 5))
 def test_an_object_that_changes_in_the_middle_is_never_a_mixture(
-    server: WebServer, tmp_path: Path, at: int, size: int, etags: bool
+    server: WebServer, tmp_path: Path, at: int, size: int, etags: str
 ) -> None:
     old, new = large(), {name: leaf[: size // 4] + 10 for name, leaf in large(3, 2 * MIB).items()}
     url = publish(server, "/m.safetensors", tmp_path, new)
     changed = server.files["/m.safetensors"]
     publish(server, "/m.safetensors", tmp_path, old)
-    server.has_etags = etags
-    if not etags and size == MIB:
+    server.has_etags, server.obeys_if_match = etags != "none", etags == "obeyed"
+    if etags == "none" and size == MIB:
         pytest.skip("nothing tells these two from each other")
 
     def change(number: int) -> None:
@@ -244,6 +255,44 @@ def test_an_object_that_changes_in_the_middle_is_never_a_mixture(
         return
     assert at > 2
     assert is_same(old, found) or is_same(new, found)
+
+
+def test_a_folder_whose_index_stays_the_same_is_never_a_mixture(
+    server: WebServer, tmp_path: Path
+) -> None:
+    trees = [{name: np.full(9, value, np.float32) for name in "abc"} for value in (1, 2)]
+    publish(server, "/run", tmp_path, trees[1], max_shard_size=36)
+    newer = dict(server.files)
+    url = publish(server, "/run", tmp_path, trees[0], max_shard_size=36)
+    older = dict(server.files)
+    assert older[f"/run/{INDEX}"] == newer[f"/run/{INDEX}"]
+    found = set[str]()
+    for at in range(13):
+
+        def change(number: int, at: int = at) -> None:
+            server.files.update(newer if number >= at else older)
+
+        server.requests.clear()
+        server.before = change
+        try:
+            loaded = load_pytree(f"{url}/{INDEX}")
+        except FileFormatError as error:
+            assert "was replaced while it was read" in str(error)
+            found.add("error")
+        else:
+            assert is_same(trees[0], loaded) or is_same(trees[1], loaded), "a mixture"
+            found.add("old" if is_same(trees[0], loaded) else "new")
+    assert found == {"error", "old", "new"}
+
+
+def test_a_server_that_refuses_head_is_read_and_asked_again(
+    server: WebServer, tmp_path: Path
+) -> None:
+    url = publish(server, "/m.safetensors", tmp_path, large())
+    server.has_head = False
+    assert is_same(large()["w1"], load_pytree(url, prefix="@w1"))
+    asked = [request.method for request in server.requests]
+    assert asked == ["HEAD", "GET", "GET", "GET", "HEAD", "GET"]
 
 
 def test_an_index_that_changes_is_read_again(server: WebServer, tmp_path: Path) -> None:
@@ -472,6 +521,63 @@ def test_an_error_that_names_the_url_stays_as_it_is(
     with pytest.raises(KeyError) as caught:
         load_pytree("misbehaving://m")
     assert caught.value is error
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("ETag", "Content-MD5", "Digest", "Last-Modified"),  # of web servers
+        *("LastModified", "VersionId"),  # S3
+        *("generation", "updated", "md5Hash"),  # Google
+        *("etag", "last_modified", "version_id"),  # Azure
+        *("blob_id", "xet_hash"),  # the Hub
+        *("mtime", "modify", "unique", "modificationTime"),  # SFTP, SMB, FTP, WebHDFS
+        *("modified", "created"),  # WebDAV, memory
+        *("server_modified", "content_hash", "rev"),  # Dropbox
+        *("modified_at", "modifiedTime", "timeModified"),  # Box, Google Drive, Oracle
+        *("checksum", "md5", "e_tag"),  # lakeFS, Oracle, obstore
+        *("sha", "hex", "raw_url"),  # GitHub, git, gists
+    ],
+)
+def test_every_store_says_that_a_file_was_replaced(
+    misbehaving: type[Misbehaving], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, key: str
+) -> None:
+    save_pytree(large(1), tmp_path / "large")
+    monkeypatch.setattr(misbehaving, "content", (tmp_path / "large").read_bytes())
+    info = misbehaving.info
+    versions: list[Any] = []
+
+    def versioned(self: Misbehaving, path: str) -> dict[str, Any]:
+        return info(self, path) | {key: versions.pop(0), "time": versions}
+
+    monkeypatch.setattr(misbehaving, "info", versioned)
+    for same in ([7, 7], [None, 7]):  # the latter says more than the first time
+        versions[:] = same
+        assert is_same(large(1), load_pytree("misbehaving://m"))
+        assert versions == []
+    versions[:] = [7, 8]
+    with pytest.raises(FileFormatError, match="was replaced while it was read; load it again"):
+        load_pytree("misbehaving://m")
+
+
+def test_a_file_in_memory_that_is_saved_again_is_not_a_mixture(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    url, read = "memory://mixed.safetensors", MemoryFileSystem.cat_file
+    save_pytree(large(1), url)
+    newer: list[Any] = [{"w0": large(2)["w1"]}]
+
+    def save_between(self: MemoryFileSystem, path: str, **options: Any) -> bytes:
+        content: bytes = read(self, path, **options)
+        if newer and options["end"] == 100_000:
+            save_pytree(newer.pop(), url)
+        return content
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", save_between)
+    with pytest.raises(FileFormatError, match="was replaced while it was read; load it again"):
+        load_pytree(url)
+    assert is_same({"w0": large(2)["w1"]}, load_pytree(url))
+    fsspec.filesystem("memory").rm_file("mixed.safetensors")
 
 
 def test_an_empty_object_is_no_safetensors_file(server: WebServer) -> None:

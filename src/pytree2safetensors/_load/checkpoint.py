@@ -19,6 +19,7 @@ from pytree2safetensors._format.tensor import TensorInfo, check_kind
 from pytree2safetensors._leaves.spec import LeafSpec, spec_of
 from pytree2safetensors._messages import shorten
 from pytree2safetensors._storage.byte_source import PIECE, ByteSource
+from pytree2safetensors._storage.remote_file import verify
 from pytree2safetensors._tree.claims import check_nodes
 from pytree2safetensors._tree.keypath import string2keypath
 
@@ -51,8 +52,7 @@ class OpenCheckpoint:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         with closing(self):
             if kind is None:
-                for source in self.sources:
-                    source.verify()
+                verify(self.sources)
 
     def close(self) -> None:
         """Close all sources, even if one of them raises an error."""

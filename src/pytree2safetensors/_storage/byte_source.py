@@ -80,9 +80,6 @@ class ByteSource:
         """Return the whole file as read-only memory; only files on disk can do that."""
         raise NotImplementedError
 
-    def verify(self) -> None:
-        """Raise a FileFormatError if another file has replaced this one."""
-
     def shut(self) -> None:
         """Close a file on disk until the next read. Other files stay open."""
 

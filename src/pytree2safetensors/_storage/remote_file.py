@@ -3,7 +3,7 @@
 import errno
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, Final
 
@@ -11,16 +11,21 @@ from pytree2safetensors._errors import FileFormatError
 from pytree2safetensors._storage.byte_source import ByteSource
 from pytree2safetensors._storage.descriptor import cut_chunks
 from pytree2safetensors._storage.progress import Progress, Report
+from pytree2safetensors._storage.read_pool import ReadPool
 from pytree2safetensors._storage.remote_path import RemotePath, hide_credentials, raise_with_url
 from pytree2safetensors._types import Chunk
 
 _HEAD: Final = 100_000  # bytes that are read first: nearly always the whole header
 _LOCK: Final = "_lock_of_pytree2safetensors"
 _PINNED: Final = {"s3", "s3a"}  # whose files fsspec reads with If-Match
-# What distinguishes an object from its successor, under the names that the stores use.
+# What distinguishes an object from its successor, under the names that the stores use: tags, versions
+# and digests, then times.
 _VERSION: Final = (
-    "ETag", "etag", "generation", "version_id", "VersionId", "md5Hash", "Content-MD5", "Digest",
-    "blob_id", "Last-Modified", "LastModified", "last_modified", "updated", "mtime", "modified",
+    "ETag", "etag", "e_tag", "generation", "VersionId", "version_id", "rev", "unique",
+    "Content-MD5", "Digest", "md5Hash", "md5", "checksum", "content_hash",
+    "blob_id", "xet_hash", "sha", "hex", "raw_url",
+    "Last-Modified", "LastModified", "last_modified", "updated", "mtime", "modified", "modify",
+    "modified_at", "modifiedTime", "modificationTime", "timeModified", "server_modified", "created",
 )  # fmt: skip
 _READ_ONLY = "cannot be written to: its store is read-only"
 
@@ -98,7 +103,6 @@ class RemoteSource(ByteSource):
         super().__init__(path.label, info["size"])
         self._file = file
         self._version = _version_of(info)
-        self._is_pinned = bool(path.protocols & _PINNED) or info.get("pinned", False)
         self._lock = threading.Lock()
         self._head: bytes | None = None
         self._fetched = 0
@@ -140,18 +144,30 @@ class RemoteSource(ByteSource):
 
     def is_current(self) -> bool:
         """Return whether the store still has the file that was opened."""
+        self.forget()
+        return self.is_same()
+
+    def forget(self) -> None:
+        """Forget what fsspec remembers of the store."""
+        with naming_url(self.path):
+            self.path.fs.invalidate_cache()
+
+    def is_same(self) -> bool:
+        """Return whether the file that was opened is also the one that the store has, or remembers."""
         try:
             with naming_url(self.path):
-                self.path.fs.invalidate_cache()
                 info = self.path.fs.info(self.path.path)
         except FileNotFoundError:
             return False
-        return (info.get("size"), _version_of(info)) == (self.size, self._version)
+        # Some stores tell more about one file than about the files of a folder.
+        version = _version_of(info)
+        both = version.keys() & self._version.keys()
+        return info.get("size") == self.size and all(version[k] == self._version[k] for k in both)
 
-    def verify(self) -> None:
-        # The answer to one request is never a mixture.
-        if self._fetched > 1 and not self._is_pinned and not self.is_current():
-            raise _changed(self.path)
+    def may_be_mixed(self, is_alone: bool) -> bool:
+        """Return whether what was read may belong to several files."""
+        # The answer to one request is never a mixture. Web servers may ignore If-Match.
+        return (self._fetched > 1 or not is_alone) and not self.path.protocols & _PINNED
 
     def close(self) -> None:
         close = getattr(self._file, "close", None)
@@ -174,8 +190,7 @@ def _opened(path: RemotePath) -> tuple[Any, dict[str, Any]]:
     options = {} if etag.startswith("W/") else {"headers": {**own, "If-Match": etag}}
     if not info["size"]:
         return None, info
-    file = path.fs.open(path.path, "rb", size=info["size"], cache_type="none", **options)
-    return file, info | {"pinned": bool(options)}
+    return path.fs.open(path.path, "rb", size=info["size"], cache_type="none", **options), info
 
 
 def _sized(path: RemotePath) -> dict[str, Any]:
@@ -188,8 +203,25 @@ def _sized(path: RemotePath) -> dict[str, Any]:
     return info
 
 
-def _version_of(info: dict[str, Any]) -> tuple[str, ...]:
-    return tuple(str(info[key]) for key in _VERSION if info.get(key) is not None)
+def _version_of(info: dict[str, Any]) -> dict[str, str]:
+    return {key: str(info[key]) for key in _VERSION if info.get(key) is not None}
+
+
+def verify(sources: Sequence[ByteSource]) -> None:
+    """Check that what was read from the sources of a checkpoint belongs together.
+
+    Raises:
+        FileFormatError: A store has replaced a file since it was opened.
+        OSError: The store cannot be asked.
+    """
+    is_alone = len(sources) == 1
+    doubtful = [s for s in sources if isinstance(s, RemoteSource) and s.may_be_mixed(is_alone)]
+    for source in doubtful[:1]:  # the others are in the same store
+        source.forget()
+    with ReadPool(RemoteSource.in_flight) as pool:
+        for source, same in zip(doubtful, pool.map(RemoteSource.is_same, doubtful), strict=True):
+            if not same.result():
+                raise _changed(source.path)
 
 
 # --- writing ----------------------------------------------------------------------------------
