@@ -1,5 +1,6 @@
 """Loading from URLs: the number of requests, and servers that misbehave."""
 
+import ftplib
 import io
 import re
 import threading
@@ -295,6 +296,25 @@ def test_a_server_that_refuses_head_is_read_and_asked_again(
     assert asked == ["HEAD", "GET", "GET", "GET", "HEAD", "GET"]
 
 
+@pytest.mark.parametrize("name", ["m.safetensors", "run/" + INDEX])
+def test_a_server_that_fails_at_the_end_does_not_mean_that_a_file_was_replaced(
+    server: WebServer, tmp_path: Path, name: str
+) -> None:
+    publish(server, "/m.safetensors", tmp_path, large())
+    publish(server, "/run", tmp_path / "folder", large(2, 36), max_shard_size=36)
+    last = 3 if name == "m.safetensors" else 6
+
+    def fail(number: int) -> None:
+        if number >= last:
+            server.key, server.refusal = "unknown", 503
+
+    server.before = fail
+    with pytest.raises(OSError, match="the server answers 503") as caught:
+        load_pytree(f"{server.url}/{name}")
+    assert caught.value.filename == f"{server.url}/{name}"
+    assert len(server.requests) == last + 2  # the last with HEAD and with GET
+
+
 def test_an_index_that_changes_is_read_again(server: WebServer, tmp_path: Path) -> None:
     url = publish(server, "/run", tmp_path, tree_of(2), max_shard_size=100)
     newer = dict(server.files)
@@ -323,26 +343,78 @@ def test_a_connection_that_is_dropped_is_the_stores_own_error(
 
 
 @pytest.mark.parametrize(
-    ("status", "reason"),
-    [(404, ""), (403, " (the server answers 403)"), (500, " (the server answers 500)")],
+    ("status", "kind", "text"),
+    [
+        (404, FileNotFoundError, "[Errno 2] No such file or directory"),
+        (410, FileNotFoundError, "[Errno 2] No such file or directory (the server answers 410)"),
+        (401, PermissionError, "[Errno 13] the server answers 401"),
+        (403, PermissionError, "[Errno 13] the server answers 403"),
+        (429, OSError, "[Errno 5] the server answers 429"),
+        (500, OSError, "[Errno 5] the server answers 500"),
+        (503, OSError, "[Errno 5] the server answers 503"),
+    ],
 )
 @pytest.mark.parametrize("name", ["m.safetensors", "run", "run/" + INDEX])
 def test_the_error_says_why_a_server_does_not_give_a_file(
-    server: WebServer, name: str, status: int, reason: str
+    server: WebServer, name: str, status: int, kind: type[OSError], text: str
 ) -> None:
     server.refusal = status
     url = f"{server.url}/{name}"
-    with pytest.raises(FileNotFoundError) as caught:
+    with pytest.raises(OSError, match="Errno") as caught:
         load_pytree(f"{url}?X-Signature=abcdef")
-    assert str(caught.value) == f"[Errno 2] No such file or directory{reason}: '{url}?...'"
+    assert type(caught.value) is kind
+    assert str(caught.value) == f"{text}: '{url}?...'"
+    if kind is OSError:  # no other name is tried
+        assert {request.path.partition("?")[0] for request in server.requests} == {f"/{name}"}
+
+
+def test_a_folder_loads_from_a_server_that_refuses_what_is_missing(
+    server: WebServer, tmp_path: Path
+) -> None:
+    server.refusal = 403  # as S3 without the permission to list objects
+    url = publish(server, "/run", tmp_path, tree_of(1), max_shard_size=100)
+    assert is_same(tree_of(1), load_pytree(url))
+    name = shard_names(3)[1]
+    del server.files[f"/run/{name}"]
+    with pytest.raises(PermissionError) as caught:
+        load_pytree(url + "/")
+    assert caught.value.filename == f"{url}/{name}"
 
 
 def test_the_error_says_that_a_server_cannot_be_reached() -> None:
-    with pytest.raises(
-        FileNotFoundError, match=r"Cannot connect to host 127\.0\.0\.1:9 "
-    ) as caught:
+    with pytest.raises(ConnectionError, match=r"Cannot connect to host 127\.0\.0\.1:9 ") as caught:
         load_pytree("http://127.0.0.1:9/m.safetensors")
     assert caught.value.filename == "http://127.0.0.1:9/m.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("cause", "kind", "text"),
+    [
+        (TimeoutError(), TimeoutError, "TimeoutError"),
+        (ftplib.error_temp("421 too many"), OSError, "421 too many"),
+        (ftplib.error_perm("550 none"), FileNotFoundError, "No such file or directory (550 none)"),
+        (KeyError("m"), FileNotFoundError, "No such file or directory ('m')"),
+        (None, FileNotFoundError, "No such file or directory"),
+    ],
+)
+def test_an_outage_of_a_store_is_not_a_missing_file(
+    misbehaving: "type[Misbehaving]",
+    monkeypatch: pytest.MonkeyPatch,
+    cause: Exception | None,
+    kind: type[OSError],
+    text: str,
+) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise FileNotFoundError("m") from cause
+
+    monkeypatch.setattr(misbehaving, "ls", fail)
+    monkeypatch.setattr(misbehaving, "info", fail)
+    monkeypatch.setattr(misbehaving, "_open", fail)
+    for name in ("m.safetensors", "m"):
+        with pytest.raises(OSError, match="Errno") as caught:
+            load_pytree(f"misbehaving://{name}")
+        assert type(caught.value) is kind
+        assert (caught.value.strerror, caught.value.filename) == (text, f"misbehaving://{name}")
 
 
 def test_no_message_shows_credentials(server: WebServer, tmp_path: Path) -> None:

@@ -48,10 +48,14 @@ class Index(NamedTuple):
     status: tuple[int, ...]
 
     def is_current(self) -> bool:
-        """Return whether no save has replaced it since."""
+        """Return whether no save has replaced it since.
+
+        Raises:
+            OSError: The store cannot be asked.
+        """
+        if isinstance(self.path, RemotePath):
+            return isinstance(self.source, RemoteSource) and self.source.is_current()
         try:
-            if isinstance(self.path, RemotePath):
-                return isinstance(self.source, RemoteSource) and self.source.is_current()
             return self.status == _status(self.path)
         except OSError:
             return False

@@ -84,11 +84,16 @@ def open_checkpoint(path: PathLike | Readable, mmap: bool = False) -> OpenCheckp
 def _open_remotely(path: RemotePath) -> OpenCheckpoint:
     """Open the checkpoint that a path in a store means."""
     missing: str | None = None  # what the first error says
+    refused: PermissionError | None = None
     for found in locate_remotely(path):
         try:
             return _open_shards(found) if is_index(found) else _open_file(open_source(found))
         except FileNotFoundError as error:
             missing = missing or error.strerror
+        except PermissionError as error:  # S3 refuses what is missing if a user may not list files
+            refused = refused or error
+    if refused is not None:
+        raise refused
     raise FileNotFoundError(errno.ENOENT, missing, hide_credentials(path.url))
 
 
@@ -149,10 +154,11 @@ def _open_shards(path: str | RemotePath) -> OpenCheckpoint:
             except (FileFormatError, OSError):
                 if index.is_current():
                     raise
-            else:
+                continue
+            with _closed_on_error(checkpoint):
                 if index.is_current():
                     return checkpoint
-                checkpoint.close()
+            checkpoint.close()
     raise _replaced_again(path)
 
 

@@ -27,6 +27,12 @@ _VERSION: Final = (
     "Last-Modified", "LastModified", "last_modified", "updated", "mtime", "modified", "modify",
     "modified_at", "modifiedTime", "modificationTime", "timeModified", "server_modified", "created",
 )  # fmt: skip
+# Errors of aiohttp, asyncio and ftplib that say nothing about a file.
+_OUTAGES: Final = {
+    "ClientConnectionError": errno.ECONNABORTED,
+    "TimeoutError": errno.ETIMEDOUT,
+    "error_temp": errno.EIO,
+}
 _READ_ONLY = "cannot be written to: its store is read-only"
 
 
@@ -53,8 +59,7 @@ def naming_url(path: RemotePath, missing: str = _READ_ONLY) -> Iterator[None]:
     except FileFormatError:
         raise
     except FileNotFoundError as error:
-        text = os.strerror(errno.ENOENT) + _reason(error.__cause__)
-        raise FileNotFoundError(errno.ENOENT, text, hide_credentials(path.url)) from None
+        raise _not_given(path, error.__cause__) from None
     except NotImplementedError:
         raise ValueError(f"{path.label} {missing}") from None
     except Exception as error:  # noqa: BLE001 - it is raised
@@ -65,13 +70,29 @@ def naming_url(path: RemotePath, missing: str = _READ_ONLY) -> Iterator[None]:
         raise_with_url(error, path.url)
 
 
-def _reason(cause: BaseException | None) -> str:
-    """Return the reason why a web server does not give a file: fsspec calls all such files missing."""
+def _not_given(path: RemotePath, cause: BaseException | None) -> OSError:
+    """Return the error for a file that a store does not give: fsspec calls all such files missing."""
     status = getattr(cause, "status", None)
-    if cause is None or isinstance(cause, FileNotFoundError) or status == 404:
-        return ""
-    said = f"the server answers {status}" if status else hide_credentials(str(cause))
-    return f" ({said})"
+    code = _code(cause, status, path.is_web)
+    said = hide_credentials(str(cause)) or type(cause).__name__
+    if status:
+        said = f"the server answers {status}"
+    if code == errno.ENOENT:
+        is_plain = cause is None or isinstance(cause, FileNotFoundError) or status == 404
+        said = os.strerror(code) + ("" if is_plain else f" ({said})")
+    return OSError(code, said, hide_credentials(path.url))  # of the class for the code
+
+
+def _code(cause: BaseException | None, status: int | None, is_web: bool) -> int:
+    """Return the code of the error: a file is missing only if the server says so."""
+    if cause is None or isinstance(cause, FileNotFoundError) or status in {404, 410}:
+        return errno.ENOENT
+    if status in {401, 403}:
+        return errno.EACCES
+    for kind in type(cause).__mro__:
+        if kind.__name__ in _OUTAGES:
+            return _OUTAGES[kind.__name__]
+    return errno.EIO if is_web or status else errno.ENOENT
 
 
 def _says_changed(error: Exception) -> bool:
