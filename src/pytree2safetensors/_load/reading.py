@@ -190,11 +190,7 @@ def _read(
         else:
             ahead = _Staged(checkpoint, finisher, pool, device, batches)
         for batch in batches:
-            memory = ahead.memory(batch.size)
-            with collector_paused():
-                places = list(_places(batch, memory, finisher))
-                reads, tasks = plan_reads(checkpoint, places, report.add)
-            ahead.started(places, pool.start(reads, tasks, report.add))
+            ahead.start(batch, report)
         while ahead.window:
             ahead.finish()
 
@@ -205,6 +201,14 @@ class _Ahead:
     def __init__(self, checkpoint: OpenCheckpoint, finisher: Finisher, pool: ReadPool) -> None:
         self.checkpoint, self.finisher, self.pool = checkpoint, finisher, pool
         self.window: deque[_Reading] = deque()
+
+    def start(self, batch: Batch, report: Report) -> None:
+        """Start to read a batch. Only its reading refers to its memory, and then its leaves."""
+        memory = self.memory(batch.size)
+        with collector_paused():
+            places = list(_places(batch, memory, self.finisher))
+            reads, tasks = plan_reads(self.checkpoint, places, report.add)
+        self.started(places, self.pool.start(reads, tasks, report.add))
 
     def memory(self, size: int) -> NDArray[np.uint8]:
         """Return memory to read a batch into."""
@@ -249,7 +253,7 @@ class _Staged(_Ahead):
         if self.is_large:
             while self.window:
                 self.finish()
-            block_until_ready(self.large)  # one of these in memory, and one being read
+            block_until_ready(self.large)  # only one of these is in memory
             return StartedMemory(self.device, size).get()
         while (memory := self.ring.take(size)) is None:
             # Finished batches are handed over first, so that the link is always busy.
