@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from oracle import assert_same
-from placed import is_committed
+from placed import is_committed, raw
 from pytree2safetensors import Rule, load_into_pytree, load_pytree, save_pytree
 from pytree2safetensors._leaves import jax_versions, placement, staging
 from pytree2safetensors._leaves.staging import Ring
@@ -213,6 +213,60 @@ def test_arrays_on_the_host_keep_no_memory_of_the_ring(
     link.finish()
     for name, leaf in tree.items():
         assert np.asarray(found[name]).tobytes() == np.asarray(leaf).tobytes()
+
+
+def test_arrays_on_the_host_are_never_made_of_the_ring(
+    link: Link, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are ready at once, so the ring would not wait for what is made of them in turn."""
+    host, other, third = jax.devices()[:3]
+    monkeypatch.setattr(reading, "is_on_host", lambda device: device == host)
+    keys = jax.random.split(jax.random.key(1), (60, 8))
+    leaf: dict[str, Any] = {
+        "plain": jnp.arange(1500.0),
+        "weak": jnp.asarray(0.5),
+        "cast": np.ones(700),
+    }
+    leaf |= {"key": jax.random.key(2), "keys": keys, "int4": jnp.ones((9, 9), jnp.int4)}
+    places: list[Any] = [SingleDeviceSharding(device) for device in (host, other)]
+    places += [placed_on(other, third), placed_on(host, other)]
+    tree = {name: [leaf[name]] * len(places) * 3 for name in leaf}
+    tree["default"] = [leaf["plain"], leaf["key"], keys] * 3
+    save_pytree(tree, tmp_path / "file")
+
+    def struct(leaf: Any, sharding: Any) -> Any:
+        dtype = np.float32 if leaf.dtype == np.float64 else leaf.dtype
+        return Struct(leaf.shape, dtype, sharding=sharding)
+
+    template = {
+        name: [
+            struct(one, places[n % 4] if name != "default" else None) for n, one in enumerate(ones)
+        ]
+        for name, ones in tree.items()
+    }
+    link.reset()
+    put = jax.device_put
+    from_ring = 0
+
+    def device_put(values: Any, *arguments: Any) -> Any:
+        nonlocal from_ring
+        arrays = put(values, *arguments)
+        rings = [found for memory, _ in link.memory if (found := memory()) is not None]
+        for value, array in zip(values, arrays, strict=True) if isinstance(values, list) else ():
+            if any(np.may_share_memory(value, ring) for ring in rings):
+                from_ring += 1
+                assert host not in array.devices()
+        return arrays
+
+    monkeypatch.setattr(jax, "device_put", device_put)
+    with jax.default_device(host):
+        found = load_into_pytree(template, tmp_path / "file", cast=True)
+    link.finish()
+    assert from_ring > 20
+    for name, ones in tree.items():
+        for one, expected, asked in zip(found[name], ones, template[name], strict=True):
+            assert asked.sharding is None or one.sharding.is_equivalent_to(asked.sharding, one.ndim)
+            assert raw(one) == raw(expected.astype(asked.dtype) if name == "cast" else expected)
 
 
 def test_an_empty_batch_does_not_make_a_full_piece_look_free() -> None:

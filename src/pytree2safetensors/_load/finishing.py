@@ -124,8 +124,7 @@ class Finisher:
             self.leaves[position] = to_jax([host], [leaf.sharding])[0] if jaxed else host
 
     def _to_jax(self, pending: Sequence[_Pending], is_staged: bool) -> list[jax.Array]:
-        # The sharding of keys is not that of their data.
-        shardings = [None if self._is_key(use) else use.sharding for use, *_ in pending]
+        shardings = [use.sharding for use, *_ in pending]
         hosts = [host for _, host, _ in pending]
         arrays = to_jax(hosts, shardings, keeps_memory=not is_staged)
         for (use, _, rearrange), array in zip(pending, arrays, strict=True):
@@ -174,9 +173,6 @@ class Finisher:
         shape: tuple[int, ...] = leaf.sharding.shard_shape(leaf.spec.shape)
         return shape
 
-    def _is_key(self, use: Use) -> bool:
-        return use.device is None and self.wanted[use.position].leaf.spec.kind == "key"
-
     def _on_host(self, values: NDArray[Any], position: int, place: Place) -> Any:
         """Make a leaf that is not a JAX array."""
         piece, leaf = place.slot.piece, self.wanted[position].leaf
@@ -194,8 +190,6 @@ class Finisher:
         spec, sharding = want.leaf.spec, want.leaf.sharding
         if spec.kind == "key":
             array = wrap_key(array, spec.impl)
-            if use.device is None and sharding is not None:
-                array = jax.device_put(array, sharding)
         if use.device is not None and sharding is not None:
             parts = self._parts.setdefault(use.position, {})
             parts[use.device] = array

@@ -192,7 +192,8 @@ def _uses(
     if sharding is None or leaf.target != "jax":
         return [(None, Use(position, None, None))]
     shape = leaf.spec.shape
-    if nbytes < _CUT_BY_JAX and is_ordinary(sharding, shape):
+    # JAX cuts no data of keys, whose sharding is another one.
+    if nbytes < _CUT_BY_JAX and leaf.spec.kind != "key" and is_ordinary(sharding, shape):
         return [(None, Use(position, sharding, None))]
     whole = whole_region(stored)
     found: list[tuple[Region | None, Use]] = []
