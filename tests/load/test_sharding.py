@@ -32,6 +32,7 @@ from placed import (
 from pytree2safetensors._leaves import extents
 from pytree2safetensors._leaves.jax_versions import enable_x64
 from pytree2safetensors._leaves.spec import _holds
+from pytree2safetensors._load import sharded
 
 # --- slices of every kind ---------------------------------------------------------------------
 
@@ -258,6 +259,63 @@ def test_abstract_meshes_mean_the_mesh_in_force(tmp_path: Path) -> None:
         r"abstract; load under jax\.set_mesh, or give the template concrete shardings",
     ):
         p2s.load_into_pytree(template, tmp_path / "file")
+
+
+class Elsewhere(SingleDeviceSharding):
+    """A sharding whose devices seem to belong to other processes."""
+
+    addressable_devices: Any = frozenset()
+    is_fully_addressable = False
+
+    def addressable_devices_indices_map(self, global_shape: Any) -> Any:
+        del global_shape
+        return {}
+
+
+def test_leaves_elsewhere_are_made_of_no_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sharded, "has_empty_arrays", lambda: True)
+    sharding = Elsewhere(jax.devices()[0])
+    tree: dict[str, Any] = {"w": values_of((8, 8)), "key": jax.random.key(1)}
+    tree["none"] = np.zeros((0, 2), np.int8)
+    p2s.save_pytree(tree, tmp_path / "file")
+    template = {
+        name: Struct(leaf.shape, leaf.dtype, sharding=sharding) for name, leaf in tree.items()
+    }
+    made: list[Any] = []
+    result = jnp.zeros(())
+
+    def make(shape: Any, sharding: Any, shards: Any, *, dtype: Any) -> Any:
+        made.append((shape, sharding, shards, dtype))
+        return result
+
+    monkeypatch.setattr(jax, "make_array_from_single_device_arrays", make)
+    rules = [p2s.Rule("@w", "@w", "a b -> b a"), p2s.Rule("{=}", "{=}")]
+    expected: list[Any] = [(leaf.shape, sharding, [], leaf.dtype) for leaf in template.values()]
+    loads: list[Any] = [
+        lambda: p2s.load_into_pytree(template, tmp_path / "file"),
+        lambda: p2s.load_into_pytree(template, tmp_path / "file", mmap=True),
+        lambda: p2s.load_into_pytree(template, tmp_path / "file", rename=rules),
+        lambda: p2s.set_weights(template, p2s.pytree2dict(tree)),
+    ]
+    for load in loads:
+        made.clear()
+        assert all(leaf is result for leaf in load().values())
+        assert sorted(made, key=str) == sorted(expected, key=str)
+
+
+def test_leaves_elsewhere_are_errors_if_jax_has_no_such_arrays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sharded, "has_empty_arrays", lambda: False)
+    p2s.save_pytree([values_of((8, 16))], tmp_path / "file")
+    with pytest.raises(
+        p2s.WeightsMismatchError,
+        match=r"'#0': all devices of its template's sharding belong to other processes, and this JAX "
+        r"makes no such arrays; use JAX 0\.7\.1 or newer",
+    ):
+        into(tmp_path / "file", (8, 16), np.float32, Elsewhere(jax.devices()[0]))
 
 
 @pytest.mark.skipif(not hasattr(jax, "typeof"), reason="this JAX has no types of arrays")

@@ -14,6 +14,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 import pytree2safetensors as p2s
+from pytree2safetensors._leaves.jax_versions import has_empty_arrays
 from pytree2safetensors._save import calls
 from pytree2safetensors._storage import file_source as _source
 from pytree2safetensors._storage.naming import temporary_prefix
@@ -23,6 +24,7 @@ from together import (
     assert_same_shards,
     connect,
     contents_of,
+    devices_of,
     first,
     group_of,
     large,
@@ -234,6 +236,75 @@ def load_other_leaves(folder: str) -> None:
 
 def test_leaves_of_other_kinds_go_into_global_templates(pair: Group, tmp_path: Path) -> None:
     pair.run(load_other_leaves, tmp_path)
+
+
+def load_elsewhere(folder: str) -> str:
+    """Load leaves whose devices all belong to process 1, in both; return the error, if there is one."""
+    values: dict[str, Any] = {
+        "w": np.multiply.outer(np.arange(8.0, dtype=np.float32), np.arange(8.0, dtype=np.float32)),
+        "packed": values_of((8, 4), ml_dtypes.int4),
+        "keys": jax.random.split(jax.random.key(1), 4),
+        "weak": jnp.asarray(0.5),
+        "nothing": np.zeros((0, 4), np.int16),
+    }
+    if first():
+        p2s.save_pytree(values, f"{folder}/file")
+    connect(jax.devices()[::2])  # process 1 reads what process 0 wrote
+    mesh = Mesh(np.array(devices_of(1)), ("x",))
+    specs = {name: P() if name in {"weak", "nothing"} else P("x") for name in values}
+    template = {
+        name: Struct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, specs[name]))
+        for name, leaf in values.items()
+    }
+    rules = [p2s.Rule("@w", "@w", "a b -> b a"), p2s.Rule("{=}", "{=}")]  # w is symmetric
+    try:
+        loaded = [
+            p2s.load_into_pytree(template, f"{folder}/file", rename=rename, mmap=mmap)
+            for rename in (None, rules)
+            for mmap in (False, True)
+        ]
+        given = p2s.set_weights(template, p2s.pytree2dict(values))
+    except p2s.WeightsMismatchError as error:
+        return str(error)
+    assert all(tree["weak"].aval.weak_type for tree in loaded)
+    for tree in *loaded, given:
+        for name, array in tree.items():
+            leaf, wanted = values[name], template[name]
+            assert array.sharding.is_equivalent_to(wanted.sharding, array.ndim)
+            assert (array.shape, array.dtype) == (leaf.shape, leaf.dtype)
+            assert len(array.addressable_shards) == (0 if first() else 2)
+            for shard in array.addressable_shards:
+                assert raw(shard.data) == raw(leaf[shard.index[: leaf.ndim]])
+    return ""
+
+
+def test_leaves_whose_devices_belong_to_other_processes_have_no_shards(
+    pair: Group, tmp_path: Path
+) -> None:
+    error, none = pair.run(load_elsewhere, tmp_path)
+    assert none == ""
+    assert bool(error) is not has_empty_arrays()
+    assert not error or (
+        "'@w': all devices of its template's sharding belong to other processes, and this JAX makes "
+        "no such arrays; use JAX 0.7.1 or newer" in error
+    )
+
+
+def load_nothing(folder: str) -> list[Any]:
+    """Load an array without elements by a rule, in one process alone."""
+    if not first():
+        return []
+    p2s.save_pytree({"w": np.zeros((0, 4), np.float32)}, f"{folder}/file")
+    sharding = NamedSharding(mesh_of_four(), P("x"))
+    template = {"w": Struct((4, 0), np.float32, sharding=sharding)}
+    rules = [p2s.Rule("@w", "@w", "a b -> b a")]
+    found = p2s.load_into_pytree(template, f"{folder}/file", rename=rules)["w"]
+    assert found.sharding == sharding
+    return [found.shape, str(found.dtype)]
+
+
+def test_arrays_without_elements_wait_for_no_other_process(pair: Group, tmp_path: Path) -> None:
+    assert pair.run(load_nothing, tmp_path) == [[[4, 0], "float32"], []]
 
 
 def count_bytes(folder: str) -> tuple[int, int]:

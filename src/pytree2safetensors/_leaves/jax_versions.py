@@ -34,6 +34,11 @@ def structs_are_weak() -> bool:
     return True
 
 
+def has_empty_arrays() -> bool:
+    """Return whether JAX makes arrays whose devices all belong to other processes."""
+    return bool(_VERSION >= (0, 7, 1))
+
+
 def has_mesh() -> bool:
     """Return whether a mesh is set here."""
     sharding: Any = jax.sharding

@@ -17,11 +17,13 @@ from pytree2safetensors._collector import collector_paused
 from pytree2safetensors._errors import errors_of
 from pytree2safetensors._leaves.decode import cast_array, from_bytes, python_value, rows_of
 from pytree2safetensors._leaves.extents import shape_of
+from pytree2safetensors._leaves.spec import abstract
 from pytree2safetensors._leaves.staging import aligned
 from pytree2safetensors._leaves.to_jax import many_to_jax, to_jax, weaken, wrap_key
 from pytree2safetensors._load.assembling import Assembler, rearranged
 from pytree2safetensors._load.checkpoint import OpenCheckpoint
 from pytree2safetensors._load.ranges import Place
+from pytree2safetensors._load.sharded import is_elsewhere, without_shards
 from pytree2safetensors._load.slots import Piece, Slot, Use, Wanted
 from pytree2safetensors._load.template import to_python
 
@@ -114,14 +116,22 @@ class Finisher:
                 pending, size = [], 0
         return made + self._to_jax(pending, is_staged)
 
-    def finish_empty(self) -> None:
-        """Make the leaves that need no reading."""
-        for position, (source, leaf) in enumerate(self.wanted):
-            if isinstance(source, str) or 0 not in source.shape:
-                continue
-            host = np.zeros(source.shape, leaf.spec.dtype)
-            jaxed = leaf.target == "jax"
-            self.leaves[position] = to_jax([host], [leaf.sharding])[0] if jaxed else host
+    def finish_unread(self) -> None:
+        """Make the leaves of which nothing is read: without elements, or elsewhere."""
+        for position, leaf in enumerate(self.leaves):
+            if leaf is None:
+                self.leaves[position] = self._unread(self.wanted[position])
+
+    def _unread(self, want: Wanted) -> Any:
+        spec, target, sharding, *_ = want.leaf
+        if target == "jax" and sharding is not None and is_elsewhere(sharding):
+            return self._weak(want, without_shards(abstract(spec), sharding), sharding)
+        host = np.array([], spec.dtype).reshape(spec.shape)  # which fails if there are elements
+        if target != "jax":
+            return host
+        if sharding is None:
+            return to_jax([host])[0]
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
     def _to_jax(self, pending: Sequence[_Pending], is_staged: bool) -> list[jax.Array]:
         shardings = [use.sharding for use, *_ in pending]

@@ -97,13 +97,12 @@ def _read_leaves(
         batches = list(plan_batches(checkpoint, wanted, limit, keeps_memory(staged), far(staged)))
     report = Report(progress, sum(slot.nbytes for batch in batches for slot in batch.slots))
     finisher = Finisher(checkpoint, wanted)
-    if by_rules:
-        finisher.finish_empty()
     with closing_bar(progress):
         if mmap:
             _map(checkpoint, batches, finisher, report)
         else:
             _read(checkpoint, batches, finisher, report, device)
+        finisher.finish_unread()
         report.finish()
     return finisher.leaves
 

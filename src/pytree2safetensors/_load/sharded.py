@@ -7,7 +7,7 @@ from jax.sharding import Sharding, SingleDeviceSharding
 
 from pytree2safetensors._leaves.as_bits import moved_as_bits
 from pytree2safetensors._leaves.encode import host_array
-from pytree2safetensors._leaves.jax_versions import WITHOUT_PROGRAMS
+from pytree2safetensors._leaves.jax_versions import WITHOUT_PROGRAMS, has_empty_arrays
 from pytree2safetensors._leaves.keys import is_key_dtype
 from pytree2safetensors._leaves.placement import is_unreduced
 from pytree2safetensors._leaves.to_jax import x64_for
@@ -37,6 +37,11 @@ def misplaced(sharding: Sharding, shape: tuple[int, ...]) -> str | None:
         )
     if is_unreduced(found):
         return "its template has an unreduced sharding; give it one that holds whole values"
+    if is_elsewhere(found) and not has_empty_arrays():
+        return (
+            "all devices of its template's sharding belong to other processes, and this JAX makes no such "
+            "arrays; use JAX 0.7.1 or newer"
+        )
     reason = refusal(found, shape)
     return reason and f"it does not fit the sharding of its template: {reason}"
 
@@ -62,6 +67,8 @@ def place(value: Any, sharding: Sharding) -> jax.Array:
         has_programs = value.dtype.name not in WITHOUT_PROGRAMS
         if is_global or (has_programs and is_ordinary(sharding, value.shape)):
             return _moved(value, sharding)
+        if is_elsewhere(sharding):
+            return without_shards(value, sharding)
         if is_key_dtype(value.dtype):
             shards = [
                 jax.device_put(value[index], on_device(device, sharding))
@@ -90,6 +97,18 @@ def _in_default_memory(sharding: Sharding) -> Sharding:
     kind = device.default_memory().kind
     # An old JAX refuses any kind on CPUs, and changes the shape of a PositionalSharding.
     return sharding if sharding.memory_kind in {None, kind} else sharding.with_memory_kind(kind)
+
+
+def is_elsewhere(sharding: Sharding) -> bool:
+    """Return whether all devices of a sharding belong to other processes."""
+    return not sharding.addressable_devices
+
+
+def without_shards(like: Any, sharding: Sharding) -> jax.Array:
+    """Make an array with a shape and a dtype, whose devices all belong to other processes."""
+    make: Any = jax.make_array_from_single_device_arrays  # older JAX takes no dtype
+    array: jax.Array = make(like.shape, sharding, [], dtype=like.dtype)
+    return array
 
 
 def is_ordinary(sharding: Sharding, shape: tuple[int, ...]) -> bool:
