@@ -1,6 +1,7 @@
 """Several processes that fail, end, or do not save the same."""
 
 import errno
+import inspect
 import io
 import os
 import re
@@ -14,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 from hypothesis import settings
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import pytree2safetensors as p2s
 from pytree2safetensors._save import calls, coordination, joint, share
@@ -26,6 +27,7 @@ from together import (
     arrays_of,
     checkpoint,
     contents_of,
+    devices_of,
     first,
     group_of,
     large,
@@ -289,6 +291,44 @@ def test_processes_that_differ_save_nothing(
     for error, text in pair.fail(save_differently, old, what):
         assert error == "pytree2safetensors.FileFormatError"
         assert re.match(pattern, text), text
+
+
+MAKE: Any = jax.make_array_from_callback
+ONES = np.ones(4, np.float32)
+
+
+def save_on_one_device(folder: str, where: int, others: dict[str, int]) -> str:
+    """Save an array of which only one process holds anything."""
+    mesh = Mesh(np.array(devices_of(where)[:1]), ("x",))
+    tree = {"one": MAKE((4,), NamedSharding(mesh, P()), lambda _: ONES, dtype=ONES.dtype)}
+    tree |= {name: spread(np.zeros(size, np.float32), P("x")) for name, size in others.items()}
+    try:
+        p2s.save_pytree(tree, f"{folder}/file")
+    except p2s.UnsupportedLeafError as error:
+        return str(error)
+    return "saved"
+
+
+@pytest.mark.skipif(
+    "dtype" not in inspect.signature(MAKE).parameters, reason="this JAX makes no arrays elsewhere"
+)
+@pytest.mark.parametrize("where", [0, 1])
+def test_an_array_that_is_only_on_another_process_cannot_be_saved(
+    pair: Group, tmp_path: Path, where: int
+) -> None:
+    expected = (
+        f"the array at '@one' is only on devices of process {where}, so this process cannot save it; "
+        "spread or replicate it over several processes, or save it on its own process, in a tree "
+        "without arrays of several processes"
+    )
+    found = pair.run(save_on_one_device, tmp_path, where, {"other": 4})
+    assert found[1 - where] == expected
+    assert found[where] == f"process {1 - where} could not save: {expected}"
+    assert not [*tmp_path.iterdir()]
+    found = pair.run(save_on_one_device, tmp_path, where, {})
+    assert found[1 - where] == expected
+    assert found[where] == "saved"
+    pair.run(save_large, tmp_path)  # the processes still count alike
 
 
 def save_with_sizes(folder: str) -> None:

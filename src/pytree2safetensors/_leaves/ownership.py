@@ -66,5 +66,11 @@ def _tile(regions: set[Region], shape: Shape) -> bool:
 
 
 def is_global(leaf: Any) -> bool:
-    """Return whether a leaf is an array that this process holds only a part of."""
+    """Return whether a leaf is an array that this process holds only a part of, or nothing."""
     return is_concrete(leaf) and not leaf.is_fully_addressable
+
+
+@lru_cache(_KNOWN)
+def processes_of(sharding: Any) -> tuple[int, ...]:
+    """Return the processes whose devices hold arrays with a sharding."""
+    return tuple(sorted({device.process_index for device in sharding.device_set}))

@@ -16,7 +16,7 @@ from pytree2safetensors._leaves.assembled import whole_leaves, with_leaves
 from pytree2safetensors._leaves.host_copies import snapshot
 from pytree2safetensors._leaves.renaming import Rename
 from pytree2safetensors._save import processes
-from pytree2safetensors._save.calls import announced, is_needed
+from pytree2safetensors._save.calls import announced, check_places, is_needed
 from pytree2safetensors._save.contents import collect
 from pytree2safetensors._save.saver import submit, wait_for_earlier
 from pytree2safetensors._save.writing import label_of, plan_save, settled, target_of, write
@@ -64,8 +64,9 @@ def save_pytree(
             axes that `load_into_pytree` would load with it, and no note.
 
     Raises:
-        UnsupportedLeafError: A file cannot hold some leaves, an array was deleted or donated, or
-            `rename` is given and some leaves need a note. Nothing was written.
+        UnsupportedLeafError: A file cannot hold some leaves, an array was deleted or donated, or is
+            only on devices of another process, or `rename` is given and some leaves need a note.
+            Nothing was written.
         WeightsMismatchError: `rename` does not fit the tree.
         KeyPathError: A key cannot be spelled, or two leaves have the same spelling.
         TreeStructureError: JAX cannot flatten the tree.
@@ -85,6 +86,7 @@ def save_pytree(
     report = reporter(progress, "saving", jax.process_index)
     with collector_paused():
         contents = collect(tree, metadata or {}, unsupported, rename)
+        check_places(contents.leaves)
     if is_needed(contents.leaves.values()):
         options = processes.SaveOptions(durable, checksum, max_shard_size)
         processes.save(contents, path, options, report, background=False)
@@ -151,6 +153,7 @@ def save_pytree_async(
     where = resolve(path)
     with collector_paused():
         contents = collect(tree, metadata or {}, unsupported, rename)
+        check_places(contents.leaves)
         if is_needed(contents.leaves.values()):
             options = processes.SaveOptions(durable, checksum, max_shard_size)
             return processes.save(contents, where, options, report, background=True)

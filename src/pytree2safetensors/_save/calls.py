@@ -4,17 +4,18 @@ Specification: *Saving*.
 """
 
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from functools import partial, wraps
 from typing import Any, ParamSpec, TypeVar
 
 import jax
 
-from pytree2safetensors._errors import FileFormatError
+from pytree2safetensors._errors import FileFormatError, UnsupportedLeafError
 from pytree2safetensors._leaves.assembled import whole_leaves
-from pytree2safetensors._leaves.ownership import is_global
+from pytree2safetensors._leaves.ownership import is_global, processes_of
 from pytree2safetensors._leaves.placement import is_array_type
+from pytree2safetensors._messages import shorten
 from pytree2safetensors._save import saver
 from pytree2safetensors._save.coordination import CoordinationKeys, coordination_client
 from pytree2safetensors._save.interrupt import Interrupt
@@ -78,11 +79,38 @@ def current_processes() -> Processes:
 
 
 def is_needed(leaves: Collection[Any]) -> bool:
-    """Return whether any leaf is not fully addressable by this process."""
+    """Return whether any leaf is an array of several processes, which all processes see alike."""
+    return _are_several(leaves) and any(
+        is_global(leaf) and len(processes_of(leaf.sharding)) > 1 for leaf in whole_leaves(leaves)
+    )
+
+
+def check_places(tensors: Mapping[str, Any]) -> None:
+    """Check that this process holds something of each leaf.
+
+    An array of one process is global for the others. For that process, it is like a local array.
+
+    Raises:
+        UnsupportedLeafError: An array is only on devices of another process.
+    """
+    if not _are_several(tensors.values()):
+        return
+    for name, tensor in tensors.items():
+        for leaf in whole_leaves([tensor]):
+            places = processes_of(leaf.sharding) if is_global(leaf) else ()
+            if len(places) == 1:
+                raise UnsupportedLeafError(
+                    f"the array at {shorten(name)} is only on devices of process {places[0]}, so this "
+                    "process cannot save it; spread or replicate it over several processes, or save it "
+                    "on its own process, in a tree without arrays of several processes"
+                )
+
+
+def _are_several(leaves: Collection[Any]) -> bool:
+    """Return whether there are several processes, which may have arrays in common."""
     # Asking for the number of processes starts the devices, which a tree of NumPy arrays does not need.
-    if not any(map(is_array_type, map(type, whole_leaves(leaves)))):
-        return False
-    return jax.process_count() > 1 and any(map(is_global, whole_leaves(leaves)))
+    has_arrays = any(map(is_array_type, map(type, whole_leaves(leaves))))
+    return has_arrays and jax.process_count() > 1
 
 
 def _leaves_of(tree: Any) -> list[Any]:
