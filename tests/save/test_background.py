@@ -478,6 +478,20 @@ def test_without_threads_the_call_saves(
     save_pytree({"a": 3}, tmp_path / "a")
 
 
+def test_an_error_of_a_signal_handler_during_the_call_is_raised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise RuntimeError("received SIGTERM: shutdown requested")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(concurrent.futures.ThreadPoolExecutor, "submit", interrupted)
+        with pytest.raises(RuntimeError, match="shutdown requested"):
+            save_pytree_async({"a": 1}, tmp_path / "a")
+    save_pytree({"b": 2}, tmp_path / "b")
+    assert {file.name for file in tmp_path.iterdir()} == {"b"}
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="a system without fork")
 def test_a_child_does_not_warn_of_the_errors_of_its_parent(tmp_path: Path) -> None:
     future = save_pytree_async({"a": 1}, tmp_path / "missing" / "a")

@@ -329,13 +329,38 @@ def test_a_signal_handler_can_wait_for_a_save_that_its_thread_waits_for(kind: st
     assert number > 2
 
 
-def test_an_error_of_a_signal_handler_is_not_taken_for_a_lack_of_threads() -> None:
+@pytest.mark.parametrize("said", ["out of time", "shutdown requested", "a new thread must stop"])
+def test_an_error_of_a_signal_handler_is_not_taken_for_a_lack_of_threads(said: str) -> None:
     class Pool(ThreadPoolExecutor):
         def submit(self, *_: Any, **__: Any) -> Any:
-            raise RuntimeError("out of time")
+            raise RuntimeError(said)
 
-    with pytest.raises(RuntimeError, match="out of time"):
+    with pytest.raises(RuntimeError, match=said):
         threads.start(Pool(1), threading.get_ident)
+
+
+def test_the_errors_of_python_that_say_that_no_thread_can_start_are_known() -> None:
+    ended = ThreadPoolExecutor(1)
+    ended.shutdown()
+    assert threads.start(ended, threading.get_ident).result(0) == threading.get_ident()
+    with ThreadPoolExecutor(1) as pool, larger_than_memory():
+        assert threads.start(pool, threading.get_ident).result(0) == threading.get_ident()
+        found: list[int] = []
+        threads.undisturbed(lambda: found.append(threading.get_ident()))
+    assert found == [threading.get_ident()]
+
+
+@contextmanager
+def larger_than_memory() -> Iterator[None]:
+    """Let the system refuse to start a thread."""
+    try:
+        before = threading.stack_size(1 << 50)
+    except (ValueError, OverflowError):
+        pytest.skip("a system with another limit")
+    try:
+        yield
+    finally:
+        threading.stack_size(before)
 
 
 # --- locks ------------------------------------------------------------------------------------

@@ -9,7 +9,12 @@ from typing import Final, TypeVar
 T = TypeVar("T")
 
 
-_NO_THREADS: Final = ("shutdown", "new thread")  # in Python's errors when no thread can start
+_NO_THREADS: Final = {  # Python's errors when no thread can start
+    "can't start new thread",
+    "can't create new thread at interpreter shutdown",  # since Python 3.12
+    "cannot schedule new futures after shutdown",  # also of a pool that the interpreter has ended
+    "cannot schedule new futures after interpreter shutdown",
+}
 
 _starting = set[int]()  # the threads that start a task, by their idents
 
@@ -40,7 +45,7 @@ def is_starting() -> bool:
 
 def says_no_threads(error: BaseException) -> bool:
     """Return whether an error of Python says that no thread can start."""
-    return isinstance(error, RuntimeError) and any(reason in str(error) for reason in _NO_THREADS)
+    return isinstance(error, RuntimeError) and str(error) in _NO_THREADS
 
 
 def start(pool: ThreadPoolExecutor, task: Callable[[], T]) -> Future[T]:
