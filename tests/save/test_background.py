@@ -31,6 +31,7 @@ from pytree2safetensors import (
     save_pytree,
     save_pytree_async,
 )
+from pytree2safetensors._save import saver
 from pytree2safetensors._save.saver import _End
 
 
@@ -476,6 +477,30 @@ def test_without_threads_the_call_saves(
         assert load_pytree(tmp_path / "a") == {"a": 2}
         assert isinstance(save_pytree_async({}, tmp_path / "b" / "c").exception(), OSError)
     save_pytree({"a": 3}, tmp_path / "a")
+
+
+def test_without_a_thread_the_call_leaves_a_save_to_the_thread_that_has_begun_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Another call has started that thread."""
+    steps: list[int] = []
+    begun = threading.Event()
+    submit = concurrent.futures.ThreadPoolExecutor.submit
+
+    def submit_in_vain(*args: Any) -> None:
+        submit(*args)
+        begun.wait(20)
+        raise RuntimeError("can't start new thread")
+
+    def save() -> None:
+        begun.set()
+        steps.append(threading.get_ident())
+
+    monkeypatch.setattr(concurrent.futures.ThreadPoolExecutor, "submit", submit_in_vain)
+    saver.submit(save, "'a'").result(20)
+    saver.wait_for_earlier()
+    assert len(steps) == 1
+    assert steps[0] != threading.get_ident()
 
 
 def test_an_error_of_a_signal_handler_during_the_call_is_raised(

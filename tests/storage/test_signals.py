@@ -1,15 +1,18 @@
 """Signals never leak a descriptor or lose a checkpoint, and a signal handler may save."""
 
 import errno
+import gc
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -361,6 +364,145 @@ def larger_than_memory() -> Iterator[None]:
         yield
     finally:
         threading.stack_size(before)
+
+
+# --- a pool that can start only one of its threads ----------------------------------------------
+
+
+@pytest.fixture
+def refused(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], object]]:
+    """What to do before the second thread of a pool does not start."""
+    real, steps = threading.Thread.start, list[Callable[[], object]]()
+
+    def start(thread: threading.Thread) -> None:
+        if thread.name != "few_0":
+            for step in steps:
+                step()
+            raise RuntimeError("can't start new thread")
+        real(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    return steps
+
+
+def test_a_task_that_waits_in_vain_for_a_thread_runs_once(
+    refused: list[Callable[[], object]],
+) -> None:
+    found: list[int] = []
+    go_on = threading.Event()
+    with ThreadPoolExecutor(2, "few") as pool:
+        first = threads.start(pool, go_on.wait)
+        second = threads.start(pool, lambda: found.append(threading.get_ident()))
+        assert second.done()
+        go_on.set()
+        threads.start(pool, lambda: found.append(0)).result()
+    assert not refused
+    assert first.result()
+    assert found == [threading.get_ident(), 0]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_task_that_another_thread_takes_runs_once(
+    refused: list[Callable[[], object]], fails: bool
+) -> None:
+    found: list[int] = []
+    go_on, taken = threading.Event(), threading.Event()
+
+    def task() -> int:
+        taken.set()
+        found.append(threading.get_ident())
+        if fails:
+            raise Interrupted
+        return found[0]
+
+    refused += [go_on.set, taken.wait]
+    with ThreadPoolExecutor(2, "few") as pool:
+        threads.start(pool, go_on.wait)
+        future = threads.start(pool, task)
+    assert len(found) == 1
+    assert found[0] != threading.get_ident()
+    if fails:
+        with pytest.raises(Interrupted):
+            future.result(0)
+    else:
+        assert future.result(0) == found[0]
+
+
+def test_an_interrupted_start_starts_nothing_later(refused: list[Callable[[], object]]) -> None:
+    found: list[int] = []
+    go_on = threading.Event()
+    refused.append(interrupt)
+    with ThreadPoolExecutor(2, "few") as pool:
+        threads.start(pool, go_on.wait)
+        with pytest.raises(Interrupted):
+            threads.start(pool, lambda: found.append(1))
+        go_on.set()
+    assert not found
+
+
+def test_a_task_that_fails_keeps_nothing_alive() -> None:
+    class Memory:
+        pass
+
+    def fail(memory: Memory) -> None:
+        raise Interrupted(id(memory))
+
+    memory = Memory()
+    alive = weakref.ref(memory)
+    gc.disable()
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            future = threads.start(pool, partial(fail, memory))
+            del memory
+        with pytest.raises(Interrupted) as caught:
+            future.result()
+        del future, caught
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+def test_a_task_that_is_done_at_once_is_not_kept(refused: list[Callable[[], object]]) -> None:
+    class Memory:
+        pass
+
+    memory = Memory()
+    alive = weakref.ref(memory)
+    go_on = threading.Event()
+    with ThreadPoolExecutor(2, "few") as pool:
+        threads.start(pool, go_on.wait)
+        threads.start(pool, partial(id, memory))
+        del memory
+        assert alive() is None
+        go_on.set()
+    assert not refused
+
+
+def test_a_task_that_its_pool_cancels_is_cancelled() -> None:
+    go_on = threading.Event()
+    pool = ThreadPoolExecutor(1)
+    futures = [threads.start(pool, go_on.wait) for _ in range(3)]
+    pool.shutdown(wait=False, cancel_futures=True)
+    go_on.set()
+    assert futures[0].result()
+    assert [future.cancelled() for future in futures] == [False, True, True]
+
+
+def test_a_task_that_is_cancelled_before_it_begins_is_not_done() -> None:
+    steps: list[int] = []
+    begun, go_on = threading.Event(), threading.Event()
+
+    def first() -> None:
+        begun.set()
+        go_on.wait()
+        steps.append(1)
+
+    with ThreadPoolExecutor(1) as pool:
+        futures = [threads.start(pool, task) for task in (first, partial(steps.append, 2))]
+        begun.wait()
+        assert [future.cancel() for future in futures] == [False, True]
+        go_on.set()
+    assert steps == [1]
 
 
 # --- locks ------------------------------------------------------------------------------------

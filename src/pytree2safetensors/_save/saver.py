@@ -148,10 +148,11 @@ def submit(save: Callable[[], None], where: str, *, is_joint: bool = False) -> F
             _unfinished.add(end)
             _savers[0].submit(_run, save, future, ended)
     except BaseException as error:
-        Future.cancel(future)  # nobody has it, and later saves wait for its end
+        is_waiting = Future.cancel(future)  # nobody has it, and later saves wait for its end
         if not says_no_threads(error):  # but an interrupt
             raise
-        return _saved_now(save, where, is_joint)
+        if is_waiting:  # the thread that a call beside this one started may have taken it
+            return _saved_now(save, where, is_joint)
     return future
 
 

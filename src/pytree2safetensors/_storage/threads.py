@@ -4,7 +4,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Final, TypeVar
+from typing import Final, TypeAlias, TypeVar
 
 T = TypeVar("T")
 
@@ -48,18 +48,53 @@ def says_no_threads(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and str(error) in _NO_THREADS
 
 
+_Task: TypeAlias = tuple[Callable[[], T], Future[T]]
+
+
 def start(pool: ThreadPoolExecutor, task: Callable[[], T]) -> Future[T]:
-    """Start a task, which may run twice, or do it now if no thread can start it."""
+    """Start a task, or do it now if no thread can start it."""
     if not is_starting():
+        future: Future[T] = Future()
+        waiting = [(task, future)]
         try:
             with starting():
-                return pool.submit(task)
-        except RuntimeError as error:
-            if not says_no_threads(error):
+                started = pool.submit(_run, waiting)
+            started.add_done_callback(lambda _: future.cancel())  # if the pool cancels it
+            return future
+        except BaseException as error:
+            # It is in the queue of the pool, where another thread may have found it.
+            is_taken = _take(waiting) is None
+            if not says_no_threads(error):  # but an interrupt
                 raise
+            if is_taken:
+                return future
     done: Future[T] = Future()
     done.set_result(task())
     return done
+
+
+def _take(waiting: list[_Task[T]]) -> _Task[T] | None:
+    """Take the task that waits, so that nobody else does it."""
+    try:
+        return waiting.pop()
+    except IndexError:
+        return None
+
+
+def _run(waiting: list[_Task[T]]) -> None:
+    found = _take(waiting)
+    if found is None:
+        return
+    task, future = found
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        result = task()
+    except BaseException as error:  # noqa: BLE001 - the future raises it
+        future.set_exception(error)
+        del found, task, future  # the traceback would keep them alive
+    else:
+        future.set_result(result)
 
 
 def undisturbed(work: Callable[[], object]) -> None:
