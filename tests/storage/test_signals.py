@@ -8,10 +8,11 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -503,6 +504,32 @@ def test_a_task_that_is_cancelled_before_it_begins_is_not_done() -> None:
         assert [future.cancel() for future in futures] == [False, True]
         go_on.set()
     assert steps == [1]
+
+
+# --- child processes ----------------------------------------------------------------------------
+
+
+@posix
+@pytest.mark.parametrize("is_starting", [False, True])
+def test_a_child_knows_only_what_its_own_thread_starts(is_starting: bool) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def start() -> None:
+        with threads.starting():
+            begun.set()
+            go_on.wait()
+
+    other = threading.Thread(target=start)
+    other.start()
+    begun.wait()
+    with threads.starting() if is_starting else nullcontext(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of JAX and Python: the child does nothing that could hang
+        child = os.fork()
+        if not child:
+            os._exit(threads._starting != ({threading.get_ident()} if is_starting else set()))
+    go_on.set()
+    other.join()
+    assert os.waitpid(child, 0)[1] == 0
 
 
 # --- locks ------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Work in other threads, or in this one if no thread can start."""
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -41,6 +42,15 @@ def _interrupt(error: BaseException) -> BaseException:
 def is_starting() -> bool:
     """Return whether this is a signal handler that has interrupted the start of a task."""
     return threading.get_ident() in _starting
+
+
+def _after_fork() -> None:
+    """Forget the threads that the child does not have."""
+    _starting.intersection_update({threading.get_ident()})
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def says_no_threads(error: BaseException) -> bool:
