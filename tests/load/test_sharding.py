@@ -2,6 +2,10 @@
 
 import io
 import math
+import os
+import signal
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +36,7 @@ from placed import (
 from pytree2safetensors._leaves import extents
 from pytree2safetensors._leaves.jax_versions import enable_x64
 from pytree2safetensors._leaves.spec import _holds
-from pytree2safetensors._load import sharded
+from pytree2safetensors._load import eager, finishing, reading, sharded
 
 # --- slices of every kind ---------------------------------------------------------------------
 
@@ -456,6 +460,74 @@ def test_a_mesh_that_a_trace_keeps_changes_nothing(mesh: Mesh, tmp_path: Path, x
     assert scalar.aval.weak_type
     assert len(scalar.devices()) == 1
     assert not is_committed(scalar)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no signals between threads")
+@pytest.mark.parametrize("mmap", [False, True])
+def test_an_interrupt_under_a_mesh_that_a_trace_keeps_ends_the_load(
+    mesh: Mesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mmap: bool
+) -> None:
+    sharding: Any = jax.sharding
+    enter = getattr(jax, "set_mesh", None) or getattr(sharding, "use_mesh", None)
+    if enter is None or not hasattr(sharding, "get_abstract_mesh"):
+        pytest.skip("this JAX sets no mesh")
+    p2s.save_pytree([np.full(5000, n, np.float32) for n in range(30)], tmp_path / "file")
+    template = [Struct((5000,), np.float32)] * 30
+
+    def load() -> float:
+        p2s.load_into_pytree(template, tmp_path / "file", mmap=mmap)
+        return 0.0
+
+    finished: list[int] = []
+    finish = finishing.Finisher.finish
+
+    def interrupted(finisher: Any, places: Any, **options: Any) -> Any:
+        finished.append(len(places))
+        if len(finished) == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            time.sleep(0.3)  # until the thread that waits for this one has got it
+        return finish(finisher, places, **options)
+
+    def interrupt(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(reading, "_BATCH", 20_000)
+    monkeypatch.setattr(finishing.Finisher, "finish", interrupted)
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    try:
+        with enter(mesh), pytest.raises(ZeroDivisionError):
+            jax.eval_shape(load)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert finished == [1]
+    monkeypatch.undo()
+    with enter(mesh):
+        jax.eval_shape(load)
+
+
+def test_an_interrupt_of_the_start_of_the_other_thread_waits_for_its_end(
+    mesh: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sharding: Any = jax.sharding
+    enter = getattr(jax, "set_mesh", None) or getattr(sharding, "use_mesh", None)
+    if enter is None or not hasattr(sharding, "get_abstract_mesh"):
+        pytest.skip("this JAX sets no mesh")
+    begun, real, steps = threading.Event(), threading.Thread.start, list[str]()
+
+    def start(thread: threading.Thread) -> None:
+        real(thread)
+        begun.wait()
+        raise ZeroDivisionError
+
+    def make() -> None:
+        begun.set()
+        time.sleep(0.2)
+        steps.append("made")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with enter(mesh), pytest.raises(ZeroDivisionError):
+        jax.eval_shape(lambda: eager.eagerly(make))
+    assert steps == ["made"]
 
 
 def test_set_weights_puts_leaves_into_shardings(mesh: Mesh) -> None:

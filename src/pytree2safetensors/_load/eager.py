@@ -3,9 +3,11 @@
 Specification: *Loading*.
 """
 
+import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from contextvars import ContextVar
+from typing import Any, Final, TypeVar
 
 import jax
 
@@ -14,6 +16,17 @@ from pytree2safetensors._leaves.to_jax import is_mapped, own_programs
 from pytree2safetensors._storage.threads import start
 
 T = TypeVar("T")
+
+
+# In a thread that makes arrays for another: set if a signal has interrupted that one.
+_interrupted: Final = ContextVar[threading.Event | None]("interrupted", default=None)
+
+
+def check_interrupt() -> None:
+    """Raise a CancelledError if a signal has interrupted the thread that waits for this one."""
+    interrupted = _interrupted.get()
+    if interrupted is not None and interrupted.is_set():
+        raise CancelledError
 
 
 def eagerly(make: Callable[[], T]) -> T:
@@ -26,10 +39,21 @@ def eagerly(make: Callable[[], T]) -> T:
             return make()
     config: Any = jax.config
     device, wide = config.jax_default_device, config.jax_enable_x64
+    interrupted, working = threading.Event(), threading.Lock()
 
     def make_apart() -> T:
-        with jax.default_device(device), enable_x64(wide), own_programs():
-            return make()
+        token = _interrupted.set(interrupted)
+        try:
+            with working, jax.default_device(device), enable_x64(wide), own_programs():
+                check_interrupt()
+                return make()
+        finally:
+            _interrupted.reset(token)
 
     with ThreadPoolExecutor(1, "pytree2safetensors") as pool:
-        return start(pool, make_apart).result()
+        try:
+            return start(pool, make_apart).result()
+        except BaseException:
+            interrupted.set()  # so that the thread ends soon
+            with working:  # the pool does not wait for a thread if its start was interrupted
+                raise

@@ -32,7 +32,7 @@ from pytree2safetensors._leaves.staging import (
 from pytree2safetensors._leaves.to_jax import is_mapped
 from pytree2safetensors._leaves.views import View
 from pytree2safetensors._load.checkpoint import OpenCheckpoint
-from pytree2safetensors._load.eager import eagerly
+from pytree2safetensors._load.eager import check_interrupt, eagerly
 from pytree2safetensors._load.finishing import Finisher
 from pytree2safetensors._load.plan import plan_batches
 from pytree2safetensors._load.ranges import Place, mapped, plan_reads
@@ -159,6 +159,7 @@ def _map(
     maps: dict[int, NDArray[np.uint8]] = {}
     with ReadPool(min(_READERS, os.cpu_count() or 1)) as pool:
         for batch in batches:
+            check_interrupt()
             places: list[Place] = []
             copies: list[Callable[[], None]] = []
             for slot in batch.slots:
@@ -224,6 +225,7 @@ class _Ahead:
         places, futures, is_staged = self.window.popleft()
         for future in futures:
             future.result()
+        check_interrupt()
         check_digests(self.checkpoint, places, self.pool)
         return self.finisher.finish(places, is_staged=is_staged)
 
