@@ -479,6 +479,41 @@ def test_without_threads_the_call_saves(
     save_pytree({"a": 3}, tmp_path / "a")
 
 
+@pytest.mark.parametrize("is_at_exit", [False, True])
+def test_after_an_interrupt_of_the_start_of_the_thread_others_wait_for_its_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_at_exit: bool
+) -> None:
+    started, go_on = threading.Event(), threading.Event()
+    threads: list[threading.Thread] = []
+    real = threading.Thread.start
+
+    def wait_too(*_: int) -> None:
+        started.set()
+        go_on.wait(20)
+
+    def interrupted(thread: threading.Thread) -> None:
+        real(thread)
+        threads.append(thread)
+        started.wait(20)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(saver, "_savers", [])
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            save_pytree_async({"a": 1}, tmp_path / "file", progress=wait_too)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        later = [pool.submit(saver._finish_all)] if is_at_exit else []
+        if not is_at_exit:
+            later.append(save_pytree_async({"a": 2}, tmp_path / "file"))
+        assert not wait(later, 0.2).done
+        go_on.set()
+        later[0].result(20)
+    assert load_pytree(tmp_path / "file") == {"a": 1 if is_at_exit else 2}
+    threads[0].join(20)
+    assert not threads[0].is_alive()  # the interpreter waits for it
+
+
 def test_without_a_thread_the_call_leaves_a_save_to_the_thread_that_has_begun_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

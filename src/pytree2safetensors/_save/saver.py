@@ -111,6 +111,8 @@ def _finish_all() -> None:
     """Wait for all saves while Python can still start tasks, which saves may need."""
     for saver in _savers:
         saver.shutdown()
+    for end in list(_unfinished):  # of a saver that was replaced
+        end.wait()
 
 
 # The interpreter calls the last one registered first. Without this, the one of `concurrent.futures`
@@ -134,7 +136,7 @@ def submit(save: Callable[[], None], where: str, *, is_joint: bool = False) -> F
     if not threading.main_thread().is_alive() or is_starting():
         return _saved_now(save, where, is_joint)
     if not _savers:
-        _savers.append(ThreadPoolExecutor(1, _NAME))
+        _savers.append(_new_saver())
     end = _End()  # does not keep an error and its snapshot alive, unlike the future
     future = _Save(where, is_joint)
 
@@ -150,10 +152,27 @@ def submit(save: Callable[[], None], where: str, *, is_joint: bool = False) -> F
     except BaseException as error:
         is_waiting = Future.cancel(future)  # nobody has it, and later saves wait for its end
         if not says_no_threads(error):  # but an interrupt
+            _replace_saver()
             raise
         if is_waiting:  # the thread that a call beside this one started may have taken it
             return _saved_now(save, where, is_joint)
     return future
+
+
+def _new_saver() -> ThreadPoolExecutor:
+    """Return a pool of one thread, which saves after everything that was submitted before."""
+    return ThreadPoolExecutor(1, _NAME, _wait_for_all, (list(_unfinished),))
+
+
+def _wait_for_all(ends: list[_End]) -> None:
+    while ends:
+        ends.pop().wait()
+
+
+def _replace_saver() -> None:
+    """Replace a pool that may not know its thread, and would start another one beside it."""
+    before, _savers[0] = _savers[0], _new_saver()
+    before.shutdown(wait=False)
 
 
 def _saved_now(save: Callable[[], None], where: str, is_joint: bool) -> Future[None]:
