@@ -538,6 +538,19 @@ def test_without_a_thread_the_call_leaves_a_save_to_the_thread_that_has_begun_it
     assert steps[0] != threading.get_ident()
 
 
+def test_a_save_that_failed_is_freed_with_its_future(tmp_path: Path) -> None:
+    future = save_pytree_async({"a": np.ones(9)}, tmp_path / "missing" / "file")
+    assert isinstance(future.exception(), OSError)
+    save_pytree_async({"a": 1}, tmp_path / "file").result()  # the thread has left the first one
+    alive = weakref.ref(future)
+    gc.disable()
+    try:
+        del future
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
 def test_an_error_of_a_signal_handler_during_the_call_is_raised(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,7 +9,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 from weakref import WeakSet
 
 from pytree2safetensors._storage.threads import is_starting, says_no_threads, starting
@@ -148,7 +148,7 @@ def submit(save: Callable[[], None], where: str, *, is_joint: bool = False) -> F
     try:
         with starting():
             _unfinished.add(end)
-            _savers[0].submit(_run, save, future, ended)
+            _savers[0].submit(_run, [(save, future, ended)])
     except BaseException as error:
         is_waiting = Future.cancel(future)  # nobody has it, and later saves wait for its end
         if not says_no_threads(error):  # but an interrupt
@@ -178,11 +178,15 @@ def _replace_saver() -> None:
 def _saved_now(save: Callable[[], None], where: str, is_joint: bool) -> Future[None]:
     wait_for_earlier()
     future = _Save(where, is_joint)
-    _run(save, future, lambda: None)
+    _run([(save, future, lambda: None)])
     return future
 
 
-def _run(save: Callable[[], None], future: Future[None], ended: Callable[[], None]) -> None:
+_Waiting: TypeAlias = list[tuple[Callable[[], None], Future[None], Callable[[], None]]]
+
+
+def _run(waiting: _Waiting) -> None:
+    save, future, ended = waiting.pop()  # so that the pool does not keep them alive
     if not future.set_running_or_notify_cancel():
         return
     try:
