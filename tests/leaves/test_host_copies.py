@@ -14,6 +14,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from pytree2safetensors import Rule, load_pytree, save_pytree, save_pytree_async
 from pytree2safetensors._leaves import host_copies, placement
 from pytree2safetensors._leaves.jax_versions import pinned_sharding
+from pytree2safetensors._save import share
+from pytree2safetensors._save.contents import collect
+from pytree2safetensors._save.plan import plan_file
 
 pytestmark = pytest.mark.skipif(
     pinned_sharding(jax.sharding.SingleDeviceSharding(jax.devices()[0])) is None,
@@ -181,6 +184,46 @@ def test_a_save_frees_a_large_copy_before_the_next_one(
     else:
         save_pytree(arrays, tmp_path / "file", max_shard_size="1MB" if kind == "folder" else None)
     assert living == [0] * 8
+
+
+@pytest.mark.parametrize("kind", ["file", "several processes"])
+def test_a_save_frees_the_copy_of_a_shard_before_the_next_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str
+) -> None:
+    """If shards follow each other in the file, a save copies one after the other."""
+    link = Link(monkeypatch)
+    monkeypatch.setattr(host_copies, "_BATCH", 1)
+    monkeypatch.setattr(host_copies, "_MOST", 1)
+    copies: list[weakref.ref[Any]] = []
+    living = []
+
+    def device_put(values: Any, *_: Any) -> Any:
+        living.append(sum(copy() is not None for copy in copies))
+        found = [np.array(value) for value in values]
+        copies.extend(map(weakref.ref, found))
+        return found
+
+    mesh = Mesh(np.array(jax.devices())[[3, 1, 0, 2]], ("x",))
+    values = np.arange(400_000, dtype=np.float32).reshape(4, -1)
+    arrays = [jax.device_put(values + i, NamedSharding(mesh, P("x"))) for i in range(3)]
+    link.real = device_put
+    if kind == "file":
+        save_pytree(arrays, tmp_path / "file")
+    else:
+        monkeypatch.setattr(share, "is_global", lambda _: True)
+        contents = collect(arrays, {}, "raise")
+        [file] = plan_file(contents, checksum=False).files
+        part = share.share_of(contents, 0, copied=False)
+        content = bytearray(file.head).ljust(file.size)
+        for offset, piece in share.own_chunks(file, contents.infos, part, len(file.head)):
+            content[offset : offset + len(piece)] = piece
+            del piece
+        (tmp_path / "file").write_bytes(content)
+    assert link.calls == [400_000] * 12
+    assert living == [0] * 12
+    monkeypatch.undo()
+    for number, found in enumerate(load_pytree(tmp_path / "file")):
+        assert np.array_equal(found, values + number)
 
 
 @pytest.mark.filterwarnings("ignore:Some donated buffers were not usable")

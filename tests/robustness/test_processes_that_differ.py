@@ -91,7 +91,7 @@ def save_with(folder: str, what: str, where: int) -> None:
         elif what == "hash" and here:
             patch.setattr(joint, "read_at", lambda *_: 1 / 0)
         elif what == "bug" and here:
-            patch.setattr(share, "owned_chunks", lambda *_: 1 / 0)
+            patch.setattr(share, "chunks_of", lambda *_: 1 / 0)
         elif what == "interrupt" and here:
 
             def interrupt(*_: Any) -> None:

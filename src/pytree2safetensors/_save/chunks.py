@@ -4,14 +4,14 @@ Specification: *Saving*.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, Final
 
 from pytree2safetensors._format.tensor import TensorInfo
 from pytree2safetensors._leaves.assembled import Assembled
 from pytree2safetensors._leaves.encode import joined_bytes
 from pytree2safetensors._leaves.host_copies import copied_ahead
-from pytree2safetensors._leaves.spread import tensor_chunks
+from pytree2safetensors._save.parts import arrays_of, chunks_of, parts_of, with_arrays
 from pytree2safetensors._save.plan import FilePlan
 from pytree2safetensors._types import Chunk
 
@@ -26,18 +26,21 @@ def data_chunks(
     start = len(file.head)
     infos_of = [infos[name] for name in file.tensors]
     given = [leaves[name] for name in file.tensors]
-    copies = copied_ahead(given)
+    parts = [parts_of(leaf, info) for leaf, info in zip(given, infos_of, strict=True)]
+    alone = [*chain.from_iterable(parts)]
+    copies = with_arrays(alone, copied_ahead(arrays_of(alone)))
     for first, stop, are_small in _groups(infos_of, given):
-        group, info = [*islice(copies, stop - first)], infos_of[first]
+        info = infos_of[first]
         if are_small:
-            joined = joined_bytes(group, infos_of[first:stop])
+            joined = joined_bytes([*islice(copies, stop - first)], infos_of[first:stop])
             yield start, memoryview(joined)
             start += len(joined)
-        else:
-            # No name here keeps the leaf, so that a copy is freed before the next one is made.
-            chunks = tensor_chunks(group.pop(), info)
+            continue
+        for _ in parts[first]:
+            # No name here keeps a copy, so that it is freed before the next one is made.
+            chunks = chunks_of(next(copies), info)
             yield from ((start + offset, piece) for offset, piece in chunks)
-            start += info.nbytes
+        start += info.nbytes
 
 
 def _groups(infos: Sequence[TensorInfo], leaves: Sequence[Any]) -> Iterator[tuple[int, int, bool]]:

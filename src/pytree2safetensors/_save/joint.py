@@ -163,11 +163,14 @@ class Work:
             first = next(chunks, None)
             if first is None:  # this process owns nothing of the file
                 continue
+            chunks = chain([first], chunks)
+            del first
             with self._opened(number) as descriptor:
-                for offset, piece in chain([first], chunks):
+                for offset, piece in chunks:
                     self.interrupt.check()
                     write_at(descriptor, piece, offset)
                     report.add(len(piece))
+                    del piece  # the next one may need the memory
                 if self.durable:
                     flush(descriptor)
         report.finish()

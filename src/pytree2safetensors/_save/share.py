@@ -13,8 +13,9 @@ from pytree2safetensors._format.tensor import TensorInfo
 from pytree2safetensors._leaves.assembled import Assembled, Member, whole_leaves, with_leaves
 from pytree2safetensors._leaves.host_copies import copied_ahead, snapshot
 from pytree2safetensors._leaves.ownership import is_global
-from pytree2safetensors._leaves.spread import Owned, owned, owned_chunks, tensor_chunks
+from pytree2safetensors._leaves.spread import Owned, owned
 from pytree2safetensors._save.contents import Contents
+from pytree2safetensors._save.parts import arrays_of, chunks_of, parts_of, with_arrays
 from pytree2safetensors._save.plan import FilePlan, SavePlan
 from pytree2safetensors._types import Chunk
 
@@ -38,27 +39,9 @@ def share_of(contents: Contents, process: int, *, copied: bool) -> Share:
         if is_global(leaf):
             parts[key] = owned(leaf, shapes.get(key, leaf.shape))
     if copied:
-        copies = iter(snapshot(_arrays_of(parts.values())))
-        parts = dict(zip(parts, _with_arrays(parts.values(), copies), strict=True))
+        copies = iter(snapshot(arrays_of(parts.values())))
+        parts = dict(zip(parts, with_arrays(parts.values(), copies), strict=True))
     return with_leaves(contents.leaves, parts)
-
-
-def _arrays_of(parts: Iterable[Any]) -> list[Any]:
-    """List the arrays that parts consist of."""
-    return [
-        array
-        for part in parts
-        for array in ([data for _, data in part.shards] if isinstance(part, Owned) else [part])
-    ]
-
-
-def _with_arrays(parts: Iterable[Any], arrays: Iterator[Any]) -> Iterator[Any]:
-    """Replace the arrays of parts."""
-    for part in parts:
-        if isinstance(part, Owned):
-            yield Owned([(region, next(arrays)) for region, _ in part.shards])
-        else:
-            yield next(arrays)
 
 
 def size_of(share: Share, infos: Mapping[str, TensorInfo]) -> int:
@@ -91,19 +74,18 @@ def own_chunks(
 def _own_chunks(
     file: FilePlan, infos: Mapping[str, TensorInfo], share: Share, shift: int
 ) -> Iterator[Chunk]:
-    starts = {
-        name: begin
+    parts = [
+        (begin + shift, infos[name], part)
         for name, begin in zip(file.tensors, file.starts(infos), strict=True)
         if name in share
-    }
-    parts = [share[name] for name in starts]
-    copies = _with_arrays(parts, copied_ahead(_arrays_of(parts)))
-    for (name, begin), part in zip(starts.items(), copies, strict=True):
-        info = infos[name]
-        is_owned = isinstance(part, Owned)
-        chunks = owned_chunks(part, info) if is_owned else tensor_chunks(part, info)
-        for offset, piece in chunks:
-            yield begin + shift + offset, piece
+        for part in parts_of(share[name], infos[name])
+    ]
+    alone = [part for _, _, part in parts]
+    copies = with_arrays(alone, copied_ahead(arrays_of(alone)))
+    for start, info, _ in parts:
+        # No name here keeps a copy, so that it is freed before the next one is made.
+        chunks = chunks_of(next(copies), info)
+        yield from ((start + offset, piece) for offset, piece in chunks)
 
 
 def _arranged(chunks: Iterable[Chunk]) -> Iterator[Chunk]:
@@ -121,6 +103,7 @@ def _arranged(chunks: Iterable[Chunk]) -> Iterator[Chunk]:
         else:
             for cut in range(0, len(piece), _LARGEST):
                 yield offset + cut, piece[cut : cut + _LARGEST]
+        del piece  # the next one may need the memory
     if waiting:
         yield start, memoryview(waiting)
 

@@ -1,0 +1,56 @@
+"""The parts of tensors: what is copied to the host, written and freed before the next one.
+
+Specification: *Saving*.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any, Final
+
+import jax
+
+from pytree2safetensors._format.tensor import TensorInfo
+from pytree2safetensors._leaves.extents import runs_in, shape_of, span_of
+from pytree2safetensors._leaves.spread import Owned, owned, owned_chunks, tensor_chunks
+from pytree2safetensors._types import Chunk
+
+_SMALL: Final = 1 << 16  # bytes: smaller tensors are copied whole
+
+
+def parts_of(leaf: Any, info: TensorInfo) -> list[Any]:
+    """Split a leaf, or the shards that a process owns, into parts in the order of their bytes.
+
+    Shards are parts if they follow each other in the file.
+    """
+    if info.nbytes >= _SMALL and isinstance(leaf, jax.Array) and not leaf.is_fully_replicated:
+        leaf = owned(leaf, info.shape)
+    if not isinstance(leaf, Owned):
+        return [leaf]
+    shards = [shard for shard in leaf.shards if 0 not in shape_of(shard[0])]
+    if any(runs_in(region, info.shape, info.itemsize).number != 1 for region, _ in shards):
+        return [leaf]
+    places = [span_of(region, info.shape, info.itemsize)[0] for region, _ in shards]
+    ordered = sorted(zip(places, shards, strict=True), key=lambda pair: pair[0])
+    return [Owned([shard]) for _, shard in ordered]
+
+
+def arrays_of(parts: Iterable[Any]) -> list[Any]:
+    """List the arrays that parts consist of."""
+    return [
+        array
+        for part in parts
+        for array in ([data for _, data in part.shards] if isinstance(part, Owned) else [part])
+    ]
+
+
+def with_arrays(parts: Iterable[Any], arrays: Iterator[Any]) -> Iterator[Any]:
+    """Replace the arrays of parts."""
+    for part in parts:
+        if isinstance(part, Owned):
+            yield Owned([(region, next(arrays)) for region, _ in part.shards])
+        else:
+            yield next(arrays)
+
+
+def chunks_of(part: Any, info: TensorInfo) -> Iterator[Chunk]:
+    """Yield the bytes of a part in order. A piece is valid until the next one."""
+    return owned_chunks(part, info) if isinstance(part, Owned) else tensor_chunks(part, info)
