@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -538,3 +539,16 @@ def test_set_weights_puts_leaves_into_shardings(mesh: Mesh) -> None:
         for value in values, jnp.asarray(values):
             found = p2s.set_weights(template, {"#0": value})[0]
             assert_in_place(found, values, sharding)
+
+
+def test_set_weights_keeps_weak_types_in_every_sharding(mesh: Mesh) -> None:
+    weak = jnp.asarray(2.5)
+    shardings: list[Any] = [SingleDeviceSharding(device) for device in jax.devices()[:2]]
+    for sharding in (*shardings, NamedSharding(mesh, P())):
+        template = {"a": Struct((), np.float32, sharding=sharding)}
+        for value in weak, jax.device_put(weak, sharding):
+            found = p2s.set_weights(template, {"@a": value})["a"]
+            assert found.aval.weak_type
+            assert_in_place(found, np.float32(2.5), sharding)
+        shape = jax.eval_shape(partial(p2s.set_weights, template, {"@a": weak}))["a"]
+        assert (shape.shape, shape.dtype) == ((), np.float32)

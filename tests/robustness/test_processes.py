@@ -223,8 +223,9 @@ def load_other_leaves(folder: str) -> None:
         "keys": spread(values["keys"], P("x")),
     }
     found = p2s.load_into_pytree(template, f"{folder}/file")
-    assert found["weak"].aval.weak_type
     given = p2s.set_weights(template, p2s.pytree2dict(values))
+    assert found["weak"].aval.weak_type
+    assert given["weak"].aval.weak_type
     for tree in found, given:
         for name, array in tree.items():
             assert not array.is_fully_addressable
@@ -266,7 +267,7 @@ def load_elsewhere(folder: str) -> str:
         given = p2s.set_weights(template, p2s.pytree2dict(values))
     except p2s.WeightsMismatchError as error:
         return str(error)
-    assert all(tree["weak"].aval.weak_type for tree in loaded)
+    assert all(tree["weak"].aval.weak_type for tree in (*loaded, given))
     for tree in *loaded, given:
         for name, array in tree.items():
             leaf, wanted = values[name], template[name]

@@ -19,11 +19,11 @@ from pytree2safetensors._leaves.decode import cast_array, from_bytes, python_val
 from pytree2safetensors._leaves.extents import shape_of
 from pytree2safetensors._leaves.spec import abstract
 from pytree2safetensors._leaves.staging import aligned
-from pytree2safetensors._leaves.to_jax import many_to_jax, to_jax, weaken, wrap_key
+from pytree2safetensors._leaves.to_jax import many_to_jax, to_jax, wrap_key
 from pytree2safetensors._load.assembling import Assembler, rearranged
 from pytree2safetensors._load.checkpoint import OpenCheckpoint
 from pytree2safetensors._load.ranges import Place
-from pytree2safetensors._load.sharded import is_elsewhere, without_shards
+from pytree2safetensors._load.sharded import is_elsewhere, weakened, without_shards
 from pytree2safetensors._load.slots import Piece, Slot, Use, Wanted
 from pytree2safetensors._load.template import to_python
 
@@ -221,11 +221,7 @@ class Finisher:
         stored = self.checkpoint.spec_of(want.name)
         if not stored.weak or array.dtype != stored.dtype:
             return array
-        weak = weaken(array)
-        if sharding is None or weak.sharding == sharding:
-            return weak
-        placed: jax.Array = jax.device_put(weak, sharding)
-        return placed
+        return weakened(array, sharding)
 
 
 def _arrays_in(rows: NDArray[Any]) -> Iterator[NDArray[Any]]:

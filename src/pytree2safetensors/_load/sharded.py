@@ -10,7 +10,7 @@ from pytree2safetensors._leaves.encode import host_array
 from pytree2safetensors._leaves.jax_versions import WITHOUT_PROGRAMS, has_empty_arrays
 from pytree2safetensors._leaves.keys import is_key_dtype
 from pytree2safetensors._leaves.placement import is_unreduced
-from pytree2safetensors._leaves.to_jax import x64_for
+from pytree2safetensors._leaves.to_jax import weaken, x64_for
 
 _ANY_MESH: Final = getattr(jax.sharding, "AbstractMesh", ())  # JAX 0.4.30 has none
 
@@ -63,20 +63,32 @@ def place(value: Any, sharding: Sharding) -> jax.Array:
     For use within `own_programs`.
     """
     with x64_for([value]):
-        is_global = not getattr(value, "is_fully_addressable", True)
-        has_programs = value.dtype.name not in WITHOUT_PROGRAMS
-        if is_global or (has_programs and is_ordinary(sharding, value.shape)):
-            return _moved(value, sharding)
-        if is_elsewhere(sharding):
-            return without_shards(value, sharding)
-        if is_key_dtype(value.dtype):
-            shards = [
-                jax.device_put(value[index], on_device(device, sharding))
-                for device, index in sharding.addressable_devices_indices_map(value.shape).items()
-            ]
-            return jax.make_array_from_single_device_arrays(value.shape, sharding, shards)
-        host = host_array(value)
-        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+        placed = _placed(value, sharding)
+        is_lost = value.aval.weak_type and not (value.shape or placed.aval.weak_type)
+        return weakened(placed, sharding) if is_lost else placed
+
+
+def _placed(value: Any, sharding: Sharding) -> jax.Array:
+    is_global = not getattr(value, "is_fully_addressable", True)
+    has_programs = value.dtype.name not in WITHOUT_PROGRAMS
+    if is_global or (has_programs and is_ordinary(sharding, value.shape)):
+        return _moved(value, sharding)
+    if is_elsewhere(sharding):
+        return without_shards(value, sharding)
+    if is_key_dtype(value.dtype):
+        shards = [
+            jax.device_put(value[index], on_device(device, sharding))
+            for device, index in sharding.addressable_devices_indices_map(value.shape).items()
+        ]
+        return jax.make_array_from_single_device_arrays(value.shape, sharding, shards)
+    host = host_array(value)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
+def weakened(array: jax.Array, sharding: Sharding | None) -> jax.Array:
+    """Make a 0-d array in a sharding weakly typed."""
+    weak = weaken(array)
+    return weak if sharding is None else jax.device_put(weak, sharding)
 
 
 def _moved(value: jax.Array, sharding: Sharding) -> jax.Array:
