@@ -118,7 +118,9 @@ def _shorten(text: str) -> str:
 
 # --- errors -----------------------------------------------------------------------------------
 
-LEFT: Final = Failure("left", "it was interrupted, or waited too long for the others")
+LEFT: Final = Failure(
+    "left", "it was interrupted, waited too long for the others, or could not reach them"
+)
 
 _KINDS: Final[dict[str, type[Exception]]] = {
     kind.__name__: kind
