@@ -396,7 +396,7 @@ def test_a_web_server_is_not_written_to() -> None:
 def test_the_error_for_several_processes_says_what_to_do_instead(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("pytree2safetensors._save.api.is_needed", lambda _: True)
+    monkeypatch.setattr("pytree2safetensors._save.api.is_joint", lambda _: True)
     monkeypatch.setattr("pytree2safetensors._save.processes.current_processes", lambda: None)
     with pytest.raises(FileFormatError) as caught:
         save_pytree(tree_of(1), "memory://run/m")

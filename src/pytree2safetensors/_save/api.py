@@ -16,7 +16,7 @@ from pytree2safetensors._leaves.assembled import whole_leaves, with_leaves
 from pytree2safetensors._leaves.host_copies import snapshot
 from pytree2safetensors._leaves.renaming import Rename
 from pytree2safetensors._save import processes
-from pytree2safetensors._save.calls import announced, check_places, is_needed
+from pytree2safetensors._save.calls import announced, is_joint
 from pytree2safetensors._save.contents import collect
 from pytree2safetensors._save.saver import submit, wait_for_earlier
 from pytree2safetensors._save.writing import label_of, plan_save, settled, target_of, write
@@ -86,8 +86,7 @@ def save_pytree(
     report = reporter(progress, "saving", jax.process_index)
     with collector_paused():
         contents = collect(tree, metadata or {}, unsupported, rename)
-        check_places(contents.leaves)
-    if is_needed(contents.leaves.values()):
+    if is_joint(contents.leaves):
         options = processes.SaveOptions(durable, checksum, max_shard_size)
         processes.save(contents, path, options, report, background=False)
         return
@@ -153,8 +152,7 @@ def save_pytree_async(
     where = resolve(path)
     with collector_paused():
         contents = collect(tree, metadata or {}, unsupported, rename)
-        check_places(contents.leaves)
-        if is_needed(contents.leaves.values()):
+        if is_joint(contents.leaves):
             options = processes.SaveOptions(durable, checksum, max_shard_size)
             return processes.save(contents, where, options, report, background=True)
         # The process may change its working directory during the save.

@@ -78,32 +78,34 @@ def current_processes() -> Processes:
     return _known[0]
 
 
-def is_needed(leaves: Collection[Any]) -> bool:
-    """Return whether any leaf is an array of several processes, which all processes see alike."""
-    return _are_several(leaves) and any(
-        is_global(leaf) and len(processes_of(leaf.sharding)) > 1 for leaf in whole_leaves(leaves)
-    )
-
-
-def check_places(tensors: Mapping[str, Any]) -> None:
-    """Check that this process holds something of each leaf.
-
-    An array of one process is global for the others. For that process, it is like a local array.
+def is_joint(tensors: Mapping[str, Any]) -> bool:
+    """Return whether several processes save a tree together. This process must hold something of each leaf.
 
     Raises:
-        UnsupportedLeafError: An array is only on devices of another process.
+        UnsupportedLeafError: An array is only on devices of another process, so it is global here.
+            For that process, it is like a local array.
     """
     if not _are_several(tensors.values()):
-        return
+        return False
+    is_shared = False
     for name, tensor in tensors.items():
-        for leaf in whole_leaves([tensor]):
-            places = processes_of(leaf.sharding) if is_global(leaf) else ()
+        for leaf in filter(is_global, whole_leaves([tensor])):
+            places = processes_of(leaf.sharding)
             if len(places) == 1:
                 raise UnsupportedLeafError(
                     f"the array at {shorten(name)} is only on devices of process {places[0]}, so this "
                     "process cannot save it; spread or replicate it over several processes, or save it "
                     "on its own process, in a tree without arrays of several processes"
                 )
+            is_shared = True
+    return is_shared
+
+
+def is_needed(leaves: Collection[Any]) -> bool:
+    """Return whether any leaf is an array of several processes, which all processes see alike."""
+    return _are_several(leaves) and any(
+        len(processes_of(leaf.sharding)) > 1 for leaf in filter(is_global, whole_leaves(leaves))
+    )
 
 
 def _are_several(leaves: Collection[Any]) -> bool:

@@ -26,19 +26,22 @@ def data_chunks(
     start = len(file.head)
     infos_of = [infos[name] for name in file.tensors]
     given = [leaves[name] for name in file.tensors]
-    parts = [parts_of(leaf, info) for leaf, info in zip(given, infos_of, strict=True)]
-    alone = [*chain.from_iterable(parts)]
-    copies = with_arrays(alone, copied_ahead(arrays_of(alone)))
-    for first, stop, are_small in _groups(infos_of, given):
+    groups = [*_groups(infos_of, given)]
+    parts = [
+        given[first:stop] if are_small else parts_of(given[first], infos_of[first])
+        for first, stop, are_small in groups
+    ]
+    copies = copied_ahead(arrays_of(chain.from_iterable(parts)))
+    for (first, stop, are_small), group in zip(groups, parts, strict=True):
         info = infos_of[first]
         if are_small:
             joined = joined_bytes([*islice(copies, stop - first)], infos_of[first:stop])
             yield start, memoryview(joined)
             start += len(joined)
             continue
-        for _ in parts[first]:
+        for part in group:
             # No name here keeps a copy, so that it is freed before the next one is made.
-            chunks = chunks_of(next(copies), info)
+            chunks = chunks_of(with_arrays(part, copies), info)
             yield from ((start + offset, piece) for offset, piece in chunks)
         start += info.nbytes
 

@@ -42,13 +42,11 @@ def arrays_of(parts: Iterable[Any]) -> list[Any]:
     ]
 
 
-def with_arrays(parts: Iterable[Any], arrays: Iterator[Any]) -> Iterator[Any]:
-    """Replace the arrays of parts."""
-    for part in parts:
-        if isinstance(part, Owned):
-            yield Owned([(region, next(arrays)) for region, _ in part.shards])
-        else:
-            yield next(arrays)
+def with_arrays(part: Any, arrays: Iterator[Any]) -> Any:
+    """Return a part with the next arrays in place of its own."""
+    if isinstance(part, Owned):
+        return Owned([(region, next(arrays)) for region, _ in part.shards])
+    return next(arrays)
 
 
 def chunks_of(part: Any, info: TensorInfo) -> Iterator[Chunk]:

@@ -40,7 +40,7 @@ def share_of(contents: Contents, process: int, *, copied: bool) -> Share:
             parts[key] = owned(leaf, shapes.get(key, leaf.shape))
     if copied:
         copies = iter(snapshot(arrays_of(parts.values())))
-        parts = dict(zip(parts, with_arrays(parts.values(), copies), strict=True))
+        parts = {key: with_arrays(part, copies) for key, part in parts.items()}
     return with_leaves(contents.leaves, parts)
 
 
@@ -80,11 +80,10 @@ def _own_chunks(
         if name in share
         for part in parts_of(share[name], infos[name])
     ]
-    alone = [part for _, _, part in parts]
-    copies = with_arrays(alone, copied_ahead(arrays_of(alone)))
-    for start, info, _ in parts:
+    copies = copied_ahead(arrays_of(part for _, _, part in parts))
+    for start, info, part in parts:
         # No name here keeps a copy, so that it is freed before the next one is made.
-        chunks = chunks_of(next(copies), info)
+        chunks = chunks_of(with_arrays(part, copies), info)
         yield from ((start + offset, piece) for offset, piece in chunks)
 
 
