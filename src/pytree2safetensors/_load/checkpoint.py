@@ -52,6 +52,8 @@ class OpenCheckpoint:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         with closing(self):
             if kind is None:
+                for source in self.sources:
+                    source.check()
                 verify(self.sources)
 
     def close(self) -> None:

@@ -83,6 +83,9 @@ class ByteSource:
     def shut(self) -> None:
         """Close a file on disk until the next read. Other files stay open."""
 
+    def check(self) -> None:
+        """Raise an error if the file has changed since it was opened, and that can be known."""
+
     def close(self) -> None:
         """Close the file, unless it belongs to the caller."""
 

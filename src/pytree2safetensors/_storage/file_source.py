@@ -7,7 +7,7 @@ import stat
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Final
 
 import numpy as np
@@ -32,11 +32,10 @@ _UNTRACKED: Final[dict[str, Any]] = {} if sys.version_info < (3, 13) else {"trac
 class FileSource(ByteSource):
     """A regular file. After `shut` it is open only during a read."""
 
-    def __init__(self, label: str, path: str, held: Held, descriptor: int) -> None:
-        status = os.fstat(descriptor)
+    def __init__(self, label: str, path: str, held: Held, status: os.stat_result) -> None:
         super().__init__(label, status.st_size)
         self.path, self.identity = absolute(path), identity(status)
-        self._held, self._descriptor = held, descriptor
+        self._held, self._descriptor = held, held[-1]
         self._is_shut = False
         self._lock = threading.Lock()
 
@@ -75,6 +74,16 @@ class FileSource(ByteSource):
             if found != self.identity:
                 raise ReplacedError(f"{self.label} was replaced while it was read; load it again")
             yield descriptor
+            self._check(os.fstat(descriptor))
+
+    def check(self) -> None:
+        if not self._is_shut:  # otherwise each read has checked it
+            with suppress(OSError):  # a server no longer has it; what was read is complete
+                self._check(os.fstat(self._descriptor))
+
+    def _check(self, status: os.stat_result) -> None:
+        if identity(status) != self.identity:
+            raise FileFormatError(f"{self.label} was changed while it was read; load it again")
 
     def close(self) -> None:
         self._held.close()
@@ -106,11 +115,11 @@ def open_source(path: LocalPath | RemotePath, *, regular: bool = False) -> ByteS
     try:
         waiting = getattr(os, "O_NONBLOCK", 0) if regular else 0
         descriptor = held.open(where, os.O_RDONLY | waiting)
-        mode = os.fstat(descriptor).st_mode
-        if stat.S_ISDIR(mode):
+        status = os.fstat(descriptor)
+        if stat.S_ISDIR(status.st_mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), where)
-        if stat.S_ISREG(mode):
-            return FileSource(label, where, held, descriptor)
+        if stat.S_ISREG(status.st_mode):
+            return FileSource(label, where, held, status)
         if regular:
             raise FileFormatError(f"{label} is a pipe or a device, not a regular file")
         return _Pipe(label, held, descriptor)
