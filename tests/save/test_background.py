@@ -61,6 +61,33 @@ def test_a_whole_path_needs_no_current_folder(
     assert load_pytree(tmp_path / "file") == {"a": 1}
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="a folder in use cannot be removed")
+def test_a_relative_path_needs_a_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    for limit in (None, 100):
+        with pytest.raises(FileNotFoundError) as caught:
+            save_pytree_async({"a": 1}, "new/file", max_shard_size=limit).result()
+        assert caught.value.filename == "new/file"
+
+
+@pytest.mark.parametrize("limit", [None, 100], ids=["file", "folder"])
+def test_a_current_folder_under_another_name_is_not_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int | None
+) -> None:
+    """The system may still give the path that the folder had."""
+    for name in ("current", "wrong"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "current")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "getcwd", lambda: str(tmp_path / "wrong"))
+        save_pytree_async({"a": 1}, "file", max_shard_size=limit).result()
+    assert load_pytree(tmp_path / "current" / "file") == {"a": 1}
+
+
 def test_what_changes_after_the_call_is_not_saved(tmp_path: Path) -> None:
     array = np.zeros(1_000_000, np.float32)
     future = save_pytree_async({"a": array}, tmp_path / "file")
@@ -335,10 +362,16 @@ def test_a_relative_path_is_that_of_the_call(
     monkeypatch.chdir(tmp_path)
     before = save_pytree_async({"a": np.zeros(2_000_000, np.float32)}, "first")
     future = save_pytree_async({"a": 1}, "file")
+    folders = ["new", "two/levels", "three/new/levels/named.safetensors"]
+    futures = [save_pytree_async({"a": 1}, path, max_shard_size=100) for path in folders]
     monkeypatch.chdir(tmp_path / "later")
     before.result()
     future.result()
     assert load_pytree(tmp_path / "file") == {"a": 1}
+    for path, future in zip(folders, futures, strict=True):
+        future.result()
+        assert load_pytree(tmp_path / path) == {"a": 1}
+    assert not any((tmp_path / "later").iterdir())
 
 
 def test_the_interpreter_waits_for_saves(tmp_path: Path) -> None:

@@ -215,10 +215,11 @@ def absolute(path: str) -> str:
     if not path or os.path.isabs(path):
         return path
     try:
-        found = os.path.join(os.getcwd(), path)
-        os.lstat(found)
-    except FileNotFoundError:
-        return found if os.path.isdir(os.path.dirname(found)) else path
-    except OSError:  # a folder above is not accessible, or the path is too long
+        current = os.getcwd()
+        found = os.path.join(current, path)
+        with suppress(FileNotFoundError):  # the rest of the path may be missing
+            os.lstat(found)
+        leads_there = os.path.samestat(os.stat(current), os.stat(os.curdir))
+    except OSError:  # a folder above is gone or not accessible, or the path is too long
         return path
-    return found
+    return found if leads_there else path
