@@ -307,8 +307,11 @@ def test_few_shards_are_open_at_once(
 def test_maps_keep_descriptors_before_python_3_13(tmp_path: Path) -> None:
     tree = {f"w{i}": np.full(10_000, i, np.float32) for i in range(5)}
     save_pytree(tree, tmp_path, max_shard_size=40_000)
-    loaded = load_pytree(tmp_path, mmap=True)
-    assert descriptors_in(tmp_path) == (5 if sys.version_info < (3, 13) else 0)
+    held = list[int]()  # during the load
+    loaded = load_pytree(
+        tmp_path, mmap=True, progress=lambda *_: held.append(descriptors_in(tmp_path))
+    )
+    assert descriptors_in(tmp_path) == held[-1] == (5 if sys.version_info < (3, 13) else 0)
     assert is_same(tree, loaded)
     del loaded
     gc.collect()

@@ -30,13 +30,15 @@ _UNTRACKED: Final[dict[str, Any]] = {} if sys.version_info < (3, 13) else {"trac
 
 
 class FileSource(ByteSource):
-    """A regular file. After `shut` it is open only during a read."""
+    """A regular file. After `shut` or `map` it is open only during a read."""
 
     def __init__(self, label: str, path: str, held: Held, status: os.stat_result) -> None:
         super().__init__(label, status.st_size)
         self.path, self.identity = absolute(path), identity(status)
         self._held, self._descriptor = held, held[-1]
         self._is_shut = False
+        # Kept until the end, so that no other file gets its identity.
+        self._mapped: NDArray[np.uint8] | None = None
         self._lock = threading.Lock()
 
     def shut(self) -> None:
@@ -56,9 +58,10 @@ class FileSource(ByteSource):
 
     def map(self) -> NDArray[np.uint8]:
         with self._opened() as descriptor:
-            return np.frombuffer(
-                mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ, **_UNTRACKED), np.uint8
-            )
+            found = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ, **_UNTRACKED)
+        self._mapped = np.frombuffer(found, np.uint8)
+        self.shut()  # the map keeps the file
+        return self._mapped
 
     @contextmanager
     def _opened(self) -> Iterator[int]:
@@ -77,15 +80,19 @@ class FileSource(ByteSource):
             self._check(os.fstat(descriptor))
 
     def check(self) -> None:
-        if not self._is_shut:  # otherwise each read has checked it
-            with suppress(OSError):  # a server no longer has it; what was read is complete
-                self._check(os.fstat(self._descriptor))
+        if self._is_shut and self._mapped is None:  # each read has checked it
+            return
+        with suppress(OSError):  # it is gone, and what was read is complete
+            status = os.stat(self.path) if self._is_shut else os.fstat(self._descriptor)
+            if identity(status)[:2] == self.identity[:2]:  # or else another file has the path now
+                self._check(status)
 
     def _check(self, status: os.stat_result) -> None:
         if identity(status) != self.identity:
             raise FileFormatError(f"{self.label} was changed while it was read; load it again")
 
     def close(self) -> None:
+        self._mapped = None
         self._held.close()
 
 
