@@ -1,5 +1,7 @@
-"""Files on disk that other programs change while they are read."""
+"""Files on disk: errors of the system, and other programs that change them while they are read."""
 
+import errno
+import io
 import os
 from collections.abc import Callable
 from contextlib import closing
@@ -17,7 +19,10 @@ from pytree2safetensors import (
     save_pytree,
 )
 from pytree2safetensors._load.checkpoint import OpenCheckpoint
+from pytree2safetensors._load.opening import open_checkpoint
 from pytree2safetensors._storage.file_source import open_source
+from pytree2safetensors._storage.stream import ForwardSource
+from system_calls import Call, watched
 from versions import posix
 
 
@@ -109,3 +114,93 @@ def test_what_leaves_the_content_of_a_file_alone_does_not_disturb_a_load(
         before_a_load_ends(lambda: act(file), patch)
         loaded = load(file)
     assert {name: float(array[-1]) for name, array in loaded.items()} == dict.fromkeys(loaded, 1.0)
+
+
+# --- errors of the system ---------------------------------------------------------------------
+
+
+def failing(name: str, code: int, times: int = 99) -> Callable[[Call], Any]:
+    """Let calls with a name fail, as the system's calls with a descriptor do: without a path."""
+    failed = list[int]()
+
+    def act(call: Call) -> Any:
+        if call.name == name and isinstance(call.args[0], int) and len(failed) < times:
+            failed.append(call.number)
+            raise OSError(code, os.strerror(code))
+        return call.run()
+
+    return act
+
+
+@posix
+@pytest.mark.parametrize("call", ["preadv", "fstat"])
+@pytest.mark.parametrize("code", [errno.EIO, errno.EACCES])
+def test_an_error_of_a_read_names_the_file(call: str, code: int, tmp_path: Path) -> None:
+    file = tmp_path / "m.safetensors"
+    save_pytree(tree_of(1), file)
+    with (
+        watched(failing(call, code)),
+        pytest.raises(OSError, match=r"'.*m\.safetensors'") as caught,
+    ):
+        load_pytree(file)
+    assert (caught.value.errno, caught.value.filename) == (code, str(file))
+    assert type(caught.value) is type(OSError(code, ""))
+
+
+@posix
+def test_an_error_of_a_read_names_the_shard_though_it_is_not_kept_open(
+    tmp_path: Path,
+) -> None:
+    save_pytree(tree_of(1), tmp_path, max_shard_size=50_000)
+    with open_checkpoint(tmp_path) as checkpoint:
+        for source in checkpoint.sources:
+            source.shut()
+            with (
+                watched(failing("preadv", errno.EIO)),
+                pytest.raises(OSError, match="put/output") as caught,
+            ):
+                source.read(0, 8)
+            assert f"{caught.value.filename!r}" == source.label
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="a system without pipes that have names")
+def test_an_error_of_a_pipe_names_it(tmp_path: Path) -> None:
+    class Broken(io.RawIOBase):
+        def readinto(self, buffer: object) -> int:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    os.mkfifo(tmp_path / "pipe")
+    writer = os.open(tmp_path / "pipe", os.O_RDWR)  # so that opening does not wait
+    with closing(open_source(tmp_path / "pipe")) as source:
+        os.close(writer)
+        assert isinstance(source, ForwardSource)
+        source.file.close()
+        source.file = Broken()
+        with pytest.raises(OSError, match="pipe") as caught:
+            source.measure(8)
+    assert (caught.value.errno, caught.value.filename) == (errno.EIO, str(tmp_path / "pipe"))
+
+
+def test_an_error_of_a_map_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+
+    file = tmp_path / "m.safetensors"
+    save_pytree(tree_of(1), file)
+    monkeypatch.setattr("mmap.mmap", fail)
+    with pytest.raises(OSError, match=r"'.*m\.safetensors'") as caught:
+        load_pytree(file, mmap=True)
+    assert (caught.value.errno, caught.value.filename) == (errno.ENODEV, str(file))
+
+
+@posix
+def test_a_file_that_its_server_has_replaced_is_loaded_again(tmp_path: Path) -> None:
+    file = tmp_path / "m.safetensors"
+    save_pytree(tree_of(1), file)
+    with watched(failing("preadv", errno.ESTALE, times=1)):
+        assert load_pytree(file)["w0"][-1] == 1
+    with (
+        watched(failing("preadv", errno.ESTALE)),
+        pytest.raises(FileFormatError, match="was replaced while it was read; load"),
+    ):
+        load_pytree(file)

@@ -18,6 +18,7 @@ from pytree2safetensors._messages import shorten
 from pytree2safetensors._storage.byte_source import ByteSource, LocalPath
 from pytree2safetensors._storage.descriptor import Held
 from pytree2safetensors._storage.folder import absolute
+from pytree2safetensors._storage.naming import naming
 from pytree2safetensors._storage.remote_file import RemoteSource
 from pytree2safetensors._storage.remote_path import RemotePath
 from pytree2safetensors._storage.stream import ForwardSource
@@ -65,19 +66,32 @@ class FileSource(ByteSource):
 
     @contextmanager
     def _opened(self) -> Iterator[int]:
-        if not self._is_shut:
-            yield self._descriptor
-            return
-        with Held() as held:
-            try:
-                descriptor = held.open(self.path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-                found = identity(os.fstat(descriptor))
-            except FileNotFoundError:
-                found = ()
-            if found != self.identity:
-                raise ReplacedError(f"{self.label} was replaced while it was read; load it again")
-            yield descriptor
-            self._check(os.fstat(descriptor))
+        """Yield the open file. Put its path into errors of the system."""
+        try:
+            if not self._is_shut:
+                yield self._descriptor
+                return
+            with Held() as held:
+                descriptor = self._open_again(held)
+                yield descriptor
+                self._check(os.fstat(descriptor))
+        except OSError as error:
+            if error.errno == errno.ESTALE:  # a server no longer has the file
+                raise self._replaced() from error
+            with naming(self.path):
+                raise
+
+    def _open_again(self, held: Held) -> int:
+        try:
+            descriptor = held.open(self.path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+        except FileNotFoundError:
+            raise self._replaced() from None
+        if identity(os.fstat(descriptor)) != self.identity:
+            raise self._replaced()
+        return descriptor
+
+    def _replaced(self) -> ReplacedError:
+        return ReplacedError(f"{self.label} was replaced while it was read; load it again")
 
     def check(self) -> None:
         if self._is_shut and self._mapped is None:  # each read has checked it
@@ -99,9 +113,13 @@ class FileSource(ByteSource):
 class _Pipe(ForwardSource):
     """A pipe or a device with a path."""
 
-    def __init__(self, label: str, held: Held, descriptor: int) -> None:
-        super().__init__(label, os.fdopen(descriptor, "rb", closefd=False))
-        self._held = held
+    def __init__(self, label: str, path: str, held: Held) -> None:
+        super().__init__(label, os.fdopen(held[-1], "rb", closefd=False))
+        self.path, self._held = path, held
+
+    def measure(self, end: int) -> int:
+        with naming(self.path):
+            return super().measure(end)
 
     def close(self) -> None:
         self.file.close()
@@ -122,14 +140,15 @@ def open_source(path: LocalPath | RemotePath, *, regular: bool = False) -> ByteS
     try:
         waiting = getattr(os, "O_NONBLOCK", 0) if regular else 0
         descriptor = held.open(where, os.O_RDONLY | waiting)
-        status = os.fstat(descriptor)
+        with naming(where):
+            status = os.fstat(descriptor)
         if stat.S_ISDIR(status.st_mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), where)
         if stat.S_ISREG(status.st_mode):
             return FileSource(label, where, held, status)
         if regular:
             raise FileFormatError(f"{label} is a pipe or a device, not a regular file")
-        return _Pipe(label, held, descriptor)
+        return _Pipe(label, where, held)
     except BaseException:
         held.__exit__()
         raise
