@@ -290,6 +290,29 @@ def test_new_folders_reach_the_disk(tmp_path: Path) -> None:
     assert {folder.stat().st_ino for folder in folders} <= flushed
 
 
+def test_a_save_ends_in_the_folder_where_it_began(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "first").mkdir()
+    (tmp_path / "second" / "run" / "m").mkdir(parents=True)
+    for fails in (True, False):
+
+        def move(*_: int, fails: bool = fails) -> None:
+            os.chdir(tmp_path / "second")
+            if fails:
+                raise StopIteration
+
+        monkeypatch.chdir(tmp_path / "first")
+        with suppress(StopIteration):
+            save_pytree(tree_of(2), "run/m", max_shard_size=100, progress=move)
+        assert list((tmp_path / "second").rglob("*")) == [
+            tmp_path / "second" / "run",
+            tmp_path / "second" / "run" / "m",
+        ]
+        assert any((tmp_path / "first").iterdir()) != fails
+    assert outcome(tmp_path / "first" / "run" / "m") == "new"
+
+
 def test_an_error_in_a_leaf_changes_nothing(tmp_path: Path) -> None:
     class Broken(Exception):
         pass

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from folders import names_in, tree_of
+from folders import names_in, outcome, tree_of
 from pytree2safetensors import load_pytree, save_pytree, save_pytree_async
 from pytree2safetensors._storage.descriptor import Held
 from pytree2safetensors._storage.file_source import descriptors_to_keep
@@ -70,6 +70,8 @@ for work in (
     lambda: print(sorted(p2s.load_pytree("model")), sorted(p2s.load_pytree("folder"))),
     lambda: p2s.save_pytree(tree, "writable/model"),
     lambda: p2s.save_pytree(tree, "writable/model", durable=False),
+    lambda: p2s.save_pytree(tree, "writable/new/er", max_shard_size=200),
+    lambda: p2s.save_pytree(tree, "writable/run/er", max_shard_size=200, durable=False),
 ):
     try:
         work()
@@ -93,19 +95,22 @@ def test_folders_that_may_not_be_entered_or_read() -> None:
         )  # fmt: skip
         assert run.stdout.splitlines() == [
             "['a', 'b'] ['a', 'b']",
-            "[Errno 13] Permission denied (its folder cannot be read, which is needed to flush it; "
-            "durable=False saves without): 'writable/model'",
+            "[Errno 13] Permission denied (the folder 'writable' cannot be read, which is needed to "
+            "flush it; durable=False saves without): 'writable/model'",
+            "[Errno 13] Permission denied (the folder 'writable' cannot be read, which is needed to "
+            "flush it; durable=False saves without): 'writable/new/er'",
         ], run.stderr
-        assert names_in(inner / "writable") == ["model"]
+        assert names_in(inner / "writable") == ["model", "run"]
 
 
 @contextmanager
-def unreadable() -> Iterator[None]:
+def unreadable(*names: str) -> Iterator[None]:
     """Let names be looked up in folders, but not listed, even for the superuser."""
 
     def refuse(call: Call) -> Any:
         flags = call.args[1] if call.name == "open" else 0
-        if flags & os.O_DIRECTORY and not flags & getattr(os, "O_PATH", 0):
+        reads = flags & os.O_DIRECTORY and not flags & getattr(os, "O_PATH", 0)
+        if reads and (not names or Path(call.args[0]).name in names):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), call.args[0])
         return call.run()
 
@@ -132,6 +137,23 @@ def test_a_file_is_saved_to_a_folder_that_cannot_be_read(
         assert "durable" not in str(caught.value)
     assert_holds(tmp_path / "model", 1)
     assert names_in(tmp_path) == ["model"]
+
+
+@posix
+def test_a_folder_is_made_in_one_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "above").mkdir()
+    path = tmp_path / "above" / "run" / "3"
+    with unreadable("above"):
+        with pytest.raises(PermissionError) as caught:
+            save_pytree(tree_of(1), path, max_shard_size=100)
+        assert caught.value.strerror == (
+            f"Permission denied (the folder {str(tmp_path / 'above')!r} cannot be read, which is "
+            "needed to flush it; durable=False saves without)"
+        )
+        assert not any((tmp_path / "above").iterdir())
+        save_pytree(tree_of(1), path, max_shard_size=100, durable=False)
+        save_pytree(tree_of(2), path, max_shard_size=100)
+    assert outcome(path) == "new"
 
 
 def test_a_folder_that_is_missing_is_named(tmp_path: Path) -> None:

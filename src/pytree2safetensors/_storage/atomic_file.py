@@ -13,7 +13,7 @@ from typing import Final
 from pytree2safetensors._messages import shorten
 from pytree2safetensors._storage.byte_source import LocalPath
 from pytree2safetensors._storage.descriptor import Held, flush, write_chunks
-from pytree2safetensors._storage.folder import Folder
+from pytree2safetensors._storage.folder import Folder, explaining_flush
 from pytree2safetensors._storage.naming import naming, temporary_name
 from pytree2safetensors._storage.progress import Progress
 from pytree2safetensors._types import Chunk
@@ -50,7 +50,7 @@ def replacing(path: LocalPath, *, durable: bool, name: str | None = None) -> Ite
             return
         parent, target = _split(given)
         folder = Folder(parent, listed=durable)
-        with _explaining(parent, durable):
+        with _explaining(parent), explaining_flush(parent):
             stack.enter_context(folder)
         old = folder.status(target)
         temporary = name or temporary_name(target)
@@ -99,18 +99,13 @@ def _opened(held: Held, path: str) -> int:
 
 
 @contextmanager
-def _explaining(parent: str, durable: bool) -> Iterator[None]:
-    """Add to an error what to do if a folder cannot be opened."""
+def _explaining(parent: str) -> Iterator[None]:
+    """Add to an error what to do if a folder is missing."""
     try:
         yield
     except FileNotFoundError as error:
         text = f"{error.strerror} (the folder {shorten(parent)} is missing; make it first)"
         raise FileNotFoundError(error.errno, text, parent) from None
-    except PermissionError as error:
-        if not durable or not os.access(parent or os.curdir, os.W_OK | os.X_OK):
-            raise
-        text = "its folder cannot be read, which is needed to flush it; durable=False saves without"
-        raise PermissionError(error.errno, f"{error.strerror} ({text})", parent) from None
 
 
 def is_special(path: LocalPath) -> bool:

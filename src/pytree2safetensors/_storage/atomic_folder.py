@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from pytree2safetensors._messages import shorten
 from pytree2safetensors._storage.descriptor import Held, flush, write_chunks
-from pytree2safetensors._storage.folder import Folder
+from pytree2safetensors._storage.folder import Folder, absolute, explaining_flush
 from pytree2safetensors._storage.naming import temporary_name
 from pytree2safetensors._storage.progress import Progress, progress_of_part
 from pytree2safetensors._storage.threads import undisturbed
@@ -74,12 +74,17 @@ def replacing_together(
     All files get their names if no error occurs. Until then, they have the given temporary names, by
     which other processes can open them.
     """
+    path = absolute(path or os.curdir)
     with ExitStack() as undo:
-        missing = _missing(path)
+        missing, parents = _missing(path), list[Folder]()
         undo.callback(_remove_empty, missing)
-        for above in reversed(missing):
+        for made in reversed(missing):
+            if durable:
+                above = os.path.dirname(made)
+                with explaining_flush(above):
+                    parents.append(undo.enter_context(Folder(above, listed=True)))
             with suppress(FileExistsError):  # made by another saver
-                os.mkdir(above)
+                os.mkdir(made)
         folder = undo.enter_context(Folder(path, listed=True))
         for temporary in temporaries.values():
             undo.callback(folder.discard, temporary)
@@ -100,10 +105,8 @@ def replacing_together(
                 for name in (rival, *stale(folder.names())):
                     _replaced(folder, name)  # raise an error now if it cannot be removed
                 _commit(folder, temporaries, rival, durable)
-                if durable:
-                    for made in missing:
-                        with Folder(os.path.dirname(made), listed=True) as above:
-                            above.flush()
+                for parent in reversed(parents):
+                    parent.flush()
                 for name in stale(folder.names()):
                     folder.unlink(name)
                 for name in (last, rival):

@@ -168,6 +168,22 @@ class Folder:
 
 
 @contextmanager
+def explaining_flush(path: str) -> Iterator[None]:
+    """Add to an error what to do if a folder can be changed, but not opened to flush it."""
+    try:
+        yield
+    except PermissionError as error:
+        folder = path or os.curdir
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise
+        text = (
+            f"the folder {shorten(folder)} cannot be read, which is needed to flush it; "
+            "durable=False saves without"
+        )
+        raise PermissionError(error.errno, f"{error.strerror} ({text})", path) from None
+
+
+@contextmanager
 def without_savers(path: str) -> Iterator[None]:
     """Wait until no save renames files in a folder, and lock out others. Go on if that fails."""
     with ExitStack() as stack:
