@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from pytree2safetensors._load.checkpoint import OpenCheckpoint
 from pytree2safetensors._load.locate import Index
 from pytree2safetensors._load.opening import open_checkpoint
 from pytree2safetensors.testing import pytrees
+from versions import posix
 
 # --- loading ----------------------------------------------------------------------------------
 
@@ -457,7 +459,29 @@ def test_a_pipe_in_a_folder_is_refused(tmp_path: Path, name: str) -> None:
     else:
         (tmp_path / name).unlink()
     os.mkfifo(tmp_path / name)
-    with pytest.raises(FileFormatError, match=r"is a pipe or a device|which is missing"):
+    with pytest.raises(FileFormatError, match=f"{name}' is a pipe or a device, not a regular file"):
+        load_pytree(tmp_path)
+
+
+@posix
+@pytest.mark.parametrize("name", [FIRST, THIRD])
+def test_a_shard_that_is_there_but_cannot_be_opened_is_not_missing(
+    tmp_path: Path, name: str
+) -> None:
+    save_pytree(tree_of(1), tmp_path, max_shard_size=100)
+    (tmp_path / name).unlink()
+    (tmp_path / name).symlink_to(name)  # a loop
+    with pytest.raises(OSError, match=name) as caught:
+        load_pytree(tmp_path)
+    assert (caught.value.errno, caught.value.filename) == (errno.ELOOP, str(tmp_path / name))
+
+
+@pytest.mark.parametrize("make", [lambda path: None, Path.mkdir], ids=["nothing", "a folder"])
+def test_a_shard_that_is_no_file_is_missing(make: Callable[[Path], None], tmp_path: Path) -> None:
+    save_pytree(tree_of(1), tmp_path, max_shard_size=100)
+    (tmp_path / FIRST).unlink()
+    make(tmp_path / FIRST)
+    with pytest.raises(FileFormatError, match=f"names the shard '{FIRST}', which is missing; copy"):
         load_pytree(tmp_path)
 
 

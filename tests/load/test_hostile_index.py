@@ -57,7 +57,7 @@ BAD_INDEXES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         "names the shard 'model-00004-of-00003.safetensors', which is missing; copy the complete folder",
     ),
     "a shard of another name": (replaced("@a", "x" * 10_000), "(10,000 characters), which is miss"),
-    "a pipe": (replaced("@a", "pipe"), "names the shard 'pipe', which is missing"),
+    "a pipe": (replaced("@a", "pipe"), "/m/pipe' is a pipe or a device, not a regular file"),
     "the index": (replaced("@a", INDEX), "is not a safetensors file"),
     "no safetensors file": (replaced("@a", "junk"), "is not a safetensors file"),
     "another shard": (replaced("@a", SECOND), f"the shard '{SECOND}' lacks '@a', which "),

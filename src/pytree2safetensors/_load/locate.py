@@ -3,6 +3,7 @@
 Specification: *Sharded folders*.
 """
 
+import errno
 import os
 import re
 from collections.abc import Iterable
@@ -34,6 +35,9 @@ from pytree2safetensors._storage.remote_path import RemotePath, hide_credentials
 # How other programs number shards, or used to.
 _OTHER_SHARD: Final = re.compile(r".*\.safetensors-[0-9]+-of-[0-9]+", re.DOTALL)
 
+# The codes for names that no file has, or none can have here.
+_MISSING: Final = {errno.ENOENT, errno.ENAMETOOLONG, errno.EINVAL}
+
 _OF_ORBAX: Final = {"_METADATA", "manifest.ocdbt"}  # each of its checkpoints has one of these
 
 
@@ -61,7 +65,12 @@ class Index(NamedTuple):
             return False
 
     def open(self, shard: str) -> ByteSource:
-        """Open a shard. Follow symbolic links, because a hub's cache has these."""
+        """Open a shard. Follow symbolic links, because a hub's cache has these.
+
+        Raises:
+            FileFormatError: It is missing, or is a pipe or a device.
+            OSError: It cannot be opened.
+        """
         if isinstance(self.path, RemotePath):
             with suppress(FileNotFoundError):
                 source = open_source(self.path.beside(shard))
@@ -69,8 +78,12 @@ class Index(NamedTuple):
                 return source
         else:
             path = os.path.join(os.path.dirname(self.path), shard)
-            if os.path.isfile(path):  # opening a pipe would block
-                return open_source(path, regular=True)
+            try:
+                if not os.path.isdir(path):  # which Windows does not open
+                    return open_source(path, regular=True)
+            except (OSError, UnicodeEncodeError) as error:
+                if getattr(error, "errno", errno.ENOENT) not in _MISSING:
+                    raise
         raise FileFormatError(
             f"{self.label} names the shard {shorten(shard)}, which is missing; "
             "copy the complete folder again"
