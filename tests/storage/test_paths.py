@@ -168,20 +168,42 @@ def test_a_file_whose_owner_cannot_be_kept_keeps_its_group_or_is_closed_to_the_n
     assert stat.S_IMODE(path.stat().st_mode) == (0o664 if in_group else 0o644)
 
 
+# For the owner and a further user, but not for the group.
+_ENTRIES = [(1, 6, -1), (2, 6, 12345), (4, 0, -1), (16, 6, -1), (32, 0, -1)]
+FOR_ANOTHER = struct.pack("<I", 2) + b"".join(struct.pack("<HHi", *entry) for entry in _ENTRIES)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems keep access lists elsewhere")
 def test_a_replaced_file_keeps_its_access_list(tmp_path: Path) -> None:
-    entries = [(1, 6, -1), (2, 6, 12345), (4, 0, -1), (16, 6, -1), (32, 0, -1)]
-    access = struct.pack("<I", 2) + b"".join(struct.pack("<HHi", *entry) for entry in entries)
     path = tmp_path / "model.safetensors"
     for limit in (None, "1GB"):
         save_pytree(version(1), path)
         try:
-            os.setxattr(path, "system.posix_acl_access", access)
+            os.setxattr(path, "system.posix_acl_access", FOR_ANOTHER)
         except OSError:
             pytest.skip("the file system has no access lists")
         save_pytree(version(2), path, max_shard_size=limit)
-        assert os.getxattr(path, "system.posix_acl_access") == access
+        assert os.getxattr(path, "system.posix_acl_access") == FOR_ANOTHER
         assert_holds(path, 2)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems keep access lists elsewhere")
+@pytest.mark.parametrize("limit", [None, "1GB"])
+def test_a_replaced_file_does_not_get_the_access_list_of_new_files(
+    tmp_path: Path, limit: str | None
+) -> None:
+    path, other = tmp_path / "model.safetensors", tmp_path / "other"
+    save_pytree(version(1), path)
+    path.chmod(0o640)
+    try:
+        os.setxattr(tmp_path, "system.posix_acl_default", FOR_ANOTHER)
+    except OSError:
+        pytest.skip("the file system has no access lists")
+    save_pytree(version(2), path, max_shard_size=limit)
+    save_pytree(version(2), other)
+    assert "system.posix_acl_access" not in os.listxattr(path)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+    assert "system.posix_acl_access" in os.listxattr(other)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems keep access lists elsewhere")
@@ -198,6 +220,24 @@ def test_a_file_whose_access_list_cannot_be_kept_is_closed_to_its_group(
     save_pytree(version(2), path)
     assert_holds(path, 2)
     assert stat.S_IMODE(path.stat().st_mode) == 0o644
+
+
+@posix
+@pytest.mark.parametrize("limit", [None, 100])
+def test_a_system_may_refuse_to_change_permissions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int | None
+) -> None:
+    """Nobody else may open the new file then."""
+
+    def refuse(*_: int) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    path = tmp_path / "model.safetensors"
+    save_pytree(version(1), path, max_shard_size=limit)
+    monkeypatch.setattr(os, "fchmod", refuse)
+    save_pytree(version(2), path, max_shard_size=limit)
+    assert_holds(path if limit is None else tmp_path, 2)
+    assert {stat.S_IMODE(found.stat().st_mode) for found in tmp_path.iterdir()} == {0o600}
 
 
 @posix

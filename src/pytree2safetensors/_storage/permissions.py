@@ -29,7 +29,8 @@ def keep_permissions(descriptor: int, old: os.stat_result, path: str) -> None:
         _copy_access_list(descriptor, path)
     except OSError:  # this user is not in the group, or the file system knows no such thing
         mode = mode & ~stat.S_IRWXG | (mode & stat.S_IRWXO) << 3
-    os.fchmod(descriptor, mode)
+    with suppress(OSError):  # some mounts refuse it; only its owner can open the new file then
+        os.fchmod(descriptor, mode)
     if new.st_uid != old.st_uid:  # last, because only the owner can change the rest
         with suppress(OSError):  # only the superuser can, and not in every container
             os.fchown(descriptor, old.st_uid, -1)
@@ -37,11 +38,19 @@ def keep_permissions(descriptor: int, old: os.stat_result, path: str) -> None:
 
 def _copy_access_list(descriptor: int, path: str) -> None:
     if sys.platform == "linux":  # pragma: no branch - coverage is measured on Linux
+        found = _access_list(path)
+        if found is not None:
+            os.setxattr(descriptor, _ACCESS_LIST, found)
+        elif _access_list(descriptor) is not None:  # new files in this folder get one
+            os.removexattr(descriptor, _ACCESS_LIST)
+
+
+def _access_list(file: int | str) -> bytes | None:
+    if sys.platform == "linux":  # pragma: no branch - as above
         try:
-            found = os.getxattr(path, _ACCESS_LIST)
+            return os.getxattr(file, _ACCESS_LIST)
         except OSError as error:
             # No list, a file system without lists, or no file or /proc to ask.
             if error.errno not in {errno.ENODATA, errno.ENOTSUP, errno.ENOENT}:
                 raise
-        else:
-            os.setxattr(descriptor, _ACCESS_LIST, found)
+    return None
