@@ -63,9 +63,12 @@ def deep_structure(tree: Any) -> Any:
 
     start_new_thread(work, ())
     ended.acquire()
-    if isinstance(result[0], BaseException):
-        raise result[0]
-    return result[0]
+    try:
+        if isinstance(result[0], BaseException):
+            raise result[0]
+        return result[0]
+    finally:
+        result.clear()  # the traceback would keep itself, and the frames above with their trees
 
 
 def _most_lists() -> int:

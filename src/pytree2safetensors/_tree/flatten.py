@@ -5,7 +5,7 @@ Specification: *Trees and flat dicts*.
 
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias, cast
 
 import jax
 import numpy as np
@@ -81,16 +81,8 @@ class _Walk:
         self.leaf_types: set[type] = {int, float, bool, complex, str, np.ndarray}
         self.items: dict[str, str] = {}
         self.depth = DepthCheck()
-        self.openers: dict[type, Callable[[Any, str], Children]] = {
-            dict: self.open_dict,
-            defaultdict: self.open_dict,
-            OrderedDict: self.open_ordered_dict,
-            list: self.open_list,
-            tuple: self.open_tuple,
-            type(None): self.open_none,
-            PyTreeContainer: self.open_container,
-            UnkeyedContainer: self.open_unkeyed,
-        }
+        # Functions, because bound methods would keep this object, and so the leaves, in a cycle.
+        self.openers = {**_OPENERS}
 
     def run(self, tree: Any) -> None:
         names, leaves, *_ = self.flat
@@ -126,16 +118,16 @@ class _Walk:
         """Return the children of a node; None for a leaf."""
         opener = self.openers.get(type(node))
         if opener is not None:
-            return opener(node, name)
+            return opener(self, node, name)
         if jax.tree_util.all_leaves([node]):
             # For JAX, only the type distinguishes leaves from nodes.
             self.leaf_types.add(type(node))
             return None
-        self.openers[type(node)] = self.open_registered
+        self.openers[type(node)] = _Walk.open_registered
         children = self.open_registered(node, name)
         if _is_plain_namedtuple(node):  # JAX need not look at the next one of its type
             segments = [_spelled(spell_attr, field, name) for field in node._fields]
-            self.openers[type(node)] = lambda other, _: zip(segments, other, strict=True)
+            self.openers[type(node)] = lambda _, other, __: zip(segments, other, strict=True)
         return children
 
     def open_dict(self, node: dict[Any, Any], name: str) -> Children:
@@ -198,6 +190,18 @@ class _Walk:
         if segment is None:
             segment = self.items[key] = _spelled(spell_item, key, name)
         return segment
+
+
+_OPENERS: Final[Mapping[type, Callable[[_Walk, Any, str], Children]]] = {
+    dict: _Walk.open_dict,
+    defaultdict: _Walk.open_dict,
+    OrderedDict: _Walk.open_ordered_dict,
+    list: _Walk.open_list,
+    tuple: _Walk.open_tuple,
+    type(None): _Walk.open_none,
+    PyTreeContainer: _Walk.open_container,
+    UnkeyedContainer: _Walk.open_unkeyed,
+}
 
 
 def _is_plain_namedtuple(node: Any) -> bool:

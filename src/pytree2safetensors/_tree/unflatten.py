@@ -56,12 +56,15 @@ def build(leaves: Mapping[str, Any], kinds: Mapping[str, Kind], file: str) -> An
 def build_tree(leaves: Mapping[str, Any], kinds: Mapping[str, Kind]) -> Any:
     """Build a tree from leaves and the kinds of nodes of a checked note."""
     trie = _Trie()
-    for name, leaf in leaves.items():
-        trie.insert(name, leaf)
-    # Longest first, so that a node's children are known before the node.
-    for name in sorted(kinds, key=len, reverse=True):
-        trie.note(name, kinds[name])
-    return trie.finish()
+    try:
+        for name, leaf in leaves.items():
+            trie.insert(name, leaf)
+        # Longest first, so that a node's children are known before the node.
+        for name in sorted(kinds, key=len, reverse=True):
+            trie.note(name, kinds[name])
+        return trie.finish()
+    finally:
+        trie.clear()
 
 
 class _Trie:
@@ -221,6 +224,11 @@ class _Trie:
             if node.parent is not None:  # pragma: no branch - only the top has none
                 node.parent.entries[node.key] = self.finished(node)
         return self.top.entries.get("", {})  # without names, an empty dict
+
+    def clear(self) -> None:
+        """Free the nodes that are not finished. They and their parents would keep the leaves in cycles."""
+        for node in (self.top, *self.nodes):
+            node.entries.clear()
 
     def finished(self, node: _Node) -> Any:
         entries = node.entries
