@@ -318,6 +318,12 @@ MIXED = {
     "w.2": np.arange(24, dtype=np.uint64).reshape(4, 6) + np.uint64(2**63),
     "w.3": (numbers(4, 6) / 7).astype(jax.numpy.bfloat16),
 }
+# A device may need several tensors of one dtype, which is not that of the first tensor.
+PAIRS = {
+    f"w.{n}": (numbers(4, 6) / (n + 3)).astype(dtype)
+    for n, dtype in enumerate([np.float32, np.float32, jax.numpy.bfloat16, jax.numpy.bfloat16])
+}
+WIDER = dict(zip(PAIRS, reversed(PAIRS.values()), strict=True))
 # Rules that stack the tensors, and what they are to the leaf.
 JOINED: list[tuple[Rule, Any]] = [
     (Rule("w.{l}", "w", "o i -> l i o"), lambda found: np.stack(found).transpose(0, 2, 1)),
@@ -331,25 +337,37 @@ JOINED: list[tuple[Rule, Any]] = [
 @pytest.mark.parametrize(("rule", "join"), JOINED)
 @pytest.mark.parametrize("dtype", [np.float32, jax.numpy.bfloat16])
 @pytest.mark.parametrize("checksum", [False, True])
+@pytest.mark.parametrize("file", [MIXED, PAIRS, WIDER])
 def test_cast_converts_each_tensor_before_they_are_joined(
-    path: Path, monkeypatch: pytest.MonkeyPatch, rule: Rule, join: Any, dtype: Any, checksum: bool
+    path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    rule: Rule,
+    join: Any,
+    dtype: Any,
+    checksum: bool,
+    file: dict[str, Any],
 ) -> None:
     monkeypatch.setattr(plan, "_CUT_BY_JAX", 0)
-    save_pytree(MIXED, path, rename=[Rule("{*}", "{*}")], checksum=checksum)
-    expected = join([values.astype(dtype) for values in MIXED.values()])
+    save_pytree(file, path, rename=[Rule("{*}", "{*}")], checksum=checksum)
+    expected = join([values.astype(dtype) for values in file.values()])
     mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("x", "y"))
     struct = STRUCT(expected.shape, dtype)
     templates = [np.zeros_like(expected), struct]
-    specs = [P("x"), P(None, "y"), P(("x", "y")) if len(expected) == 24 else P("x", "y")]
+    specs = [P("x"), P("y"), P(None, "y"), P(("x", "y")) if len(expected) == 24 else P("x", "y")]
     templates += [STRUCT(struct.shape, dtype, sharding=NamedSharding(mesh, spec)) for spec in specs]
     for template in templates:
         for mmap in (False, True):
             found = load_into_pytree({"w": template}, path, rename=[rule], cast=True, mmap=mmap)
             assert_same_values(found["w"], expected)
         assert_same_values(
-            set_weights({"w": template}, MIXED, rename=[rule], cast=True)["w"], expected
+            set_weights({"w": template}, file, rename=[rule], cast=True)["w"], expected
         )
-    text = explain({"w": struct}, path, rename=[rule], cast=True)
+
+
+def test_explain_lists_the_dtypes_that_cast_joins(path: Path) -> None:
+    save_pytree(MIXED, path, rename=[Rule("{*}", "{*}")])
+    rule, _ = JOINED[0]
+    text = explain({"w": STRUCT((4, 6, 4), np.float32)}, path, rename=[rule], cast=True)
     assert "4 of float32[4,6] or float16[4,6] or uint64[4,6] or bfloat16[4,6]" in text
 
 

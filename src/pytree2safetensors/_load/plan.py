@@ -152,8 +152,11 @@ def _requests(
             continue
         if 0 in source.shape:
             continue  # it may be a stack of no tensors
-        info = checkpoint.infos[source.names[0]]
-        nbytes = math.prod(source.shape) * info.itemsize
+        infos = {name: checkpoint.infos[name] for name in source.names}
+        nbytes = math.prod(source.shape) * infos[source.names[0]].itemsize
+        # Of all tensors, even if a region needs only some: its memory is like that of the first one.
+        is_mixed = len({(info.dtype, info.kind) for info in infos.values()}) > 1
+        dtype = leaf.spec.dtype if is_mixed else None
         regions: dict[Region, list[Use]] = {}
         whole = whole_region(source.shape)
         for region, use in _uses(leaf, source.shape, nbytes, position):
@@ -163,9 +166,6 @@ def _requests(
             found = [(n, part) for n, box in enumerate(boxes) for part in sources_of(source, box)]
             keeps = keeps_memory(leaf)
             far = not keeps and all(map(is_far, uses))
-            infos = {part.name: checkpoint.infos[part.name] for _, part in found}
-            is_mixed = len({(info.dtype, info.kind) for info in infos.values()}) > 1
-            dtype = leaf.spec.dtype if is_mixed else None
             assembly = Assembly(
                 next(assemblies), source, region, boxes, uses, len(found), far, dtype
             )
