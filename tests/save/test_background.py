@@ -409,6 +409,24 @@ def test_saves_that_the_interpreter_waits_for_can_start_threads(tmp_path: Path) 
     assert [load_pytree(path) for path in paths] == [{"a": 1}, {"a": 2}]
 
 
+FIRST_AT_EXIT = """
+import sys, threading
+import pytree2safetensors as p2s
+def work():
+    threading.main_thread().join()
+    p2s.save_pytree({"a": 1}, sys.argv[1])
+    p2s.save_pytree_async(p2s.load_pytree(sys.argv[1]), sys.argv[2]).result()
+threading.Thread(target=work).start()
+"""
+
+
+def test_the_first_use_may_be_when_the_interpreter_exits(tmp_path: Path) -> None:
+    paths = [tmp_path / "file", tmp_path / "again"]
+    command = [sys.executable, "-c", FIRST_AT_EXIT, *map(str, paths)]
+    assert not subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    assert [load_pytree(path) for path in paths] == [{"a": 1}, {"a": 1}]
+
+
 def test_progress_is_reported_at_least_every_64_mib_and_at_the_end(tmp_path: Path) -> None:
     tree = {f"{n}": np.zeros(10_000_000, np.float32) for n in range(5)}
     told: list[tuple[int, int]] = []

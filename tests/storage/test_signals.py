@@ -12,7 +12,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -252,13 +252,24 @@ def test_a_signal_handler_that_interrupts_the_start_of_a_task_waits_for_no_threa
     tmp_path: Path,
 ) -> None:
     """It would wait for the locks that the interrupted call holds."""
-    with ThreadPoolExecutor(1) as pool, threads.starting():
+
+    def handle() -> None:
         assert threads.start(pool, threading.get_ident).result(0) == threading.get_ident()
         save_pytree_async(tree_of(1), tmp_path / "a").result(0)
         save_pytree(tree_of(2), tmp_path / "b", checksum=True)
         assert is_same(tree_of(1), load_pytree(tmp_path / "a"))
         assert is_same(tree_of(2), load_pytree(tmp_path / "b"))
-    assert not threads.is_starting()
+
+    with ThreadPoolExecutor(1) as pool:
+        threads.starting(handle)
+
+
+def test_a_start_ends_with_an_interrupt() -> None:
+    """So that a save in an except clause is none of a signal handler."""
+    try:
+        threads.starting(interrupt)
+    except Interrupted:
+        assert not threads.is_starting()
 
 
 def test_a_signal_handler_that_would_wait_for_ever_gets_an_error(tmp_path: Path) -> None:
@@ -267,16 +278,18 @@ def test_a_signal_handler_that_would_wait_for_ever_gets_an_error(tmp_path: Path)
     def save() -> None:
         going_on.wait()
 
+    def handle() -> None:
+        for call in save_pytree, save_pytree_async:
+            with pytest.raises(RuntimeError) as caught:
+                call(tree_of(1), tmp_path / "a")
+            assert str(caught.value) == (
+                "this signal handler cannot wait for the background save that is under way; "
+                "set a flag in the handler, and save after it"
+            )
+
     future = saver.submit(save, "'a'")
     try:
-        with threads.starting():
-            for call in save_pytree, save_pytree_async:
-                with pytest.raises(RuntimeError) as caught:
-                    call(tree_of(1), tmp_path / "a")
-                assert str(caught.value) == (
-                    "this signal handler cannot wait for the background save that is under way; "
-                    "set a flag in the handler, and save after it"
-                )
+        threads.starting(handle)
     finally:
         going_on.set()
     future.result()
@@ -514,19 +527,24 @@ def test_a_task_that_is_cancelled_before_it_begins_is_not_done() -> None:
 def test_a_child_knows_only_what_its_own_thread_starts(is_starting: bool) -> None:
     begun, go_on = threading.Event(), threading.Event()
 
-    def start() -> None:
-        with threads.starting():
-            begun.set()
-            go_on.wait()
+    def begin() -> None:
+        begun.set()
+        go_on.wait()
 
-    other = threading.Thread(target=start)
+    def fork() -> int:
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore"
+            )  # of JAX and Python: the child does nothing that could hang
+            child = os.fork()
+        if not child:
+            os._exit(threads.is_starting() != is_starting)
+        return child
+
+    other = threading.Thread(target=threads.starting, args=[begin])
     other.start()
     begun.wait()
-    with threads.starting() if is_starting else nullcontext(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of JAX and Python: the child does nothing that could hang
-        child = os.fork()
-        if not child:
-            os._exit(threads._starting != ({threading.get_ident()} if is_starting else set()))
+    child = threads.starting(fork) if is_starting else fork()
     go_on.set()
     other.join()
     assert os.waitpid(child, 0)[1] == 0

@@ -216,9 +216,9 @@ class Finisher:
 
     def _weak(self, want: Wanted, array: jax.Array, sharding: Sharding | None) -> jax.Array:
         """Make an array weakly typed if it was stored so and was not cast."""
-        if want.name not in self.checkpoint.note.leaves or not isinstance(want.source, str):
+        if not isinstance(want.source, str) or want.source not in self.checkpoint.note.leaves:
             return array
-        stored = self.checkpoint.spec_of(want.name)
+        stored = self.checkpoint.spec_of(want.source)
         if not stored.weak or array.dtype != stored.dtype:
             return array
         return weakened(array, sharding)

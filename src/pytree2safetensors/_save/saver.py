@@ -9,6 +9,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any, Final, TypeAlias
 from weakref import WeakSet
 
@@ -119,7 +120,8 @@ def _finish_all() -> None:
 # waits for the saves, after it has forbidden new tasks.
 _register: Any = getattr(threading, "_register_atexit", None)
 if _register is not None:  # pragma: no branch - it is no public name
-    _register(_finish_all)
+    with suppress(RuntimeError):  # the interpreter is exiting, so saves end before their calls do
+        _register(_finish_all)
 
 
 def submit(save: Callable[[], None], where: str, *, is_joint: bool = False) -> Future[None]:
@@ -145,10 +147,13 @@ def submit(save: Callable[[], None], where: str, *, is_joint: bool = False) -> F
         end.come()
 
     future.add_done_callback(ended)  # if it is cancelled
+
+    def enqueue() -> None:
+        _unfinished.add(end)
+        _savers[0].submit(_run, [(save, future, ended)])
+
     try:
-        with starting():
-            _unfinished.add(end)
-            _savers[0].submit(_run, [(save, future, ended)])
+        starting(enqueue)
     except BaseException as error:
         is_waiting = Future.cancel(future)  # nobody has it, and later saves wait for its end
         if not says_no_threads(error):  # but an interrupt

@@ -1,10 +1,11 @@
 """Work in other threads, or in this one if no thread can start."""
 
-import os
+import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from functools import partial
+from types import FrameType
 from typing import Final, TypeAlias, TypeVar
 
 T = TypeVar("T")
@@ -17,40 +18,29 @@ _NO_THREADS: Final = {  # Python's errors when no thread can start
     "cannot schedule new futures after interpreter shutdown",
 }
 
-_starting = set[int]()  # the threads that start a task, by their idents
 
-
-@contextmanager
-def starting() -> Iterator[None]:
-    """Note that this thread starts a task, with locks that a signal handler cannot wait for."""
-    here = threading.get_ident()
+def starting(submit: Callable[[], T]) -> T:
+    """Start a task, with locks that a signal handler cannot wait for."""
     try:
-        _starting.add(here)
-        yield
+        return submit()
     except KeyError as error:
         raise _interrupt(error) from None
-    finally:
-        _starting.discard(here)
+
+
+def is_starting() -> bool:
+    """Return whether this is a signal handler that has interrupted the start of a task."""
+    frame: FrameType | None = sys._getframe()  # noqa: SLF001 - how CPython shows callers
+    while frame is not None:
+        if frame.f_code.co_name == "starting" and frame.f_globals is globals():
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _interrupt(error: BaseException) -> BaseException:
     """Return what a signal handler raised in `Thread.start`, which may raise a KeyError for it."""
     masks = isinstance(error, KeyError) and any(isinstance(k, threading.Thread) for k in error.args)
     return error.__context__ or error if masks else error
-
-
-def is_starting() -> bool:
-    """Return whether this is a signal handler that has interrupted the start of a task."""
-    return threading.get_ident() in _starting
-
-
-def _after_fork() -> None:
-    """Forget the threads that the child does not have."""
-    _starting.intersection_update({threading.get_ident()})
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
 
 
 def says_no_threads(error: BaseException) -> bool:
@@ -67,8 +57,7 @@ def start(pool: ThreadPoolExecutor, task: Callable[[], T]) -> Future[T]:
         future: Future[T] = Future()
         waiting = [(task, future)]
         try:
-            with starting():
-                started = pool.submit(_run, waiting)
+            started = starting(partial(pool.submit, _run, waiting))
             started.add_done_callback(lambda _: future.cancel())  # if the pool cancels it
             return future
         except BaseException as error:
