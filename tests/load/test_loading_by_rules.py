@@ -1,5 +1,6 @@
 """Loading by rules: errors, their messages, and what is read. The law is in laws/test_rules."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -295,6 +296,18 @@ def test_what_has_no_elements_is_rearranged(path: Path) -> None:
     expected = {"w": zeros(3, 0), "v": jax.numpy.asarray(numbers(1, 2))}
     for mmap in (False, True):
         assert_same(load_into_pytree(template, path, rename=rules, mmap=mmap), expected)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_stack_may_have_no_tensors(path: Path, dtype: Any) -> None:
+    save_pytree({}, path)
+    template = {"w": STRUCT((0, 8), dtype)}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = load_into_pytree(template, path, rename=[Rule("w.{l}", "w", "a -> l a")])
+    assert found["w"].shape == (0, 8) and found["w"].dtype == dtype
+    told = ["'a stack of no tensors' (float64)" in str(one.message) for one in caught]
+    assert told == [True] * (dtype is np.float64)
 
 
 def test_what_rules_make_of_weakly_typed_scalars_is_not_weak(path: Path) -> None:

@@ -28,7 +28,9 @@ class Wanted(NamedTuple):
     @property
     def name(self) -> str:
         """Return the name of its tensor, or of the first of its tensors."""
-        return self.source if isinstance(self.source, str) else self.source.names[0]
+        if isinstance(self.source, str):
+            return self.source
+        return next(iter(self.source.names), "a stack of no tensors")
 
 
 class Use(NamedTuple):
