@@ -57,14 +57,15 @@ def test_without_durable_nothing_is_flushed(tmp_path: Path) -> None:
 
 
 @posix
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.ENOSYS])
 def test_a_folder_that_cannot_be_flushed_is_left_unflushed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
     flush = os.fsync
 
     def fsync(descriptor: int) -> None:
         if stat.S_ISDIR(os.fstat(descriptor).st_mode):
-            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+            raise OSError(code, os.strerror(code))
         flush(descriptor)
 
     monkeypatch.setattr(os, "fsync", fsync)
@@ -72,7 +73,7 @@ def test_a_folder_that_cannot_be_flushed_is_left_unflushed(
     assert_holds(tmp_path / "model", 1)
 
 
-@pytest.mark.parametrize("code", [errno.EINVAL, errno.EOPNOTSUPP])
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS])
 def test_a_file_system_need_not_reserve_space(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:

@@ -19,6 +19,10 @@ if sys.platform != "win32":
 
 _STEP: Final = 32 << 20  # bytes of one write, so that progress is reported often
 _PREALLOCATED: Final = 8 << 20  # bytes: reserving the space of larger files first is faster
+# How file systems say that they cannot reserve space.
+_CANNOT_RESERVE: Final = frozenset(
+    {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.ESPIPE}
+)
 
 
 class Held(list[int]):
@@ -145,7 +149,7 @@ def preallocate(descriptor: int, size: int) -> None:
     try:
         os.posix_fallocate(descriptor, 0, size)
     except OSError as error:
-        if error.errno not in {errno.EINVAL, errno.EOPNOTSUPP, errno.ENODEV, errno.ESPIPE}:
+        if error.errno not in _CANNOT_RESERVE:
             raise
 
 

@@ -17,6 +17,8 @@ if sys.platform != "win32":
     import fcntl
 
 _PATIENCE: Final = 30.0  # seconds to wait for a lock, which a saver holds during a few renames
+# How file systems say that they cannot flush folders.
+_CANNOT_FLUSH: Final = frozenset({errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.ENOSYS})
 _DAY: Final = 86_400.0  # seconds that an unfinished file is kept
 
 
@@ -124,7 +126,7 @@ class Folder:
             try:
                 os.fsync(self._descriptor)
             except OSError as error:
-                if error.errno != errno.EINVAL:  # the file system cannot flush folders
+                if error.errno not in _CANNOT_FLUSH:
                     raise
 
     @contextmanager
