@@ -1,12 +1,15 @@
 """File objects, bytes in memory, and pipes in place of paths."""
 
+import codecs
 import gzip
 import io
 import os
 import tarfile
 import tempfile
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -281,6 +284,24 @@ def test_a_text_file_is_not_written_to(tmp_path: Path) -> None:
         save_pytree(TREE, io.StringIO())
 
 
+TEXT_FILES: dict[str, Callable[[], Any]] = {
+    "_TemporaryFileWrapper": partial(tempfile.NamedTemporaryFile, "w+", encoding="utf-8"),
+    "SpooledTemporaryFile": partial(tempfile.SpooledTemporaryFile, mode="w+", encoding="utf-8"),
+    "StreamReaderWriter": partial(codecs.open, os.devnull, "r+", "utf-8"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:codecs.open:DeprecationWarning")  # since Python 3.14
+@pytest.mark.parametrize("kind", TEXT_FILES)
+def test_a_text_file_that_something_else_wraps_is_refused(kind: str) -> None:
+    with TEXT_FILES[kind]() as file:
+        with pytest.raises(TypeError) as caught:
+            save_pytree(TREE, file)
+        assert str(caught.value) == f"{kind} takes text, not bytes; open it in binary mode"
+        with pytest.raises(TypeError, match="gives str, not bytes; open it in binary mode"):
+            load_pytree(file)
+
+
 class BytesPath:
     """A path that is bytes, as some file systems have them."""
 
@@ -295,6 +316,13 @@ def test_a_path_of_bytes_is_a_path(tmp_path: Path) -> None:
     path: Any = BytesPath(tmp_path / "file")
     save_pytree(TREE, path)
     assert_same(load_pytree(path), load_pytree(tmp_path / "file"))
+
+
+def test_a_binary_file_that_something_else_wraps_is_not_text() -> None:
+    with tempfile.SpooledTemporaryFile() as file:
+        save_pytree(TREE, file)
+        file.seek(0)
+        assert_same(load_pytree(file), TREE)
 
 
 def test_file_objects_may_delegate() -> None:

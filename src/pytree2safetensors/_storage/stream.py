@@ -82,7 +82,7 @@ def open_stream(file: Readable) -> ByteSource:
     """Open a file object for reading, from its current position."""
     label = _label_of(file)
     _check_open(file, label, "readable", "reading")
-    if isinstance(file, io.TextIOBase):  # some bytes may not be text
+    if _is_text(file):  # some bytes may not be text
         raise _no_bytes(str, label)
     if not _can_seek(file):
         return ForwardSource(label, file)
@@ -104,6 +104,11 @@ def _can_seek(file: Any) -> bool:
         return bool(below.seekable())
     except AttributeError:  # also that of a file in an archive that tarfile streams
         return False
+
+
+def _is_text(file: Any) -> bool:
+    """Return whether a file object takes and gives text, even if it delegates to one that does."""
+    return isinstance(file, io.TextIOBase) or isinstance(getattr(file, "encoding", None), str)
 
 
 def _check_open(file: Any, label: str, ability: str, purpose: str) -> None:
@@ -141,7 +146,7 @@ def write_stream(
     file: Writable, chunks: Iterable[Chunk], size: int, progress: Progress | None = None
 ) -> None:
     """Write adjacent chunks to a file object, which may write only a part at a time."""
-    if isinstance(file, io.TextIOBase):
+    if _is_text(file):
         raise TypeError(f"{type(file).__name__} takes text, not bytes; open it in binary mode")
     _check_open(file, _label_of(file), "writable", "writing")
     report = Report(progress, size)
