@@ -342,10 +342,28 @@ def test_file_objects_may_delegate() -> None:
         assert_same(load_pytree(remote), TREE)
 
 
-@pytest.mark.parametrize("make", [bytes, bytearray, memoryview])
-def test_what_a_file_object_gives_is_bytes_of_any_type(make: Any) -> None:
+MAKERS: dict[str, Callable[[bytes], Any]] = {
+    "bytes": bytes,
+    "bytearray": bytearray,
+    "memoryview": memoryview,
+    "signed": lambda content: memoryview(content).cast("b"),
+    "wide": lambda content: memoryview(content).cast("d" if len(content) % 8 == 0 else "B"),
+    "a row": lambda content: memoryview(content).cast("B", (1, len(content))) if content else b"",
+}
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+@pytest.mark.parametrize("more", [0, 8])
+@pytest.mark.parametrize("seekable", [True, False])
+def test_what_a_file_object_gives_is_bytes_of_any_type(
+    seekable: bool, more: int, make: Callable[[bytes], Any]
+) -> None:
     class Odd(io.BytesIO):
+        def seekable(self) -> bool:
+            return seekable
+
         def read(self, size: int | None = -1, /) -> Any:
-            return make(super().read(size))
+            assert size is not None
+            return make(super().read(size + more))
 
     assert_same(load_pytree(Odd(saved())), TREE)

@@ -70,6 +70,7 @@ class _Stream(ByteSource):
         with self.lock:
             self.file.seek(self.start + offset)
             piece = _checked_bytes(self.file.read(len(buffers[0])), self.label)
+        piece = memoryview(piece)[: len(buffers[0])]  # it may be more
         buffers[0][: len(piece)] = piece
         return len(piece)
 
@@ -129,6 +130,8 @@ def _check_open(file: Any, label: str, ability: str, purpose: str) -> None:
 def _checked_bytes(content: Any, label: str) -> bytes | bytearray | memoryview:
     if not isinstance(content, bytes | bytearray | memoryview):
         raise _no_bytes(type(content), label)
+    if isinstance(content, memoryview) and (content.format, content.ndim) != ("B", 1):
+        return content.tobytes()
     return content
 
 
