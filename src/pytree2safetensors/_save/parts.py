@@ -13,7 +13,7 @@ from pytree2safetensors._leaves.extents import runs_in, shape_of, span_of
 from pytree2safetensors._leaves.spread import Owned, owned, owned_chunks, tensor_chunks
 from pytree2safetensors._types import Chunk
 
-_SMALL: Final = 1 << 16  # bytes: smaller tensors are copied whole
+_WHOLE: Final = 1 << 20  # bytes: smaller tensors are copied whole, which takes fewer calls
 
 
 def parts_of(leaf: Any, info: TensorInfo) -> list[Any]:
@@ -21,7 +21,7 @@ def parts_of(leaf: Any, info: TensorInfo) -> list[Any]:
 
     Shards are parts if they follow each other in the file.
     """
-    if info.nbytes >= _SMALL and isinstance(leaf, jax.Array) and not leaf.is_fully_replicated:
+    if info.nbytes >= _WHOLE and isinstance(leaf, jax.Array) and not leaf.is_fully_replicated:
         leaf = owned(leaf, info.shape)
     if not isinstance(leaf, Owned):
         return [leaf]
