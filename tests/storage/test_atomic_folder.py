@@ -189,6 +189,64 @@ def test_where_all_calls_fail_from_some_moment_on_there_is_no_mixture(
         assert outcome(root / "x/m") in {was, "new", "cut short"}, what
 
 
+class Cleaner(Fault):
+    """Another program, which removes the file that is to become the last one of a save."""
+
+    def strike(self, call: Call) -> Any:
+        if call.name != "unlink":
+            folder = Path(self.name)
+            for path in folder.glob(".pytree2safetensors-*"):
+                if path.read_bytes() == (folder.parents[2] / "last").read_bytes():
+                    path.unlink()
+        return call.run()
+
+
+@pytest.mark.parametrize("scene", SCENES)
+def test_a_save_whose_last_file_is_removed_changes_nothing(
+    tmp_path: Path, before: Path, scene: str
+) -> None:
+    root, was = tmp_path / "root", outcome(before / scene / "x/m")
+    shutil.copytree(before / scene, root)
+    save_new(root / "x/m", scene)
+    last = next((root / "x/m").glob("*.index.json"), None) or next(
+        (root / "x/m").glob("*.safetensors")
+    )
+    last.rename(tmp_path / "last")
+    removed = 0
+    for what, raised in each_failure(
+        root,
+        before,
+        scene,
+        lambda position, call: call.number == position,
+        Cleaner(str(root / "x/m"), KeyboardInterrupt),
+    ):
+        assert outcome(root / "x/m") == ("new" if raised is None else was), what
+        if raised is not None:
+            assert isinstance(raised, FileNotFoundError), what
+            assert contents(root).items() >= contents(before / scene).items(), what
+            removed += "another program has removed an unfinished file" in str(raised)
+    assert removed > 3
+
+
+def test_a_save_says_that_it_is_done_if_an_older_file_cannot_be_removed(tmp_path: Path) -> None:
+    """In a sticky folder, only the owner of a file can remove it."""
+
+    def refuse(call: Call) -> Any:
+        if call.name == "unlink" and call.args[0].endswith("of-00003.safetensors"):
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+        return call.run()
+
+    save_pytree(tree_of(1), tmp_path, max_shard_size=100)
+    with watched(refuse), pytest.raises(PermissionError) as caught:
+        save_pytree(tree_of(2), tmp_path, max_shard_size=40)
+    assert caught.value.strerror == (
+        "Operation not permitted (the new checkpoint is complete, but "
+        "'model-00001-of-00003.safetensors' of the older one cannot be removed)"
+    )
+    assert caught.value.filename == str(tmp_path)
+    assert outcome(tmp_path) == "new"
+
+
 def test_short_writes_are_continued(tmp_path: Path) -> None:
     write = os.write
     with pytest.MonkeyPatch.context() as patch:

@@ -104,11 +104,13 @@ def replacing_together(
             with folder.locked():
                 for name in (rival, *stale(folder.names())):
                     _replaced(folder, name)  # raise an error now if it cannot be removed
+                for temporary in temporaries.values():
+                    _check_there(folder, temporary)
                 _commit(folder, temporaries, rival, durable)
                 for parent in reversed(parents):
                     parent.flush()
                 for name in stale(folder.names()):
-                    folder.unlink(name)
+                    _remove_stale(folder, name)
                 for name in (last, rival):
                     folder.remove_abandoned(name)
 
@@ -148,6 +150,20 @@ def _replaced(folder: Folder, name: str) -> os.stat_result | None:
         text = f"{os.strerror(code)} (the save would replace or remove {shorten(name)})"
         raise OSError(code, text, name)
     return status
+
+
+def _check_there(folder: Folder, temporary: str) -> None:
+    if not folder.has(temporary):
+        text = "another program has removed an unfinished file of this save; save again"
+        raise FileNotFoundError(errno.ENOENT, f"{os.strerror(errno.ENOENT)} ({text})", temporary)
+
+
+def _remove_stale(folder: Folder, name: str) -> None:
+    try:
+        folder.unlink(name)
+    except OSError as error:
+        text = f"the new checkpoint is complete, but {shorten(name)} of the older one cannot be removed"
+        raise OSError(error.errno, f"{error.strerror} ({text})", name) from None
 
 
 def _commit(folder: Folder, temporaries: Mapping[str, str], rival: str, durable: bool) -> None:
@@ -196,7 +212,8 @@ def _settle(folder: Folder, temporaries: Mapping[str, str], aside: dict[str, str
     Look at the disk, because an interrupt may come between a change and the next line.
     """
     *_, last = temporaries
-    if not folder.has(temporaries[last]):
+    # If another program has removed the new file, it has neither of its names.
+    if folder.has(last) and not folder.has(temporaries[last]):
         for older in aside.values():
             folder.discard(older)
         return
