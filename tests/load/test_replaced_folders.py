@@ -24,6 +24,7 @@ from pytree2safetensors._storage import file_source
 from pytree2safetensors._storage import folder as folder_module
 from pytree2safetensors._storage.file_source import FileSource
 from pytree2safetensors._storage.folder import Folder
+from pytree2safetensors._storage.naming import temporary_name
 from system_calls import Call, watched
 
 # --- loading ----------------------------------------------------------------------------------
@@ -87,6 +88,42 @@ def test_a_load_waits_for_a_save_that_renames_shards(
         pytest.raises(FileFormatError, match="but no index: a save was interrupted or is in progr"),
     ):
         load_pytree(tmp_path / where)
+
+
+@pytest.mark.parametrize(
+    ("name", "unfinished", "waits"),
+    [
+        ("other.safetensors", None, False),
+        ("other.safetensors.index.json", None, False),
+        ("other", None, False),
+        ("other.json", None, False),
+        ("model.json", None, False),
+        ("other.safetensors", "other.safetensors", True),
+        ("other.safetensors", "other.safetensors.index.json", True),
+        ("other.safetensors", "model.safetensors", False),
+        ("other.safetensors.index.json", "other.safetensors.index.json", True),
+        (MODEL, None, True),
+        (INDEX, None, True),
+    ],
+)
+def test_a_load_waits_only_for_saves_to_its_own_path(
+    name: str, unfinished: str | None, waits: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_pytree(tree_of(1), tmp_path, max_shard_size=100)
+    (tmp_path / INDEX).rename(tmp_path / "aside")
+    if unfinished is not None:
+        (tmp_path / temporary_name(unfinished)).write_bytes(b"")
+    waited = list[str]()
+
+    @contextmanager
+    def waiting(folder: str) -> Iterator[None]:
+        waited.append(folder)
+        yield
+
+    monkeypatch.setattr(opening, "without_savers", waiting)
+    with pytest.raises((FileNotFoundError, FileFormatError)):
+        load_pytree(tmp_path / name)
+    assert waited == [str(tmp_path)] * waits
 
 
 def test_a_shard_that_cannot_be_opened_is_the_systems_error(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from pytree2safetensors._format.strict_json import read_json
 from pytree2safetensors._messages import joined, shorten
 from pytree2safetensors._storage.byte_source import ByteSource
 from pytree2safetensors._storage.file_source import identity, open_source
-from pytree2safetensors._storage.naming import TEMPORARY
+from pytree2safetensors._storage.naming import TEMPORARY, temporary_prefix
 from pytree2safetensors._storage.remote_file import RemoteSource
 from pytree2safetensors._storage.remote_folder import names_in
 from pytree2safetensors._storage.remote_path import RemotePath, hide_credentials
@@ -206,12 +206,17 @@ def _shards_beside(index: str) -> list[str]:
     return sorted(name for name in names if stem_of(name) == stem)
 
 
-def has_parts(folder: str) -> bool:
-    """Return whether a local folder has shards, or files that a save has not finished."""
+def has_parts(path: str) -> bool:
+    """Return whether there are shards that belong to a path, or files that a save to it has not finished."""
+    is_folder = os.path.isdir(path)
+    folder, stem = split_path(path, is_folder=is_folder)
     names: list[str] = []
     with suppress(OSError):
         names += os.listdir(folder)
-    return any(name.startswith(TEMPORARY) or SHARD_NAME.fullmatch(name) for name in names)
+    if is_folder:
+        return any(name.startswith(TEMPORARY) or SHARD_NAME.fullmatch(name) for name in names)
+    unfinished = temporary_prefix(stem + SUFFIX), temporary_prefix(index_name(stem))
+    return any(name.startswith(unfinished) or stem_of(name) == stem for name in names)
 
 
 def _check_not_cut_short(folder: str, shards: list[str]) -> None:

@@ -102,9 +102,9 @@ def _open_path(path: str) -> OpenCheckpoint:
     try:
         return _open_located(path)
     except (FileFormatError, FileNotFoundError):
-        folder = path if os.path.isdir(path) else os.path.dirname(path) or os.curdir
-        if not has_parts(folder):
+        if not has_parts(path):
             raise
+    folder = path if os.path.isdir(path) else os.path.dirname(path) or os.curdir
     with without_savers(folder):
         return _open_located(path)
 
