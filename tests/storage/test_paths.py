@@ -104,6 +104,62 @@ def test_a_replaced_file_keeps_its_permissions(tmp_path: Path, mode: int) -> Non
     assert_holds(path, 2)
 
 
+FILE, NAMED, INDEX = "model.safetensors", "n.safetensors", "model.safetensors.index.json"
+
+
+@posix
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (("", 100), ("", 300)),
+        (("", 100), (FILE, None)),
+        (("", 100), ("", "1GB")),
+        ((NAMED, 100), (NAMED, None)),
+        ((NAMED, None), (NAMED, 100)),
+        (("", "1GB"), ("", 100)),
+    ],
+)
+@pytest.mark.parametrize("mode", [0o600, 0o664], ids=oct)
+def test_a_replaced_checkpoint_keeps_its_permissions(
+    tmp_path: Path, before: tuple[str, Any], after: tuple[str, Any], mode: int
+) -> None:
+    tree = {name: np.zeros(20, np.float32) for name in "abcdef"}
+    umask = os.umask(0o022)
+    try:
+        name, limit = before
+        save_pytree(tree, tmp_path / name, max_shard_size=limit)
+        files = set(tmp_path.iterdir())
+        for path in files:
+            path.chmod(mode)
+        name, limit = after
+        save_pytree(tree, tmp_path / name, max_shard_size=limit)
+    finally:
+        os.umask(umask)
+    found = {path: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
+    assert found.keys() - files
+    assert set(found.values()) == {mode}
+
+
+@posix
+@pytest.mark.parametrize("gone", [0, 1, 2])
+def test_new_names_get_the_permissions_of_the_index_or_the_file_or_a_shard(
+    tmp_path: Path, gone: int
+) -> None:
+    tree = {name: np.zeros(20, np.float32) for name in "abcd"}
+    shard = "model-00001-of-00004.safetensors"
+    save_pytree(tree, tmp_path / FILE)
+    (tmp_path / FILE).rename(tmp_path / "moved")
+    save_pytree(tree, tmp_path, max_shard_size=100)
+    (tmp_path / "moved").rename(tmp_path / FILE)
+    for name, mode in ((INDEX, 0o640), (FILE, 0o604), (shard, 0o600)):
+        (tmp_path / name).chmod(mode)
+    for name in (INDEX, FILE)[:gone]:
+        (tmp_path / name).unlink()
+    save_pytree(tree, tmp_path, max_shard_size=200)
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.glob("*-of-00002.*")}
+    assert modes == {(0o640, 0o604, 0o600)[gone]}
+
+
 @posix
 def test_what_replaces_a_private_file_is_private_from_the_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

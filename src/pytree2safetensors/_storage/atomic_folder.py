@@ -72,7 +72,8 @@ def replacing_together(
     """Yield a function that creates one of the files, and flushes it if asked.
 
     All files get their names if no error occurs. Until then, they have the given temporary names, by
-    which other processes can open them.
+    which other processes can open them. A file with a new name gets the permissions of one of those
+    that are replaced: of the last, of the rival, or of any.
     """
     path = absolute(path or os.curdir)
     with ExitStack() as undo:
@@ -88,19 +89,21 @@ def replacing_together(
         folder = undo.enter_context(Folder(path, listed=True))
         for temporary in temporaries.values():
             undo.callback(folder.discard, temporary)
+        *others, last = temporaries
+        there = set(folder.names())
+        older = [name for name in (last, rival, *others) if name in there] + stale(there)
 
         @contextmanager
         def creating(name: str, flushed: bool) -> Iterator[int]:
-            old = _replaced(folder, name)
+            model, old = _first_replaced(folder, [name, *older])
             with Held() as held:
-                descriptor = folder.create(held, temporaries[name], name, old)
+                descriptor = folder.create(held, temporaries[name], model, old)
                 yield descriptor
                 if flushed:
                     flush(descriptor)
                 held.close()
 
         def commit() -> None:
-            *_, last = temporaries
             with folder.locked():
                 for name in (rival, *stale(folder.names())):
                     _replaced(folder, name)  # raise an error now if it cannot be removed
@@ -150,6 +153,15 @@ def _replaced(folder: Folder, name: str) -> os.stat_result | None:
         text = f"{os.strerror(code)} (the save would replace or remove {shorten(name)})"
         raise OSError(code, text, name)
     return status
+
+
+def _first_replaced(folder: Folder, names: list[str]) -> tuple[str, os.stat_result | None]:
+    """Return the first of the files that exists, and its status."""
+    for name in names:
+        status = _replaced(folder, name)
+        if status is not None:
+            return name, status
+    return names[0], None
 
 
 def _check_there(folder: Folder, temporary: str) -> None:

@@ -70,8 +70,8 @@ class Folder:
         """Open a file."""
         return held.open(self._at(name), flags, mode, self._descriptor)
 
-    def create(self, held: Held, name: str, target: str, old: os.stat_result | None) -> int:
-        """Create a file with the permissions that `open` gives, or those of the target it replaces."""
+    def create(self, held: Held, name: str, model: str, old: os.stat_result | None) -> int:
+        """Create a file with the permissions that `open` gives, or those of an old file."""
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
         # Nobody else may open it before it has its permissions.
         descriptor = self.open(held, name, flags, 0o666 if old is None else 0o600)
@@ -80,7 +80,7 @@ class Folder:
                 # Shows that this saver is alive.
                 fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         if old is not None:
-            keep_permissions(descriptor, old, self._from_root(target))
+            keep_permissions(descriptor, old, self._from_root(model))
         return descriptor
 
     def status(self, name: str) -> os.stat_result | None:
