@@ -24,10 +24,12 @@ from pytree2safetensors import (
     load_pytree,
     save_pytree,
 )
+from pytree2safetensors._leaves.holders import _Kind, holders_in
 
 ARRAY = np.ones(3, np.float32)
 STRUCT: Any = jax.ShapeDtypeStruct  # JAX gives these constructors no types
 SPEC: Any = PartitionSpec
+FINFO: Any = jnp.finfo
 
 
 @dataclass
@@ -86,6 +88,91 @@ class Unreadable:
         raise AssertionError(name)
 
 
+class Wrong(RuntimeError):
+    """An error of a class of the user."""
+
+
+class Proxy:
+    """An object that stands for another, which is not there."""
+
+    @property  # type: ignore[misc] # as of a proxy
+    def __class__(self) -> Any:
+        raise Wrong
+
+
+class Unhashable(type):
+    __hash__ = None  # type: ignore[assignment] # as in a class that defines __eq__
+
+    def __eq__(cls, other: object) -> bool:
+        raise Wrong
+
+
+class Finding(type):
+    """A class of classes that looks for attributes itself."""
+
+    def __getattr__(cls, name: str) -> Any:
+        raise Wrong
+
+
+class Answering(type):
+    """A class of classes that have any attribute."""
+
+    def __getattr__(cls, name: str) -> Any:
+        return 1
+
+
+class Hiding(type):
+    @property
+    def __mro__(cls) -> Any:
+        raise Wrong
+
+    @property  # type: ignore[misc] # Python allows it
+    def __dict__(cls) -> Any:  # type: ignore[override] # as above
+        raise Wrong
+
+
+class Shy(np.ndarray):
+    """An array that calculates its attributes."""
+
+    @property
+    def dtype(self) -> Any:
+        raise Wrong
+
+    shape = flat = dtype
+
+
+class Lazy(partial[Any]):
+    @property
+    def func(self) -> Any:
+        raise Wrong
+
+    args = keywords = func
+
+
+class Iterated(list[Any]):
+    def __iter__(self) -> Any:
+        raise Wrong
+
+
+class Mapped(dict[str, Any]):
+    def keys(self) -> Any:
+        raise Wrong
+
+    __iter__ = values = items = __getitem__ = keys  # type: ignore[assignment] # none is called
+
+
+def made(meta: type, held: Any) -> Any:
+    found = meta("Made", (), {})()
+    object.__setattr__(found, "held", held)
+    return found
+
+
+def with_mapped_dict(held: Any) -> Any:
+    found = State(None)
+    found.__dict__ = Mapped(held=held)
+    return found
+
+
 class WithoutDict:
     __slots__ = ()
 
@@ -142,6 +229,17 @@ HOLDERS: dict[str, Callable[[Any], Any]] = {
     "the function of a partial function": lambda held: partial(Model(held), 1),
     "a cycle": cyclic,
     "a deep list": deep,
+    # These run code of the user if they are looked at as usual.
+    "a class that cannot be hashed": lambda held: State(made(Unhashable, held)),
+    "a class that looks for attributes": lambda held: State(made(Finding, held)),
+    "a class with any attribute": lambda held: State(made(Answering, held)),
+    "a class that hides its bases": lambda held: State(made(Hiding, held)),
+    "an object without a class": lambda held: State([Proxy(), held]),
+    "an array that calculates": lambda held: State(boxed(held).view(Shy)),
+    "a lazy partial function": lambda held: State(Lazy(keep, held)),
+    "a list that iterates": lambda held: State(Iterated([held])),
+    "a dict that looks itself": lambda held: State(Mapped(w=held)),
+    "attributes in such a dict": lambda held: State(with_mapped_dict(held)),
 }
 
 
@@ -154,16 +252,26 @@ def test_an_object_that_holds_arrays_is_not_left_out(holder: str, tmp_path: Path
     assert not (tmp_path / "file").exists()
 
 
+OTHER_VALUES: list[Any] = [
+    *(1, "text", None, np.array(["a"]), np.array("a").view(Shy), np.ma.masked_array([1.0])),
+    *(np.float32(3), np.True_, np.datetime64(0, "s"), FINFO(np.float32), np.finfo(np.float32)),
+    STRUCT((3,), jnp.float32),
+]
+
+
 @pytest.mark.parametrize("holder", HOLDERS)
 def test_an_object_without_arrays_is_left_out(holder: str) -> None:
-    for held in (1, "text", None, np.array(["a"]), STRUCT((3,), jnp.float32)):
+    for held in OTHER_VALUES:
         file = io.BytesIO()
         save_pytree({"state": HOLDERS[holder](held), "w": ARRAY}, file, unsupported="skip")
         file.seek(0)
         assert list(load_pytree(file)) == ["w"]
 
 
-ARRAYS = [jnp.ones(2), jnp.float32(3), np.float32(3), np.ones((), bool), jax.random.key(0)]
+ARRAYS = [
+    *(jnp.ones(2), jnp.float32(3), np.ones((), bool), np.ones(2).view(Shy)),
+    jax.random.key(0),
+]
 
 
 @pytest.mark.parametrize("array", ARRAYS, ids=range(len(ARRAYS)))
@@ -206,6 +314,7 @@ OTHERS: dict[str, Any] = {
     "a function of NumPy": np.add,
     "a vectorized function": np.vectorize(len),
     "a partial function": partial(jax.nn.leaky_relu, negative_slope=0.1),
+    "a scalar of a partial function": partial(jax.nn.leaky_relu, negative_slope=np.float32(0.1)),
     "a module": np,
     "a class": Model,
     "a dtype": np.dtype(np.float32),
@@ -232,6 +341,25 @@ def test_functions_and_the_like_are_left_out(other: str) -> None:
     save_pytree({"other": OTHERS[other], "w": ARRAY}, file, unsupported="skip")
     file.seek(0)
     assert list(load_pytree(file)) == ["w"]
+
+
+@pytest.mark.parametrize("held", [1, ARRAY], ids=["no array", "an array"])
+def test_an_object_is_visited_once(held: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    visited: list[Any] = []
+
+    def visit(kind: _Kind, holder: Any) -> Any:
+        visited.append(holder)
+        return visit_once(kind, holder)
+
+    visit_once = _Kind.held_by
+    monkeypatch.setattr(_Kind, "held_by", visit)
+    registry: list[Any] = [State(n) for n in range(100)]
+    leaves = [State([registry]) for _ in range(50)]
+    leaves[7].params.append(held)
+    assert holders_in([*leaves, print]) == [n == 7 and held is ARRAY for n in range(51)]
+    registry[5].params = held
+    assert holders_in(leaves) == [held is ARRAY] * 50
+    assert len(visited) <= 2 * (1 + 100 + 2 * 50) + 1
 
 
 def test_a_rule_may_leave_out_an_object_that_holds_arrays() -> None:

@@ -23,13 +23,13 @@ from pytree2safetensors._leaves.describe import (
     is_sum,
     is_valueless,
 )
-from pytree2safetensors._leaves.holders import holds_arrays
+from pytree2safetensors._leaves.holders import holders_in
 from pytree2safetensors._messages import listed, plural, shorten
 
 
 def loses_data(leaf: Any) -> bool:
     """Return whether skipping a leaf that a file cannot hold would lose data."""
-    return is_deleted(leaf) or is_sum(leaf) or _is_valueless(leaf) or holds_arrays(leaf)
+    return is_deleted(leaf) or is_sum(leaf) or _is_valueless(leaf) or holders_in([leaf])[0]
 
 
 def _is_valueless(leaf: Any) -> bool:
@@ -51,10 +51,11 @@ def check_unfit(unfit: list[tuple[str, Any]], *, skip: bool) -> None:
             f"the array at {shorten(unreduced)} is unreduced: its values are sums over its shards; "
             "reduce it first, for example with jax.reshard"
         )
-    holding = [not _is_valueless(leaf) and holds_arrays(leaf) for _, leaf in unfit]
-    valueless = any(_is_valueless(leaf) for _, leaf in unfit)
-    if valueless or any(holding) or not skip:
-        raise UnsupportedLeafError(_unfit_message(unfit, holding, valueless))
+    valueless = [_is_valueless(leaf) for _, leaf in unfit]
+    others = [None if known else leaf for (_, leaf), known in zip(unfit, valueless, strict=True)]
+    holding = holders_in(others)
+    if any(valueless) or any(holding) or not skip:
+        raise UnsupportedLeafError(_unfit_message(unfit, holding, any(valueless)))
 
 
 def _unfit_message(unfit: list[tuple[str, Any]], holding: list[bool], valueless: bool) -> str:
