@@ -2,12 +2,13 @@
 
 import copy
 import pickle
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
 
-from pytree2safetensors._tree.placeholders import fill
-from pytree2safetensors._tree.rule import Rule
+from pytree2safetensors._tree.placeholders import Binding, fill
+from pytree2safetensors._tree.rule import Rule, parse_rule
 from pytree2safetensors._tree.rule_index import RuleIndex, describe_idle
 
 STACK = "; to stack or cut arrays, give a pattern such as "
@@ -133,6 +134,64 @@ def test_a_rule_cannot_be_changed(name: str) -> None:
     with pytest.raises(TypeError, match="does not support item assignment"):
         rule.sizes["a"] = 3  # type: ignore[index] # what is tested
     assert repr(rule) == before
+
+
+class Counted(set[str]):
+    """Names that count how often they are looked up."""
+
+    lookups = 0
+
+    def __contains__(self, name: object) -> bool:
+        self.lookups += 1
+        return super().__contains__(name)
+
+
+SOME = Binding({"p": 1})
+# Rule, the names that are there, and which of them are those of the leaf with p=1.
+AMONG = [
+    (Rule("w", "w.{p:q,k}", "(p a) -> a"), ["w", "v"], ["w"]),
+    (Rule("w", "w.{p:q,k}", "(p a) -> a"), ["v"], []),
+    (Rule("{i}.{p}", "{p}", "a -> i a"), ["0.0", "0.1", "1.1", "3.1"], ["0.1", "1.1"]),
+    (Rule("{i}.{p}", "{p}", "a -> i a", i=2), ["0.1", "1.1", "2.1"], ["0.1", "1.1"]),
+    (Rule("{i}.{p}", "{p}", "a -> i a"), ["1.1"], []),
+    (Rule("{i:x,y}", "w", "a -> i a"), ["x", "y", "z"], ["x", "y"]),
+    (
+        Rule("{i}.{j}", "w", "a -> i j a"),
+        ["0.0", "0.1", "1.0", "2.0"],
+        ["0.0", "1.0", "2.0", "0.1"],
+    ),
+    (
+        Rule("{i}.{j}", "w", "a -> i j a"),
+        ["0.0", "1.0", "1.1", "1.2"],
+        ["0.0", "1.0", "1.1", "1.2"],
+    ),
+    (Rule("{3*i+j}", "w", "a -> i j a", j=2), "0123467", ["0", "3", "6", "1", "4", "7"]),
+    (Rule("{i+j}", "w", "a -> i j a", i=3, j=2), "01234", ["0", "1", "2", "3"]),
+    (Rule("{0*i+j}", "w", "a -> i j a"), "01", ["0", "1"]),
+]
+
+
+@pytest.mark.parametrize(("rule", "there", "names"), AMONG)
+def test_the_names_of_a_leaf_that_are_there_are_found(
+    rule: Rule, there: Iterable[str], names: list[str]
+) -> None:
+    assert parse_rule(rule).names_among(set(there), SOME) == names
+
+
+@pytest.mark.parametrize(
+    "name", ["{i}", "{i}.{j}", "{40*i+j}", "{i+j}", "{2*i+3*j+k}", "{i}.0.{i+j}"]
+)
+def test_each_name_of_a_leaf_is_looked_up_a_few_times(name: str) -> None:
+    axes = " ".join(axis for axis in "ijk" if axis in name)
+    parsed = parse_rule(Rule(name, "w", f"a -> {axes} a"))
+    count = 400
+    there = Counted(map(str, range(count)))
+    there |= {f"{i}.{j}" for i in range(20) for j in range(20)}
+    there |= {f"{i}.0" for i in range(count)} | {f"0.{i}" for i in range(count)}
+    there |= {f"{i}.0.{i + j}" for i in range(20) for j in range(20)}
+    found = parsed.names_among(there, Binding({}))
+    assert len(found) == len(set(found)) >= count
+    assert there.lookups <= 4 * len(found) + 10
 
 
 # Rule, spelled path, and the name that it gives; None if it does not match.

@@ -10,7 +10,7 @@ Specification: *Rules*.
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from itertools import product, takewhile
+from itertools import product
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -114,16 +114,25 @@ class ParsedRule(NamedTuple):
             yield fill(side, Binding({**binding.indices, **numbers}, binding.text))
 
     def names_among(self, there: Collection[str], binding: Binding) -> list[str]:
-        """Return those names of a leaf's tensors that are there, without the sizes of its axes."""
+        """Return those names of a leaf's tensors that are there, without the sizes of its axes.
+
+        On each axis, the numbers end where a name is missing. Each name is filled in a few times at
+        most, even if several numbers give the same name.
+        """
+        side = self.name or ()
         first = {**binding.indices, **dict.fromkeys(self.stacked, 0)}
-        sizes: dict[str, int] = {}
+        name = fill(side, Binding(first, binding.text))
+        found = {name: first} if name in there else {}
         for axis in self.stacked:
-            numbers = range(self.counts.get(axis, len(there)))
-            names = (
-                fill(self.name or (), Binding({**first, axis: n}, binding.text)) for n in numbers
-            )
-            sizes[axis] = sum(1 for _ in takewhile(there.__contains__, names))
-        return [name for name in self.names(binding, sizes) if name in there]
+            last = found  # the names whose number on this axis is the highest so far
+            for number in range(1, self.counts.get(axis, len(there))):
+                following = ({**indices, axis: number} for indices in last.values())
+                named = {fill(side, Binding(more, binding.text)): more for more in following}
+                last = {n: more for n, more in named.items() if n not in found and n in there}
+                if not last:
+                    break
+                found.update(last)
+        return [*found]
 
 
 def parse_rule(rule: Rule) -> ParsedRule:
