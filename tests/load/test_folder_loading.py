@@ -31,6 +31,7 @@ from pytree2safetensors._load import locate
 from pytree2safetensors._load.checkpoint import OpenCheckpoint
 from pytree2safetensors._load.locate import Index
 from pytree2safetensors._load.opening import open_checkpoint
+from pytree2safetensors._storage import file_source
 from pytree2safetensors.testing import pytrees
 from versions import posix
 
@@ -474,6 +475,30 @@ def test_a_shard_that_is_there_but_cannot_be_opened_is_not_missing(
     with pytest.raises(OSError, match=name) as caught:
         load_pytree(tmp_path)
     assert (caught.value.errno, caught.value.filename) == (errno.ELOOP, str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        *(OSError(code, "") for code in (errno.ENOENT, errno.ENAMETOOLONG, errno.EINVAL)),
+        UnicodeEncodeError("ascii", "w\xe9ights", 1, 2, ""),
+    ],
+    ids=["no such file", "too long", "invalid", "not encodable"],
+)
+def test_a_shard_whose_name_no_file_can_have_is_missing(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_pytree(tree_of(1), tmp_path, max_shard_size=100)
+    real = file_source.open_source
+
+    def refuse(path: Any, **options: Any) -> Any:
+        if Path(path).name == SECOND:
+            raise error
+        return real(path, **options)
+
+    monkeypatch.setattr(locate, "open_source", refuse)
+    with pytest.raises(FileFormatError, match=f"names the shard '{SECOND}', which is missing; cop"):
+        load_pytree(tmp_path)
 
 
 @pytest.mark.parametrize("make", [lambda path: None, Path.mkdir], ids=["nothing", "a folder"])
