@@ -49,7 +49,7 @@ class FlatTemplate(NamedTuple):
 
 def flat_template(module: Any) -> FlatTemplate:
     """Flatten a template."""
-    flat = flatten(module)
+    flat = flatten(module, is_template=True)
     treedef = (deep_structure if flat.is_deep else jax.tree_util.tree_structure)(module)
     return FlatTemplate(treedef, flat.names, flat.leaves, template_leaves(flat.leaves))
 

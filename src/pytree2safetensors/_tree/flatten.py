@@ -15,6 +15,7 @@ from pytree2safetensors._errors import KeyPathError, TreeStructureError
 from pytree2safetensors._messages import shorten
 from pytree2safetensors._tree.containers import PyTreeContainer, UnkeyedContainer, attrs_of
 from pytree2safetensors._tree.depth import DEEP, DepthCheck, too_deep, unsortable
+from pytree2safetensors._tree.orders import check_order
 from pytree2safetensors._tree.spelling import (
     join,
     located,
@@ -42,9 +43,9 @@ class Flat(NamedTuple):
     is_deep: bool = False  # too deep for JAX where the stack already has many frames
 
 
-def flatten(tree: Any) -> Flat:
-    """Walk a tree as JAX does, and spell the names."""
-    walk = _Walk()
+def flatten(tree: Any, *, is_template: bool = False) -> Flat:
+    """Walk a tree as JAX does, and spell the names. The treedef of a template has the same order."""
+    walk = _Walk(is_template)
     walk.run(tree)
     return walk.flat._replace(is_deep=walk.depth.limit > 0)
 
@@ -76,7 +77,8 @@ Children: TypeAlias = Iterator[tuple[str, Any]]  # the spelled segment of each c
 class _Walk:
     """One flattening, which remembers the types of leaves and the spelling of keys."""
 
-    def __init__(self) -> None:
+    def __init__(self, is_template: bool) -> None:
+        self.is_template = is_template
         self.flat = Flat([], [], {})
         self.leaf_types: set[type] = {int, float, bool, complex, str, np.ndarray}
         self.items: dict[str, str] = {}
@@ -178,6 +180,8 @@ class _Walk:
             raise too_deep(name) from None
         if not pairs:
             self.flat.kinds[name] = "PyTreeContainer"
+        if self.is_template:
+            check_order(node, [child for _, child in pairs], name)
         children = [(_spelled(spell_key, key, name), child) for (key,), child in pairs]
         if len(dict(children)) != len(children):
             raise _repeated(type(node), [segment for segment, _ in children], name)

@@ -34,7 +34,7 @@ def assert_round_trips(tree: Any) -> None:
 
     Raises:
         AssertionError: The loaded tree is different. The message names the key path.
-        Pytree2SafetensorsError: The tree cannot be saved. The message says why.
+        Pytree2SafetensorsError: The tree cannot be saved, or cannot be a template. The message says why.
 
     Specification: *Laws*.
 
