@@ -158,6 +158,11 @@ def test_new_names_get_the_permissions_of_the_index_or_the_file_or_a_shard(
     save_pytree(tree, tmp_path, max_shard_size=200)
     modes = {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.glob("*-of-00002.*")}
     assert modes == {(0o640, 0o604, 0o600)[gone]}
+    # A new index gets those of the shards, which keep their names.
+    (tmp_path / INDEX).unlink()
+    save_pytree(tree, tmp_path, max_shard_size=200)
+    modes |= {stat.S_IMODE((tmp_path / INDEX).stat().st_mode)}
+    assert len(modes) == 1
 
 
 @posix
