@@ -362,6 +362,22 @@ def test_an_object_is_visited_once(held: Any, monkeypatch: pytest.MonkeyPatch) -
     assert len(visited) <= 2 * (1 + 100 + 2 * 50) + 1
 
 
+@pytest.mark.parametrize("rename", [None, [Rule("{=}", "{=}")]], ids=["names", "rules"])
+def test_a_save_visits_an_object_once(rename: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    visited: list[Any] = []
+
+    def visit(kind: _Kind, holder: Any) -> Any:
+        visited.append(holder)
+        return visit_once(kind, holder)
+
+    visit_once = _Kind.held_by
+    monkeypatch.setattr(_Kind, "held_by", visit)
+    registry: list[Any] = [State(n) for n in range(100)]
+    tree = [ARRAY, *(State(registry) for _ in range(50))]
+    save_pytree(tree, io.BytesIO(), unsupported="skip", rename=rename)
+    assert visited.count(registry) == 1
+
+
 def test_a_rule_may_leave_out_an_object_that_holds_arrays() -> None:
     tree = {"state": State(ARRAY), "f": print, "w": ARRAY}
     file = io.BytesIO()

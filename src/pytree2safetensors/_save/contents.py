@@ -12,7 +12,7 @@ from pytree2safetensors._format.tensor import TensorInfo
 from pytree2safetensors._leaves.describe import describe
 from pytree2safetensors._leaves.renaming import Rename
 from pytree2safetensors._save.renamed import place, tensors_of
-from pytree2safetensors._save.unfit import check_unfit, loses_data
+from pytree2safetensors._save.unfit import check_unfit, lose_data
 from pytree2safetensors._tree.flatten import Flat, flatten
 from pytree2safetensors._tree.keypath import split
 from pytree2safetensors._tree.paths import cut
@@ -65,7 +65,8 @@ def _collect_renamed(
     infos = describe(flat.leaves)
     found = [*zip(flat.names, flat.leaves, infos, strict=True)]
     if unsupported == "skip":
-        found = [item for item in found if item[2] is not None or loses_data(item[1])]
+        losses = lose_data([leaf if info is None else None for _, leaf, info in found])
+        found = [item for item, loses in zip(found, losses, strict=True) if loses or item[2]]
     placed, unfit = place(rename, found)
     if unfit:
         check_unfit(unfit, skip=False)

@@ -5,7 +5,7 @@ Specification: *Saving*.
 
 import enum
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Final
 
@@ -27,9 +27,13 @@ from pytree2safetensors._leaves.holders import holders_in
 from pytree2safetensors._messages import listed, plural, shorten
 
 
-def loses_data(leaf: Any) -> bool:
-    """Return whether skipping a leaf that a file cannot hold would lose data."""
-    return is_deleted(leaf) or is_sum(leaf) or _is_valueless(leaf) or holders_in([leaf])[0]
+def lose_data(leaves: Sequence[Any]) -> list[bool]:
+    """Return whether skipping each leaf, which a file cannot hold, would lose data."""
+    holding = holders_in(leaves)
+    return [
+        holds or is_deleted(leaf) or is_sum(leaf) or _is_valueless(leaf)
+        for leaf, holds in zip(leaves, holding, strict=True)
+    ]
 
 
 def _is_valueless(leaf: Any) -> bool:
