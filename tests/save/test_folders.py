@@ -392,9 +392,16 @@ def test_the_error_for_shards_without_an_index_names_the_path_of_the_save(tmp_pa
             load_pytree(path)
 
 
-def test_what_cannot_be_removed_afterwards_is_an_error_before(tmp_path: Path) -> None:
-    (tmp_path / "model.safetensors").mkdir()
+@pytest.mark.parametrize("late", [False, True], ids=["before", "during the save"])
+def test_what_cannot_be_removed_afterwards_is_an_error_before(tmp_path: Path, late: bool) -> None:
+    def make(*_: int) -> None:
+        (tmp_path / "model.safetensors").mkdir(exist_ok=True)
+
+    if not late:
+        make()
     text = r"\(the save would replace or remove 'model.safetensors'\)"
     with pytest.raises(IsADirectoryError, match=text):
-        save_pytree({"a": np.zeros(9), "b": np.zeros(9)}, tmp_path, max_shard_size=80)
+        save_pytree(
+            {"a": np.zeros(9), "b": np.zeros(9)}, tmp_path, max_shard_size=80, progress=make
+        )
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
