@@ -1,5 +1,6 @@
 """The strategies generate what they promise, shrink well, and print briefly."""
 
+import re
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -45,6 +46,20 @@ def generated(strategy: st.SearchStrategy[Any], count: int) -> list[Any]:
 
 
 # The tests that use one of these are an xdist_group: one process generates for all of them.
+
+
+@pytest.mark.parametrize("dtype", [">f4", ">i2", ">c8", "<f4", "float32", np.float16])
+def test_arrays_have_dtypes_of_every_byte_order(dtype: Any) -> None:
+    found = generated(arrays(st.just(dtype)), 100)
+    assert {leaf.dtype.newbyteorder("=") for leaf in found} == {np.dtype(dtype).newbyteorder("=")}
+    assert any(isinstance(leaf, jax.Array) for leaf in found)
+
+
+@pytest.mark.parametrize("dtype", ["S3", np.longdouble, "M8[s]", object, "V4"])
+def test_arrays_have_only_dtypes_of_files(dtype: Any) -> None:
+    message = f"a file cannot hold the dtype {np.dtype(dtype)}"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        generated(arrays(st.just(dtype)), 1)
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 from numpy.typing import NDArray
 
+from pytree2safetensors._leaves.describe import info_of
 from pytree2safetensors._leaves.spec import holds
 from pytree2safetensors.testing._compare import VALUE_BITS
 
@@ -84,7 +85,8 @@ def _scalar(values: NDArray[Any]) -> Any:
 
 
 def _jax_array(values: NDArray[Any]) -> Any:
-    return jax.device_put(values) if holds(values.dtype) else values
+    native = values.dtype.newbyteorder("=")  # JAX has no other
+    return jax.device_put(values.astype(native)) if holds(native) else values
 
 
 _LAYOUTS: Final[tuple[Callable[[NDArray[Any]], Any], ...]] = (
@@ -128,10 +130,13 @@ def arrays(  # noqa: D417 - Hypothesis supplies `draw`
     int64, uint64, float64 and complex128 are NumPy arrays.
 
     Args:
-        dtypes: A strategy for NumPy dtypes, or for what `numpy.dtype` takes; every dtype by default.
+        dtypes: A strategy for NumPy dtypes, or for what `numpy.dtype` takes; every dtype by default. A
+            file must be able to hold them.
         shapes: A strategy for shapes; by default small ones, including 0-d and empty arrays.
     """
     dtype = np.dtype(draw(st.sampled_from(DTYPES) if dtypes is None else dtypes))
+    if info_of(dtype, ()) is None:
+        raise ValueError(f"a file cannot hold the dtype {dtype}")
     shape = draw(shapes)
     # Longer arrays repeat these bytes.
     count = math.prod(shape)

@@ -59,7 +59,7 @@ def _trees(draw: Draw, leaves: SearchStrategy[Any], kinds: Any, min_size: int, d
 def _choices(
     leaves: SearchStrategy[Any], kinds: Any, min_size: int, depth: int
 ) -> list[SearchStrategy[Any]]:
-    """Return the strategy for a tree: in one of four cases a leaf, to which it shrinks."""
+    """Return the strategies for a tree, about a quarter of them for a leaf; it shrinks to the first."""
     # Cached, because a strategy takes longer to analyze its parts than to draw.
     children = _trees(leaves, kinds, min_size, depth - 1)
     nodes = [_BUILDERS[kind](children, min_size) for kind in kinds]
