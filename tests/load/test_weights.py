@@ -446,6 +446,34 @@ def test_a_value_out_of_range_is_the_reason(
     assert caught.value.mismatched == (reason,)
 
 
+# Dtypes without infinity: the largest number, one that is rounded to it, and one that is beyond.
+SATURATING = [
+    ("float4_e2m1fn", 6.0, 6.5, 7.0),
+    ("float6_e2m3fn", 7.5, 7.6, 7.75),
+    ("float6_e3m2fn", 28.0, 29.0, 30.0),
+]
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize(("name", "largest", "rounded", "beyond"), SATURATING)
+def test_a_dtype_without_infinity_has_a_range(
+    name: str, largest: float, rounded: float, beyond: float, sign: int
+) -> None:
+    if not hasattr(ml_dtypes, name):
+        pytest.skip("this ml_dtypes does not have it")
+    leaf = np.zeros((), getattr(ml_dtypes, name))
+    for value in (largest, rounded):
+        assert float(set_weights({"a": leaf}, {"@a": sign * value})["a"]) == sign * largest
+    for value in (beyond, 1e300, 10**400):
+        with pytest.raises(WeightsMismatchError, match=f"which {name} cannot hold"):
+            set_weights({"a": leaf}, {"@a": sign * value}, cast=True)
+
+
+def test_a_complex_number_of_any_size_fits() -> None:
+    value = complex(1.5e308, -1.5e308)  # its absolute value is not finite
+    assert set_weights({"a": np.complex128(0)}, {"@a": value}) == {"a": value}
+
+
 @pytest.mark.parametrize(
     ("cast", "why"), [(False, ""), (True, ", which cast=True does not convert")]
 )

@@ -4,8 +4,11 @@ Specification: *Loading*.
 """
 
 import cmath
+import math
+from functools import cache
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -60,7 +63,21 @@ def holds_value(dtype: np.dtype[Any], value: Any) -> bool:
     found = complex(held)
     if cmath.isnan(value):
         return cmath.isnan(found)
-    return cmath.isinf(found) if cmath.isinf(value) else cmath.isfinite(found)
+    if cmath.isinf(value):
+        return cmath.isinf(found)
+    bound = _bound(dtype)
+    return cmath.isfinite(found) and (bound == math.inf or abs(value) < bound)
+
+
+@cache
+def _bound(dtype: np.dtype[Any]) -> float:
+    """Return the number from which on all become the largest one, in a dtype of floats without infinity and NaN."""
+    if not cmath.isfinite(scalar_array(math.inf, dtype)):
+        return math.inf
+    info: Any = ml_dtypes.finfo(dtype)  # type: ignore[no-untyped-call] # ml_dtypes gives it no types
+    largest = float(info.max)
+    _, exponent = math.frexp(largest)
+    return largest + math.ldexp(float(info.eps), exponent - 2)  # half a step
 
 
 def scalar_array(value: Any, dtype: np.dtype[Any]) -> NDArray[Any]:
