@@ -222,6 +222,7 @@ HOLDERS: dict[str, Callable[[Any], Any]] = {
     "a deque": lambda held: deque([held]),
     "a set": lambda held: {Hashed(held)},
     "a UserDict": lambda held: UserDict(w=held),
+    "a namespace": lambda held: types.SimpleNamespace(w=held),
     "a mapping proxy": lambda held: types.MappingProxyType({"w": held}),
     "an array of objects": boxed,
     "an argument of a partial function": lambda held: partial(keep, held),

@@ -36,6 +36,7 @@ _ATOMS: Final = frozenset(map(id, (*PYTHON_SCALARS, bytes, NoneType)))
 _ARRAYS: Final = (jax.Array, jax.core.Tracer, REFERENCE)
 _CONVERSIONS: Final = ("__array__", "__dlpack__", "__jax_array__")  # of arrays of other libraries
 _ITEMS: Final[tuple[Any, ...]] = (list, tuple, set, frozenset, deque)
+_DESCRIPTORS: Final = (GetSetDescriptorType, MemberDescriptorType)  # of a __dict__
 _BASES, _VARS = vars(type)["__mro__"], vars(type)["__dict__"]
 
 
@@ -89,7 +90,7 @@ class _Kind:
             if type(member) is MemberDescriptorType
         }
         found = (base.get("__dict__") for base in bases)
-        self.dict = next((one for one in found if type(one) is GetSetDescriptorType), None)
+        self.dict = next((one for one in found if type(one) in _DESCRIPTORS), None)
 
     def is_array(self, held: Any) -> bool:
         """Return whether an object of this class is an array that a file could hold."""
