@@ -1,8 +1,10 @@
 """Templates and skipped leaves: a test for each bug that was fixed."""
 
+import enum
 import io
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -284,6 +286,66 @@ def test_what_has_no_values_fits_nothing(leaf: Any, value: Any) -> None:
     assert caught.value.mismatched == (
         "'@a': the given value is not an array, or is an array without values",
     )
+
+
+def moments(number: int) -> Any:
+    return np.full(1, number, "M8[s]")
+
+
+def boxed(number: int) -> Any:
+    return SimpleNamespace(state=np.full(2, number))
+
+
+def masked(number: int) -> Any:
+    return np.ma.array([number, 1.0], mask=[False, True])
+
+
+@pytest.mark.parametrize(
+    ("leaf", "value", "was", "given"),
+    [
+        (moments(0), moments(1), *["a numpy.ndarray of dtype datetime64[s]"] * 2),
+        (masked(0), masked(1), *["a numpy.ma.MaskedArray of dtype float64"] * 2),
+        (np.longdouble(0), np.longdouble(1), *[f"a numpy.longdouble of dtype {np.dtype('g')}"] * 2),
+        (boxed(0), boxed(1), *["a types.SimpleNamespace, which is or holds arrays"] * 2),
+        (print, boxed(1), "a builtins.builtin_function_or_method", "a types.SimpleNamespace, which is or holds arrays"),
+        (boxed(0), print, "a types.SimpleNamespace, which is or holds arrays", "a builtins.builtin_function_or_method"),
+        (print, deleted(), "a builtins.builtin_function_or_method", "a deleted array"),
+        (print, struct((2,), np.float32), "a builtins.builtin_function_or_method", "an array without values"),
+    ],
+)  # fmt: skip
+def test_data_that_no_file_holds_are_not_ignored(
+    leaf: Any, value: Any, was: str, given: str
+) -> None:
+    reason = (
+        f"'@a': the template has {was}, and the given value is {given}; neither can be loaded, so convert "
+        "both to arrays that a file can hold, for example with np.asarray"
+    )
+    with pytest.raises(WeightsMismatchError) as caught:
+        set_weights({"a": leaf, "b": 1}, {"@a": value, "@b": 2})
+    assert caught.value.mismatched == (reason,)
+    found = set_weights({"a": leaf, "b": 1}, {"@a": value, "@b": 2}, strict=False)
+    assert found["a"] is leaf
+    assert found["b"] == 2
+    assert set_weights({"a": leaf, "b": 1}, {"@a": leaf, "@b": 2})["a"] is leaf
+
+
+class Setting(enum.Enum):
+    OFF, ON = 0, 1
+
+
+@pytest.mark.parametrize(
+    ("leaf", "value"),
+    [
+        (print, len),
+        (Setting.OFF, Setting.ON),
+        (b"a", b"b"),
+        (SimpleNamespace(rate=1), SimpleNamespace(rate=2)),
+        (np.float32, np.float16),
+        (print, None),
+    ],
+)
+def test_settings_stay_those_of_the_template(leaf: Any, value: Any) -> None:
+    assert set_weights({"a": leaf, "b": 1}, {"@a": value, "@b": 2}) == {"a": leaf, "b": 2}
 
 
 class Foreign:

@@ -12,6 +12,7 @@ from pytree2safetensors._leaves.renaming import Rename, rules_in
 from pytree2safetensors._leaves.spec import LeafSpec
 from pytree2safetensors._load.checkpoint import OpenCheckpoint
 from pytree2safetensors._load.complaints import check
+from pytree2safetensors._load.given import ignored_data
 from pytree2safetensors._load.matching import Found, Options, compare
 from pytree2safetensors._load.stored import names_below
 from pytree2safetensors._load.template import TemplateLeaf, template_leaves
@@ -43,6 +44,11 @@ class FlatTemplate(NamedTuple):
             WeightsMismatchError: They do not fit.
         """
         outcome = compare(self.names, self.needs, available, values, options)
+        given = values({name for _, name in outcome.unstorable})
+        pairs = [(self.leaves[position], given[name]) for position, name in outcome.unstorable]
+        for (position, _), reason in zip(outcome.unstorable, ignored_data(pairs), strict=True):
+            if reason is not None:
+                outcome.mismatched.append((self.names[position], reason))
         check(outcome, options)
         return outcome.found
 

@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from pytree2safetensors._leaves.decode import to_host
+from pytree2safetensors._leaves.describe import holds_array, is_deleted, is_sum, is_valueless
 from pytree2safetensors._leaves.encode import host_array
+from pytree2safetensors._leaves.holders import holders_in
 from pytree2safetensors._leaves.jax_versions import WITHOUT_PROGRAMS
 from pytree2safetensors._leaves.meshes import computed
 from pytree2safetensors._leaves.spec import LeafSpec, TracedSpec
@@ -25,6 +27,41 @@ def given_spec(leaf: TemplateLeaf | None, value: Any) -> LeafSpec | None:
     if leaf is None or leaf.abstract:
         return None
     return TracedSpec(*leaf.spec) if isinstance(value, jax.core.Tracer) else leaf.spec
+
+
+def ignored_data(pairs: Sequence[tuple[Any, Any]]) -> list[str | None]:
+    """Return why leaves of a dictionary cannot replace leaves of a template, if neither is stored.
+
+    None for functions and settings, of which the template keeps its own.
+    """
+    changed = [(leaf, value) for leaf, value in pairs if leaf is not value]
+    holding = iter(holders_in([one for pair in changed for one in pair]))
+    reasons: list[str | None] = []
+    for leaf, value in pairs:
+        texts = [] if leaf is value else [_unstorable(one, next(holding)) for one in (leaf, value)]
+        reasons.append(_ignored(*texts) if any(is_data for _, is_data in texts) else None)
+    return reasons
+
+
+def _ignored(leaf: tuple[str, bool], value: tuple[str, bool]) -> str:
+    return (
+        f"the template has {leaf[0]}, and the given value is {value[0]}; neither can be loaded, so convert "
+        "both to arrays that a file can hold, for example with np.asarray"
+    )
+
+
+def _unstorable(leaf: Any, holds: bool) -> tuple[str, bool]:
+    """Say what a leaf is that no file can hold, and whether it is data."""
+    if is_deleted(leaf):
+        return "a deleted array", True
+    if is_valueless(leaf):
+        return "an array without values", True
+    kind = type(leaf)
+    name = f"a {kind.__module__}.{kind.__qualname__}"
+    if isinstance(leaf, np.ndarray | np.generic):
+        return f"{name} of dtype {leaf.dtype}", True
+    is_data = holds or is_sum(leaf) or holds_array(leaf)
+    return f"{name}, which is or holds arrays" if is_data else name, is_data
 
 
 def fitted(pairs: Iterable[tuple[TemplateLeaf, Any]]) -> list[Any]:

@@ -54,6 +54,9 @@ class Comparison:
         self.used: set[str] = set()
         self.missing: list[tuple[str, str | None]] = []  # a path of the template, and its name
         self.mismatched: list[tuple[str, str]] = []  # a path, and why its leaf does not fit
+        self.unstorable: list[
+            tuple[int, str]
+        ] = []  # neither the leaf nor what has its name is stored
         self.lost = False  # an abstract leaf has no value to keep
         self.castable = False
 
@@ -171,7 +174,8 @@ def compare(
         if leaf is None:
             name = add_prefix(options.prefix, paths[position])  # `rename` only has names for data
             if name in available and available[name] is None:
-                outcome.used.add(name)  # neither of them is data
+                outcome.used.add(name)
+                outcome.unstorable.append((position, name))
             continue
         route = routes[position]
         if not isinstance(route, str):
