@@ -66,7 +66,7 @@ class SafetensorsHandler(ocp.AsyncCheckpointHandler):
 
         Raises:
             Pytree2SafetensorsError: As `load_pytree` and `load_into_pytree` raise it.
-            ValueError: There is a template and a sharding.
+            ValueError: There is a template and a sharding, or an option for a template that is not there.
         """
         path, asked = os.fspath(directory), args or SafetensorsRestore()
         template = asked.item
@@ -74,6 +74,8 @@ class SafetensorsHandler(ocp.AsyncCheckpointHandler):
             raise ValueError(
                 "SafetensorsRestore: the template says where its arrays go, so sharding= needs item=None"
             )
+        if template is None:
+            _check_unused(asked)
         if template is None and asked.sharding is None:
             return load_pytree(path, prefix=asked.prefix)
         if template is None:
@@ -122,9 +124,9 @@ class SafetensorsRestore(ocp.args.CheckpointArgs):
     Attributes:
         item: A template for `load_into_pytree`. By default, load the tree in the file.
         sharding: Without a template: the shardings of the arrays, as for `load_abstract`.
-        strict: As for `load_into_pytree`.
-        unexpected: As for `load_into_pytree`.
-        cast: As for `load_into_pytree`.
+        strict: With a template: as for `load_into_pytree`.
+        unexpected: With a template: as for `load_into_pytree`.
+        cast: With a template: as for `load_into_pytree`.
         prefix: A spelled key path. Load only the subtree there.
     """
 
@@ -139,6 +141,17 @@ class SafetensorsRestore(ocp.args.CheckpointArgs):
 # Not as decorators: the documentation is built without Orbax.
 ocp.args.register_with_handler(SafetensorsHandler, for_save=True)(SafetensorsSave)
 ocp.args.register_with_handler(SafetensorsHandler, for_restore=True)(SafetensorsRestore)
+
+
+def _check_unused(asked: SafetensorsRestore) -> None:
+    """Raise an error for options that need a template."""
+    names = ("strict", "unexpected", "cast")
+    given = [name for name in names if getattr(asked, name) != getattr(SafetensorsRestore, name)]
+    if given:
+        options = " and ".join(f"{name}=" for name in given)
+        raise ValueError(
+            f"SafetensorsRestore: without a template in item=, there is no use for {options}"
+        )
 
 
 async def _nothing() -> None:

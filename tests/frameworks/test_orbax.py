@@ -169,6 +169,22 @@ def test_a_template_and_shardings_exclude_each_other(tmp_path: Path) -> None:
             manager.restore(0, args=SafetensorsRestore(state(0), sharding=everywhere))
 
 
+@pytest.mark.parametrize(
+    "options", [{"strict": False}, {"unexpected": "skip"}, {"cast": True, "strict": False}]
+)
+@pytest.mark.parametrize("sharded", [False, True])
+def test_options_of_templates_need_one(options: Any, sharded: bool, tmp_path: Path) -> None:
+    everywhere = NamedSharding(Mesh(np.array(jax.devices()), ("x",)), P())
+    with manager_of(tmp_path) as manager:
+        manager.save(0, args=SafetensorsSave(state(0)))
+        named = " and ".join(f"{name}=" for name in sorted(options, reverse=True))
+        message = f"^SafetensorsRestore: without a template in item=, there is no use for {named}$"
+        with pytest.raises(ValueError, match=message):
+            manager.restore(
+                0, args=SafetensorsRestore(sharding=everywhere if sharded else None, **options)
+            )
+
+
 def test_checkpointers_of_orbax_take_the_handler(tmp_path: Path) -> None:
     for number, kind in enumerate((ocp.Checkpointer, ocp.AsyncCheckpointer)):
         with kind(SafetensorsHandler()) as checkpointer:
