@@ -164,6 +164,13 @@ TREES: list[tuple[Any, type[Exception], str]] = [
         "template. (To save an object of your own class, register the class as a pytree node.)",
     ),
     (
+        {"a": np.float32},
+        UnsupportedLeafError,
+        "1 leaf of the tree cannot be stored:\n"
+        "  '@a': builtins.type\n"
+        'Save with unsupported="skip" to leave them out; load_into_pytree then keeps those of its template.',
+    ),
+    (
         Unregistered(),
         UnsupportedLeafError,
         "the tree is a single leaf, which cannot be stored: test_errors.Unregistered. (To save an "

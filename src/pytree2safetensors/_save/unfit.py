@@ -92,7 +92,8 @@ def _remedy(unfit: list[tuple[str, Any]], holding: list[bool], valueless: bool) 
 
 
 def _register(unfit: list[tuple[str, Any]]) -> str:
-    own = any(not (_hint(leaf) or isinstance(leaf, np.ndarray | np.generic)) for _, leaf in unfit)
+    others = (np.ndarray, np.generic, type)
+    own = any(not (_hint(leaf) or isinstance(leaf, others)) for _, leaf in unfit)
     return _REGISTER if own else ""
 
 
@@ -150,5 +151,5 @@ def _type_name(leaf: Any) -> str:
         return f"{name}, a traced value"
     if kind is str:
         return f"{name} with the two halves of a surrogate pair, which JSON would join to one character"
-    dtype = attribute_of(leaf, "dtype")
+    dtype = None if isinstance(leaf, type) else attribute_of(leaf, "dtype")
     return f"{name} of dtype {dtype}" if dtype is not None else name
