@@ -27,16 +27,15 @@ _INT: Final = TensorInfo("I64", (), 8, "int")
 
 def describe(leaves: Iterable[Any]) -> list[TensorInfo | None]:
     """Describe the tensor of each leaf; None if a file cannot hold it or its values are gone."""
-    describers = _Describers(PYTHON_SCALARS)
-    return [describers[type(leaf)](leaf) for leaf in leaves]
-
-
-class _Describers(dict[type, Callable[[Any], TensorInfo | None]]):
-    """A function that describes leaves, for each of their types."""
-
-    def __missing__(self, kind: type) -> Callable[[Any], TensorInfo | None]:
-        found = self[kind] = _describer(kind)
-        return found
+    # By the ids of types, because not every class can be hashed.
+    describers = {id(kind): describer for kind, describer in PYTHON_SCALARS.items()}
+    found: list[TensorInfo | None] = []
+    for leaf in leaves:
+        describer = describers.get(id(type(leaf)))
+        if describer is None:
+            describer = describers[id(type(leaf))] = _describer(type(leaf))
+        found.append(describer(leaf))
+    return found
 
 
 def _describer(kind: type) -> Callable[[Any], TensorInfo | None]:

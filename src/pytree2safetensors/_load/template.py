@@ -55,14 +55,15 @@ class _Look(NamedTuple):
 
 def template_leaves(leaves: Iterable[Any]) -> list[TemplateLeaf | None]:
     """Return what the leaves of a template need; None for those that are not data."""
-    lookers: dict[type, Callable[[Any], _Look | None]] = {}
+    # By the ids of types, because not every class can be hashed.
+    lookers: dict[int, Callable[[Any], _Look | None]] = {}
     known: dict[_Look | None, TemplateLeaf | None] = {None: None}
     found: list[TemplateLeaf | None] = []
     for leaf in leaves:
         kind = type(leaf)
-        looker = lookers.get(kind)
+        looker = lookers.get(id(kind))
         if looker is None:
-            looker = lookers[kind] = _looker(kind)
+            looker = lookers[id(kind)] = _looker(kind)
         look = looker(leaf)
         if look is not None and look not in known:
             known[look] = _leaf_of(look)
@@ -72,7 +73,7 @@ def template_leaves(leaves: Iterable[Any]) -> list[TemplateLeaf | None]:
 
 def _looker(kind: type) -> Callable[[Any], _Look | None]:
     """Return the function that looks at leaves of a type."""
-    if kind in PYTHON_SCALARS:
+    if any(kind is scalar for scalar in PYTHON_SCALARS):
         return lambda _: _Look("python", (), kind.__name__)
     if issubclass(kind, (np.ma.MaskedArray, REFERENCE)):
         return lambda _: None

@@ -141,7 +141,7 @@ def _hint(leaf: Any) -> str:
     if isinstance(leaf, np.ndarray) and leaf.ndim == MAX_DIMENSIONS and leaf.dtype == np.complex128:
         return f", which needs a .reshape, because its tensor would have more than {MAX_DIMENSIONS} axes"
     base = next((base for base in _BASES if isinstance(leaf, base)), None)
-    return "" if base in {None, type(leaf)} else f", which {base.__name__}(leaf) converts"
+    return "" if base is None or base is type(leaf) else f", which {base.__name__}(leaf) converts"
 
 
 def _type_name(leaf: Any) -> str:

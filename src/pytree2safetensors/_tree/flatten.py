@@ -88,17 +88,23 @@ class _Walk:
 
     def run(self, tree: Any) -> None:
         names, leaves, *_ = self.flat
-        root = self.open(tree, "")
+        # JAX registers no class that cannot be hashed.
+        root = self.open(tree, "") if type(type(tree)).__hash__ is not None else None
         if root is None:
             names.append("")
             leaves.append(tree)
             return
+        leaf_types = self.leaf_types
         pending = [("", root)]
         while pending:
             prefix, children = pending[-1]
             for segment, child in children:
                 name = prefix + segment if prefix else join("", segment)
-                if type(child) not in self.leaf_types:
+                try:
+                    is_known = type(child) in leaf_types
+                except TypeError:  # its class cannot be hashed
+                    is_known = True
+                if not is_known:
                     opened = self.open(child, name)
                     if opened is not None:
                         if len(pending) >= DEEP:
@@ -257,13 +263,13 @@ def dict2pytree(dictionary: Mapping[str, Any]) -> PyTree:
     >>> dict2pytree({"@layers#0@w": 1.0, "@layers#1@w": 2.0})
     {'layers': [{'w': 1.0}, {'w': 2.0}]}
     """
-    leaf_types: set[type] = set()
+    leaf_types: set[int] = set()  # ids, because not every class can be hashed
     for name, leaf in dictionary.items():
-        if type(leaf) not in leaf_types:
+        if id(type(leaf)) not in leaf_types:
             if not jax.tree_util.all_leaves([leaf]):
                 raise TreeStructureError(
                     f"the value of {shorten(name)} is of type {type(leaf).__name__}, which JAX "
                     "does not treat as a leaf; give each of its leaves a name"
                 )
-            leaf_types.add(type(leaf))
+            leaf_types.add(id(type(leaf)))
     return build_tree(dictionary, {})
