@@ -27,10 +27,11 @@ import numpy as np
 from pytree2safetensors._leaves.describe import PYTHON_SCALARS, info_of
 from pytree2safetensors._leaves.jax_versions import REFERENCE
 
-# What these hold is code, or says where arrays are. A scalar is no array.
+# What these hold is code, or says where arrays are, or (old releases of NumPy) describes a dtype. A
+# scalar is no array.
 _OPAQUE: Final = (
     *(type, FunctionType, ModuleType, jax.stages.Compiled),
-    *(jax.sharding.Mesh, jax.sharding.Sharding, np.generic),
+    *(jax.sharding.Mesh, jax.sharding.Sharding, np.finfo, np.generic),
 )
 _ATOMS: Final = frozenset(map(id, (*PYTHON_SCALARS, bytes, NoneType)))
 _ARRAYS: Final = (jax.Array, jax.core.Tracer, REFERENCE)
