@@ -2,6 +2,7 @@
 
 import gc
 import io
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -179,5 +180,12 @@ def test_a_failed_call_keeps_no_array(
     sys.version_info >= (3, 12),
     reason="since Python 3.12, a context that replaces an error keeps it in a cycle",
 )
-def test_an_error_of_the_system_keeps_no_array(path: Path) -> None:
-    assert_releases(lambda: save_pytree(fresh(), path / "none" / "a"), FileNotFoundError)
+@pytest.mark.parametrize("kind", ["a missing folder", "a failed commit"])
+def test_an_error_of_the_system_keeps_no_array(
+    kind: str, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kind == "a missing folder":
+        assert_releases(lambda: save_pytree(fresh(), path / "none" / "a"), FileNotFoundError)
+        return
+    monkeypatch.setattr(os, "replace", lambda *_, **__: os.fstat(-1))
+    assert_releases(lambda: save_pytree(fresh(), path / "folder", max_shard_size=16), OSError)

@@ -112,8 +112,8 @@ def load_abstract(
         scalars and strs have their values.
 
     Raises:
-        FileFormatError: The file is damaged, or is not a safetensors file; or `flat` is False, and
-            the installed libraries do not know a leaf.
+        FileFormatError: The file is damaged, is not a safetensors file, or changes during the load;
+            or `flat` is False, and the installed libraries do not know a leaf.
         KeyPathError: A name in the file is not a key path, `flat` is False, and `separator` is empty;
             or `prefix` is not a key path, and `separator` is empty.
         TreeStructureError: The names do not form a tree, and `flat` is False.
@@ -196,7 +196,7 @@ def load_metadata(path: PathLike | Readable) -> dict[str, str]:
         "flax".
 
     Raises:
-        FileFormatError: The file is damaged, or is not a safetensors file.
+        FileFormatError: The file is damaged, is not a safetensors file, or changes during the load.
         OSError: The file cannot be read.
 
     Specification: *Loading*.

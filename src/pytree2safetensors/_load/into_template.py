@@ -64,7 +64,8 @@ def set_weights(
         WeightsMismatchError: Leaves are missing, unexpected or mismatched. Its attributes list all of
             them, and the message lists the first 20 of each kind.
         KeyPathError: A key path of `module` cannot be spelled, or `prefix` is not a key path.
-        TreeStructureError: JAX cannot flatten `module`.
+        TreeStructureError: JAX cannot flatten `module`, or gives the children of a node another order
+            with their keys than without.
         ValueError: The path of a rule is ambiguous in `module`.
 
     Specification: *Loading into a template*.
@@ -144,7 +145,8 @@ def load_into_pytree(
         FileFormatError: The file is damaged, is not a safetensors file, or changes during the load; or
             the folder has no checkpoint, or none of several takes precedence.
         KeyPathError: A key path of `module` cannot be spelled, or `prefix` is not a key path.
-        TreeStructureError: JAX cannot flatten `module`.
+        TreeStructureError: JAX cannot flatten `module`, or gives the children of a node another order
+            with their keys than without.
         ValueError: `mmap` is True, and `path` is a file object or a URL; or the path of a rule is
             ambiguous in `module`.
         RuntimeError: A function that `jax.shard_map` runs without `jax.jit` cannot load.

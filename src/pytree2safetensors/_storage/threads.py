@@ -132,5 +132,10 @@ def undisturbed(work: Callable[[], object]) -> None:
             break
         except BaseException as error:  # noqa: BLE001 - raised below
             interrupts.append(error)
-    for found in [*errors, *interrupts]:
-        raise found
+    errors += interrupts
+    interrupts.clear()
+    if errors:
+        try:
+            raise errors[0]
+        finally:
+            errors.clear()  # the traceback would keep them, and so this frame, alive
