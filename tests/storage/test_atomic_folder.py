@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 import system_calls
-from folders import INDEX, names_in, outcome, shard_names, tree_of
-from pytree2safetensors import save_pytree
+from folders import INDEX, is_same, names_in, outcome, shard_names, tree_of
+from pytree2safetensors import load_pytree, save_pytree
 from pytree2safetensors._storage.folder import Folder
 from system_calls import FAULTS, Call, Fault, failing
 
@@ -449,3 +449,23 @@ def test_a_lock_ends_with_its_save_even_if_others_have_the_folder_open(
         os.close(copy)
     saver.join()
     assert not waits
+
+
+def test_a_save_that_another_one_follows_at_once_is_not_undone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a lock, the next save may move the new index away before this one has looked at it."""
+    save_pytree(tree_of(0), tmp_path, max_shard_size=100)
+    replace, moved = Folder.replace, tmp_path / "moved"
+
+    def and_move(self: Folder, name: str, target: str) -> None:
+        replace(self, name, target)
+        if target == INDEX:
+            (tmp_path / INDEX).rename(moved)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, "replace", and_move)
+        save_pytree(tree_of(1), tmp_path, max_shard_size=100)
+    assert INDEX not in names_in(tmp_path)
+    moved.rename(tmp_path / INDEX)
+    assert is_same(tree_of(1), load_pytree(tmp_path))

@@ -142,27 +142,41 @@ def test_a_replaced_checkpoint_keeps_its_permissions(
 
 @posix
 @pytest.mark.parametrize("gone", [0, 1, 2])
-def test_new_names_get_the_permissions_of_the_index_or_the_file_or_a_shard(
+def test_new_shards_get_the_permissions_of_the_file_or_a_shard_or_the_index(
     tmp_path: Path, gone: int
 ) -> None:
     tree = {name: np.zeros(20, np.float32) for name in "abcd"}
-    shard = "model-00001-of-00004.safetensors"
     save_pytree(tree, tmp_path / FILE)
     (tmp_path / FILE).rename(tmp_path / "moved")
     save_pytree(tree, tmp_path, max_shard_size=100)
     (tmp_path / "moved").rename(tmp_path / FILE)
-    for name, mode in ((INDEX, 0o640), (FILE, 0o604), (shard, 0o600)):
-        (tmp_path / name).chmod(mode)
-    for name in (INDEX, FILE)[:gone]:
-        (tmp_path / name).unlink()
+    for pattern, mode in ((INDEX, 0o640), (FILE, 0o604), ("*-of-*", 0o600)):
+        for path in tmp_path.glob(pattern):
+            path.chmod(mode)
+    for pattern in (FILE, "*-of-*")[:gone]:
+        for path in tmp_path.glob(pattern):
+            path.unlink()
     save_pytree(tree, tmp_path, max_shard_size=200)
     modes = {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.glob("*-of-00002.*")}
-    assert modes == {(0o640, 0o604, 0o600)[gone]}
+    assert modes == {(0o604, 0o600, 0o640)[gone]}
+    assert stat.S_IMODE((tmp_path / INDEX).stat().st_mode) == 0o640
     # A new index gets those of the shards, which keep their names.
     (tmp_path / INDEX).unlink()
     save_pytree(tree, tmp_path, max_shard_size=200)
     modes |= {stat.S_IMODE((tmp_path / INDEX).stat().st_mode)}
     assert len(modes) == 1
+
+
+@posix
+def test_private_shards_with_a_public_index_stay_private(tmp_path: Path) -> None:
+    tree = {name: np.zeros(20, np.float32) for name in "abcd"}
+    save_pytree(tree, tmp_path, max_shard_size=100)
+    for path in tmp_path.glob("*.safetensors"):
+        path.chmod(0o600)
+    save_pytree(tree, tmp_path, max_shard_size=200)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.glob("*-of-*")} == {0o600}
+    save_pytree(tree, tmp_path / FILE)
+    assert (tmp_path / FILE).stat().st_mode & 0o777 == 0o600
 
 
 @posix

@@ -44,6 +44,10 @@ class Odd(Node):
     """A node whose metadata do not compare."""
 
 
+class Listed(Node):
+    """A node whose metadata are a tuple with keys, and a list without."""
+
+
 class Names(tuple[str, ...]):
     __slots__ = ()
 
@@ -73,6 +77,7 @@ register(Sorted, tuple, lambda names: tuple(sorted(names)))
 register(Fewer, tuple, lambda names: tuple(names)[:1])
 register(Fresh, tuple, tuple, lambda node, name: np.array(getattr(node, name)))
 register(Odd, Names, Names)
+register(Listed, tuple, list)
 
 
 def refused(kind: type, place: str) -> Any:
@@ -112,6 +117,7 @@ def test_a_template_with_equal_leaves_has_one_order() -> None:
         Fresh(w=1.0, b=2.0),
         Odd(w=1.0, b=1.0),
         Odd(w=1.0, b=2.0),
+        Listed(w=1.0, b=1.0),
     ],
 )
 def test_a_template_with_one_order_is_loaded(node: Any) -> None:

@@ -103,7 +103,7 @@ def holds_array(leaf: Any) -> bool:
         held = jax.tree.leaves(attribute_of(leaf, "value"))
     except Exception:  # noqa: BLE001 - no tree: with a cycle, or with keys that JAX cannot sort
         return False
-    return any(isinstance(one, np.ndarray | np.generic | jax.Array) for one in held)
+    return any(isinstance(one, np.ndarray | jax.Array) for one in held)  # a scalar is no array
 
 
 def is_sum(leaf: Any) -> bool:

@@ -1,6 +1,7 @@
 """Leaves of a dictionary, converted for a template."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import compress
 from typing import Any, Final
 
 import jax
@@ -34,19 +35,30 @@ def ignored_data(pairs: Sequence[tuple[Any, Any]]) -> list[str | None]:
 
     None for functions and settings, of which the template keeps its own.
     """
-    changed = [(leaf, value) for leaf, value in pairs if leaf is not value]
-    holding = iter(holders_in([one for pair in changed for one in pair]))
+    changed = [not _is_same(leaf, value) for leaf, value in pairs]
+    holding = iter(holders_in([one for pair in compress(pairs, changed) for one in pair]))
     reasons: list[str | None] = []
-    for leaf, value in pairs:
-        texts = [] if leaf is value else [_unstorable(one, next(holding)) for one in (leaf, value)]
+    for pair, is_changed in zip(pairs, changed, strict=True):
+        texts = [_unstorable(one, next(holding)) for one in pair] if is_changed else []
         reasons.append(_ignored(*texts) if any(is_data for _, is_data in texts) else None)
     return reasons
+
+
+def _is_same(leaf: Any, value: Any) -> bool:
+    """Return whether a value is the template's own leaf, or an array of NumPy that equals it."""
+    if leaf is value:
+        return True
+    if type(leaf) is not type(value) or not isinstance(value, np.ndarray | np.generic):
+        return False
+    if isinstance(value, np.ma.MaskedArray) or leaf.dtype != value.dtype or leaf.dtype.hasobject:
+        return False
+    return np.array_equal(leaf, value)
 
 
 def _ignored(leaf: tuple[str, bool], value: tuple[str, bool]) -> str:
     return (
         f"the template has {leaf[0]}, and the given value is {value[0]}; neither can be loaded, so convert "
-        "both to arrays that a file can hold, for example with np.asarray"
+        "both to what a file can hold"
     )
 
 

@@ -36,7 +36,7 @@ from pytree2safetensors._storage.remote_path import RemotePath, hide_credentials
 _OTHER_SHARD: Final = re.compile(r".*\.safetensors-[0-9]+-of-[0-9]+", re.DOTALL)
 
 # The codes for names that no file has, or none can have here.
-_MISSING: Final = {errno.ENOENT, errno.ENAMETOOLONG, errno.EINVAL}
+_MISSING: Final = {errno.ENOENT, errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ}
 
 _OF_ORBAX: Final = {"_METADATA", "manifest.ocdbt"}  # each of its checkpoints has one of these
 
@@ -210,6 +210,7 @@ def has_parts(path: str) -> bool:
     """Return whether there are shards that belong to a path, or files that a save to it has not finished."""
     is_folder = os.path.isdir(path)
     folder, stem = split_path(path, is_folder=is_folder)
+    stem = stem_of(os.path.basename(path)) or stem  # it may be a shard
     names: list[str] = []
     with suppress(OSError):
         names += os.listdir(folder)

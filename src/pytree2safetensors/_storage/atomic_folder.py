@@ -73,7 +73,7 @@ def replacing_together(
 
     All files get their names if no error occurs. Until then, they have the given temporary names, by
     which other processes can open them. A file with a new name gets the permissions of one of those
-    that are replaced: of the last, of the rival, or of any.
+    that are replaced: an index those of an index, and another file those of another one, if there is one.
     """
     path = absolute(path or os.curdir)
     with ExitStack() as undo:
@@ -91,11 +91,12 @@ def replacing_together(
             undo.callback(folder.discard, temporary)
         *others, last = temporaries
         there = set(folder.names())
-        older = [name for name in (last, rival, *others) if name in there] + stale(there)
+        older = [name for name in (*others, last, rival) if name in there] + stale(there)
 
         @contextmanager
         def creating(name: str, flushed: bool) -> Iterator[int]:
-            model, old = _first_replaced(folder, [name, *older])
+            alike = sorted(older, key=lambda other: _is_index(other) != _is_index(name))
+            model, old = _first_replaced(folder, [name, *alike])
             with Held() as held:
                 descriptor = folder.create(held, temporaries[name], model, old)
                 yield descriptor
@@ -120,6 +121,10 @@ def replacing_together(
         yield creating
         # A save in a signal handler would wait for the lock of the save that it interrupts.
         undisturbed(commit)
+
+
+def _is_index(name: str) -> bool:
+    return name.endswith(".json")
 
 
 def _missing(path: str) -> list[str]:
@@ -172,7 +177,8 @@ def _check_there(folder: Folder, temporary: str) -> None:
 
 def _remove_stale(folder: Folder, name: str) -> None:
     try:
-        folder.unlink(name)
+        with suppress(FileNotFoundError):  # another program has removed it
+            folder.unlink(name)
     except OSError as error:
         text = f"the new checkpoint is complete, but {shorten(name)} of the older one cannot be removed"
         raise OSError(error.errno, f"{error.strerror} ({text})", name) from None
@@ -189,7 +195,8 @@ def _commit(folder: Folder, temporaries: Mapping[str, str], rival: str, durable:
     taken = [name for name in others if folder.has(name)]
     gone = [rival] if folder.has(rival) else []
     aside = {name: temporary_name(last) for name in [*gone, *taken, *([last] if taken else [])]}
-    settle = partial(_settle, folder, temporaries, aside)
+    committed: list[bool] = []
+    settle = partial(_settle, folder, temporaries, aside, committed)
 
     def set_aside(name: str) -> None:
         with suppress(FileNotFoundError):
@@ -215,17 +222,21 @@ def _commit(folder: Folder, temporaries: Mapping[str, str], rival: str, durable:
             set_aside(rival)
             settled()
         folder.replace(temporaries[last], last)
+        committed.append(True)
         settled()
 
 
-def _settle(folder: Folder, temporaries: Mapping[str, str], aside: dict[str, str]) -> None:
+def _settle(
+    folder: Folder, temporaries: Mapping[str, str], aside: dict[str, str], committed: list[bool]
+) -> None:
     """Remove the older files if the newer ones have their names, or else restore them.
 
     Look at the disk, because an interrupt may come between a change and the next line.
     """
     *_, last = temporaries
-    # If another program has removed the new file, it has neither of its names.
-    if folder.has(last) and not folder.has(temporaries[last]):
+    # If another program has removed the new file, it has neither of its names. It may also do so, as a
+    # save without a lock does, after the new file got its name.
+    if not folder.has(temporaries[last]) and (committed or folder.has(last)):
         for older in aside.values():
             folder.discard(older)
         return

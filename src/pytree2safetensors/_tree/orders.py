@@ -4,7 +4,7 @@ Specification: *Loading into a template*.
 """
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -48,15 +48,24 @@ def check_order(node: Any, keyed: Sequence[Any], name: str) -> None:
 
 
 def _differs(node: Any) -> bool:
-    """Return whether the treedef of a node says that its children have another order with keys."""
+    """Return whether JAX rebuilds a node with its children in another order from its keyed treedef.
 
-    def is_leaf(part: Any) -> bool:
-        return part is not node
-
-    plain: Any = jax.tree_util.tree_structure(node, is_leaf=is_leaf)
-    again: Any = jax.tree_util.tree_structure(node, is_leaf=is_leaf)
-    _, keyed = jax.tree_util.tree_flatten_with_path(node, is_leaf=is_leaf)
+    The treedefs also differ if only their metadata do, such as a list and a tuple of the same names.
+    """
+    plain: Any = jax.tree_util.tree_structure(node, is_leaf=_one_level(node))
+    _, keyed = jax.tree_util.tree_flatten_with_path(node, is_leaf=_one_level(node))
     try:
-        return bool(plain == again and plain != keyed)
-    except Exception:  # noqa: BLE001 - comparing metadata of foreign types may raise anything
+        if plain == keyed:
+            return False
+        children = [object() for _ in range(plain.num_leaves)]
+        built = [jax.tree_util.tree_unflatten(treedef, children) for treedef in (plain, keyed)]
+        one, other = (
+            jax.tree_util.tree_flatten(node, is_leaf=_one_level(node))[0] for node in built
+        )
+    except Exception:  # noqa: BLE001 - classes may refuse such children or metadata in any way
         return False
+    return bool(one != other and {*one} == {*other})
+
+
+def _one_level(node: Any) -> Callable[[Any], bool]:
+    return lambda part: part is not node
