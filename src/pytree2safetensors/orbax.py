@@ -149,9 +149,7 @@ def _check_unused(asked: SafetensorsRestore) -> None:
     given = [name for name in names if getattr(asked, name) != getattr(SafetensorsRestore, name)]
     if given:
         options = " and ".join(f"{name}=" for name in given)
-        raise ValueError(
-            f"SafetensorsRestore: without a template in item=, there is no use for {options}"
-        )
+        raise ValueError(f"SafetensorsRestore: to use {options}, pass a template in item=")
 
 
 async def _nothing() -> None:

@@ -178,7 +178,7 @@ def test_options_of_templates_need_one(options: Any, sharded: bool, tmp_path: Pa
     with manager_of(tmp_path) as manager:
         manager.save(0, args=SafetensorsSave(state(0)))
         named = " and ".join(f"{name}=" for name in sorted(options, reverse=True))
-        message = f"^SafetensorsRestore: without a template in item=, there is no use for {named}$"
+        message = f"^SafetensorsRestore: to use {named}, pass a template in item=$"
         with pytest.raises(ValueError, match=message):
             manager.restore(
                 0, args=SafetensorsRestore(sharding=everywhere if sharded else None, **options)

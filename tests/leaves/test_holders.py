@@ -1,4 +1,4 @@
-"""Objects that hold arrays although they are no pytree nodes. Leaving them out would lose the arrays."""
+"""Objects that hold arrays but are not pytree nodes. Leaving them out would lose the arrays."""
 
 import io
 import logging

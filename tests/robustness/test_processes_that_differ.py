@@ -298,7 +298,7 @@ ONES = np.ones(4, np.float32)
 
 
 def save_on_one_device(folder: str, where: int, others: dict[str, int]) -> str:
-    """Save an array of which only one process holds anything."""
+    """Save an array that only one process holds."""
     mesh = Mesh(np.array(devices_of(where)[:1]), ("x",))
     tree = {"one": MAKE((4,), NamedSharding(mesh, P()), lambda _: ONES, dtype=ONES.dtype)}
     tree |= {name: spread(np.zeros(size, np.float32), P("x")) for name, size in others.items()}

@@ -87,7 +87,7 @@ def test_files_that_differ_for_another_reason(tmp_path: Path) -> None:
         (
             "x" * 300 + "y" + "x" * 300,
             "x" * 300 + "z" + "x" * 300,
-            f"'@a' is '{'x' * 99}...{'x' * 99}' on process 0 and on process 1, but what is left out here differs",
+            f"'@a' is '{'x' * 99}...{'x' * 99}' on process 0 and on process 1, but the part that is not shown differs",
         ),
         (
             OrderedDict(b=1, a=1),

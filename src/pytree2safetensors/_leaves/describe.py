@@ -85,12 +85,12 @@ def attribute_of(leaf: Any, name: str) -> Any:
         return None
 
 
-_CONVERSIONS: Final = ("__array__", "__dlpack__", "__jax_array__")
+CONVERSIONS: Final = ("__array__", "__dlpack__", "__jax_array__")  # of arrays of other libraries
 
 
 def converts_to_arrays(kind: type) -> bool:
     """Return whether objects of a type convert themselves to arrays, as arrays of other libraries do."""
-    return any(hasattr(kind, name) for name in _CONVERSIONS)
+    return any(hasattr(kind, name) for name in CONVERSIONS)
 
 
 def holds_array(leaf: Any) -> bool:
@@ -103,7 +103,7 @@ def holds_array(leaf: Any) -> bool:
         held = jax.tree.leaves(attribute_of(leaf, "value"))
     except Exception:  # noqa: BLE001 - no tree: with a cycle, or with keys that JAX cannot sort
         return False
-    return any(isinstance(one, np.ndarray | jax.Array) for one in held)  # a scalar is no array
+    return any(isinstance(one, np.ndarray | jax.Array) for one in held)  # scalars do not count
 
 
 def is_sum(leaf: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Objects that hold arrays although they are no pytree nodes.
+"""Objects that hold arrays but are not pytree nodes.
 
 No code of an object's class runs here: the attributes and items are where Python keeps them. Classes are
 known by their ids, because not every class can be hashed.
@@ -24,18 +24,17 @@ from typing import Any, Final
 import jax
 import numpy as np
 
-from pytree2safetensors._leaves.describe import PYTHON_SCALARS, info_of
+from pytree2safetensors._leaves.describe import CONVERSIONS, PYTHON_SCALARS, info_of
 from pytree2safetensors._leaves.jax_versions import REFERENCE
 
-# What these hold is code, or says where arrays are, or (old releases of NumPy) describes a dtype. A
-# scalar is no array.
+# These hold code, or describe where arrays are or (in old releases of NumPy) a dtype. Scalars do not
+# count as arrays.
 _OPAQUE: Final = (
     *(type, FunctionType, ModuleType, jax.stages.Compiled),
     *(jax.sharding.Mesh, jax.sharding.Sharding, np.finfo, np.generic),
 )
 _ATOMS: Final = frozenset(map(id, (*PYTHON_SCALARS, bytes, NoneType)))
 _ARRAYS: Final = (jax.Array, jax.core.Tracer, REFERENCE)
-_CONVERSIONS: Final = ("__array__", "__dlpack__", "__jax_array__")  # of arrays of other libraries
 _ITEMS: Final[tuple[Any, ...]] = (list, tuple, set, frozenset, deque)
 _DESCRIPTORS: Final = (GetSetDescriptorType, MemberDescriptorType)  # of a __dict__
 _BASES, _VARS = vars(type)["__mro__"], vars(type)["__dict__"]
@@ -80,7 +79,7 @@ class _Kind:
         self.is_opaque = id(kind) in _ATOMS or _is_a(kind, _OPAQUE)
         bases = [_VARS.__get__(base) for base in _BASES.__get__(kind)]
         self.converts = not self.is_opaque and (
-            _is_a(kind, _ARRAYS) or any(name in base for base in bases for name in _CONVERSIONS)
+            _is_a(kind, _ARRAYS) or any(name in base for base in bases for name in CONVERSIONS)
         )
         # The slots of the bases that are written in Python.
         self.slots: dict[str, MemberDescriptorType] = {

@@ -117,7 +117,7 @@ class Finisher:
         return made + self._to_jax(pending, is_staged)
 
     def finish_unread(self) -> None:
-        """Make the leaves of which nothing is read: without elements, or elsewhere."""
+        """Make the leaves that need no data: empty ones, and those of other processes."""
         for position, leaf in enumerate(self.leaves):
             if leaf is None:
                 self.leaves[position] = self._unread(self.wanted[position])

@@ -33,7 +33,7 @@ def given_spec(leaf: TemplateLeaf | None, value: Any) -> LeafSpec | None:
 def ignored_data(pairs: Sequence[tuple[Any, Any]]) -> list[str | None]:
     """Return why leaves of a dictionary cannot replace leaves of a template, if neither is stored.
 
-    None for functions and settings, of which the template keeps its own.
+    None for functions and settings: the template keeps its own.
     """
     changed = [not _is_same(leaf, value) for leaf, value in pairs]
     holding = iter(holders_in([one for pair in compress(pairs, changed) for one in pair]))

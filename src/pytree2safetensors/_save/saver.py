@@ -119,7 +119,7 @@ def _finish_all() -> None:
 # The interpreter calls the last one registered first. Without this, the one of `concurrent.futures`
 # waits for the saves, after it has forbidden new tasks.
 _register: Any = getattr(threading, "_register_atexit", None)
-if _register is not None:  # pragma: no branch - it is no public name
+if _register is not None:  # pragma: no branch - the name is private
     with suppress(RuntimeError):  # the interpreter is exiting, so saves end before their calls do
         _register(_finish_all)
 

@@ -37,7 +37,7 @@ def lose_data(leaves: Sequence[Any]) -> list[bool]:
 
 
 def _is_valueless(leaf: Any) -> bool:
-    """Return whether a leaf stands for an array, or for arrays, but is none with values of its own."""
+    """Return whether a leaf stands for arrays, but has no values itself."""
     return is_valueless(leaf) or holds_array(leaf)
 
 

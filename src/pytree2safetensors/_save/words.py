@@ -23,7 +23,7 @@ _VALUE: Final = 200  # characters of a term that an error shows
 Terms: TypeAlias = Mapping[str, str]
 LAYOUT: Final = "the layout of the files"  # a term that the leaves determine
 _LINES: Final = (
-    "what is left out here",  # of a long line
+    "the part that is not shown",  # of a long line
     "its placement on the devices",
     "its rule or the shape of its leaf",
 )
