@@ -21,9 +21,9 @@ from pytree2safetensors._storage.byte_source import PathLike
 from pytree2safetensors._storage.folder import absolute
 from pytree2safetensors._storage.naming import naming
 from pytree2safetensors._storage.progress import Progress, closing_bar
-from pytree2safetensors._storage.remote_file import write_remote
 from pytree2safetensors._storage.remote_folder import replace_remotely
 from pytree2safetensors._storage.remote_path import RemotePath, check_created, check_home, resolve
+from pytree2safetensors._storage.remote_writing import write_remote
 from pytree2safetensors._storage.stream import Writable, write_stream
 from pytree2safetensors._types import Chunk
 

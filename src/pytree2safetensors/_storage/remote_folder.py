@@ -4,8 +4,9 @@ from collections.abc import Callable, Iterable
 
 from pytree2safetensors._storage.atomic_folder import NewFile
 from pytree2safetensors._storage.progress import Progress, Report
-from pytree2safetensors._storage.remote_file import Pending, naming_url, write_pending
+from pytree2safetensors._storage.remote_errors import naming_url
 from pytree2safetensors._storage.remote_path import RemotePath
+from pytree2safetensors._storage.remote_writing import Pending, write_pending
 
 # Stores without folders. There, a folder is only a part of a name.
 _FLAT = frozenset(
