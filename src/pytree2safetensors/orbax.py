@@ -102,7 +102,7 @@ class SafetensorsSave(ocp.args.CheckpointArgs):
         item: The tree.
         metadata: Strings to store beside the tensors, for `load_metadata`.
         unsupported: "raise", or "skip" to leave out leaves that a file cannot hold.
-        checksum: Store a digest of each tensor, which loading verifies.
+        checksum: Store a digest of each tensor. Loading verifies the digests.
         max_shard_size: As for `save_pytree`.
     """
 

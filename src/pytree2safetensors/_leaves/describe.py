@@ -88,22 +88,10 @@ def attribute_of(leaf: Any, name: str) -> Any:
 CONVERSIONS: Final = ("__array__", "__dlpack__", "__jax_array__")  # of arrays of other libraries
 
 
-def converts_to_arrays(kind: type) -> bool:
+def is_foreign(kind: type) -> bool:
     """Return whether objects of a type convert themselves to arrays, as arrays of other libraries do."""
-    return any(hasattr(kind, name) for name in CONVERSIONS)
-
-
-def holds_array(leaf: Any) -> bool:
-    """Return whether a leaf that a file cannot hold converts itself to an array, or is a box of arrays."""
-    if isinstance(leaf, np.ndarray | np.generic | jax.Array | type):
-        return False  # an array of NumPy or JAX that a file cannot hold
-    if converts_to_arrays(type(leaf)):
-        return True
-    try:
-        held = jax.tree.leaves(attribute_of(leaf, "value"))
-    except Exception:  # noqa: BLE001 - no tree: with a cycle, or with keys that JAX cannot sort
-        return False
-    return any(isinstance(one, np.ndarray | jax.Array) for one in held)  # scalars do not count
+    own = issubclass(kind, np.ndarray | np.generic | jax.Array)
+    return not own and any(hasattr(kind, name) for name in CONVERSIONS)
 
 
 def is_sum(leaf: Any) -> bool:

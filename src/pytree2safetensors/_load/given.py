@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pytree2safetensors._leaves.decode import to_host
-from pytree2safetensors._leaves.describe import holds_array, is_deleted, is_sum, is_valueless
+from pytree2safetensors._leaves.describe import is_deleted, is_foreign, is_sum, is_valueless
 from pytree2safetensors._leaves.encode import host_array
 from pytree2safetensors._leaves.holders import holders_in
 from pytree2safetensors._leaves.jax_versions import WITHOUT_PROGRAMS
@@ -72,7 +72,7 @@ def _unstorable(leaf: Any, holds: bool) -> tuple[str, bool]:
     name = f"a {kind.__module__}.{kind.__qualname__}"
     if isinstance(leaf, np.ndarray | np.generic):
         return f"{name} of dtype {leaf.dtype}", True
-    is_data = holds or is_sum(leaf) or holds_array(leaf)
+    is_data = holds or is_sum(leaf) or is_foreign(type(leaf))
     return f"{name}, which is or holds arrays" if is_data else name, is_data
 
 

@@ -8,7 +8,7 @@ from typing import Any, Final, NamedTuple, TypeAlias
 
 import numpy as np
 
-from pytree2safetensors._leaves.describe import holds_array
+from pytree2safetensors._leaves.describe import is_foreign
 from pytree2safetensors._leaves.families import Lost
 from pytree2safetensors._leaves.renaming import Rename, renamed
 from pytree2safetensors._leaves.routes import Route, Routes
@@ -258,10 +258,11 @@ def _needs_value(leaf: TemplateLeaf, stored: LeafSpec) -> bool:
 
 
 def _not_an_array(value: Any) -> str:
-    is_foreign = hasattr(type(value), "__array__") and holds_array(value)
-    if is_foreign or isinstance(value, list | tuple):
-        kind = f"{type(value).__module__}.{type(value).__qualname__}"
-        return f"the given value is of type {kind}; convert it with np.asarray"
+    kind = type(value)
+    converts = is_foreign(kind) and hasattr(kind, "__array__")
+    if converts or isinstance(value, list | tuple):
+        name = f"{kind.__module__}.{kind.__qualname__}"
+        return f"the given value is of type {name}; convert it with np.asarray"
     return "the given value is not an array, or is an array without values"
 
 

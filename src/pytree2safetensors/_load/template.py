@@ -13,8 +13,8 @@ from pytree2safetensors._leaves.decode import holds_value
 from pytree2safetensors._leaves.describe import (
     PYTHON_SCALARS,
     attribute_of,
-    converts_to_arrays,
     info_of,
+    is_foreign,
 )
 from pytree2safetensors._leaves.jax_versions import REFERENCE, explicit_format
 from pytree2safetensors._leaves.keys import implementation_of, is_key_dtype, key_shape
@@ -86,7 +86,7 @@ def _looker(kind: type) -> Callable[[Any], _Look | None]:
     if issubclass(kind, jax.Array):
         return _look_at_array
     # An array of another library has values, so it is not abstract although it has a shape.
-    return (lambda _: None) if converts_to_arrays(kind) else _look_at_any
+    return (lambda _: None) if is_foreign(kind) else _look_at_any
 
 
 def _look_at_array(leaf: jax.Array) -> _Look:

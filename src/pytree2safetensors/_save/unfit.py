@@ -18,8 +18,8 @@ from pytree2safetensors._leaves.describe import (
     PYTHON_SCALARS,
     DeletedLeaf,
     attribute_of,
-    holds_array,
     is_deleted,
+    is_foreign,
     is_sum,
     is_valueless,
 )
@@ -38,7 +38,7 @@ def lose_data(leaves: Sequence[Any]) -> list[bool]:
 
 def _is_valueless(leaf: Any) -> bool:
     """Return whether a leaf stands for arrays, but has no values itself."""
-    return is_valueless(leaf) or holds_array(leaf)
+    return is_valueless(leaf) or is_foreign(type(leaf))
 
 
 def check_unfit(unfit: list[tuple[str, Any]], *, skip: bool) -> None:

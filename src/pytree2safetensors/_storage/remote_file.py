@@ -150,8 +150,9 @@ def verify(sources: Sequence[ByteSource]) -> None:
     """
     is_alone = len(sources) == 1
     doubtful = [s for s in sources if isinstance(s, RemoteSource) and s.may_be_mixed(is_alone)]
-    for source in doubtful[:1]:  # the others are in the same store
-        source.forget()
+    if not doubtful:
+        return
+    doubtful[0].forget()  # the others are in the same store
     with ReadPool(RemoteSource.in_flight) as pool:
         for source, same in zip(doubtful, pool.map(RemoteSource.is_same, doubtful), strict=True):
             if not same.result():
