@@ -10,14 +10,14 @@ from numpy.typing import NDArray
 
 from pytree2safetensors._cli.summary import Leaf, kind_text, leaves_of, with_value
 from pytree2safetensors._collector import collector_paused
-from pytree2safetensors._errors import FileFormatError
+from pytree2safetensors._errors import FileFormatError, KeyPathError
 from pytree2safetensors._format.tensor import COMPLEX128, TensorInfo
 from pytree2safetensors._leaves.decode import from_bytes
 from pytree2safetensors._leaves.spec import ARRAYS, spec_of
 from pytree2safetensors._load.checkpoint import OpenCheckpoint
 from pytree2safetensors._load.opening import open_checkpoint
 from pytree2safetensors._storage.byte_source import PathLike
-from pytree2safetensors._tree.paths import cut
+from pytree2safetensors._tree.paths import above
 from pytree2safetensors._tree.spelling import INDEX, ITEM, UNKEYED
 
 
@@ -126,12 +126,10 @@ def _kinds_of(names: set[str], checkpoint: OpenCheckpoint) -> dict[str, str]:
     if "" in others and not checkpoint.infos and not noted:
         kinds[""] = "dict"
     for name in [*checkpoint.infos, *noted] if others else []:
-        with suppress(ValueError):  # the root, which is not below anything, or a foreign name
-            above = name
-            while True:
-                above, segment = cut(above)
-                if above in others:
-                    kinds.setdefault(above, _kind_above(segment))
+        with suppress(KeyPathError):  # a foreign name
+            for path, segment in above(name):
+                if path in others:
+                    kinds.setdefault(path, _kind_above(segment))
     return kinds
 
 
@@ -170,7 +168,7 @@ def _compare(
 
 def _compare_values(name: str, old: OpenCheckpoint, new: OpenCheckpoint) -> Values:
     info = old.infos[name]
-    found = Values(math.prod(info.shape[:-1] if info.kind in COMPLEX128 else info.shape))
+    found = Values(math.prod(info.array_shape))
     if _is_packed(info):
         found = Values(info.nbytes)  # only bytes can be compared
     for piece, other in zip(old.pieces(name), new.pieces(name), strict=True):

@@ -108,9 +108,7 @@ def leaves_of(checkpoint: OpenCheckpoint) -> Iterator[Leaf]:
         if described is None:
             described = known[info.dtype, info.kind or ""] = _describe(name, info)
         kind, dtype, weak = described.kind, described.dtype, described.weak
-        shape = info.shape if kind == "array" else ()
-        if dtype == "complex128":
-            shape = shape[:-1]
+        shape = info.array_shape if kind == "array" else ()
         yield Leaf(name, kind, dtype, shape, info.nbytes, weak)
 
 

@@ -58,6 +58,11 @@ class TensorInfo(NamedTuple):
         """Return the bytes of one element, whose dtype is not packed."""
         return BITS[self.dtype] // 8
 
+    @property
+    def array_shape(self) -> tuple[int, ...]:
+        """Return the shape of the array; the tensor of a complex128 has an axis for the parts, too."""
+        return self.shape[:-1] if self.kind in COMPLEX128 else self.shape
+
 
 def check_kind(kind: Kind, dtype: str, shape: tuple[int, ...], name: str) -> None:
     """Raise an error if a note contradicts its tensor."""

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pytree2safetensors._errors import FileFormatError
-from pytree2safetensors._format.tensor import COMPLEX128, TensorInfo
+from pytree2safetensors._format.tensor import TensorInfo
 from pytree2safetensors._leaves.describe import PYTHON_SCALARS
 from pytree2safetensors._leaves.encode import canonical_bools, host_array, to_bytes, width_of
 from pytree2safetensors._leaves.spec import numpy_dtype, rank_of
@@ -25,17 +25,16 @@ def from_bytes(
 ) -> NDArray[Any]:
     """View the bytes of a tensor at an offset in memory as its values."""
     dtype = numpy_dtype(info, name)
-    shape = info.shape[:-1] if info.kind in COMPLEX128 else info.shape
     width = width_of(info)
     if width is None:
-        whole: NDArray[Any] = np.ndarray(shape, dtype, memory, offset)
+        whole: NDArray[Any] = np.ndarray(info.array_shape, dtype, memory, offset)
         return canonical_bools(whole)
     raw = memory[offset : offset + info.nbytes]
     canonical = to_bytes(raw, info)
     if not np.array_equal(canonical, raw):
         raise FileFormatError(f"{shorten(name)} has values that are not {info.kind}")
     masked: NDArray[np.uint8] = np.bitwise_and(canonical, np.uint8((1 << width) - 1))
-    return masked.view(dtype).reshape(shape)
+    return masked.view(dtype).reshape(info.array_shape)
 
 
 def rows_of(

@@ -88,7 +88,7 @@ def spec_of(info: TensorInfo, name: str) -> LeafSpec:
     if kind in SCALARS:
         return LeafSpec(kind, None, ())  # type: ignore[arg-type] # one of the literals
     dtype = numpy_dtype(info, name)
-    return LeafSpec("array", dtype, shape[:-1] if kind in COMPLEX128 else shape, kind in WEAK)
+    return LeafSpec("array", dtype, info.array_shape, kind in WEAK)
 
 
 def abstract(leaf: LeafSpec, sharding: jax.sharding.Sharding | None = None) -> jax.ShapeDtypeStruct:

@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Iterator
-from typing import Any, Final, NamedTuple
+from operator import itemgetter
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
@@ -55,14 +56,29 @@ def tensor_chunks(leaf: Any, info: TensorInfo) -> Iterator[Chunk]:
         yield from _in_a_row(host_array(leaf), info, 0)
 
 
+Shard: TypeAlias = tuple[Region, jax.Array | NDArray[Any]]
+
+
 class Owned(NamedTuple):
     """The shards of an array that one process saves: their regions and their values."""
 
-    shards: list[tuple[Region, jax.Array | NDArray[Any]]]
+    shards: list[Shard]
 
     def nbytes(self, info: TensorInfo) -> int:
         """Return how many bytes the shards have in a file."""
         return sum(math.prod(shape_of(region)) for region, _ in self.shards) * info.itemsize
+
+    def in_order(self, info: TensorInfo) -> list[tuple[int, Shard]] | None:
+        """Return the shards that are not empty, in the order of the file, and where they start.
+
+        Return None if one of them is not a single run there.
+        """
+        shape, itemsize = info.shape, info.itemsize
+        shards = [shard for shard in self.shards if 0 not in shape_of(shard[0])]
+        if any(runs_in(region, shape, itemsize).number != 1 for region, _ in shards):
+            return None
+        starts = [span_of(region, shape, itemsize)[0] for region, _ in shards]
+        return sorted(zip(starts, shards, strict=True), key=itemgetter(0))
 
 
 def owned(leaf: jax.Array, stored: Shape) -> Owned:
@@ -86,18 +102,17 @@ def _on_host(data: jax.Array | NDArray[Any]) -> NDArray[Any]:
 
 def owned_chunks(part: Owned, info: TensorInfo) -> Iterator[Chunk]:
     """Yield the bytes of shards, in order."""
-    itemsize = info.itemsize
-    shards = [shard for shard in part.shards if 0 not in shape_of(shard[0])]
-    if all(runs_in(region, info.shape, itemsize).number == 1 for region, _ in shards):
-        places = [span_of(region, info.shape, itemsize)[0] for region, _ in shards]
-        for start, (_, data) in sorted(zip(places, shards, strict=True), key=lambda pair: pair[0]):
+    ordered = part.in_order(info)
+    if ordered is not None:
+        for start, (_, data) in ordered:
             yield from _in_a_row(_on_host(data), info, start)
         return
+    unit = f"u{info.itemsize}"
     parts = []
-    for region, data in shards:
+    for region, data in part.shards:
         raw = to_bytes(_on_host(data), info)
-        parts.append(Part(region, np.ndarray(shape_of(region), f"u{itemsize}", raw)))
-    yield from gather(parts, info.shape, itemsize)
+        parts.append(Part(region, np.ndarray(shape_of(region), unit, raw)))
+    yield from gather(parts, info.shape, info.itemsize)
 
 
 def assembled_chunks(tensor: Assembled) -> Iterator[Chunk]:

@@ -9,8 +9,9 @@ Specification: *Loading*, *Loading into a template*.
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import count
-from typing import Final, TypeAlias
+from itertools import count, groupby
+from operator import attrgetter
+from typing import Final, NamedTuple
 
 from pytree2safetensors._format.tensor import TensorInfo
 from pytree2safetensors._leaves.extents import Region, Shape, region_of, whole_region
@@ -60,51 +61,59 @@ def plan_batches(
     ranks = {name: rank for rank, name in enumerate(checkpoint.places)}
     requests = list(_requests(checkpoint, others, keeps_memory, is_far))
     first = _first_ranks(ranks, [source for _, (source, _) in others])
-    requests.sort(key=lambda request: (first.get(request[0], ranks[request[0]]), ranks[request[0]]))
+    requests.sort(key=lambda r: (first.get(r.name, ranks[r.name]), ranks[r.name]))
     yield from _batches_of(requests, limit, checkpoint.digests is not None)
 
 
-# A region of a tensor that is needed: the name and the info of the tensor, the region, its uses,
-# what it is a part of, and whether it needs memory of its own.
-_Request: TypeAlias = tuple[str, TensorInfo, Region | None, list[Use], Piece | None, bool]
+class _Request(NamedTuple):
+    """A region of a tensor that is needed.
+
+    Attributes:
+        name: The name of the tensor.
+        info: How it is stored.
+        region: The region; None for the whole tensor.
+        uses: The uses of the region.
+        piece: What it is a part of, by a rule.
+        keeps: Whether it needs memory of its own.
+    """
+
+    name: str
+    info: TensorInfo
+    region: Region | None
+    uses: list[Use]
+    piece: Piece | None
+    keeps: bool
 
 
 def _batches_of(requests: Sequence[_Request], limit: int, digested: bool) -> Iterator[Batch]:
     """Divide regions, in the order of the file. `digested` is whether whole tensors are hashed."""
     slots: list[Slot] = []
     size = own = 0  # bytes of the memory that slots share, and of the memory of assemblies
-    shared: dict[Region | None, Slot] = {}  # regions of the current tensor that JAX arrays share
-    last = -1  # the number of the last request for the current tensor
-    room = limit  # how large a batch may become with the first region of the current tensor
-    for number, (name, info, region, uses, piece, keeps) in enumerate(requests):
-        if number > last:
-            last = number
-            while last + 1 < len(requests) and requests[last + 1][0] == name:
-                last += 1
-            shared, room = {}, limit
-            if last > number:
-                together = _bytes_together(requests[number : last + 1], digested)
-                room = limit - together if together else limit
-        if region in shared and piece is None and not keeps:
-            shared[region].uses.extend(uses)
-            continue
-        nbytes = info.nbytes if region is None else nbytes_of(region, info)
-        # Small regions are copied later and need no alignment.
-        aligned = size if nbytes < TAKEN_OVER else -(-size // ALIGNMENT) * ALIGNMENT
-        offset = -1 if keeps else aligned
-        if slots and aligned + own + nbytes > room:
-            yield Batch(slots, size)
-            slots, size, own, offset = [], 0, 0, min(offset, 0)
-        if room < limit:  # the other regions of the tensor must be in the same batch
-            room = sys.maxsize
-        slot = Slot(name, info, region, offset, nbytes, uses, piece)
-        slots.append(slot)
-        if offset >= 0:
-            size = offset + nbytes
-            if piece is None and last > number:
-                shared[region] = slot
-        elif piece is not None:
-            own += nbytes
+    for _, group in groupby(requests, key=attrgetter("name")):
+        of_tensor = list(group)
+        shared: dict[Region | None, Slot] = {}  # regions that JAX arrays share
+        # How large a batch may become with the first region.
+        room = limit - (_bytes_together(of_tensor, digested) if len(of_tensor) > 1 else 0)
+        for name, info, region, uses, piece, keeps in of_tensor:
+            if region in shared and piece is None and not keeps:
+                shared[region].uses.extend(uses)
+                continue
+            nbytes = nbytes_of(region, info)
+            # Small regions are copied later and need no alignment.
+            offset = size if nbytes < TAKEN_OVER else -(-size // ALIGNMENT) * ALIGNMENT
+            if slots and offset + own + nbytes > room:
+                yield Batch(slots, size)
+                slots, size, own, offset = [], 0, 0, 0
+            if room < limit:  # the other regions of the tensor must be in the same batch
+                room = sys.maxsize
+            slot = Slot(name, info, region, -1 if keeps else offset, nbytes, uses, piece)
+            slots.append(slot)
+            if not keeps:
+                size = offset + nbytes
+                if piece is None:
+                    shared[region] = slot
+            elif piece is not None:
+                own += nbytes
     if slots:
         yield Batch(slots, size)
 
@@ -125,13 +134,9 @@ def _first_ranks(ranks: Mapping[str, int], sources: Sequence[str | View]) -> dic
 
 def _bytes_together(requests: Sequence[_Request], digested: bool) -> int:
     """Return the bytes of a tensor's regions that one batch must hold; 0 if several may."""
-    direct = all(is_direct(region, info) for _, info, region, *_ in requests)
-    if direct and not digested:
+    if not digested and all(is_direct(r.region, r.info) for r in requests):
         return 0
-    sizes = {
-        (region, piece is None): nbytes_of(region, info)
-        for _, info, region, _, piece, _ in requests
-    }
+    sizes = {(r.region, r.piece is None): nbytes_of(r.region, r.info) for r in requests}
     return sum(sizes.values())
 
 
@@ -148,7 +153,7 @@ def _requests(
             info = checkpoint.infos[source]
             keeps = keeps_memory(leaf)
             for region, use in _uses(leaf, info.shape, info.nbytes, position):
-                yield source, info, region, [use], None, keeps
+                yield _Request(source, info, region, [use], None, keeps)
             continue
         if 0 in source.shape:
             continue  # it may be a stack of no tensors
@@ -174,7 +179,7 @@ def _requests(
             keeps = not is_mixed and (keeps or (len(found) > 1 and not far))
             fine = whole_region(source.fine)
             for number, part in found:
-                yield (
+                yield _Request(
                     part.name,
                     infos[part.name]._replace(shape=source.fine),
                     None if part.region == fine else part.region,

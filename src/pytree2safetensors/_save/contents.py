@@ -15,7 +15,7 @@ from pytree2safetensors._save.renamed import place, tensors_of
 from pytree2safetensors._save.unfit import check_unfit, lose_data
 from pytree2safetensors._tree.flatten import Flat, flatten
 from pytree2safetensors._tree.keypath import split
-from pytree2safetensors._tree.paths import cut
+from pytree2safetensors._tree.paths import above, cut
 from pytree2safetensors._tree.spelling import INDEX, ITEM
 
 
@@ -112,7 +112,8 @@ def _ancestors(names: Iterable[str]) -> set[str]:
     """Return the paths of all nodes above these names."""
     found: set[str] = set()
     for name in names:
-        above = name
-        while above and (above := cut(above)[0]) not in found:
-            found.add(above)
+        for path, _ in above(name):
+            if path in found:
+                break
+            found.add(path)
     return found

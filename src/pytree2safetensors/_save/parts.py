@@ -9,7 +9,6 @@ from typing import Any, Final
 import jax
 
 from pytree2safetensors._format.tensor import TensorInfo
-from pytree2safetensors._leaves.extents import runs_in, shape_of, span_of
 from pytree2safetensors._leaves.spread import Owned, owned, owned_chunks, tensor_chunks
 from pytree2safetensors._types import Chunk
 
@@ -25,12 +24,8 @@ def parts_of(leaf: Any, info: TensorInfo) -> list[Any]:
         leaf = owned(leaf, info.shape)
     if not isinstance(leaf, Owned):
         return [leaf]
-    shards = [shard for shard in leaf.shards if 0 not in shape_of(shard[0])]
-    if any(runs_in(region, info.shape, info.itemsize).number != 1 for region, _ in shards):
-        return [leaf]
-    places = [span_of(region, info.shape, info.itemsize)[0] for region, _ in shards]
-    ordered = sorted(zip(places, shards, strict=True), key=lambda pair: pair[0])
-    return [Owned([shard]) for _, shard in ordered]
+    ordered = leaf.in_order(info)
+    return [leaf] if ordered is None else [Owned([shard]) for _, shard in ordered]
 
 
 def arrays_of(parts: Iterable[Any]) -> list[Any]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from pytree2safetensors._errors import FileFormatError, UnsupportedLeafError, WeightsMismatchError
 from pytree2safetensors._format.layout import check_name
-from pytree2safetensors._format.tensor import COMPLEX128, NOTED_DTYPES, SCALARS, TensorInfo
+from pytree2safetensors._format.tensor import COMPLEX128, NOTED_DTYPES, SCALARS, WEAK, TensorInfo
 from pytree2safetensors._leaves.assembled import Assembled, Copy, Placed, assemble
 from pytree2safetensors._leaves.extents import Shape
 from pytree2safetensors._leaves.families import Lost
@@ -64,9 +64,8 @@ def _shape_of(info: TensorInfo | None) -> Shape | None:
     """Return the shape of a leaf whose axes can be rearranged."""
     if info is None or isinstance(info.kind, list):
         return None
-    if info.kind in COMPLEX128:  # which is an array, and needs a note
-        return info.shape[:-1]
-    return info.shape if info.kind in {None, "weak", *NOTED_DTYPES} else None
+    is_array = info.kind in {None, *WEAK, *COMPLEX128, *NOTED_DTYPES}
+    return info.array_shape if is_array else None
 
 
 def other_dtypes(placed: Iterable[Placed]) -> Iterator[tuple[str, Rule | None, str]]:

@@ -4,6 +4,7 @@ Specification: *Key paths*.
 """
 
 import re
+from collections.abc import Iterator
 
 from pytree2safetensors._tree.keypath import read, split
 from pytree2safetensors._tree.keys import GetAttrKey, Key, SequenceKey
@@ -23,6 +24,13 @@ def cut(string: str) -> tuple[str, str]:
             return string[:at], string[at:]
     *rest, last = split(string)
     return join("", *rest), last
+
+
+def above(name: str) -> Iterator[tuple[str, str]]:
+    """Yield the paths of the nodes above `name`, the nearest first, each with the segment below it."""
+    while name:
+        name, segment = cut(name)
+        yield name, segment
 
 
 def strip_prefix(prefix: str, string: str) -> str | None:
