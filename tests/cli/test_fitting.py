@@ -1,6 +1,7 @@
 """`show --template`: what it prints, and wrong usage."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,9 @@ from pytree2safetensors import save_pytree
 pytestmark = pytest.mark.usefixtures("own_folder")
 
 MODULE = """
+import functools
+
+import jax
 import numpy as np
 from pytree2safetensors import Rule
 
@@ -22,12 +26,48 @@ RULES = [ONE]
 
 def template():
     return TREE
+
+class Built:
+    def __new__(cls):
+        return TREE
+
+class Maker:
+    def __call__(self):
+        return TREE
+
+made = Maker()
+bound = functools.partial(jax.eval_shape, template)
+
+@jax.tree_util.register_pytree_with_keys_class
+class Model(dict):  # like an Equinox module that is called to compute
+    def __call__(self):
+        raise AssertionError
+    def tree_flatten_with_keys(self):
+        return [(jax.tree_util.DictKey(key), self[key]) for key in self], tuple(self)
+    def tree_flatten(self):
+        return list(self.values()), tuple(self)
+    tree_unflatten = classmethod(lambda cls, keys, leaves: cls(zip(keys, leaves)))
+
+NODE = Model(TREE)
+
+def needs_mesh():
+    raise ValueError("mesh of 8 devices")
+
+def needs_devices():
+    return needs_runtime()
+
+def needs_runtime():
+    raise RuntimeError("8 devices")
+
+def needs_argument(size):
+    return TREE
 """
 
 
 @pytest.fixture
-def model(tmp_path: Path, own_folder: None) -> str:
+def model(tmp_path: Path, own_folder: None, monkeypatch: pytest.MonkeyPatch) -> str:
     """A file, and a module of a name that no other test imports."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
     safetensors.numpy.save_file({"a.weight": np.zeros((2, 3), np.float32)}, "model.safetensors")
     name = f"model_{tmp_path.name}"
     Path(f"{name}.py").write_text(MODULE, "utf-8")
@@ -41,7 +81,7 @@ FITS = [
 ]
 
 
-@pytest.mark.parametrize("template", ["TREE", "template"])
+@pytest.mark.parametrize("template", ["TREE", "template", "Built", "made", "bound", "NODE"])
 def test_a_file_is_compared_with_a_template(run: Run, model: str, template: str) -> None:
     options = ["--template", f"{model}:{template}", "--rules", f"{model}:RULES"]
     assert run("show", "model.safetensors", *options) == (0, "\n".join([*FITS, ""]), "")
@@ -102,11 +142,16 @@ def test_rules_of_a_wrong_type_are_refused(run: Run, model: str) -> None:
         (["--template", "os"], "error: argument --template: 'os' is not MODULE:NAME"),
         (
             ["--template", "os:gone"],
-            "error: argument --template: cannot import 'os:gone': module 'os' has no attribute 'gone'",
+            "error: argument --template: cannot import 'os:gone': "
+            "AttributeError: module 'os' has no attribute 'gone'",
         ),
         (
             ["--template", "gone:x"],
-            "--template: cannot import 'gone:x': No module named 'gone'",
+            "--template: cannot import 'gone:x': ModuleNotFoundError: No module named 'gone'",
+        ),
+        (
+            ["--template", ".gone:x"],
+            "--template: cannot import '.gone:x': TypeError: the 'package' argument is required",
         ),
     ],
 )
@@ -114,3 +159,72 @@ def test_wrong_usage_is_refused(run: Run, model: str, options: list[str], said: 
     code, _, complaint = run("show", "model.safetensors", *options)
     assert code == 2
     assert said in " ".join(complaint.split())
+    assert "Traceback" not in complaint
+
+
+@pytest.mark.parametrize("error", ["ValueError", "TypeError", "RuntimeError"])
+@pytest.mark.parametrize("option", ["--template", "--rules"])
+def test_an_error_of_an_imported_module_is_shown(
+    run: Run, model: str, option: str, error: str
+) -> None:
+    Path(f"broken_{model}.py").write_text(f"def f():\n    raise {error}('mesh')\nf()\n", "utf-8")
+    name = f"broken_{model}:x"
+    code, printed, complaint = run("show", "model.safetensors", option, name)
+    assert (code, printed) == (2, "")
+    assert complaint.startswith("Traceback (most recent call last):\n  File ")
+    assert f'broken_{model}.py", line 2, in f\n' in complaint
+    assert "importlib" not in complaint
+    assert complaint.endswith(f"error: argument {option}: cannot import {name!r}: {error}: mesh\n")
+
+
+def test_a_module_that_is_no_python_is_named(run: Run, model: str) -> None:
+    Path(f"broken_{model}.py").write_text("\nx = (\n", "utf-8")
+    code, _, complaint = run("show", "model.safetensors", "--template", f"broken_{model}:x")
+    assert code == 2
+    assert complaint.endswith(f"SyntaxError: '(' was never closed (broken_{model}.py, line 2)\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "raised"),
+    [
+        ("needs_mesh", "ValueError: mesh of 8 devices"),
+        ("needs_devices", "RuntimeError: 8 devices"),
+    ],
+)
+def test_an_error_of_a_template_function_is_shown_once(
+    run: Run, model: str, name: str, raised: str
+) -> None:
+    files = ["model.safetensors", "model.safetensors"]
+    code, printed, complaint = run("show", *files, "--template", f"{model}:{name}")
+    assert (code, printed) == (1, "")
+    assert complaint.startswith(f'Traceback (most recent call last):\n  File "{Path.cwd()}')
+    assert complaint.count("Traceback") == 1
+    last = f"{raised}\npytree2safetensors: the function of --template raised {raised}\n"
+    assert complaint.endswith(last)
+
+
+def test_a_template_function_with_arguments_is_refused(run: Run, model: str) -> None:
+    template = f"{model}:needs_argument"
+    assert run("show", "model.safetensors", "--template", template) == (
+        1,
+        "",
+        "pytree2safetensors: the function of --template raised TypeError: needs_argument() missing "
+        "1 required positional argument: 'size'\n",
+    )
+
+
+def test_a_template_function_may_import_what_is_in_the_folder(run: Run, model: str) -> None:
+    Path("lib").mkdir()
+    Path(f"lib/far_{model}.py").touch()
+    Path(f"near_{model}.py").touch()
+    Path(f"late_{model}.py").write_text(
+        "import sys\n"
+        "sys.path.insert(0, 'lib')\n"
+        "def template():\n"
+        f"    import far_{model}, near_{model}, {model}\n"
+        f"    return {model}.TREE\n",
+        "utf-8",
+    )
+    save_pytree({"a": np.ones((3, 2), np.float32)}, "own.safetensors")
+    code, _, complaint = run("show", "own.safetensors", "--template", f"late_{model}:template")
+    assert (code, complaint) == (0, "")

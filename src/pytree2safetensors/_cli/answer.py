@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 from typing import Any, Final, NamedTuple
 
+DIFFERENT: Final = 1  # the exit code for what differs or is broken; argparse itself exits with 2
 MOST_LINES: Final = 100  # of a list of differences or problems, unless --all is given
 
 

@@ -5,22 +5,22 @@ Specification: *Rules*.
 
 import argparse
 import importlib
-import inspect
 import os
 import sys
+import traceback
 from functools import reduce
-from typing import Any
+from types import TracebackType
+from typing import Any, Final
 
-from pytree2safetensors._cli.answer import Answer
-from pytree2safetensors._cli.terminal import plain
+from pytree2safetensors._cli.answer import DIFFERENT, Answer
+from pytree2safetensors._cli.terminal import complain, plain
 
 
 def fitting(file: str, prefix: str, template: Any, rules: Any) -> Answer:
     """Explain what loading a file into a template would do."""
     from pytree2safetensors._load.explaining import explanation
 
-    tree = template() if inspect.isroutine(template) else template
-    lines, misfits = explanation(tree, file, prefix=prefix, rename=rules)
+    lines, misfits = explanation(template, file, prefix=prefix, rename=rules)
     fits = not any(misfits)
     return Answer(
         lambda: lines,
@@ -29,19 +29,63 @@ def fitting(file: str, prefix: str, template: Any, rules: Any) -> Answer:
     )
 
 
+# --- the caller's code ------------------------------------------------------------------------
+
+
 def named_object(text: str) -> Any:
     """Import the object MODULE:NAME. The module may be in the current folder.
 
     Raises:
-        argparse.ArgumentTypeError: The module or the name does not exist.
+        argparse.ArgumentTypeError: The module or the name does not exist, or the module raises an
+            error, whose traceback is printed.
     """
     module, colon, name = text.partition(":")
     if not (module and colon and name):
         raise argparse.ArgumentTypeError(f"{text!r} is not MODULE:NAME")
-    sys.path.insert(0, os.getcwd())  # noqa: PTH109 - as `python -m` does
     try:
+        folder = os.getcwd()  # noqa: PTH109 - as `python -m` does, which leaves it there, too
+        if sys.path[:1] != [folder]:
+            sys.path.insert(0, folder)
         return reduce(getattr, name.split("."), importlib.import_module(module))
-    except (ImportError, AttributeError) as error:
-        raise argparse.ArgumentTypeError(f"cannot import {text!r}: {error}") from None
-    finally:
-        sys.path.pop(0)
+    except Exception as error:  # noqa: BLE001 - argparse reports it
+        _print_traceback(error)
+        raise argparse.ArgumentTypeError(f"cannot import {text!r}: {_described(error)}") from None
+
+
+def template_from(named: Any) -> Any:
+    """Return a template, or call what returns one: anything that can be called and is no tree.
+
+    Raises:
+        SystemExit: It raises an error, which is printed.
+    """
+    import jax
+
+    # A module of Equinox can be called, too, but JAX can flatten it.
+    if not callable(named) or not jax.tree_util.all_leaves([named]):
+        return named
+    try:
+        return named()
+    except Exception as error:  # noqa: BLE001 - it is printed
+        _print_traceback(error)
+        complain(f"the function of --template raised {_described(error)}")
+        raise SystemExit(DIFFERENT) from None
+
+
+def _described(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".removesuffix(": ")
+
+
+_NOT_THE_CALLERS: Final = {"pytree2safetensors", "importlib"}
+
+
+def _print_traceback(error: Exception) -> None:
+    """Print the traceback of an error from where the caller's code begins, if it got there."""
+    trace: TracebackType | None = error.__traceback__
+    while trace and _package(trace) in _NOT_THE_CALLERS:
+        trace = trace.tb_next
+    if trace and sys.stderr:
+        traceback.print_exception(type(error), error, trace)
+
+
+def _package(trace: TracebackType) -> str:
+    return str(trace.tb_frame.f_globals.get("__name__")).partition(".")[0]

@@ -8,14 +8,13 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Final, TypeAlias
 
-from pytree2safetensors._cli.answer import Answer
-from pytree2safetensors._cli.fitting import fitting, named_object
+from pytree2safetensors._cli.answer import DIFFERENT, Answer
+from pytree2safetensors._cli.fitting import fitting, named_object, template_from
 from pytree2safetensors._cli.terminal import complain, plain, write
 from pytree2safetensors._errors import Pytree2SafetensorsError
 from pytree2safetensors._version import __version__
 
 FINE: Final = 0
-DIFFERENT: Final = 1  # or broken; argparse itself exits with 2
 _INTERRUPTED: Final = 130  # as a shell reports it
 
 
@@ -139,8 +138,9 @@ def _ask_show(command: argparse.ArgumentParser, options: argparse.Namespace) -> 
             check_argument("--rules", "rename", options.rules)
         except TypeError as error:
             command.error(str(error))
+        template = template_from(options.template)
         return [
-            partial(fitting, file, options.prefix, options.template, options.rules)
+            partial(fitting, file, options.prefix, template, options.rules)
             for file in options.files
         ]
     if options.rules is not None:
