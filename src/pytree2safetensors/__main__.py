@@ -1,4 +1,4 @@
-"""The command."""
+"""`python -m pytree2safetensors`: the command."""
 
 import sys
 

@@ -46,7 +46,7 @@ class SafetensorsHandler(ocp.AsyncCheckpointHandler):
         # Orbax creates the folder in another thread.
         created = ocp.future.CommitFutureAwaitingContractedSignals(_nothing())
         created.result()
-        if _is_for_process_0(args.item):
+        if _is_left_to_process_0(args.item):
             return []
         return [save_pytree_async(args.item, _file_in(directory), **args.options())]
 
@@ -56,7 +56,7 @@ class SafetensorsHandler(ocp.AsyncCheckpointHandler):
         Raises:
             Pytree2SafetensorsError: As `save_pytree` raises it.
         """
-        if not _is_for_process_0(args.item):
+        if not _is_left_to_process_0(args.item):
             save_pytree(args.item, _file_in(directory), **args.options())
 
     def restore(
@@ -160,6 +160,6 @@ def _file_in(directory: os.PathLike[str]) -> str:
     return f"{os.fspath(directory)}/{_NAME}"
 
 
-def _is_for_process_0(tree: PyTree) -> bool:
+def _is_left_to_process_0(tree: PyTree) -> bool:
     """Return whether this is another process, and no array of the tree is shared."""
     return jax.process_index() > 0 and not is_needed(jax.tree.leaves(tree))

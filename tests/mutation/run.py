@@ -39,6 +39,7 @@ from worker import Baseline, Killer, Reached, import_mutant  # noqa: E402
 
 # What decides, and the tests that ask about it without processes of their own.
 MODULES = [
+    "_messages.py",
     "_tree/*.py",
     "_format/*.py",
     "_load/[!aev]*.py",

@@ -6,7 +6,8 @@ import pytest
 from jax.tree_util import DictKey, GetAttrKey
 
 from pytree2safetensors import KeyPathError, dict2pytree, pytree2dict, string2keypath
-from pytree2safetensors._tree.literal import MAX_DIGITS, read_literal, short_form, write_literal
+from pytree2safetensors._messages import short_form
+from pytree2safetensors._tree.literal import MAX_DIGITS, read_literal, write_literal
 from pytree2safetensors._tree.placeholders import Binding, Match
 from pytree2safetensors._tree.rule import Rule
 from pytree2safetensors._tree.rule_index import RuleIndex

@@ -70,7 +70,7 @@ def holds_value(dtype: np.dtype[Any], value: Any) -> bool:
 
 @cache
 def _bound(dtype: np.dtype[Any]) -> float:
-    """Return the number from which on all become the largest one, in a dtype of floats without infinity and NaN."""
+    """Return the magnitude that is too large for a dtype without infinity and NaN; infinity for others."""
     if not cmath.isfinite(scalar_array(math.inf, dtype)):
         return math.inf
     info: Any = ml_dtypes.finfo(dtype)  # type: ignore[no-untyped-call] # ml_dtypes gives it no types

@@ -20,8 +20,6 @@ from pytree2safetensors._leaves.keys import data_shape, implementation_name, is_
 from pytree2safetensors._leaves.placement import is_concrete, is_unreduced
 
 _SMALLEST, _LARGEST = -(2**63), 2**63 - 1
-
-
 _INT: Final = TensorInfo("I64", (), 8, "int")
 
 

@@ -1,4 +1,7 @@
-"""The bytes of tensors and their offsets, including arrays on several devices."""
+"""The bytes of a tensor with their offsets, wherever its leaf is: here, on devices, or in parts.
+
+Specification: *Saving*.
+"""
 
 import math
 from collections.abc import Iterator

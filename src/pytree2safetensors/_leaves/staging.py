@@ -44,7 +44,7 @@ class Ring:
         sizes: The bytes of its pieces; a batch lies in one of them.
     """
 
-    def __init__(self, device: jax.Device, sizes: Sequence[int] = RING) -> None:
+    def __init__(self, device: jax.Device, sizes: Sequence[int]) -> None:
         self.largest = max(sizes, default=0)
         self.pieces: list[_Piece] = []
         self.unused = deque(StartedMemory(device, size) for size in sizes)  # for more pieces

@@ -1,4 +1,7 @@
-"""Loading: the tree in a file, without a template."""
+"""Loading: the tree in a file, without a template.
+
+Specification: *Loading*.
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
@@ -13,7 +16,7 @@ from pytree2safetensors._load.checkpoint import OpenCheckpoint
 from pytree2safetensors._load.opening import again_if_replaced, open_checkpoint
 from pytree2safetensors._load.sharded import refusal
 from pytree2safetensors._load.stored import load_stored, names_below, nodes_below, warn
-from pytree2safetensors._messages import joined, shorten
+from pytree2safetensors._messages import joined, shorten, type_name
 from pytree2safetensors._storage.byte_source import PathLike, Readable
 from pytree2safetensors._storage.progress import ProgressOption, reporter
 from pytree2safetensors._tree.flatten import PyTree
@@ -173,7 +176,7 @@ def _sharded(name: str, leaf: LeafSpec, sharding: Shardings | None) -> jax.Shape
     if callable(sharding):
         sharding = sharding(name, abstract(leaf))
         if sharding is not None and not isinstance(sharding, jax.sharding.Sharding):
-            kind = f"{type(sharding).__module__}.{type(sharding).__qualname__}"
+            kind = type_name(type(sharding))
             raise TypeError(
                 f"load_abstract: sharding= gives {shorten(name)} a value of type {kind}, but it must "
                 "give a jax.sharding.Sharding or None"

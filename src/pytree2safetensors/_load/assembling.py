@@ -29,9 +29,7 @@ class Assembler:
     def __init__(self, checkpoint: OpenCheckpoint) -> None:
         self.checkpoint = checkpoint
         self._memory: dict[int, list[NDArray[np.uint8]]] = {}  # of each box of an assembly
-        self._converted: dict[
-            int, list[NDArray[Any]]
-        ] = {}  # the same, for tensors of several dtypes
+        self._converted: dict[int, list[NDArray[Any]]] = {}  # for tensors of several dtypes
         self._missing: dict[int, int] = {}  # how many regions an assembly still lacks
         # By assembly and use.
         self._arrays: dict[tuple[int, int], list[tuple[Piece, jax.Array]]] = {}

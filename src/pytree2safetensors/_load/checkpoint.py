@@ -75,7 +75,7 @@ class OpenCheckpoint:
         self.places.update(zip(tensors.names, zip(repeat(source), offsets), strict=True))
 
     @collector_paused()
-    def read_metadata(self, metadata: dict[str, str]) -> None:
+    def add_metadata(self, metadata: dict[str, str]) -> None:
         """Check the metadata against the tensors, and add it."""
         self.metadata = metadata
         self.digests = read_digests(metadata, self.infos, self.label)

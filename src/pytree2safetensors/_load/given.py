@@ -1,4 +1,7 @@
-"""Leaves of a dictionary, converted for a template."""
+"""Leaves of a dictionary, converted for a template.
+
+Specification: *Loading into a template*.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import compress
@@ -19,6 +22,7 @@ from pytree2safetensors._leaves.to_jax import own_programs, to_jax, weaken, wrap
 from pytree2safetensors._leaves.views import View, leaf_of
 from pytree2safetensors._load.sharded import place
 from pytree2safetensors._load.template import TemplateLeaf, to_python
+from pytree2safetensors._messages import type_name
 
 _BATCH: Final = 1 << 26  # bytes: copies for one call of JAX
 
@@ -68,8 +72,7 @@ def _unstorable(leaf: Any, holds: bool) -> tuple[str, bool]:
         return "a deleted array", True
     if is_valueless(leaf):
         return "an array without values", True
-    kind = type(leaf)
-    name = f"a {kind.__module__}.{kind.__qualname__}"
+    name = f"a {type_name(type(leaf))}"
     if isinstance(leaf, np.ndarray | np.generic):
         return f"{name} of dtype {leaf.dtype}", True
     is_data = holds or is_sum(leaf) or is_foreign(type(leaf))
@@ -109,7 +112,7 @@ def _made_of(view: View, arrays: Iterable[Any], stack: Any) -> Any:
 
 
 def _copied(leaf: TemplateLeaf, value: Any) -> Any:
-    """Convert a leaf on the host. An array that JAX made is only converted if JAX cannot do it."""
+    """Convert a leaf on the host. A JAX array is converted here only if JAX cannot do it."""
     if leaf.target == "python":
         return value if type(value) is str else to_python(value, leaf.spec)
     dtype = leaf.spec.dtype

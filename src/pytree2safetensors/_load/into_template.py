@@ -1,4 +1,7 @@
-"""Loading into a template: stored leaves replace the leaves of a given tree."""
+"""Loading into a template: stored leaves replace the leaves of a given tree.
+
+Specification: *Loading into a template*.
+"""
 
 from collections.abc import Mapping
 from typing import Any, Literal

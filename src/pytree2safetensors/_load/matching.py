@@ -16,7 +16,7 @@ from pytree2safetensors._leaves.spec import LeafSpec, TracedSpec
 from pytree2safetensors._leaves.views import View
 from pytree2safetensors._load.sharded import misplaced
 from pytree2safetensors._load.template import TemplateLeaf, misfit, show
-from pytree2safetensors._messages import joined, shorten
+from pytree2safetensors._messages import joined, shorten, type_name
 from pytree2safetensors._tree.paths import add_prefix
 from pytree2safetensors._tree.printing import array_text
 from pytree2safetensors._tree.rule import Rule, parse_rule
@@ -54,9 +54,8 @@ class Comparison:
         self.used: set[str] = set()
         self.missing: list[tuple[str, str | None]] = []  # a path of the template, and its name
         self.mismatched: list[tuple[str, str]] = []  # a path, and why its leaf does not fit
-        self.unstorable: list[
-            tuple[int, str]
-        ] = []  # neither the leaf nor what has its name is stored
+        # Positions and names: neither the leaf nor what has its name can be stored.
+        self.unstorable: list[tuple[int, str]] = []
         self.lost = False  # an abstract leaf has no value to keep
         self.castable = False
 
@@ -261,8 +260,7 @@ def _not_an_array(value: Any) -> str:
     kind = type(value)
     converts = is_foreign(kind) and hasattr(kind, "__array__")
     if converts or isinstance(value, list | tuple):
-        name = f"{kind.__module__}.{kind.__qualname__}"
-        return f"the given value is of type {name}; convert it with np.asarray"
+        return f"the given value is of type {type_name(kind)}; convert it with np.asarray"
     return "the given value is not an array, or is an array without values"
 
 

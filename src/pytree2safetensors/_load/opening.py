@@ -133,7 +133,7 @@ def _open_file(source: ByteSource) -> OpenCheckpoint:
     with _closed_on_error(checkpoint):
         start, tensors, metadata = read_header(source)
         checkpoint.add(source, start, tensors)
-        checkpoint.read_metadata(metadata)
+        checkpoint.add_metadata(metadata)
     return checkpoint
 
 
@@ -171,7 +171,7 @@ def _read_shards(checkpoint: OpenCheckpoint, index: Index) -> None:
         if len(checkpoint.sources) > _KEPT:
             source.shut()
         checkpoint.add(source, start, tensors)
-    checkpoint.read_metadata(index.metadata)
+    checkpoint.add_metadata(index.metadata)
 
 
 def _sources(checkpoint: OpenCheckpoint, index: Index) -> Iterator[tuple[str, ByteSource]]:

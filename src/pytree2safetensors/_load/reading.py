@@ -6,7 +6,6 @@ other devices goes through a ring of bounded size.
 Specification: *Loading*, *Loading into a template*.
 """
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
@@ -42,6 +41,7 @@ from pytree2safetensors._load.verifying import check_digests
 from pytree2safetensors._storage.byte_source import PIECE
 from pytree2safetensors._storage.progress import Progress, Report, closing_bar
 from pytree2safetensors._storage.read_pool import ReadPool
+from pytree2safetensors._storage.threads import workers
 
 _BATCH: Final = 64 << 20  # bytes in memory that a single leaf can keep alive
 _COPIED_BATCH: Final = 8 << 20  # bytes, if JAX makes a copy of what rules rearrange
@@ -157,7 +157,7 @@ def _map(
 ) -> None:
     """Take regions from maps of the files; copy those that are not one run."""
     maps: dict[int, NDArray[np.uint8]] = {}
-    with ReadPool(min(_READERS, os.cpu_count() or 1)) as pool:
+    with ReadPool(workers(_READERS)) as pool:
         for batch in batches:
             check_interrupt()
             places: list[Place] = []
@@ -184,7 +184,7 @@ def _read(
 ) -> None:
     """Read batches in advance of those that become leaves."""
     most, piece = (_READERS, PIECE) if device is None else (_STAGED_READERS, _STAGED_PIECE)
-    with ReadPool(checkpoint.in_flight or min(most, os.cpu_count() or 1), piece) as pool:
+    with ReadPool(checkpoint.in_flight or workers(most), piece) as pool:
         if device is None:
             ahead = _Ahead(checkpoint, finisher, pool)
         else:

@@ -1,4 +1,7 @@
-"""Shardings: where an array can be, and placing it there."""
+"""Shardings: where an array can be, and placing it there.
+
+Specification: *Loading into a template*.
+"""
 
 from typing import Any, Final
 
@@ -16,7 +19,7 @@ _ANY_MESH: Final = getattr(jax.sharding, "AbstractMesh", ())  # JAX 0.4.30 has n
 
 
 def concrete(sharding: Sharding) -> Sharding | None:
-    """Return the sharding or None. A sharding without devices gets those of the current mesh."""
+    """Return a sharding with devices: those of the current mesh if it has none; None if they do not fit."""
     mesh = getattr(sharding, "mesh", None)
     if not isinstance(mesh, _ANY_MESH):
         return sharding

@@ -1,4 +1,7 @@
-"""Leaves as their file describes them, and the names below a prefix."""
+"""Leaves as their file describes them, and the names below a prefix.
+
+Specification: *Loading*.
+"""
 
 import sys
 import warnings

@@ -19,7 +19,7 @@ from pytree2safetensors._leaves.describe import (
 from pytree2safetensors._leaves.jax_versions import REFERENCE, explicit_format
 from pytree2safetensors._leaves.keys import implementation_of, is_key_dtype, key_shape
 from pytree2safetensors._leaves.spec import ARRAYS, LeafSpec, holds, rank_of
-from pytree2safetensors._tree.literal import short_form
+from pytree2safetensors._messages import short_form
 from pytree2safetensors._tree.printing import array_text
 
 PYTHON_NUMBERS: Final = {"int": int, "float": float, "bool": bool, "complex": complex}
@@ -149,7 +149,7 @@ def _leaf_of(look: _Look) -> TemplateLeaf | None:
 
 
 def misfit(
-    leaf: TemplateLeaf, stored: LeafSpec, value: Any, *, cast: bool, origin: str = ""
+    leaf: TemplateLeaf, stored: LeafSpec, value: Any, *, cast: bool, origin: str
 ) -> str | None:
     """Return why a stored leaf does not fit a template leaf; None if it does.
 

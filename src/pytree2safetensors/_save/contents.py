@@ -82,7 +82,7 @@ def leave_out(names: Iterable[str], flat: Flat) -> None:
     left_out = set(names)
     kept = [name for name in flat.names if name not in left_out]
     parents = _ancestors([*kept, *flat.kinds])
-    keyless: dict[str, set[str]] = {}  # the segments that are removed from OrderedDicts
+    removed: dict[str, set[str]] = {}  # the segments that are removed from OrderedDicts
     for name in sorted(left_out, key=lambda name: len(split(name)), reverse=True):
         if not name:
             flat.kinds[name] = "None"
@@ -94,11 +94,11 @@ def leave_out(names: Iterable[str], flat: Flat) -> None:
             continue
         kind = flat.kinds.get(parent)
         if isinstance(kind, list):
-            keyless.setdefault(parent, set()).add(segment)
+            removed.setdefault(parent, set()).add(segment)
         elif parent not in parents:
             flat.kinds[parent] = "dict" if segment[0] == ITEM else "PyTreeContainer"
             parents |= _ancestors([parent])
-    for parent, gone in keyless.items():
+    for parent, gone in removed.items():
         kind = flat.kinds[parent]
         flat.kinds[parent] = [kind[0], [segment for segment in kind[1] if segment not in gone]]
     remaining = [

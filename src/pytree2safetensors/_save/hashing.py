@@ -4,18 +4,19 @@ Specification: *Digests*.
 """
 
 import hashlib
-import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 from pytree2safetensors._format.digests import ALONE, BLOCK, digest_tensor, hash_block
 from pytree2safetensors._format.tensor import TensorInfo
 from pytree2safetensors._save.plan import FilePlan
-from pytree2safetensors._storage.threads import start
+from pytree2safetensors._storage.threads import start, workers
 from pytree2safetensors._types import Chunk
+
+_MOST_THREADS: Final = 4
 
 
 class Hashing:
@@ -24,11 +25,11 @@ class Hashing:
     def __init__(self, infos: Mapping[str, TensorInfo]) -> None:
         self.infos = infos
         self._hashes: dict[str, list[Future[bytes] | bytes]] = {}
-        workers = min(4, os.cpu_count() or 1)
-        self._pool = ThreadPoolExecutor(workers, "pytree2safetensors-hash")
+        count = workers(_MOST_THREADS)
+        self._pool = ThreadPoolExecutor(count, "pytree2safetensors-hash")
         self._partial: Future[Any] | None = None  # the state of a block of several pieces
         self._running: deque[Future[bytes]] = deque()
-        self._most = 2 * workers  # waiting or running blocks, which keep their memory
+        self._most = 2 * count  # waiting or running blocks, which keep their memory
 
     def __enter__(self) -> "Hashing":
         return self

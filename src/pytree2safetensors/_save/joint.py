@@ -35,12 +35,12 @@ from pytree2safetensors._storage.atomic_folder import replacing_together
 from pytree2safetensors._storage.descriptor import flush, read_at, reserve, write_at
 from pytree2safetensors._storage.naming import foreign, naming, temporary_name
 from pytree2safetensors._storage.progress import Progress, Report, closing_bar
-from pytree2safetensors._storage.threads import start
+from pytree2safetensors._storage.threads import start, workers
 from pytree2safetensors._types import Chunk
 
 _HASH: Final = 32  # bytes of the hash of a block
 # Threads that read and hash; without positioned reads they would disturb each other.
-_READERS: Final = min(4, os.cpu_count() or 1) if hasattr(os, "preadv") else 1
+_READERS: Final = workers(4) if hasattr(os, "preadv") else 1
 
 
 class Work:

@@ -24,7 +24,7 @@ from pytree2safetensors._leaves.describe import (
     is_valueless,
 )
 from pytree2safetensors._leaves.holders import holders_in
-from pytree2safetensors._messages import listed, plural, shorten
+from pytree2safetensors._messages import listed, plural, shorten, type_name
 
 
 def lose_data(leaves: Sequence[Any]) -> list[bool]:
@@ -146,7 +146,7 @@ def _hint(leaf: Any) -> str:
 
 def _type_name(leaf: Any) -> str:
     kind = type(leaf)
-    name = f"{kind.__module__}.{kind.__qualname__}"
+    name = type_name(kind)
     if isinstance(leaf, jax.core.Tracer):
         return f"{name}, a traced value"
     if kind is str:

@@ -28,7 +28,7 @@ def write_file(
     size: int,
     *,
     durable: bool,
-    progress: Progress | None = None,
+    progress: Progress | None,
 ) -> None:
     """Write a file that appears whole or not at all."""
     with replacing(path, durable=durable) as descriptor:

@@ -77,7 +77,7 @@ class ByteSource:
         raise NotImplementedError
 
     def map(self) -> NDArray[np.uint8]:
-        """Return the whole file as read-only memory; only files on disk can do that."""
+        """Return the whole file as read-only memory; only files with a local path can do that."""
         raise NotImplementedError
 
     def shut(self) -> None:
@@ -124,7 +124,7 @@ class Read(NamedTuple):
 JoinedRead: TypeAlias = tuple[ByteSource, int, list[memoryview], int]  # with its size in bytes
 
 
-def joined_reads(reads: Iterable[Read], piece: int = PIECE) -> Iterator[JoinedRead]:
+def joined_reads(reads: Iterable[Read], piece: int) -> Iterator[JoinedRead]:
     """Join reads that follow each other in the file, and cut those that are longer than `piece`."""
     source: ByteSource | None = None
     buffers: list[memoryview] = []

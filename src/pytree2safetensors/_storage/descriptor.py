@@ -1,4 +1,4 @@
-"""File descriptors that a signal cannot leak, and writing to them."""
+"""File descriptors that a signal cannot leak, and reading and writing with them."""
 
 import errno
 import os

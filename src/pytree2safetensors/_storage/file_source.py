@@ -1,4 +1,4 @@
-"""Reading local files, pipes and devices. Loads open them only here."""
+"""Opening what a path leads to, for reading: a file, a pipe, a device, or a file in a store."""
 
 import errno
 import mmap

@@ -33,7 +33,7 @@ def foreign() -> Iterator[None]:
         raise
 
 
-def temporary_name(target: str = "") -> str:
+def temporary_name(target: str) -> str:
     """Return a new name for a file that is to become `target`."""
     return f"{temporary_prefix(target)}{secrets.token_hex(8)}.tmp"
 

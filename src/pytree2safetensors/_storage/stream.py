@@ -146,7 +146,7 @@ def _label_of(file: Any) -> str:
 
 
 def write_stream(
-    file: Writable, chunks: Iterable[Chunk], size: int, progress: Progress | None = None
+    file: Writable, chunks: Iterable[Chunk], size: int, progress: Progress | None
 ) -> None:
     """Write adjacent chunks to a file object, which may write only a part at a time."""
     if _is_text(file):

@@ -1,5 +1,6 @@
 """Work in other threads, or in this one if no thread can start."""
 
+import os
 import sys
 import threading
 from collections.abc import Callable
@@ -17,6 +18,11 @@ _NO_THREADS: Final = {  # Python's errors when no thread can start
     "cannot schedule new futures after shutdown",  # also of a pool that the interpreter has ended
     "cannot schedule new futures after interpreter shutdown",
 }
+
+
+def workers(most: int) -> int:
+    """Return how many threads to use: at most one for each core."""
+    return min(most, os.cpu_count() or 1)
 
 
 def starting(submit: Callable[[], T]) -> T:

@@ -15,10 +15,10 @@ _CHILDREN = {"tuple": INDEX, "OrderedDict": ITEM}  # what follows the path of su
 
 
 def check_nodes(kinds: Mapping[str, Kind], leaves: Mapping[str, object], file: str) -> None:
-    """Raise an error if a note contradicts the names of its file, or if its names are not key paths.
+    """Raise an error if a note contradicts the names of its file, or if its own are not key paths.
 
     This costs as much as sorting the names, however deep or many they are. Names of tensors that
-    are not key paths do not count.
+    are not key paths are ignored.
     """
     if not kinds:
         return

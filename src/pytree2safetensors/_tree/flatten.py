@@ -12,7 +12,7 @@ import numpy as np
 
 from pytree2safetensors._arguments import checked
 from pytree2safetensors._errors import KeyPathError, TreeStructureError
-from pytree2safetensors._messages import shorten
+from pytree2safetensors._messages import shorten, type_name
 from pytree2safetensors._tree.containers import PyTreeContainer, UnkeyedContainer, attrs_of
 from pytree2safetensors._tree.depth import DEEP, DepthCheck, too_deep, unsortable
 from pytree2safetensors._tree.orders import check_order
@@ -44,7 +44,7 @@ class Flat(NamedTuple):
 
 
 def flatten(tree: Any, *, is_template: bool = False) -> Flat:
-    """Walk a tree as JAX does, and spell the names. The treedef of a template has the same order."""
+    """Walk a tree as JAX does, and spell the names. For a template, check the order of the treedef."""
     walk = _Walk(is_template)
     walk.run(tree)
     return walk.flat._replace(is_deep=walk.depth.limit > 0)
@@ -108,7 +108,7 @@ class _Walk:
                     opened = self.open(child, name)
                     if opened is not None:
                         if len(pending) >= DEEP:
-                            opened = self.checked(child, opened, len(pending) + 1, name)
+                            opened = self.within_limit(child, opened, len(pending) + 1, name)
                         pending.append((name, opened))
                         break
                 names.append(name)
@@ -116,7 +116,7 @@ class _Walk:
             else:
                 pending.pop()
 
-    def checked(self, node: Any, children: Children, depth: int, name: str) -> Children:
+    def within_limit(self, node: Any, children: Children, depth: int, name: str) -> Children:
         """Return the children of a node that is not too deep."""
         found = [*children]
         self.depth.check(depth, type(node), name, has_children=bool(found))
@@ -230,7 +230,7 @@ def _repeated(kind: type, segments: list[str], name: str) -> KeyPathError:
     twice = next(segment for segment in segments if segments.count(segment) > 1)
     return KeyPathError(
         f"two children of one node have the key path {shorten(join(name, twice))}: "
-        f"the node type {kind.__module__}.{kind.__qualname__} gives both one key"
+        f"the node type {type_name(kind)} gives both one key"
     )
 
 

@@ -5,12 +5,10 @@ Specification: *Key paths*.
 
 import math
 import re
-import reprlib
 from collections.abc import Callable
-from typing import cast
 
 from pytree2safetensors._errors import KeyPathError
-from pytree2safetensors._messages import shorten
+from pytree2safetensors._messages import shorten, with_type
 
 MAX_DIGITS = 4300  # Python's default limit for conversion to and from decimal
 MAX_DEPTH = 64  # of tuples inside a dict key
@@ -45,39 +43,6 @@ def write_literal(value: object) -> str:
         return ascii(value)
     except ValueError as error:  # this process has a lower limit
         raise KeyPathError(f"a dict key cannot be written: {error}") from None
-
-
-def with_type(value: object) -> str:
-    """Write a value and its type for a message."""
-    return f"{short_form(value)} of type {type(value).__module__}.{type(value).__qualname__}"
-
-
-_FIRST_ELEMENTS = reprlib.Repr()  # writing all of a large collection would take long
-_FIRST_ELEMENTS.maxstring = _FIRST_ELEMENTS.maxother = _FIRST_ELEMENTS.maxlong = 400
-_LONG = 10**100
-_COLLECTIONS = (dict, list, tuple, set, frozenset)
-
-
-def short_form(value: object) -> str:
-    """Write a value, and cut it if it is long."""
-    try:
-        if type(value) is int and abs(value) >= _LONG:
-            return f"an int of {_digits(abs(value)):,} digits"
-        if type(value) in _COLLECTIONS:
-            first = _FIRST_ELEMENTS.repr(value)
-            shown = first.encode("ascii", "backslashreplace").decode("ascii")
-        else:
-            cut = type(value) is str or type(value) is bytes
-            shown = ascii(cast("str | bytes", value)[:100] if cut else value)
-    except Exception:  # noqa: BLE001 - a foreign __repr__ may raise anything
-        return "a value"
-    return shown if len(shown) <= 100 else shown[:97] + "..."
-
-
-def _digits(value: int) -> int:
-    """Return the number of digits of a positive int, which Python may refuse to convert to a str."""
-    found = int(math.log10(value))
-    return found + 1 if 10**found <= value else found
 
 
 # What `ascii` writes, and a bit more, so that an error can show the canonical spelling.

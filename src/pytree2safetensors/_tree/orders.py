@@ -1,4 +1,4 @@
-"""Nodes of templates: JAX flattens them with keys for the names, and without for the treedef.
+"""Whether a node of a template has the same children with keys, for the names, as without, for the treedef.
 
 Specification: *Loading into a template*.
 """
@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from pytree2safetensors._errors import TreeStructureError
-from pytree2safetensors._messages import node_at
+from pytree2safetensors._messages import node_at, type_name
 
 
 def check_order(node: Any, keyed: Sequence[Any], name: str) -> None:
@@ -39,9 +39,8 @@ def check_order(node: Any, keyed: Sequence[Any], name: str) -> None:
             for child, other in zip(keyed, plain, strict=True)
         )
     if differs:
-        kind = type(node)
         raise TreeStructureError(
-            f"the node type {kind.__module__}.{kind.__qualname__}, of the node at {node_at(name)}, gives JAX "
+            f"the node type {type_name(type(node))}, of the node at {node_at(name)}, gives JAX "
             "other children with keys than without, or in another order, so it cannot be in a template; "
             "register it so that both are the same"
         )

@@ -46,7 +46,7 @@ def strip_prefix(prefix: str, string: str) -> str | None:
 
 
 def add_prefix(prefix: str, string: str) -> str:
-    """Return the path that `string` has above `prefix`: the inverse of `strip_prefix`."""
+    """Return the path of `string`, which is relative to `prefix`: the inverse of `strip_prefix`."""
     if not prefix or not string:
         return prefix or string
     return prefix + (string if string[0] in MARKERS else ATTR + string)

@@ -60,9 +60,8 @@ class RuleIndex:
 def describe_idle(rule: Rule, paths: Collection[str]) -> str:
     """Describe a rule that matches none of these paths, and what may be wrong with its path."""
     path, side = rule.path or "", parse_rule(rule).path or ()
-    for marker in (
-        () if is_dotted(path) else (ITEM, INDEX)
-    ):  # an attribute has none at the beginning
+    # An attribute has no marker at the beginning.
+    for marker in () if is_dotted(path) else (ITEM, INDEX):
         if any(map(Alternatives({0: (marker, *side)}).match, paths)):
             return f"{rule!r} (a marker is missing at the beginning of its path: write {marker + path!r})"
     holes = holes_of(side)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable
 
 from pytree2safetensors._errors import KeyPathError
-from pytree2safetensors._messages import shorten
+from pytree2safetensors._messages import short_form, shorten, with_type
 from pytree2safetensors._tree.keys import (
     MAX_INDEX,
     DictKey,
@@ -16,7 +16,7 @@ from pytree2safetensors._tree.keys import (
     KeyPath,
     SequenceKey,
 )
-from pytree2safetensors._tree.literal import SURROGATE, short_form, with_type, write_literal
+from pytree2safetensors._tree.literal import SURROGATE, write_literal
 
 ATTR, ITEM, INDEX, UNKEYED = ".", "@", "#", r"#\("  # the markers of the kinds of nodes
 MARKERS = ".@#"  # the first characters of segments
