@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 from command import Run, small
 from pytree2safetensors import save_pytree
 from pytree2safetensors._cli.main import main
-from pytree2safetensors._cli.terminal import count, line, plain, size
+from pytree2safetensors._cli.terminal import count, labelled, line, plain, size
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 
@@ -71,6 +71,15 @@ def test_counts_have_a_unit(number: int, text: str) -> None:
 
 def test_a_line_escapes_control_characters() -> None:
     assert line("a\x1b[2J\u202e\xe9\n") == r"a\x1b[2J\u202e" + "\xe9" + r"\n"
+
+
+def test_labelled_lines_of_wide_characters_fit_the_screen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    for text in ("\u6f22" * 30, "b" + "\u6f22" * 30, "ab \u6f22\u5b57 " + "\u6f22" * 30):
+        lines = [*labelled("metadata", text)]
+        assert lines[0].startswith(f"metadata  {text[:12]}")
+        assert "".join(part[10:] for part in lines).replace(" ", "") == text.replace(" ", "")
+        assert 39 <= max(len(part) + sum(map(part.count, "\u6f22\u5b57")) for part in lines) <= 40
 
 
 class Terminal(io.StringIO):

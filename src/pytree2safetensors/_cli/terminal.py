@@ -14,6 +14,7 @@ _NARROWEST: Final = 40  # columns that every screen takes
 _LONGEST_NAME: Final = 400
 _LABEL: Final = 10  # columns of the labels at the left
 GLUE: Final = "\N{NO-BREAK SPACE}"  # prints as a space; no line is cut there
+_FILLER: Final = "\0"  # the second column of a wide character, while a text is cut into lines
 
 Style: TypeAlias = Literal["", "bold", "dim", "red", "green", "yellow"]
 _CODES: Final[dict[Style, str]] = {
@@ -121,8 +122,10 @@ def table(rows: Sequence[Cells]) -> Iterator[str]:
 
 def labelled(label: str, text: str) -> Iterator[str]:
     """Print a text beside its label, on as many lines as it needs."""
-    for part in textwrap.wrap(text, _screen() - _LABEL, break_on_hyphens=False):
-        yield line(f"{label:<{_LABEL}}{part.replace(GLUE, ' ')}")
+    text = "".join(c + _FILLER * (_columns(c) - 1) for c in text)
+    width = _screen() - _LABEL - (_FILLER in text)  # a cut may leave the filler to the next line
+    for part in textwrap.wrap(text, width, break_on_hyphens=False):
+        yield line(f"{label:<{_LABEL}}{part.replace(GLUE, ' ').replace(_FILLER, '')}")
         label = ""
 
 
