@@ -112,6 +112,30 @@ def test_without_rules_the_names_are_compared(run: Run, model: str) -> None:
     assert printed.startswith("'own.safetensors': 1 of 1 leaves fit\n")
 
 
+def test_long_lists_are_cut_unless_asked(run: Run, model: str) -> None:
+    tree = {"a": np.zeros((3, 2), np.float32)}
+    save_pytree(tree | {f"b{number:03}": np.int8(0) for number in range(250)}, "own.safetensors")
+    options = ["own.safetensors", "--template", f"{model}:TREE"]
+    lines = run("show", *options)[1].splitlines()
+    assert lines[1].startswith("  fits")
+    assert lines[2:5] == ["unused tensors:", "  '@b000'", "  '@b001'"]
+    assert lines[-2:] == ["  '@b099'", "  ... and 150 more; --all lists them"]
+    everything = run("show", *options, "--all")[1].splitlines()
+    assert everything[2:] == ["unused tensors:", *(f"  '@b{number:03}'" for number in range(250))]
+    assert json.loads(run("show", *options, "--json")[1])["lines"] == everything
+
+
+def test_of_many_leaves_those_that_do_not_fit_are_shown(run: Run, model: str) -> None:
+    with Path(f"{model}.py").open("a", encoding="utf-8") as module:
+        module.write("MANY = {f'a{number:03}': np.zeros(1) for number in range(150)}")
+    tree = {f"a{number:03}": np.zeros(1) for number in range(150) if number not in {20, 140}}
+    save_pytree(tree, "own.safetensors")
+    lines = run("show", "own.safetensors", "--template", f"{model}:MANY")[1].splitlines()
+    fits = [f"'@a{number:03}'" for number in range(99) if number != 20]
+    assert [text.split()[1] for text in lines[1:-1]] == sorted([*fits, "'@a020'", "'@a140'"])
+    assert lines[-1] == "  ... and 50 more; --all lists them"
+
+
 @pytest.mark.parametrize("name", ["missing", "unexpected", "mismatched"])
 def test_the_exit_code_says_whether_a_load_would_fail(run: Run, model: str, name: str) -> None:
     array = np.zeros((2, 2) if name == "mismatched" else (3, 2), np.float32)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from command import Run, small, start
+from command import Run, small, start, strictly
 from pytree2safetensors import save_pytree
 
 pytestmark = pytest.mark.usefixtures("own_folder")
@@ -107,6 +107,35 @@ def test_wrong_usage_exits_with_2(run: Run, arguments: Sequence[str]) -> None:
     code, out, err = run(*arguments)
     assert (code, out) == (2, "")
     assert err.startswith("usage: pytree2safetensors ")
+
+
+@pytest.mark.parametrize("command", ["show", "diff", "verify"])
+def test_unknown_options_get_the_usage_of_the_command(run: Run, command: str) -> None:
+    code, out, err = run(command, "a", *(["b"] if command == "diff" else []), "--bogus")
+    assert (code, out) == (2, "")
+    assert err.startswith(f"usage: pytree2safetensors {command} ")
+    assert err.endswith(f"pytree2safetensors {command}: error: unrecognized arguments: --bogus\n")
+
+
+@pytest.mark.parametrize("command", ["show", "verify"])
+def test_nothing_is_printed_for_a_file_that_cannot_be_read(run: Run, command: str) -> None:
+    save_pytree({"a": 1}, "tree")
+    alone = run(command, "tree")[1]
+    assert run(command, "missing", "tree", "missing", "tree")[:2] == (1, f"{alone}\n{alone}")
+
+
+def test_json_has_an_object_for_each_file_that_cannot_be_read(run: Run) -> None:
+    save_pytree({"a": 1}, "tree")
+    said = "missing: No such file or directory"
+    for command in ("show", "verify"):
+        code, out, err = run(command, "--json", "missing", "tree")
+        assert (code, err) == (1, f"pytree2safetensors: {said}\n")
+        first, second = map(strictly, out.splitlines())
+        assert first == {"file": "missing", "error": said}
+        assert second["file"] == "tree"
+    code, out, err = run("diff", "--json", "tree", "missing")
+    assert (code, err) == (1, f"pytree2safetensors: {said}\n")
+    assert strictly(out) == {"files": ["tree", "missing"], "error": said}
 
 
 def test_an_interrupt_ends_quietly(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,11 @@ DIFFERENT: Final = 1  # the exit code for what differs or is broken; argparse it
 MOST_LINES: Final = 100  # of a list of differences or problems, unless --all is given
 
 
+def left_out(number: int) -> str:
+    """Say how many lines of a list are left out."""
+    return f"... and {number:,} more; --all lists them"
+
+
 class Answer(NamedTuple):
     """What a command found.
 

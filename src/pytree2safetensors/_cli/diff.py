@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from pytree2safetensors._cli.answer import MOST_LINES, Answer
+from pytree2safetensors._cli.answer import MOST_LINES, Answer, left_out
 from pytree2safetensors._cli.comparison import Change, Comparison, Difference, Values, compare_files
 from pytree2safetensors._cli.show import leaf_text, leaves_text, value_text
 from pytree2safetensors._cli.summary import leaf_json
@@ -30,7 +30,7 @@ def _lines(found: Comparison, everything: bool) -> Iterator[str]:
     shown = rows if everything else rows[:MOST_LINES]
     yield from table(shown)
     if len(shown) < len(rows):
-        yield f"... and {len(rows) - len(shown):,} more; --all lists them"
+        yield left_out(len(rows) - len(shown))
     if rows:
         yield ""
     yield from _sum(found)

@@ -8,25 +8,37 @@ import importlib
 import os
 import sys
 import traceback
+from collections.abc import Iterator
 from functools import reduce
+from itertools import groupby
 from types import TracebackType
 from typing import Any, Final
 
-from pytree2safetensors._cli.answer import DIFFERENT, Answer
+from pytree2safetensors._cli.answer import DIFFERENT, MOST_LINES, Answer, left_out
 from pytree2safetensors._cli.terminal import complain, plain
 
 
-def fitting(file: str, prefix: str, template: Any, rules: Any) -> Answer:
+def fitting(file: str, prefix: str, template: Any, rules: Any, *, everything: bool) -> Answer:
     """Explain what loading a file into a template would do."""
     from pytree2safetensors._load.explaining import explanation
 
     lines, misfits = explanation(template, file, prefix=prefix, rename=rules)
     fits = not any(misfits)
     return Answer(
-        lambda: lines,
+        lambda: lines if everything else _cut(lines),
         lambda: {"file": file, "fits": fits, **misfits._asdict(), "lines": lines},
         "" if fits else f"{plain(file)} does not fit the template",
     )
+
+
+def _cut(lines: list[str]) -> Iterator[str]:
+    """Leave lines out of long lists: at first those of leaves that fit, then the last ones."""
+    for is_list, group in groupby(lines, lambda text: text.startswith("  ")):
+        items = [*group]
+        order = sorted(range(len(items)), key=lambda place: items[place].startswith("  fits "))
+        yield from (items[place] for place in sorted(order[:MOST_LINES]))
+        if is_list and len(items) > MOST_LINES:
+            yield f"  {left_out(len(items) - MOST_LINES)}"
 
 
 # --- the caller's code ------------------------------------------------------------------------

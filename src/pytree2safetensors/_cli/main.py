@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Final, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
 
 from pytree2safetensors._cli.answer import DIFFERENT, Answer
 from pytree2safetensors._cli.fitting import fitting, named_object, template_from
@@ -28,35 +28,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0 if all is fine, 1 if files differ, or one does not fit the template, is
         broken or cannot be read.
     """
-    options = _parser().parse_args(_with_command(sys.argv[1:] if arguments is None else arguments))
+    options = _options(_with_command(sys.argv[1:] if arguments is None else arguments))
     code = FINE
+    between: list[str] = []
     try:
-        for number, ask in enumerate(options.questions(options)):
-            code |= _print_answer(ask, options.json, "" if number else None)
+        for question in options.questions(options):
+            lines, complaint = _answer(question, options.json)
+            if lines:
+                try:
+                    write([*between, *lines])
+                except OSError as error:  # such as a full disk
+                    complaint = _text(error)
+                between = [] if options.json else [""]
+            if complaint:
+                complain(complaint)
+                code = DIFFERENT
     except KeyboardInterrupt:
         return _INTERRUPTED
     return code
 
 
-def _print_answer(ask: Callable[[], Answer], as_json: bool, between: str | None) -> int:
-    """Print one answer, and before it a line that separates it from the previous one."""
+def _answer(question: "_Question", as_json: bool) -> tuple[list[str], str]:
+    """Return the lines to print, and the line for stderr if the exit code is 1."""
     try:
-        answer = ask()
-        lines = [json.dumps(answer.content(), allow_nan=False)] if as_json else [*answer.lines()]
+        answer = question.ask()
+        lines = [_json(answer.content())] if as_json else [*answer.lines()]
     except (OSError, ValueError, Pytree2SafetensorsError) as error:  # ValueError: for URLs
-        return _failed(error)
-    try:
-        write(lines if as_json or between is None else (between, *lines))
-    except OSError as error:  # such as a full disk
-        return _failed(error)
-    if answer.complaint:
-        complain(answer.complaint)
-    return DIFFERENT if answer.complaint else FINE
+        text = _text(error)
+        return [_json(question.about | {"error": text})] if as_json else [], text
+    return lines, answer.complaint
 
 
-def _failed(error: Exception) -> int:
-    complain(_os_error(error) if isinstance(error, OSError) else str(error))
-    return DIFFERENT
+def _json(content: dict[str, Any]) -> str:
+    return json.dumps(content, allow_nan=False)
+
+
+def _text(error: Exception) -> str:
+    return _os_error(error) if isinstance(error, OSError) else str(error)
 
 
 def _os_error(error: OSError) -> str:
@@ -66,7 +74,22 @@ def _os_error(error: OSError) -> str:
 
 # --- arguments --------------------------------------------------------------------------------
 
-_Questions: TypeAlias = list[Callable[[], Answer]]  # one for each answer to print
+
+class _Question(NamedTuple):
+    """Gives an answer to print, and is about some files, which JSON names in any case."""
+
+    about: dict[str, Any]
+    ask: Callable[[], Answer]
+
+
+_Questions: TypeAlias = list[_Question]
+
+
+def _options(arguments: Sequence[str]) -> argparse.Namespace:
+    options, unknown = _parser().parse_known_args(arguments)
+    if unknown:  # the parser itself would print its own usage, not that of the command
+        options.command.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -85,7 +108,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("files", metavar="FILE", nargs="+", help=a_file)
     command.add_argument("--prefix", default="", help="show only the leaves below this key path")
     command.add_argument("--paths", action="store_true", help="print whole key paths in each row")
-    command.add_argument("--all", action="store_true", help="print a row for every leaf")
+    command.add_argument(
+        "--all", action="store_true", help="print a row for every leaf, or whole lists"
+    )
     command.add_argument(
         "--template",
         metavar="MODULE:NAME",
@@ -99,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
         type=named_object,
         help="a sequence of rules, as for rename=; needs --template",
     )
-    command.set_defaults(questions=partial(_ask_show, command))
+    command.set_defaults(questions=_ask_show)
 
     command = commands.add_parser("diff", help="list the leaves that differ between two files")
     command.add_argument("first", metavar="A", help=a_file)
@@ -113,6 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(questions=_ask_verify)
 
     for command in commands.choices.values():
+        command.set_defaults(command=command)
         command.add_argument(
             "--json", action="store_true", help="print a line of JSON for each answer"
         )
@@ -129,7 +155,7 @@ def _with_command(arguments: Sequence[str]) -> list[str]:
 # The modules of the commands import JAX, which takes most of the time. The help does not need them.
 
 
-def _ask_show(command: argparse.ArgumentParser, options: argparse.Namespace) -> _Questions:
+def _ask_show(options: argparse.Namespace) -> _Questions:
     from pytree2safetensors._arguments import check_argument
     from pytree2safetensors._cli.show import show
 
@@ -137,27 +163,34 @@ def _ask_show(command: argparse.ArgumentParser, options: argparse.Namespace) -> 
         try:
             check_argument("--rules", "rename", options.rules)
         except TypeError as error:
-            command.error(str(error))
+            options.command.error(str(error))
         template = template_from(options.template)
-        return [
-            partial(fitting, file, options.prefix, template, options.rules)
-            for file in options.files
-        ]
+        ask = partial(
+            fitting,
+            prefix=options.prefix,
+            template=template,
+            rules=options.rules,
+            everything=options.all,
+        )
+        return _for_each_file(options, ask)
     if options.rules is not None:
-        command.error("--rules needs --template")
-    return [
-        partial(show, file, options.prefix, everything=options.all, paths=options.paths)
-        for file in options.files
-    ]
+        options.command.error("--rules needs --template")
+    ask = partial(show, prefix=options.prefix, everything=options.all, paths=options.paths)
+    return _for_each_file(options, ask)
+
+
+def _for_each_file(options: argparse.Namespace, ask: Callable[[str], Answer]) -> _Questions:
+    return [_Question({"file": file}, partial(ask, file)) for file in options.files]
 
 
 def _ask_diff(options: argparse.Namespace) -> _Questions:
     from pytree2safetensors._cli.diff import diff
 
-    return [partial(diff, options.first, options.second, everything=options.all)]
+    files = options.first, options.second
+    return [_Question({"files": files}, partial(diff, *files, everything=options.all))]
 
 
 def _ask_verify(options: argparse.Namespace) -> _Questions:
     from pytree2safetensors._cli.verify import verify
 
-    return [partial(verify, file, everything=options.all) for file in options.files]
+    return _for_each_file(options, partial(verify, everything=options.all))
