@@ -90,6 +90,35 @@ def test_a_damaged_shard_is_named(run: Run) -> None:
         shard.write_bytes(content)
 
 
+def test_a_folder_that_is_no_checkpoint_is_not_damaged(run: Run) -> None:
+    Path("empty").mkdir()
+    Path("two").mkdir()
+    for name in "ab":
+        save_pytree({"a": 1}, f"two/{name}.safetensors")
+    Path("unfinished").mkdir()
+    save_pytree({"a": 1}, "unfinished/model-00001-of-00002.safetensors")
+    for folder, said in {
+        "empty": "the folder 'empty' has no safetensors file and no index",
+        "two": "the folder 'two' has 'a.safetensors', 'b.safetensors'; pass the path of the one to "
+        "load",
+        "unfinished": "the folder 'unfinished' has 'model-00001-of-00002.safetensors' but no index: a "
+        "save was interrupted or is in progress, or the index was not copied; save or copy the folder "
+        "again",
+    }.items():
+        assert run("verify", folder) == (1, "", f"pytree2safetensors: {said}\n")
+        code, out, _ = run("verify", "--json", folder)
+        assert (code, strictly(out)) == (1, {"file": folder, "error": said})
+
+
+def test_a_folder_of_a_store_that_is_no_checkpoint_is_not_damaged(run: Run) -> None:
+    pytest.importorskip("fsspec")
+    for name in "ab":
+        save_pytree({"a": 1}, f"memory://verify/two/{name}.safetensors")
+    code, out, err = run("verify", "memory://verify/two")
+    assert (code, out) == (1, "")
+    assert err.endswith("; pass the path of the one to load\n")
+
+
 def test_verify_of_names_that_make_no_tree_is_no_error(run: Run) -> None:
     save_file({"a": np.zeros(1), "a.b": np.zeros(1)}, "foreign.safetensors")
     code, out, err = run("verify", "foreign.safetensors", columns=200)

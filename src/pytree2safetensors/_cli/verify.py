@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pytree2safetensors._cli.answer import MOST_LINES, Answer
+from pytree2safetensors._cli.answer import MOST_LINES, Answer, left_out
 from pytree2safetensors._cli.comparison import items
 from pytree2safetensors._cli.terminal import labelled, line, plain, size
 from pytree2safetensors._errors import (
@@ -19,9 +19,11 @@ from pytree2safetensors._errors import (
 from pytree2safetensors._format.digests import digest_tensor, hash_blocks
 from pytree2safetensors._leaves.spec import spec_of
 from pytree2safetensors._load.checkpoint import OpenCheckpoint
+from pytree2safetensors._load.locate import locate, locate_remotely
 from pytree2safetensors._load.opening import open_checkpoint
 from pytree2safetensors._messages import plural, shorten
 from pytree2safetensors._storage.byte_source import PathLike
+from pytree2safetensors._storage.remote_path import RemotePath, resolve
 from pytree2safetensors._tree.unflatten import build_tree
 
 
@@ -72,7 +74,7 @@ def _lines(file: str, verdict: Verdict, everything: bool) -> Iterator[str]:
         for text in shown:
             yield from labelled(label, text)
         if len(shown) < len(texts):
-            yield from labelled("", f"... and {len(texts) - len(shown):,} more; --all lists them")
+            yield from labelled("", left_out(len(texts) - len(shown)))
 
 
 def _digests_text(verdict: Verdict) -> str:
@@ -85,11 +87,17 @@ def verify_file(path: PathLike) -> Verdict:
     """Check the structure of a file, and read all of it.
 
     Raises:
+        FileFormatError: The path is a folder without a checkpoint, or with several.
         OSError: The file cannot be read.
     """
     try:
         checkpoint = open_checkpoint(path)
     except Pytree2SafetensorsError as error:
+        where = resolve(path)
+        if isinstance(where, RemotePath):
+            locate_remotely(where)
+        else:
+            locate(where)
         return Verdict(False, 0, 0, False, [str(error)], [])
     with checkpoint:
         problems: list[str] = []
