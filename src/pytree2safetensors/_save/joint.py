@@ -29,7 +29,7 @@ from pytree2safetensors._save.share import (
     split_blocks,
 )
 from pytree2safetensors._save.words import Terms
-from pytree2safetensors._save.writing import SaveTarget, label_of, older_names, replacing_shards
+from pytree2safetensors._save.writing import SaveTarget, label_of, older_files, replacing_shards
 from pytree2safetensors._storage.atomic_file import followed, joining, replacing
 from pytree2safetensors._storage.atomic_folder import replacing_together
 from pytree2safetensors._storage.descriptor import flush, read_at, reserve, write_at
@@ -96,7 +96,7 @@ class Work:
         temporaries = {name: _temporary(token, number) for number, name in enumerate(names)}
         stack.enter_context(naming(self.target.path))
         self.create = stack.enter_context(
-            replacing_together(folder, temporaries, *older_names(plan, target), durable=durable)
+            replacing_together(folder, temporaries, older_files(plan, target), durable=durable)
         )
         for file in plan.files:
             with self.create(file.name, False) as descriptor:

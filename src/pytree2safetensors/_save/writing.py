@@ -5,7 +5,7 @@ Specification: *Saving*, *Sharded folders*, *Digests*.
 
 import errno
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any, NamedTuple, SupportsIndex
 
@@ -16,7 +16,7 @@ from pytree2safetensors._save.contents import Contents
 from pytree2safetensors._save.hashing import Hashing
 from pytree2safetensors._save.plan import FilePlan, SavePlan, plan_file, plan_folder
 from pytree2safetensors._storage.atomic_file import is_special, write_file
-from pytree2safetensors._storage.atomic_folder import NewFile, replace_together
+from pytree2safetensors._storage.atomic_folder import NewFile, Older, replace_together
 from pytree2safetensors._storage.byte_source import PathLike
 from pytree2safetensors._storage.folder import absolute
 from pytree2safetensors._storage.naming import naming
@@ -184,21 +184,19 @@ def _write_folder(
     ]
     if plan.index_name:
         new_files.append(NewFile(plan.index_name, len(plan.sealed()), _index_chunks(plan, hashing)))
-    rival, stale = older_names(plan, target)
+    older = older_files(plan, target)
     if isinstance(target.folder, RemotePath):
-        replace_remotely(target.folder, new_files, rival, stale, progress)
+        replace_remotely(target.folder, new_files, older, progress)
         return
     folder = target.folder or ""
     with naming(target.path):
-        replace_together(folder, new_files, rival, stale, durable=durable, progress=progress)
+        replace_together(folder, new_files, older, durable=durable, progress=progress)
 
 
-def older_names(
-    plan: SavePlan, target: SaveTarget
-) -> tuple[str, Callable[[Iterable[str]], list[str]]]:
-    """Return the name to remove before the commit, and a function for those to remove after it.
+def older_files(plan: SavePlan, target: SaveTarget) -> Older:
+    """Return what an older save may have left in the folder.
 
-    They belong to an older save. A file and an index with the same stem make a folder ambiguous.
+    The rival is the file or index of the same stem, since both together make a folder ambiguous.
     """
     kept = {file.name for file in plan.files} | {plan.index_name}
     rival = target.stem + SUFFIX if plan.index_name else index_name(target.stem)
@@ -206,7 +204,7 @@ def older_names(
     def stale(found: Iterable[str]) -> list[str]:
         return sorted(n for n in found if stem_of(n) == target.stem and n not in kept)
 
-    return rival, stale
+    return Older(rival, stale)
 
 
 def _index_chunks(plan: SavePlan, hashing: Hashing | None) -> Iterator[Chunk]:

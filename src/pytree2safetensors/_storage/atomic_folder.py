@@ -28,11 +28,22 @@ class NewFile(NamedTuple):
     chunks: Iterable[Chunk]
 
 
+class Older(NamedTuple):
+    """What an older save may have left in the folder of a new one.
+
+    Attributes:
+        rival: The name of a file that the last new file replaces, removed before that appears.
+        stale: Returns those of the names in the folder to remove afterwards, in order.
+    """
+
+    rival: str
+    stale: Callable[[Iterable[str]], list[str]]
+
+
 def replace_together(
     path: str,
     files: list[NewFile],
-    rival: str,
-    stale: Callable[[Iterable[str]], list[str]],
+    older: Older,
     *,
     durable: bool,
     progress: Progress | None,
@@ -42,8 +53,7 @@ def replace_together(
     Args:
         path: The folder of the files; made if it is missing.
         files: The files.
-        rival: The name of a file that the last one replaces, removed before that appears.
-        stale: Returns the names in the folder to remove afterwards, in order.
+        older: What an older save may have left there.
         durable: Whether to flush the files to disk before this returns.
         progress: Called with the bytes written and the bytes in total.
 
@@ -52,7 +62,7 @@ def replace_together(
             afterwards. Or a change could not be undone, and the last file is missing.
     """
     temporaries = {file.name: temporary_name(files[-1].name) for file in files}
-    with replacing_together(path, temporaries, rival, stale, durable=durable) as creating:
+    with replacing_together(path, temporaries, older, durable=durable) as creating:
         total, before = sum(file.size for file in files), 0
         for name, size, chunks in files:
             with creating(name, durable) as descriptor:
@@ -64,8 +74,7 @@ def replace_together(
 def replacing_together(
     path: str,
     temporaries: Mapping[str, str],
-    rival: str,
-    stale: Callable[[Iterable[str]], list[str]],
+    older: Older,
     *,
     durable: bool,
 ) -> Iterator[Callable[[str, bool], AbstractContextManager[int]]]:
@@ -77,25 +86,17 @@ def replacing_together(
     """
     path = absolute(path or os.curdir)
     with ExitStack() as undo:
-        missing, parents = _missing(path), list[Folder]()
-        undo.callback(_remove_empty, missing)
-        for made in reversed(missing):
-            if durable:
-                above = os.path.dirname(made)
-                with explaining_flush(above):
-                    parents.append(undo.enter_context(Folder(above, listed=True)))
-            with suppress(FileExistsError):  # made by another saver
-                os.mkdir(made)
+        parents = _make_missing(path, undo, durable=durable)
         folder = undo.enter_context(Folder(path, listed=True))
         for temporary in temporaries.values():
             undo.callback(folder.discard, temporary)
-        *others, last = temporaries
         there = set(folder.names())
-        older = [name for name in (*others, last, rival) if name in there] + stale(there)
+        replaced = [name for name in (*temporaries, older.rival) if name in there]
+        replaced += older.stale(there)
 
         @contextmanager
         def creating(name: str, flushed: bool) -> Iterator[int]:
-            alike = sorted(older, key=lambda other: _is_index(other) != _is_index(name))
+            alike = sorted(replaced, key=lambda other: _is_index(other) != _is_index(name))
             model, old = _first_replaced(folder, [name, *alike])
             with Held() as held:
                 descriptor = folder.create(held, temporaries[name], model, old)
@@ -106,21 +107,47 @@ def replacing_together(
 
         def commit() -> None:
             with folder.locked():
-                for name in (rival, *stale(folder.names())):
-                    _replaced(folder, name)  # raise an error now if it cannot be removed
-                for temporary in temporaries.values():
-                    _check_there(folder, temporary)
-                _commit(folder, temporaries, rival, durable)
-                for parent in reversed(parents):
-                    parent.flush()
-                for name in stale(folder.names()):
-                    _remove_stale(folder, name)
-                for name in (last, rival):
-                    folder.remove_abandoned(name)
+                _commit_all(folder, temporaries, older, parents, durable)
 
         yield creating
         # A save in a signal handler would wait for the lock of the save that it interrupts.
         undisturbed(commit)
+
+
+def _make_missing(path: str, undo: ExitStack, *, durable: bool) -> list[Folder]:
+    """Make the folders of a path that are missing; return those above them if they are to be flushed."""
+    missing, parents = _missing(path), list[Folder]()
+    undo.callback(_remove_empty, missing)
+    for made in reversed(missing):
+        if durable:
+            above = os.path.dirname(made)
+            with explaining_flush(above):
+                parents.append(undo.enter_context(Folder(above, listed=True)))
+        with suppress(FileExistsError):  # made by another saver
+            os.mkdir(made)
+    return parents
+
+
+def _commit_all(
+    folder: Folder,
+    temporaries: Mapping[str, str],
+    older: Older,
+    parents: list[Folder],
+    durable: bool,
+) -> None:
+    """Check that nothing is in the way, give the files their names, and remove older files."""
+    for name in (older.rival, *older.stale(folder.names())):
+        _replaced(folder, name)  # raise an error now if it cannot be removed
+    for temporary in temporaries.values():
+        _check_there(folder, temporary)
+    _commit(folder, temporaries, older.rival, durable)
+    for parent in reversed(parents):
+        parent.flush()
+    for name in older.stale(folder.names()):
+        _remove_stale(folder, name)
+    *_, last = temporaries
+    for name in (last, older.rival):
+        folder.remove_abandoned(name)
 
 
 def _is_index(name: str) -> bool:

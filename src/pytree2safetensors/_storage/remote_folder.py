@@ -1,8 +1,6 @@
 """Several files of one folder in a store. The last one is the index of the others."""
 
-from collections.abc import Callable, Iterable
-
-from pytree2safetensors._storage.atomic_folder import NewFile
+from pytree2safetensors._storage.atomic_folder import NewFile, Older
 from pytree2safetensors._storage.progress import Progress, Report
 from pytree2safetensors._storage.remote_errors import naming_url
 from pytree2safetensors._storage.remote_path import RemotePath
@@ -33,8 +31,7 @@ def names_in(folder: RemotePath) -> list[str]:
 def replace_remotely(
     folder: RemotePath,
     files: list[NewFile],
-    rival: str,
-    stale: Callable[[Iterable[str]], list[str]],
+    older: Older,
     progress: Progress | None,
 ) -> None:
     """Write files that become valid with the last of them, then remove stale files.
@@ -64,13 +61,13 @@ def replace_remotely(
             _remove(folder, last.name, names)
         for pending in written[:-1]:
             pending.commit()
-        _remove(folder, rival, names)
+        _remove(folder, older.rival, names)
         written[-1].commit()
     except BaseException:
         for pending in written:
             pending.discard()
         raise
-    for name in stale(names):
+    for name in older.stale(names):
         _remove(folder, name, names)
 
 
