@@ -1,6 +1,7 @@
 """`show`: its screens, its JSON, and what it reads."""
 
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -362,6 +363,36 @@ def test_show_json(run: Run) -> None:
             },
         ],
     }
+
+
+def test_values_in_json_can_be_read(run: Run) -> None:
+    nan, payload = math.nan, np.frombuffer(b"\1" + b"\xff" * 7, np.float64)[0]
+    values: dict[str, Any] = {
+        "small": -5, "large": 2**80, "largest": 10**4299, "negative": -(2**80),
+        "nan": nan, "payload": payload, "inf": -math.inf, "complex": complex(nan, 1),
+        "array": np.complex64(complex(1, nan)), "text": "nan", "truth": False,
+    }  # fmt: skip
+    save_pytree(values, "values.safetensors")
+    code, out, _ = run("show", "--json", "values.safetensors")
+    assert code == 0
+    found = {leaf["name"].removeprefix("@"): leaf for leaf in strictly(out)["leaves"]}
+    for name, value in values.items():
+        assert found[name]["value"] == str(value)
+        if name not in {"text", "truth"}:
+            assert repr(type(value)(found[name]["value"])) == repr(value)
+    assert {name: leaf["bits"] for name, leaf in found.items() if "bits" in leaf} == {
+        "nan": "7ff8000000000000",
+        "payload": "ffffffffffffff01",
+        "complex": "3ff00000000000007ff8000000000000",
+        "array": "7fc000003f800000",
+    }
+
+
+def test_values_of_too_many_digits_are_hexadecimal_in_json(run: Run) -> None:
+    save_pytree(1 << 20_000, "large.safetensors")
+    (leaf,) = strictly(run("show", "--json", "large.safetensors")[1])["leaves"]
+    assert leaf["value"].startswith("0x1000")
+    assert int(leaf["value"], 0) == 1 << 20_000
 
 
 def test_show_leaves_out_rows_and_says_so(run: Run) -> None:

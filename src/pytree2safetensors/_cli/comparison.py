@@ -163,7 +163,8 @@ def _compare(
     if before.kind in ARRAYS:
         values = _compare_values(name, old, new)
         return Difference(name, ["values"], before, after, values) if values.differing else None
-    return Difference(name, ["values"], before, after) if before.value != after.value else None
+    same = (before.value, before.bits) == (after.value, after.bits)
+    return None if same else Difference(name, ["values"], before, after)
 
 
 def _compare_values(name: str, old: OpenCheckpoint, new: OpenCheckpoint) -> Values:

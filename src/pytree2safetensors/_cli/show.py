@@ -137,7 +137,7 @@ def leaf_text(leaf: Leaf) -> str:
 
 def value_text(leaf: Leaf) -> str:
     """Write the value of a leaf in a few characters: a str as a literal, other values as they are."""
-    value = leaf.value or ""
+    value = (leaf.value or "") + (f" (bits {leaf.bits})" if leaf.bits else "")
     start = value[:_LONGEST_VALUE]
     more = f"... ({len(value):,} characters)" if len(start) < len(value) else ""
     return (repr(start) if leaf.kind == "str" else start) + more

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,6 +30,7 @@ class Leaf(NamedTuple):
         nbytes: The bytes of its tensor.
         weak: Whether it is weakly typed.
         value: The value as text, if it is in the header or was read: a str is itself.
+        bits: The bits of a value with a NaN, in hexadecimal.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Leaf(NamedTuple):
     nbytes: int
     weak: bool = False
     value: str | None = None
+    bits: str = ""
 
     @property
     def type(self) -> str:
@@ -135,9 +138,7 @@ def with_value(leaf: Leaf, checkpoint: OpenCheckpoint) -> Leaf:
     except FileFormatError:  # a dtype that is unknown here, or bits beyond it
         return leaf
     text = str(values[()]) if leaf.kind == "array" else repr(python_value(values, info))
-    return leaf._replace(
-        value=f"{text} (bits {raw[::-1].tobytes().hex()})" if "nan" in text else text
-    )
+    return leaf._replace(value=text, bits=raw[::-1].tobytes().hex() if "nan" in text else "")
 
 
 def kind_text(kind: Kind) -> str:
@@ -152,5 +153,14 @@ def leaf_json(leaf: Leaf) -> dict[str, Any]:
         found |= {"dtype": leaf.dtype, "shape": list(leaf.shape), "weak": leaf.weak}
     found["bytes"] = leaf.nbytes
     if leaf.value is not None:
-        found["value"] = leaf.value
+        found["value"] = _decimal(leaf.value) if leaf.kind == "int" else leaf.value
+    if leaf.bits:
+        found["bits"] = leaf.bits
     return found
+
+
+def _decimal(value: str) -> str:
+    """Write an int in decimal digits, unless these are more than Python converts."""
+    with suppress(ValueError):
+        return str(int(value, 0))
+    return value
