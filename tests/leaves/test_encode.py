@@ -20,8 +20,8 @@ from pytree2safetensors import (
     save_pytree_async,
 )
 from pytree2safetensors._format.tensor import NUMPY, TensorInfo
-from pytree2safetensors._leaves import encode, spec
-from pytree2safetensors._leaves.decode import holds_value
+from pytree2safetensors._leaves import encode, host, spec
+from pytree2safetensors._leaves.cast import holds_value
 from pytree2safetensors._leaves.describe import describe
 from pytree2safetensors._leaves.keys import implementation_of
 from pytree2safetensors._leaves.to_jax import TAKEN_OVER, weaken
@@ -49,7 +49,7 @@ def test_a_contiguous_tensor_is_one_block_without_a_copy() -> None:
 
 def test_every_byte_of_booleans_becomes_0_or_1() -> None:
     odd = np.array([0, 1, 2, 255], np.uint8).view(np.bool_)
-    assert encode.canonical_bools(odd).view(np.uint8).tolist() == [0, 1, 1, 1]
+    assert host.canonical_bools(odd).view(np.uint8).tolist() == [0, 1, 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -117,5 +117,5 @@ def test_an_array_in_another_layout_is_saved_while_transfers_are_guarded(
 
 def test_shards_on_the_host_leave_no_copy_behind() -> None:
     data: Any = jnp.arange(TAKEN_OVER).astype(jnp.int4)  # which is packed on any device
-    assert_same_values(encode.host_shard(data), np.asarray(jnp.array(data)))
+    assert_same_values(host.host_shard(data), np.asarray(jnp.array(data)))
     assert data._npy_value is None  # where JAX keeps it

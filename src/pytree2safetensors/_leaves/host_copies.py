@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pytree2safetensors._leaves.as_bits import moved_as_bits
-from pytree2safetensors._leaves.encode import host_array
+from pytree2safetensors._leaves.host import host_array
 from pytree2safetensors._leaves.jax_versions import pinned_sharding
 from pytree2safetensors._leaves.keys import is_key_dtype
 from pytree2safetensors._leaves.placement import (

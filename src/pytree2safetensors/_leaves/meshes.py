@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from pytree2safetensors._leaves.as_bits import moved_as_bits
-from pytree2safetensors._leaves.encode import host_array
+from pytree2safetensors._leaves.host import host_array
 from pytree2safetensors._leaves.jax_versions import WITHOUT_PROGRAMS
 from pytree2safetensors._leaves.placement import is_concrete
 from pytree2safetensors._leaves.to_jax import own_programs, to_jax

@@ -15,14 +15,7 @@ from numpy.typing import NDArray
 from pytree2safetensors._format.tensor import TensorInfo
 from pytree2safetensors._leaves.as_bits import narrow_as_bits
 from pytree2safetensors._leaves.assembled import Assembled
-from pytree2safetensors._leaves.encode import (
-    blocks,
-    host_array,
-    host_part,
-    host_shard,
-    part_of,
-    to_bytes,
-)
+from pytree2safetensors._leaves.encode import blocks, to_bytes
 from pytree2safetensors._leaves.extents import (
     Part,
     Region,
@@ -36,6 +29,7 @@ from pytree2safetensors._leaves.extents import (
     whole_region,
     within,
 )
+from pytree2safetensors._leaves.host import host_array, host_part, host_shard, part_of
 from pytree2safetensors._leaves.ownership import ownership
 from pytree2safetensors._leaves.placement import computes
 from pytree2safetensors._leaves.to_jax import own_programs

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from pytree2safetensors._collector import collector_paused
 from pytree2safetensors._errors import errors_of
-from pytree2safetensors._leaves.decode import cast_array, from_bytes, python_value, rows_of
+from pytree2safetensors._leaves.cast import cast_array
+from pytree2safetensors._leaves.decode import from_bytes, python_value, rows_of
 from pytree2safetensors._leaves.extents import shape_of
 from pytree2safetensors._leaves.spec import abstract
 from pytree2safetensors._leaves.staging import aligned

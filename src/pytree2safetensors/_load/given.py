@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pytree2safetensors._leaves.decode import to_host
+from pytree2safetensors._leaves.cast import to_host
 from pytree2safetensors._leaves.describe import is_deleted, is_foreign, is_sum, is_valueless
-from pytree2safetensors._leaves.encode import host_array
 from pytree2safetensors._leaves.holders import holders_in
+from pytree2safetensors._leaves.host import host_array
 from pytree2safetensors._leaves.jax_versions import WITHOUT_PROGRAMS
 from pytree2safetensors._leaves.meshes import computed
 from pytree2safetensors._leaves.spec import LeafSpec, TracedSpec

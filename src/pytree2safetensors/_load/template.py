@@ -9,7 +9,7 @@ from typing import Any, Final, Literal, NamedTuple, TypeAlias
 import jax
 import numpy as np
 
-from pytree2safetensors._leaves.decode import holds_value
+from pytree2safetensors._leaves.cast import holds_value
 from pytree2safetensors._leaves.describe import (
     PYTHON_SCALARS,
     attribute_of,

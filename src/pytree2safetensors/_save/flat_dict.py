@@ -14,9 +14,9 @@ from pytree2safetensors._arguments import checked
 from pytree2safetensors._format.tensor import TensorInfo
 from pytree2safetensors._leaves.assembled import Assembled, Placed, assemble
 from pytree2safetensors._leaves.describe import describe
-from pytree2safetensors._leaves.encode import host_array, part_of
 from pytree2safetensors._leaves.extents import Region, Shape
 from pytree2safetensors._leaves.families import Lost
+from pytree2safetensors._leaves.host import host_array, part_of
 from pytree2safetensors._leaves.keys import is_key_dtype
 from pytree2safetensors._leaves.meshes import computed
 from pytree2safetensors._leaves.ownership import is_global
