@@ -49,6 +49,7 @@ MODULES = [
     "_leaves/[defkv]*.py",
     "_leaves/renaming.py",
     "_leaves/spec.py",
+    "_leaves/unstorable.py",
     "_save/chunks.py",
     "_save/contents.py",
     "_save/flat_dict.py",

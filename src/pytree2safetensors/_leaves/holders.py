@@ -24,8 +24,9 @@ from typing import Any, Final
 import jax
 import numpy as np
 
-from pytree2safetensors._leaves.describe import CONVERSIONS, PYTHON_SCALARS, info_of
+from pytree2safetensors._leaves.describe import PYTHON_SCALARS, info_of
 from pytree2safetensors._leaves.jax_versions import REFERENCE
+from pytree2safetensors._leaves.unstorable import CONVERSIONS
 
 # These hold code, or describe where arrays are or (in old releases of NumPy) a dtype. Scalars do not
 # count as arrays.

@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from pytree2safetensors._leaves.cast import to_host
-from pytree2safetensors._leaves.describe import is_deleted, is_foreign, is_sum, is_valueless
 from pytree2safetensors._leaves.holders import holders_in
 from pytree2safetensors._leaves.host import host_array
 from pytree2safetensors._leaves.jax_versions import WITHOUT_PROGRAMS
 from pytree2safetensors._leaves.meshes import computed
 from pytree2safetensors._leaves.spec import LeafSpec, TracedSpec
 from pytree2safetensors._leaves.to_jax import own_programs, to_jax, weaken, wrap_key
+from pytree2safetensors._leaves.unstorable import is_deleted, is_foreign, is_sum, is_valueless
 from pytree2safetensors._leaves.views import View, leaf_of
 from pytree2safetensors._load.sharded import place
 from pytree2safetensors._load.template import TemplateLeaf, to_python

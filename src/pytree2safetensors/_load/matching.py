@@ -8,11 +8,11 @@ from typing import Any, Final, NamedTuple, TypeAlias
 
 import numpy as np
 
-from pytree2safetensors._leaves.describe import is_foreign
 from pytree2safetensors._leaves.families import Lost
 from pytree2safetensors._leaves.renaming import Rename, renamed
 from pytree2safetensors._leaves.routes import Route, Routes
 from pytree2safetensors._leaves.spec import LeafSpec, TracedSpec
+from pytree2safetensors._leaves.unstorable import is_foreign
 from pytree2safetensors._leaves.views import View
 from pytree2safetensors._load.sharded import misplaced
 from pytree2safetensors._load.template import TemplateLeaf, misfit, show

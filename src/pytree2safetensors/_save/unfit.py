@@ -14,8 +14,9 @@ import numpy as np
 
 from pytree2safetensors._errors import UnsupportedLeafError
 from pytree2safetensors._format.header import MAX_DIMENSIONS
-from pytree2safetensors._leaves.describe import (
-    PYTHON_SCALARS,
+from pytree2safetensors._leaves.describe import PYTHON_SCALARS
+from pytree2safetensors._leaves.holders import holders_in
+from pytree2safetensors._leaves.unstorable import (
     DeletedLeaf,
     attribute_of,
     is_deleted,
@@ -23,7 +24,6 @@ from pytree2safetensors._leaves.describe import (
     is_sum,
     is_valueless,
 )
-from pytree2safetensors._leaves.holders import holders_in
 from pytree2safetensors._messages import listed, plural, shorten, type_name
 
 

@@ -1,0 +1,57 @@
+"""What a leaf is that a file cannot hold.
+
+Specification: *Leaves*.
+"""
+
+from typing import Any, Final
+
+import jax
+import numpy as np
+
+from pytree2safetensors._errors import UnsupportedLeafError
+from pytree2safetensors._leaves.jax_versions import REFERENCE
+from pytree2safetensors._leaves.placement import is_concrete, is_unreduced
+
+
+class DeletedLeaf(UnsupportedLeafError, RuntimeError):  # JAX raises this for it, too
+    """An array was deleted or donated."""
+
+    __module__, __qualname__ = "pytree2safetensors", "UnsupportedLeafError"  # for tracebacks
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return UnsupportedLeafError, self.args
+
+
+DeletedLeaf.__name__ = UnsupportedLeafError.__name__
+
+
+def is_deleted(leaf: Any) -> bool:
+    """Return whether a leaf is an array that was deleted or donated."""
+    return is_concrete(leaf) and leaf.is_deleted()
+
+
+def attribute_of(leaf: Any, name: str) -> Any:
+    """Return an attribute of a leaf of any type; None if it cannot be read."""
+    try:
+        return getattr(leaf, name, None)
+    except Exception:  # noqa: BLE001 - a property of any type may raise anything
+        return None
+
+
+CONVERSIONS: Final = ("__array__", "__dlpack__", "__jax_array__")  # of arrays of other libraries
+
+
+def is_foreign(kind: type) -> bool:
+    """Return whether objects of a type convert themselves to arrays, as arrays of other libraries do."""
+    own = issubclass(kind, np.ndarray | np.generic | jax.Array)
+    return not own and any(hasattr(kind, name) for name in CONVERSIONS)
+
+
+def is_sum(leaf: Any) -> bool:
+    """Return whether a leaf is an unreduced array, whose values are sums over its shards."""
+    return is_concrete(leaf) and is_unreduced(leaf.sharding)
+
+
+def is_valueless(leaf: Any) -> bool:
+    """Return whether a leaf is an array without its own values: traced, abstract, or a reference."""
+    return isinstance(leaf, (jax.core.Tracer, jax.ShapeDtypeStruct, REFERENCE))
