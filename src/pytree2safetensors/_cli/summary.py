@@ -13,7 +13,7 @@ from pytree2safetensors._format.tensor import SCALARS, TensorInfo
 from pytree2safetensors._leaves.decode import from_bytes, python_value
 from pytree2safetensors._leaves.spec import ARRAYS, spec_of
 from pytree2safetensors._load.checkpoint import OpenCheckpoint
-from pytree2safetensors._load.stored import names_below
+from pytree2safetensors._load.prefixes import names_below
 from pytree2safetensors._tree.paths import strip_prefix
 from pytree2safetensors._tree.printing import array_text
 from pytree2safetensors._types import Kind

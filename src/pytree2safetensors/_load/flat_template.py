@@ -14,7 +14,7 @@ from pytree2safetensors._load.checkpoint import OpenCheckpoint
 from pytree2safetensors._load.complaints import check
 from pytree2safetensors._load.given import ignored_data
 from pytree2safetensors._load.matching import Found, Options, compare
-from pytree2safetensors._load.stored import names_below
+from pytree2safetensors._load.prefixes import names_below
 from pytree2safetensors._load.template import TemplateLeaf, template_leaves
 from pytree2safetensors._tree.depth import deep_structure
 from pytree2safetensors._tree.flatten import flatten

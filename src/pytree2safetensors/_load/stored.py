@@ -1,4 +1,4 @@
-"""Leaves as their file describes them, and the names below a prefix.
+"""Leaves as their file describes them.
 
 Specification: *Loading*.
 """
@@ -6,75 +6,17 @@ Specification: *Loading*.
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
-from itertools import islice
 from types import FrameType
-from typing import Any, Final
+from typing import Any
 
 from pytree2safetensors._collector import collector_paused
-from pytree2safetensors._errors import KeyPathError, WeightsMismatchError
 from pytree2safetensors._leaves.spec import LeafSpec, holds, noted_value
 from pytree2safetensors._load.checkpoint import OpenCheckpoint
 from pytree2safetensors._load.reading import read_leaves
 from pytree2safetensors._load.slots import Wanted
 from pytree2safetensors._load.template import PYTHON_NUMBERS, TemplateLeaf
-from pytree2safetensors._messages import joined, nearest, shorten
+from pytree2safetensors._messages import joined, shorten
 from pytree2safetensors._storage.progress import Progress
-from pytree2safetensors._tree.keypath import split, string2keypath
-from pytree2safetensors._tree.paths import strip_prefix
-from pytree2safetensors._tree.separated import names_with
-from pytree2safetensors._tree.spelling import join
-from pytree2safetensors._types import Kind
-
-_COMPARED: Final = 2000  # names to search for a similar prefix
-
-
-def names_below(
-    checkpoint: OpenCheckpoint, prefix: str, wanted: Iterable[str] = (), separator: str = ""
-) -> dict[str, str]:
-    """Map the names relative to `prefix` to the names in the file.
-
-    `wanted` are the key paths to report as missing if there is nothing. With a separator, names and
-    prefix are not key paths.
-    """
-    if not prefix:
-        return {name: name for name in sorted(checkpoint.infos)}
-    found = {}
-    if separator:
-        found = names_with(prefix, separator, sorted(checkpoint.infos))
-    else:
-        string2keypath(prefix)
-        for name in sorted(checkpoint.infos):
-            rest = strip_prefix(prefix, name)
-            if rest is not None:
-                found[rest] = name
-    if not found and (separator or not nodes_below(checkpoint, prefix)):
-        near = "" if separator else _nearest_node(checkpoint, prefix)
-        raise WeightsMismatchError(
-            f"{checkpoint.label} has nothing at the prefix {shorten(prefix)}{near}; "
-            f"its names begin with "
-            f"{', '.join(map(shorten, sorted(checkpoint.infos)[:5])) or 'nothing, because it is empty'}",
-            missing=tuple(wanted),
-        )
-    return found
-
-
-def _nearest_node(checkpoint: OpenCheckpoint, prefix: str) -> str:
-    """Return a hint with the prefix that the caller may have meant."""
-    count = len(split(prefix))
-    nodes: dict[str, None] = {}
-    for name in islice(checkpoint.infos, _COMPARED):
-        with suppress(KeyPathError):  # a foreign name has no prefix
-            nodes[join("", *split(name)[:count])] = None
-    return nearest(prefix, list(nodes))
-
-
-def nodes_below(checkpoint: OpenCheckpoint, prefix: str) -> Mapping[str, Kind]:
-    """Return the noted kinds of the nodes below `prefix`, by path relative to it."""
-    if not prefix:
-        return checkpoint.note.nodes
-    found = ((strip_prefix(prefix, path), kind) for path, kind in checkpoint.note.nodes.items())
-    return {path: kind for path, kind in found if path is not None}
 
 
 def load_stored(
