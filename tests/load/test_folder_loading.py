@@ -27,10 +27,10 @@ from pytree2safetensors import (
     load_pytree,
     save_pytree,
 )
-from pytree2safetensors._load import locate
+from pytree2safetensors._load import locate, shard_index
 from pytree2safetensors._load.checkpoint import OpenCheckpoint
-from pytree2safetensors._load.locate import Index
 from pytree2safetensors._load.opening import open_checkpoint
+from pytree2safetensors._load.shard_index import Index
 from pytree2safetensors._storage import file_source
 from pytree2safetensors.testing import pytrees
 from versions import posix
@@ -496,7 +496,7 @@ def test_a_shard_whose_name_no_file_can_have_is_missing(
             raise error
         return real(path, **options)
 
-    monkeypatch.setattr(locate, "open_source", refuse)
+    monkeypatch.setattr(shard_index, "open_source", refuse)
     with pytest.raises(FileFormatError, match=f"names the shard '{SECOND}', which is missing; cop"):
         load_pytree(tmp_path)
 

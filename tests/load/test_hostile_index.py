@@ -21,7 +21,7 @@ from pytree2safetensors import (
     load_pytree,
     save_pytree,
 )
-from pytree2safetensors._load import locate
+from pytree2safetensors._load import shard_index
 
 FIRST, SECOND, THIRD = shard_names(3)
 
@@ -139,7 +139,7 @@ def test_an_index_has_a_size(tmp_path: Path) -> None:
 def test_an_index_may_have_as_many_bytes_as_a_header(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(locate, "MAX_HEADER", 100)
+    monkeypatch.setattr(shard_index, "MAX_HEADER", 100)
     for size, is_read in ((100, True), (101, False)):
         (tmp_path / INDEX).write_text('{"weight_map": {}}'.ljust(size))
         if is_read:

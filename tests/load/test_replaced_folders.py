@@ -19,7 +19,7 @@ from pytree2safetensors import (
     save_pytree,
 )
 from pytree2safetensors._load import opening
-from pytree2safetensors._load.locate import Index
+from pytree2safetensors._load.shard_index import Index
 from pytree2safetensors._storage import file_source
 from pytree2safetensors._storage import folder as folder_module
 from pytree2safetensors._storage.file_source import FileSource

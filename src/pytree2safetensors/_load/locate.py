@@ -3,12 +3,10 @@
 Specification: *Sharded folders*.
 """
 
-import errno
 import os
 import re
-from collections.abc import Iterable
 from contextlib import closing, suppress
-from typing import Any, Final, NamedTuple
+from typing import Final
 
 from pytree2safetensors._errors import FileFormatError
 from pytree2safetensors._format.header import LENGTH_BYTES, MAX_HEADER
@@ -18,85 +16,19 @@ from pytree2safetensors._format.index import (
     STEM,
     SUFFIX,
     index_name,
-    read_index_metadata,
-    read_weight_map,
     split_path,
     stem_of,
 )
-from pytree2safetensors._format.strict_json import read_json
 from pytree2safetensors._messages import joined, shorten
-from pytree2safetensors._storage.byte_source import ByteSource
-from pytree2safetensors._storage.file_source import identity, open_source
+from pytree2safetensors._storage.file_source import open_source
 from pytree2safetensors._storage.naming import TEMPORARY, temporary_prefix
-from pytree2safetensors._storage.remote_file import RemoteSource
 from pytree2safetensors._storage.remote_folder import names_in
 from pytree2safetensors._storage.remote_path import RemotePath, hide_credentials
 
 # How other programs number shards, or used to.
 _OTHER_SHARD: Final = re.compile(r".*\.safetensors-[0-9]+-of-[0-9]+", re.DOTALL)
 
-# The codes for names that no file has, or none can have here.
-_MISSING: Final = {errno.ENOENT, errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ}
-
 _OF_ORBAX: Final = {"_METADATA", "manifest.ocdbt"}  # each of its checkpoints has one of these
-
-
-class Index(NamedTuple):
-    """The content of an index: where the tensors are, and their metadata."""
-
-    path: str | RemotePath
-    label: str  # its name in messages
-    metadata: dict[str, str]
-    shards: dict[str, set[str]]  # the names of the tensors in each file
-    source: ByteSource  # stays open, so that no other file gets its identity
-    status: tuple[int, ...]
-
-    def is_current(self) -> bool:
-        """Return whether no save has replaced it since.
-
-        Raises:
-            OSError: The store cannot be asked.
-        """
-        if isinstance(self.path, RemotePath):
-            return isinstance(self.source, RemoteSource) and self.source.is_current()
-        try:
-            return self.status == _status(self.path)
-        except OSError:
-            return False
-
-    def open(self, shard: str) -> ByteSource:
-        """Open a shard. Follow symbolic links, because a hub's cache has these.
-
-        Raises:
-            FileFormatError: It is missing, or is a pipe or a device.
-            OSError: It cannot be opened.
-        """
-        if isinstance(self.path, RemotePath):
-            with suppress(FileNotFoundError):
-                source = open_source(self.path.beside(shard))
-                source.read(0, min(1, source.size))  # and with it the header
-                return source
-        else:
-            path = os.path.join(os.path.dirname(self.path), shard)
-            try:
-                if not os.path.isdir(path):  # which Windows does not open
-                    return open_source(path, regular=True)
-            except (OSError, UnicodeEncodeError) as error:
-                if getattr(error, "errno", errno.ENOENT) not in _MISSING:
-                    raise
-        raise FileFormatError(
-            f"{self.label} names the shard {shorten(shard)}, which is missing; "
-            "copy the complete folder again"
-        )
-
-    def check(self, shard: str, names: Iterable[str]) -> None:
-        """Raise an error if a shard lacks a tensor that the index places there."""
-        missing = sorted(self.shards[shard].difference(names))
-        if missing:
-            raise FileFormatError(
-                f"the shard {shorten(shard)} lacks {shorten(missing[0])}, which {self.label} places "
-                "in it; copy the complete folder again"
-            )
 
 
 def is_index(path: str | RemotePath) -> bool:
@@ -126,7 +58,7 @@ def locate(path: str) -> str:
     if not os.path.isdir(path):
         index = path + ".index.json"  # the index of shards that were saved as this path
         is_missing = path.endswith(SUFFIX) and not os.path.lexists(path)
-        return index if is_missing and (os.path.isfile(index) or _shards_beside(index)) else path
+        return index if is_missing and (os.path.isfile(index) or shards_beside(index)) else path
     seen: list[str] | None = None
     while True:
         names = sorted(os.listdir(path))
@@ -151,14 +83,14 @@ def _chosen(folder: str, names: list[str]) -> str:
         found = [single]
     else:
         found = [name for name in _without_replaced(names) if name.endswith(SUFFIX)]
-        _check_not_cut_short(folder, list(filter(SHARD_NAME.fullmatch, found)))
+        check_not_cut_short(folder, list(filter(SHARD_NAME.fullmatch, found)))
     if len(found) > 1:
         raise FileFormatError(
             f"the folder {shorten(folder)} has {joined([*map(shorten, found)], 5)}; "
             "pass the path of the one to load"
         )
     if not found:
-        _check_not_cut_short(folder, [name for name in names if name.startswith(TEMPORARY)])
+        check_not_cut_short(folder, [name for name in names if name.startswith(TEMPORARY)])
         other = next(filter(_OTHER_SHARD.fullmatch, names), None)
         present = f"; it has {joined([*map(shorten, sorted(names))], 5)}" if names else ""
         hint = other and (
@@ -199,7 +131,7 @@ def locate_remotely(path: RemotePath) -> list[RemotePath]:
     return [path.joined(_chosen(hide_credentials(path.url), names))]
 
 
-def _shards_beside(index: str) -> list[str]:
+def shards_beside(index: str) -> list[str]:
     """Return the shards that belong to an index by their names, whether it is there or not."""
     folder, stem = split_path(index, is_folder=os.path.isdir(index))
     names = os.listdir(folder) if os.path.isdir(folder) else []
@@ -220,56 +152,10 @@ def has_parts(path: str) -> bool:
     return any(name.startswith(unfinished) or stem_of(name) == stem for name in names)
 
 
-def _check_not_cut_short(folder: str, shards: list[str]) -> None:
+def check_not_cut_short(folder: str, shards: list[str]) -> None:
     """Raise an error if there are shards, finished or not, and no index."""
     if shards:
         raise FileFormatError(
             f"the folder {shorten(folder)} has {shorten(shards[0])} but no index: a save was interrupted "
             "or is in progress, or the index was not copied; save or copy the folder again"
         )
-
-
-def read_index(path: str | RemotePath) -> Index:
-    """Read and check an index. The caller closes its source.
-
-    Raises:
-        FileFormatError: It is not an index, or names files outside its folder.
-        OSError: It cannot be read.
-    """
-    try:
-        status = () if isinstance(path, RemotePath) else _status(path)
-        source = open_source(path, regular=True)
-    except FileNotFoundError:
-        if isinstance(path, RemotePath):
-            raise
-        _check_not_cut_short(os.path.dirname(path) or os.curdir, _shards_beside(path))
-        raise
-    label = source.label
-    try:
-        content = _read_content(source)
-        shards = read_weight_map(content.get("weight_map"), label)
-        return Index(path, label, read_index_metadata(content, label), shards, source, status)
-    except BaseException:
-        source.close()
-        raise
-
-
-def _status(path: str) -> tuple[int, ...]:
-    """Return what distinguishes a file from one that replaces it, and from its earlier content."""
-    status = os.stat(path)
-    return *identity(status), status.st_ctime_ns
-
-
-def _read_content(source: ByteSource) -> dict[str, Any]:
-    if source.measure(MAX_HEADER) > MAX_HEADER:
-        raise FileFormatError(
-            f"{source.label} has {source.size:,} bytes, and an index has at most {MAX_HEADER:,}"
-        )
-    try:
-        text = source.read(0, source.size).decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise FileFormatError(f"the index {source.label} is not valid UTF-8") from None
-    content = read_json(text, f"the index {source.label}", fractions=True)
-    if not isinstance(content, dict):
-        raise FileFormatError(f"the index {source.label} is not a JSON object")
-    return content

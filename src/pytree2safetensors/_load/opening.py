@@ -21,14 +21,8 @@ from pytree2safetensors._format.header import (
     parse,
 )
 from pytree2safetensors._load.checkpoint import OpenCheckpoint
-from pytree2safetensors._load.locate import (
-    Index,
-    has_parts,
-    is_index,
-    locate,
-    locate_remotely,
-    read_index,
-)
+from pytree2safetensors._load.locate import has_parts, is_index, locate, locate_remotely
+from pytree2safetensors._load.shard_index import Index, read_index
 from pytree2safetensors._messages import shorten
 from pytree2safetensors._storage.byte_source import ByteSource, PathLike, Readable
 from pytree2safetensors._storage.file_source import descriptors_to_keep, open_source
