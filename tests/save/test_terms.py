@@ -15,8 +15,8 @@ from pytree2safetensors import Rule
 from pytree2safetensors._leaves.renaming import Rename
 from pytree2safetensors._save import processes
 from pytree2safetensors._save.contents import collect
+from pytree2safetensors._save.target import plan_save, target_of
 from pytree2safetensors._save.words import Terms, difference, digest_of
-from pytree2safetensors._save.writing import plan_save, target_of
 
 SQUARE = np.zeros((4, 4), np.float32)
 

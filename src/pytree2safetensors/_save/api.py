@@ -19,7 +19,8 @@ from pytree2safetensors._save import processes
 from pytree2safetensors._save.calls import announced, is_joint
 from pytree2safetensors._save.contents import collect
 from pytree2safetensors._save.saver import submit, wait_for_earlier
-from pytree2safetensors._save.writing import label_of, plan_save, settled, target_of, write
+from pytree2safetensors._save.target import label_of, plan_save, settled, target_of
+from pytree2safetensors._save.writing import write
 from pytree2safetensors._storage.byte_source import PathLike
 from pytree2safetensors._storage.progress import ProgressOption, reporter
 from pytree2safetensors._storage.remote_path import resolve

@@ -28,8 +28,8 @@ from pytree2safetensors._save.share import (
     size_of,
     split_blocks,
 )
+from pytree2safetensors._save.target import SaveTarget, label_of, older_files, replacing_shards
 from pytree2safetensors._save.words import Terms
-from pytree2safetensors._save.writing import SaveTarget, label_of, older_files, replacing_shards
 from pytree2safetensors._storage.atomic_file import followed, joining, replacing
 from pytree2safetensors._storage.atomic_folder import replacing_together
 from pytree2safetensors._storage.descriptor import flush, read_at, reserve, write_at

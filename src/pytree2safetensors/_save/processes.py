@@ -22,8 +22,8 @@ from pytree2safetensors._save.interrupt import Interrupt
 from pytree2safetensors._save.joint import Work
 from pytree2safetensors._save.plan import SavePlan
 from pytree2safetensors._save.share import share_of
+from pytree2safetensors._save.target import SaveTarget, plan_save, settled, target_of
 from pytree2safetensors._save.words import LAYOUT, Terms
-from pytree2safetensors._save.writing import SaveTarget, plan_save, settled, target_of
 from pytree2safetensors._storage.atomic_file import is_special
 from pytree2safetensors._storage.byte_source import PathLike
 from pytree2safetensors._storage.progress import Progress

@@ -1,0 +1,116 @@
+"""Where a save goes, and what an older save left there.
+
+Specification: *Saving*, *Sharded folders*.
+"""
+
+import errno
+import os
+from collections.abc import Iterable
+from typing import Any, NamedTuple, SupportsIndex
+
+from pytree2safetensors._format.index import SUFFIX, index_name, parse_size, split_path, stem_of
+from pytree2safetensors._messages import shorten
+from pytree2safetensors._save.contents import Contents
+from pytree2safetensors._save.plan import SavePlan, plan_file, plan_folder
+from pytree2safetensors._storage.atomic_folder import Older
+from pytree2safetensors._storage.byte_source import PathLike
+from pytree2safetensors._storage.folder import absolute
+from pytree2safetensors._storage.remote_path import RemotePath, check_created, check_home, resolve
+from pytree2safetensors._storage.stream import Writable
+
+
+class SaveTarget(NamedTuple):
+    """Where a save goes.
+
+    Attributes:
+        path: The path, here or in a store, or the file object.
+        folder: The folder to write shards in, here or in a store; None for one file.
+        stem: The prefix of the names in the folder.
+        limit: The most bytes of tensors in a shard.
+    """
+
+    path: Any
+    folder: Any = None
+    stem: str = ""
+    limit: int = 0
+
+
+def label_of(target: SaveTarget) -> str:
+    """Return what messages call a target."""
+    path = target.path
+    if isinstance(path, RemotePath):
+        return path.label
+    return shorten(path) if isinstance(path, str) else f"a {type(path).__name__}"
+
+
+def target_of(
+    path: PathLike | RemotePath | Writable, max_shard_size: SupportsIndex | str | None
+) -> SaveTarget:
+    """Find where a save goes.
+
+    Raises:
+        ValueError: The size is not a size, or it is given for a file object; or the path is a URL
+            that cannot be opened.
+    """
+    where = resolve(path)
+    if max_shard_size is None:
+        if isinstance(where, str):
+            check_home(where)
+        return SaveTarget(where)
+    limit = parse_size(max_shard_size)
+    if isinstance(where, RemotePath):
+        folder, stem = split_path(where.path, is_folder=False)
+        return SaveTarget(where, where if folder == where.path else where.parent(), stem, limit)
+    if not isinstance(where, str):
+        raise ValueError(
+            f"max_shard_size= writes a folder, so it needs a path, not {type(path).__name__}"
+        )
+    if not where:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "")
+    folder, stem = split_path(where, is_folder=os.path.isdir(where))
+    check_created(folder)
+    return SaveTarget(where, folder, stem, limit)
+
+
+def settled(target: SaveTarget) -> SaveTarget:
+    """Return a target that stays where it is if the working directory changes."""
+    if not isinstance(target.path, str):
+        return target
+    folder = None if target.folder is None else absolute(target.folder or os.curdir)
+    return target._replace(path=absolute(target.path), folder=folder)
+
+
+def replacing_shards(plan: SavePlan, target: SaveTarget) -> tuple[SavePlan, SaveTarget]:
+    """If one file goes where a load finds the index of shards, plan to replace them in their folder.
+
+    Earlier saves must have finished. In a store, this would take another request for each save.
+    """
+    path = target.path
+    if target.folder is not None or not isinstance(path, str) or not path.endswith(SUFFIX):
+        return plan, target
+    folder, stem = split_path(path, is_folder=False)
+    if os.path.lexists(path) or not os.path.isfile(os.path.join(folder, index_name(stem))):
+        return plan, target
+    files = [file._replace(name=stem + SUFFIX) for file in plan.files]
+    return plan._replace(files=files), target._replace(folder=folder, stem=stem)
+
+
+def plan_save(contents: Contents, target: SaveTarget, *, checksum: bool) -> SavePlan:
+    """Plan what a save writes."""
+    if target.folder is None:
+        return plan_file(contents, checksum=checksum)
+    return plan_folder(contents, target.stem, target.limit, checksum=checksum)
+
+
+def older_files(plan: SavePlan, target: SaveTarget) -> Older:
+    """Return what an older save may have left in the folder.
+
+    The rival is the file or index of the same stem, since both together make a folder ambiguous.
+    """
+    kept = {file.name for file in plan.files} | {plan.index_name}
+    rival = target.stem + SUFFIX if plan.index_name else index_name(target.stem)
+
+    def stale(found: Iterable[str]) -> list[str]:
+        return sorted(n for n in found if stem_of(n) == target.stem and n not in kept)
+
+    return Older(rival, stale)
