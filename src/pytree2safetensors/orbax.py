@@ -12,8 +12,10 @@ import jax
 
 try:
     import orbax.checkpoint as ocp
-except ImportError as error:
-    raise ImportError("pytree2safetensors.orbax needs Orbax; install orbax-checkpoint") from error
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "pytree2safetensors.orbax needs Orbax; install orbax-checkpoint", name=error.name
+    ) from error
 
 from pytree2safetensors._load.api import Shardings, load_abstract, load_pytree
 from pytree2safetensors._load.into_template import load_into_pytree

@@ -334,4 +334,6 @@ def test_without_orbax_the_error_says_what_to_install() -> None:
     )
     assert failed.returncode == 1
     said = failed.stderr.splitlines()[-1]
-    assert said == "ImportError: pytree2safetensors.orbax needs Orbax; install orbax-checkpoint"
+    assert said == (
+        "ModuleNotFoundError: pytree2safetensors.orbax needs Orbax; install orbax-checkpoint"
+    )

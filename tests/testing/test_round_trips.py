@@ -218,7 +218,27 @@ def test_the_package_needs_no_hypothesis() -> None:
     failed = subprocess.run(
         [sys.executable, "-c", f"{program}.testing"], capture_output=True, check=False, text=True
     )
-    assert "install hypothesis" in failed.stderr
+    assert failed.stderr.splitlines()[-1] == (
+        "ModuleNotFoundError: pytree2safetensors.testing needs Hypothesis; install hypothesis"
+    )
+
+
+@pytest.mark.parametrize(
+    ("module", "missing"), [("testing", "hypothesis"), ("orbax", "orbax.checkpoint")]
+)
+def test_pytest_skips_what_needs_a_missing_package(module: str, missing: str) -> None:
+    program = f"""
+import sys, pytest
+sys.modules[{missing!r}] = None
+try:
+    pytest.importorskip("pytree2safetensors.{module}")
+except pytest.skip.Exception:
+    print("skipped")
+"""
+    run = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program], capture_output=True, check=True, text=True
+    )
+    assert run.stdout == "skipped\n"
 
 
 def test_bits_are_compared_in_the_byte_order_of_this_machine() -> None:

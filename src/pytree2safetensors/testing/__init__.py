@@ -2,8 +2,10 @@
 
 try:
     import hypothesis  # noqa: F401 - the message below is better than that of a strategy's module
-except ImportError:
-    raise ImportError("pytree2safetensors.testing needs Hypothesis; install hypothesis") from None
+except ModuleNotFoundError:
+    raise ModuleNotFoundError(  # so that pytest.importorskip skips
+        "pytree2safetensors.testing needs Hypothesis; install hypothesis", name="hypothesis"
+    ) from None
 
 from pytree2safetensors.testing._arrays import arrays
 from pytree2safetensors.testing._keys import keypaths, keys
