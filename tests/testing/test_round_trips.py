@@ -1,16 +1,20 @@
 """`assert_round_trips` fails if a tree does not round-trip."""
 
+import math
+import struct
 import subprocess
 import sys
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
-from jax.tree_util import GetAttrKey, SequenceKey
+from jax.tree_util import DictKey, GetAttrKey, SequenceKey
 
 import pytree2safetensors
 from oracle import assert_same
@@ -47,19 +51,20 @@ TREE: dict[str, Any] = {
 }
 
 WRONG: list[tuple[str, Any, str]] = [
-    ("array", np.array([1.0, 3.0], np.float32), "its bits differ: "),
+    ("array", np.array([1.0, 3.0], np.float32), "its bits differ in 1 of 2 elements"),
     ("array", np.array([1.0, 2.0], np.float64), "its dtype was float32, and is float64"),
     ("array", np.array([[1.0, 2.0]], np.float32), "its shape was (2,), and is (1, 2)"),
     ("array", np.array([1.0], np.float32), "its shape was (2,), and is (1,)"),
-    ("array", 1.0, "it was an array, and is of type float"),
+    ("array", 1.0, "it was a NumPy array, and is of type float"),
     ("jax", jnp.array([[1, 2]], jnp.uint32), "its dtype was int32, and is uint32"),
-    ("key", jax.random.key(2), "its bits differ: "),
+    ("key", jax.random.key(2), "its bits were 00000000 00000001, and are "),
     ("key", jax.random.key(1, impl="rbg"), "its dtype was key<fry>, and is key<rbg>"),
     ("weak", jnp.ones((), jnp.float32), "it was weakly typed"),
     ("int", 4, "it was 3, and is 4"),
     ("int", 3.0, "it was of type int, and is of type float"),
     ("int", True, "it was of type int, and is of type bool"),
-    ("int", np.int64(3), "it was of type int, and is of type "),
+    ("int", np.int64(3), "it was of type int, and is a NumPy scalar"),
+    ("int", jnp.int32(3), "it was of type int, and is a JAX array"),
     ("float", -0.0, "it was 0.0, and is -0.0"),
     ("complex", complex(0.0, -0.0), "it was 0j, and is -0j"),
     ("str", "texts", "it was 'text', and is 'texts'"),
@@ -80,22 +85,75 @@ def test_fails_for_a_wrong_round_trip(
     with pytest.raises(AssertionError) as caught:
         assert_round_trips(TREE)
     place = f"'@{name}" + ("#1" if "()" in difference else "") + "'"
-    message = str(caught.value)
     way = "without a template" if how == "load_pytree" else "into a template"
-    assert message.startswith(f"{place} is different when loaded {way}: ")
-    if "type " not in difference or how == "load_pytree":
-        assert difference in message
+    assert str(caught.value).startswith(f"{place} is different when loaded {way}: {difference}")
 
 
-def test_a_template_asks_for_the_kind_of_array(monkeypatch: pytest.MonkeyPatch) -> None:
-    wrong = {**TREE, "array": jnp.array([1.0, 2.0], jnp.float32)}
+KINDS = {
+    "a NumPy array": np.ones((), np.float32),
+    "a NumPy scalar": np.float32(1),
+    "a JAX array": jnp.ones((), jnp.float32),
+}
+
+
+@pytest.mark.parametrize("found", KINDS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_template_asks_for_the_kind_of_array(
+    monkeypatch: pytest.MonkeyPatch, kind: str, found: str
+) -> None:
+    tree, wrong = {"array": KINDS[kind]}, {"array": KINDS[found]}
     monkeypatch.setattr(_round_trips, "load_pytree", lambda *_: wrong)
-    assert_round_trips(TREE)  # without a template, that is what comes back
+    assert_round_trips(tree)  # without a template, any kind comes back
+    if kind == found:
+        return
     monkeypatch.setattr(_round_trips, "load_into_pytree", lambda *_: wrong)
+    with pytest.raises(AssertionError) as caught:
+        assert_round_trips(tree)
+    assert str(caught.value) == (
+        f"'@array' is different when loaded into a template: it was {kind}, and is {found}"
+    )
+
+
+class Labelled(np.ndarray[Any, Any]):
+    """A subclass of NumPy's array."""
+
+
+@pytest.mark.filterwarnings("ignore:the matrix subclass:PendingDeprecationWarning")
+@pytest.mark.parametrize("kind", [np.matrix, Labelled])
+def test_arrays_of_subclasses_come_back_as_arrays(kind: Any) -> None:
+    assert_round_trips({"array": np.array([[1.0, 2.0]], np.float32).view(kind)})
+
+
+# What a file distinguishes, and == does not.
+KEYS = [
+    (1, True), (1, 1.0), (True, 1.0), (0, False), (0.0, -0.0), ((1,), (True,)), ((0.0,), (-0.0,)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("how", ["load_pytree", "load_into_pytree"])
+@pytest.mark.parametrize("node", [dict, OrderedDict])
+@pytest.mark.parametrize(("key", "found"), [*KEYS, *(pair[::-1] for pair in KEYS)], ids=repr)
+def test_keys_that_are_equal_are_told_apart(
+    monkeypatch: pytest.MonkeyPatch, how: str, node: Any, key: Any, found: Any
+) -> None:
+    tree, wrong = [node({key: "leaf"})], [node({found: "leaf"})]
+    monkeypatch.setattr(_round_trips, how, lambda *_: wrong)
+    with pytest.raises(AssertionError) as caught:
+        assert_round_trips(tree)
+    way = "without a template" if how == "load_pytree" else "into a template"
+    keys = [repr(pytree2safetensors.keypath2string((DictKey(key),))) for key in (key, found)]
+    assert str(caught.value) == (
+        f"'#0' is different when loaded {way}: it had the key {keys[0]}, and has {keys[1]}"
+    )
+
+
+def test_a_key_that_no_file_can_hold_is_another_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_round_trips, "load_into_pytree", lambda *_: {np.float64(1): "leaf"})
     with pytest.raises(
-        AssertionError, match="'@array' is different when loaded into a template: it was a ndarray"
-    ):
-        assert_round_trips(TREE)
+        AssertionError, match=r"it had the key '@.*', and has 'DictKey\(.*\)'$"
+    ) as caught:
+        assert_round_trips({1.0: "leaf"})
+    assert str(caught.value).startswith("the root is different when loaded into a template: ")
 
 
 def test_a_load_that_keeps_the_template_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,6 +297,71 @@ except pytest.skip.Exception:
         [sys.executable, "-W", "error", "-c", program], capture_output=True, check=True, text=True
     )
     assert run.stdout == "skipped\n"
+
+
+NAN = struct.unpack("<d", struct.pack("<Q", 0x7FF8000000000001))[0]
+KEY = jax.random.key(1)
+FLOATS = np.array([[0x7FC00000] * 6, [1] * 6], np.uint32).view(np.float32)
+OTHER_FLOATS = np.array([[0x7FC00000] * 5 + [0x7FC00001], [1, 2] * 3], np.uint32).view(np.float32)
+# What differs between the first and the second.
+BITS: list[tuple[Any, Any, str]] = [
+    (math.nan, NAN, "its bits were 7ff8000000000000, and are 7ff8000000000001"),
+    (
+        complex(0, NAN), complex(0, math.nan),
+        "its bits were 0000000000000000 7ff8000000000001, and are 0000000000000000 7ff8000000000000",
+    ),
+    (1.5, math.nan, "it was 1.5, and is nan"),
+    (np.float32(-0.0), np.float32(0.0), "its bits were 80000000, and are 00000000"),
+    (jnp.asarray(1.0), jnp.asarray(2.0), "its bits were 3f800000, and are 40000000"),
+    (
+        FLOATS, OTHER_FLOATS,
+        "its bits differ in 4 of 12 elements; the first, at [0, 5], was 7fc00000, and is 7fc00001",
+    ),
+    (
+        FLOATS.astype(">f4"), OTHER_FLOATS,
+        "its bits differ in 4 of 12 elements; the first, at [0, 5], was 7fc00000, and is 7fc00001",
+    ),
+    (
+        np.zeros(1_000_000, np.int8), np.full(1_000_000, -1, np.int8),
+        "its bits differ in 1,000,000 of 1,000,000 elements; the first, at [0], was 00, and is ff",
+    ),
+    (
+        np.array([1j, 2], np.complex64), np.array([1j, 3j], np.complex64),
+        "its bits differ in 1 of 2 elements; the first, at [1], was 40000000 00000000, and is 00000000 40400000",
+    ),
+    (
+        np.array([True]), np.array([False]),
+        "its bits differ in 1 of 1 element; the first, at [0], was 01, and is 00",
+    ),
+    (
+        np.array([1, 2], ml_dtypes.int4), np.array([1, -2], ml_dtypes.int4),
+        "its bits differ in 1 of 2 elements; the first, at [1], was 02, and is 0e",
+    ),
+    (
+        np.array([1, 2], ml_dtypes.bfloat16), np.array([3, 2], ml_dtypes.bfloat16),
+        "its bits differ in 1 of 2 elements; the first, at [0], was 3f80, and is 4040",
+    ),
+    (KEY, jax.random.key(2), "its bits were 00000000 00000001, and are 00000000 00000002"),
+    (
+        jnp.stack([KEY, KEY]), jnp.stack([KEY, jax.random.key(3)]),
+        "its bits differ in 1 of 2 elements; the first, at [1], was 00000000 00000001, and is 00000000 00000003",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("leaf", "found", "difference"), BITS, ids=range(len(BITS)))
+def test_messages_say_which_bits_differ(leaf: Any, found: Any, difference: str) -> None:
+    _compare.assert_same(leaf, leaf, "found")
+    with pytest.raises(AssertionError) as caught:
+        _compare.assert_same({"w": leaf}, {"w": found}, "found")
+    assert str(caught.value) == f"'@w' is different when loaded found: {difference}"
+
+
+@pytest.mark.parametrize("shape", [(0,), (2, 0)])
+def test_empty_arrays_have_no_bits(shape: tuple[int, ...]) -> None:
+    keys = jax.random.wrap_key_data(jnp.zeros((*shape, 2), jnp.uint32))
+    for leaf in (np.zeros(shape, np.float32), np.zeros(shape, ml_dtypes.int4), keys):
+        _compare.assert_same(leaf, leaf, "found")
 
 
 def test_bits_are_compared_in_the_byte_order_of_this_machine() -> None:

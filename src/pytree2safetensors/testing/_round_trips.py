@@ -24,7 +24,8 @@ def assert_round_trips(tree: Any) -> None:
     """Assert that a tree is the same after saving and loading, with and without a template.
 
     The tree is saved to a temporary file, and loaded into a template with other values. Structure,
-    types, dtypes, shapes and bits must be the same. Without a template, this must also be true if
+    keys, types, dtypes, shapes and bits must be the same. In place of a NumPy array of a subclass or
+    in another byte order, a plain array must come back. Without a template, this must also be true if
     the tree consists of dicts, lists, tuples, `None`s and containers. For other trees, only the
     leaves and their key paths must be the same. If the keys of a node are of different kinds, the
     tree is only loaded into the template.
