@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, find, given, settings
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
 from oracle import identity, jax_holds
@@ -203,7 +204,9 @@ LAYOUTS: dict[str, Callable[[Any], bool]] = {
     "zero-size": lambda leaf: leaf.size == 0 and leaf.ndim > 1,
     "four axes": lambda leaf: leaf.ndim == 4 and leaf.size > 0,
     "Fortran": lambda leaf: leaf.flags.f_contiguous and not leaf.flags.c_contiguous,
-    "transposed": lambda leaf: leaf.base is not None and not leaf.flags.c_contiguous,
+    "transposed": lambda leaf: (
+        leaf.ndim == 3 and leaf.strides[0] > leaf.strides[2] > leaf.strides[1] > 0
+    ),
     "negative stride": lambda leaf: leaf.size > 1 and min(leaf.strides) < 0,
     "strided": lambda leaf: leaf.size > 1 and leaf.strides[-1] == 2 * leaf.itemsize,
     "broadcast": lambda leaf: leaf.size > 1 and 0 in leaf.strides,
@@ -222,6 +225,32 @@ def test_arrays_reach_every_layout(
 ) -> None:
     found = [leaf for leaf in some_arrays if isinstance(leaf, np.ndarray | np.generic)]
     assert any(map(condition, found))
+
+
+@pytest.mark.xdist_group("arrays")
+@pytest.mark.parametrize(
+    "shape", [(), (0,), (1,), (3,), (2, 3), (3, 0), (0, 2), (2, 1, 3), (2, 3, 4, 5)], ids=str
+)
+def test_arrays_have_the_shape_and_dtype_that_were_drawn(shape: tuple[int, ...]) -> None:
+    for leaf in generated(arrays(st.just("float32"), shapes=st.just(shape)), 200):
+        assert leaf.shape == shape
+        assert leaf.dtype.newbyteorder("=") == np.float32
+
+
+@given(st.data())
+def test_arrays_of_any_shape_have_it(data: st.DataObject) -> None:
+    shape = data.draw(array_shapes(min_dims=0, max_dims=5, min_side=0, max_side=3))
+    dtype = data.draw(st.sampled_from(DTYPES))
+    leaf = data.draw(arrays(st.just(dtype), shapes=st.just(shape)))
+    assert (leaf.shape, leaf.dtype.newbyteorder("=")) == (shape, dtype)
+
+
+@pytest.mark.parametrize(
+    "layout", sorted(LAYOUTS.keys() - {"0-d", "zero-size", "four axes", "scalar"})
+)
+def test_one_shape_has_every_layout(layout: str) -> None:
+    found = generated(arrays(st.just("float32"), shapes=st.just((2, 3, 4))), 300)
+    assert any(LAYOUTS[layout](leaf) for leaf in found if isinstance(leaf, np.ndarray))
 
 
 @given(arrays())

@@ -68,6 +68,19 @@ def _read_only(values: NDArray[Any]) -> NDArray[Any]:
     return values
 
 
+def _fortran(values: NDArray[Any]) -> NDArray[Any]:
+    return np.array(values, order="F")
+
+
+def _transposed(values: NDArray[Any]) -> NDArray[Any]:
+    """Swap the last two axes in memory."""
+    if values.ndim < 2:
+        return values
+    *axes, rows, columns = values.shape
+    swapped: NDArray[Any] = values.reshape(*axes, columns, rows).swapaxes(-1, -2)
+    return swapped
+
+
 def _reversed(values: NDArray[Any]) -> NDArray[Any]:
     return values[::-1] if values.ndim else values
 
@@ -77,7 +90,7 @@ def _strided(values: NDArray[Any]) -> NDArray[Any]:
 
 
 def _repeated(values: NDArray[Any]) -> NDArray[Any]:
-    return np.broadcast_to(values, (2, *values.shape))
+    return np.broadcast_to(values[:1], values.shape) if values.ndim else values
 
 
 def _scalar(values: NDArray[Any]) -> Any:
@@ -93,8 +106,8 @@ _LAYOUTS: Final[tuple[Callable[[NDArray[Any]], Any], ...]] = (
     _jax_array,
     np.asarray,
     _jax_array,  # twice, because most saved arrays have these
-    np.asfortranarray,
-    np.transpose,
+    _fortran,
+    _transposed,
     _reversed,
     _strided,
     _repeated,
@@ -124,10 +137,12 @@ def arrays(  # noqa: D417 - Hypothesis supplies `draw`
 ) -> Any:
     """Generate arrays of every dtype from raw bytes, as `jax.Array`s and as NumPy arrays.
 
-    The NumPy arrays are in C or Fortran order, transposed, reversed, strided, broadcast (with one
-    more axis), read-only, unaligned or big-endian, or they are scalars. The JAX arrays are on the
-    default device. They only have dtypes that JAX supports: without `jax_enable_x64`, arrays of
-    int64, uint64, float64 and complex128 are NumPy arrays.
+    Each array has the shape and the dtype that were drawn; only its byte order may be another one.
+
+    The NumPy arrays are in C or Fortran order, transposed in memory, reversed, strided, broadcast
+    from the first index of their first axis, read-only, unaligned or big-endian. Some 0-d ones are
+    scalars. The JAX arrays are on the default device. They only have dtypes that JAX supports:
+    without `jax_enable_x64`, arrays of int64, uint64, float64 and complex128 are NumPy arrays.
 
     Args:
         dtypes: A strategy for NumPy dtypes, or for what `numpy.dtype` takes; every dtype by default. A
