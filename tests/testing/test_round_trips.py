@@ -258,6 +258,42 @@ class Forgetful(Repeating):
         return cls(*[*children][:-1])
 
 
+@jax.tree_util.register_pytree_with_keys_class
+class Scale:
+    """A node that refuses some values, also when JAX builds it."""
+
+    def __init__(self, factor: Any, least: float = 0.0) -> None:
+        self.factor, self.least = factor, least
+        if not float(factor) > least:
+            raise ValueError("a scale must be positive")
+
+    def tree_flatten_with_keys(self) -> tuple[Any, float]:
+        return [(GetAttrKey("factor"), self.factor)], self.least
+
+    @classmethod
+    def tree_unflatten(cls, least: float, children: Any) -> "Scale":
+        return cls(children[0], least)
+
+
+def test_nodes_may_refuse_the_values_of_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    for factor in (2.0, np.float32(2), jnp.asarray(2.0)):
+        assert_round_trips({"scale": Scale(factor), "w": np.ones(2, np.float32)})
+    monkeypatch.setattr(_round_trips, "load_into_pytree", lambda *_: {"scale": Scale(3.0)})
+    with pytest.raises(AssertionError, match=r"^'@scale.factor' is different when loaded into a"):
+        assert_round_trips({"scale": Scale(2.0)})
+
+
+def test_nodes_that_refuse_their_own_values_are_reported() -> None:
+    scale = Scale(2.0)
+    scale.least = 7.0
+    with pytest.raises(AssertionError) as caught:
+        assert_round_trips([scale])
+    assert str(caught.value) == (
+        "JAX cannot build the tree from its own leaves: ValueError: a scale must be positive"
+    )
+    assert isinstance(caught.value.__cause__, ValueError)
+
+
 def test_nodes_of_other_libraries() -> None:
     with pytest.raises(KeyPathError, match="two children of one node have the key path 'child'"):
         assert_round_trips(Repeating(1, 2))
