@@ -403,9 +403,90 @@ def test_nodes_have_at_least_as_many_children_as_asked_for(least: int) -> None:
     assert {type(node) for node in nodes} == set(NODES) - too_small
 
 
-def test_pytrees_of_unknown_nodes() -> None:
-    with pytest.raises(ValueError, match="nodes are some of NODES, and these are not"):
-        pytrees(nodes=[set])
+STRATEGY = "must be a Hypothesis strategy, such as"
+REFUSED: list[tuple[Callable[[], Any], type[Exception], str]] = [
+    (
+        lambda: arrays(np.float32),  # type: ignore[arg-type] # what is tested, as below
+        TypeError,
+        f"arrays: dtypes {STRATEGY} hypothesis.strategies.just('float32'), not type",
+    ),
+    (
+        lambda: arrays(shapes=(2, 3)),  # type: ignore[arg-type]
+        TypeError,
+        f"arrays: shapes {STRATEGY} hypothesis.strategies.just((2, 3)), not tuple",
+    ),
+    (
+        lambda: leaves(arrays),  # type: ignore[arg-type]
+        TypeError,
+        f"leaves: arrays {STRATEGY} arrays(), not function",
+    ),
+    (
+        lambda: pytrees(3),  # type: ignore[arg-type]
+        TypeError,
+        f"pytrees: leaves {STRATEGY} leaves(), not int",
+    ),
+    (
+        lambda: keypaths("a"),  # type: ignore[arg-type]
+        TypeError,
+        f"keypaths: keys {STRATEGY} keys(), not str",
+    ),
+    (
+        lambda: pytrees(nodes=dict),  # type: ignore[arg-type]
+        TypeError,
+        "pytrees: nodes must be a collection of types, such as [dict, list], not type",
+    ),
+    (
+        lambda: pytrees(nodes=[dict, set]),
+        ValueError,
+        "pytrees: nodes must be some of NODES, and these are not: [<class 'set'>]",
+    ),
+    (lambda: pytrees(max_depth=-1), ValueError, "pytrees: max_depth must be 0 or more, not -1"),
+    (lambda: pytrees(min_size=-1), ValueError, "pytrees: min_size must be 0 or more, not -1"),
+    (
+        lambda: pytrees(max_depth=1.5),  # type: ignore[arg-type]
+        TypeError,
+        "pytrees: max_depth must be an int, not float",
+    ),
+    (lambda: pytrees(max_depth=True), TypeError, "pytrees: max_depth must be an int, not bool"),
+    (lambda: keypaths(min_size=-1), ValueError, "keypaths: min_size must be 0 or more, not -1"),
+    (
+        lambda: keypaths(max_size=None),  # type: ignore[arg-type]
+        TypeError,
+        "keypaths: max_size must be an int, not NoneType",
+    ),
+    (
+        lambda: keypaths(min_size=9),
+        ValueError,
+        "keypaths: max_size must be min_size=9 or more, not 8",
+    ),
+    (
+        lambda: generated(arrays(shapes=st.just(3)), 1),  # type: ignore[arg-type]
+        TypeError,
+        "arrays: shapes must generate tuples of ints, not int",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "message"), REFUSED, ids=range(len(REFUSED)))
+def test_wrong_arguments_are_refused_at_once(
+    call: Callable[[], Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error) as caught:
+        call()
+    assert str(caught.value) == message
+
+
+def test_wrong_calls_are_refused() -> None:
+    with pytest.raises(TypeError, match="unexpected keyword argument 'depth'"):
+        pytrees(depth=3)  # type: ignore[call-arg]
+    with pytest.raises((TypeError, ValueError)):  # the runtime type checks come first
+        pytrees(nodes=[{}])  # type: ignore[list-item]
+
+
+def test_the_smallest_arguments_are_taken() -> None:
+    assert generated(pytrees(st.just(0), nodes=[], min_size=0), 5) == [0]
+    assert generated(pytrees(st.just(0), max_depth=0), 5) == [0]
+    assert generated(keypaths(min_size=0, max_size=0), 5) == [()]
 
 
 @given(pytrees())

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from pytree2safetensors._leaves.describe import info_of
 from pytree2safetensors._leaves.spec import holds
+from pytree2safetensors.testing._arguments import checked
 from pytree2safetensors.testing._compare import VALUE_BITS
 
 Draw: TypeAlias = Callable[..., Any]  # Hypothesis's own type cannot be checked at run time
@@ -128,13 +129,12 @@ def _shape(number: int) -> tuple[int, ...]:
 _SHAPES: Final = st.integers(0, 5**5 - 1).map(_shape)
 
 
-@st.composite
-def arrays(  # noqa: D417 - Hypothesis supplies `draw`
-    draw: Draw,
+@checked
+def arrays(
     dtypes: SearchStrategy[Any] | None = None,
     *,
     shapes: SearchStrategy[tuple[int, ...]] = _SHAPES,
-) -> Any:
+) -> SearchStrategy[Any]:
     """Generate arrays of every dtype from raw bytes, as `jax.Array`s and as NumPy arrays.
 
     Each array has the shape and the dtype that were drawn; only its byte order may be another one.
@@ -148,11 +148,33 @@ def arrays(  # noqa: D417 - Hypothesis supplies `draw`
         dtypes: A strategy for NumPy dtypes, or for what `numpy.dtype` takes; every dtype by default. A
             file must be able to hold them.
         shapes: A strategy for shapes; by default small ones, including 0-d and empty arrays.
+
+    Raises:
+        ValueError: A file cannot hold a dtype that was drawn.
+        TypeError: What was drawn is not a dtype or not a shape.
+
+    Specification: *Leaves*.
+
+    >>> from hypothesis import given
+    >>> from hypothesis import strategies as st
+    >>> @given(arrays(st.just("float32"), shapes=st.just((2, 3))))
+    ... def test_shape(array):
+    ...     assert array.shape == (2, 3)
+    >>> test_shape()
     """
+    return _arrays(dtypes, shapes)
+
+
+@st.composite
+def _arrays(
+    draw: Draw, dtypes: SearchStrategy[Any] | None, shapes: SearchStrategy[tuple[int, ...]]
+) -> Any:
     dtype = np.dtype(draw(st.sampled_from(DTYPES) if dtypes is None else dtypes))
     if info_of(dtype, ()) is None:
         raise ValueError(f"a file cannot hold the dtype {dtype}")
     shape = draw(shapes)
+    if not isinstance(shape, tuple):
+        raise TypeError(f"arrays: shapes must generate tuples of ints, not {type(shape).__name__}")
     # Longer arrays repeat these bytes.
     count = math.prod(shape)
     size = max(1, min(32, count * dtype.itemsize))

@@ -17,6 +17,7 @@ from pytree2safetensors._tree.keys import (
     item_key,
 )
 from pytree2safetensors._tree.literal import MAX_DIGITS
+from pytree2safetensors.testing._arguments import checked
 
 
 @cache
@@ -84,6 +85,14 @@ def keys() -> SearchStrategy[Key]:
 
     The names are any text without lone surrogates; the keys of dicts are text, `None`, bools, ints
     of up to 4,300 digits, finite floats, bytes, and tuples of these.
+
+    Specification: *Key paths*.
+
+    >>> from hypothesis import given
+    >>> @given(keys())
+    ... def test_spelling(key):
+    ...     assert string2keypath(keypath2string((key,))) == (key,)
+    >>> test_spelling()
     """
     indices = st.integers(0, 9) | st.integers(0, MAX_INDEX)
     return st.one_of(
@@ -95,6 +104,7 @@ def keys() -> SearchStrategy[Key]:
     )
 
 
+@checked
 def keypaths(
     keys: SearchStrategy[Key] = keys(),  # noqa: B008 - strategies have no state
     *,
@@ -108,5 +118,18 @@ def keypaths(
         min_size: The length of the shortest path.
         max_size: The length of the longest path. It is short by default, because every key except
             the first is spelled independently of the others.
+
+    Raises:
+        ValueError: A length is negative, or the longest path is shorter than the shortest.
+
+    Specification: *Key paths*.
+
+    >>> from hypothesis import given
+    >>> @given(keypaths(max_size=2))
+    ... def test_length(path):
+    ...     assert len(path) <= 2
+    >>> test_length()
     """
+    if max_size < min_size:
+        raise ValueError(f"keypaths: max_size must be min_size={min_size} or more, not {max_size}")
     return st.lists(keys, min_size=min_size, max_size=max_size).map(tuple)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes
 from hypothesis.strategies import SearchStrategy
 
+from pytree2safetensors.testing._arguments import checked
 from pytree2safetensors.testing._arrays import Draw, arrays, values_of
 from pytree2safetensors.testing._keys import limits
 
@@ -54,6 +55,7 @@ def _floats() -> SearchStrategy[float]:
     )
 
 
+@checked
 def leaves(
     arrays: SearchStrategy[Any] = arrays(),  # noqa: B008 - strategies have no state
 ) -> SearchStrategy[Any]:
@@ -65,6 +67,14 @@ def leaves(
 
     Args:
         arrays: A strategy for the arrays.
+
+    Specification: *Leaves*.
+
+    >>> from hypothesis import given
+    >>> @given(leaves())
+    ... def test_leaf(leaf):
+    ...     assert jax.tree_util.all_leaves([leaf])
+    >>> test_leaf()
     """
     # Ints that Python does not print are left out, and so are strs with lone surrogates.
     return st.one_of(

@@ -11,12 +11,14 @@ from hypothesis.strategies import SearchStrategy
 from pytree2safetensors._tree.containers import PyTreeContainer, UnkeyedContainer
 from pytree2safetensors._tree.keys import DictKey
 from pytree2safetensors._tree.spelling import spell_key
+from pytree2safetensors.testing._arguments import checked
 from pytree2safetensors.testing._arrays import Draw
 from pytree2safetensors.testing._keys import keys, literals, numbers, texts
 from pytree2safetensors.testing._leaves import leaves
 from pytree2safetensors.testing._nodes import NODES, Keyed, Nothing, Pair, Record, Unkeyed
 
 
+@checked
 def pytrees(
     leaves: SearchStrategy[Any] = leaves(),  # noqa: B008 - strategies have no state
     *,
@@ -37,10 +39,22 @@ def pytrees(
             `None`, are left out.
         max_depth: The largest number of nested nodes. It is small by default, so that failures are
             readable.
+
+    Raises:
+        ValueError: `nodes` has one that is not in `NODES`, or a number is negative.
+
+    Specification: *Trees and flat dicts*.
+
+    >>> from hypothesis import given
+    >>> from hypothesis import strategies as st
+    >>> @given(pytrees(st.just(0), nodes=[list], max_depth=2))
+    ... def test_tree(tree):
+    ...     assert type(tree) in (list, int)
+    >>> test_tree()
     """
-    unknown = set(nodes) - set(NODES)
+    unknown = [kind for kind in nodes if kind not in NODES]
     if unknown:
-        raise ValueError(f"nodes are some of NODES, and these are not: {unknown}")
+        raise ValueError(f"pytrees: nodes must be some of NODES, and these are not: {unknown}")
     kinds = tuple(
         kind for kind in NODES if kind in nodes and _SIZES.get(kind, min_size) >= min_size
     )
