@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from placed import P
 from pytree2safetensors import Rule
 from pytree2safetensors._leaves.renaming import Rename
-from pytree2safetensors._save import processes
+from pytree2safetensors._save import terms as save_terms
 from pytree2safetensors._save.contents import collect
 from pytree2safetensors._save.target import plan_save, target_of
 from pytree2safetensors._save.words import Terms, difference, digest_of
@@ -28,7 +28,7 @@ def _global(monkeypatch: pytest.MonkeyPatch) -> None:
     def is_spread(leaf: Any) -> bool:
         return isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) > 1
 
-    monkeypatch.setattr(processes, "is_global", is_spread)
+    monkeypatch.setattr(save_terms, "is_global", is_spread)
 
 
 def terms_of(
@@ -41,7 +41,7 @@ def terms_of(
     contents = collect(tree, metadata or {}, "raise", rename)
     target = target_of(path, size)
     plan = plan_save(contents, target, checksum=False)
-    return processes._terms(contents, plan, target, processes.SaveOptions(True, False, size))
+    return save_terms.terms_of(contents, plan, target, save_terms.SaveOptions(True, False, size))
 
 
 def difference_of(first: Terms, other: Terms) -> str:
@@ -143,7 +143,7 @@ def test_shards_are_told_in_words(tmp_path: Path, one: Any, other: Any, found: s
 
 
 def test_shards_on_many_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "_LISTED", 2)
+    monkeypatch.setattr(save_terms, "_LISTED", 2)
     orders = [0, 1, 2, 3], [0, 1, 3, 2]
     terms = [terms_of({"a": on(order, "x")}, tmp_path / "f") for order in orders]
     assert difference_of(*terms) == (

@@ -20,6 +20,7 @@ from pytree2safetensors._save.calls import announced, is_joint
 from pytree2safetensors._save.contents import collect
 from pytree2safetensors._save.saver import submit, wait_for_earlier
 from pytree2safetensors._save.target import label_of, plan_save, settled, target_of
+from pytree2safetensors._save.terms import SaveOptions
 from pytree2safetensors._save.writing import write
 from pytree2safetensors._storage.byte_source import PathLike
 from pytree2safetensors._storage.progress import ProgressOption, reporter
@@ -88,7 +89,7 @@ def save_pytree(
     with collector_paused():
         contents = collect(tree, metadata or {}, unsupported, rename)
     if is_joint(contents.leaves):
-        options = processes.SaveOptions(durable, checksum, max_shard_size)
+        options = SaveOptions(durable, checksum, max_shard_size)
         processes.save(contents, path, options, report, background=False)
         return
     wait_for_earlier()
@@ -154,7 +155,7 @@ def save_pytree_async(
     with collector_paused():
         contents = collect(tree, metadata or {}, unsupported, rename)
         if is_joint(contents.leaves):
-            options = processes.SaveOptions(durable, checksum, max_shard_size)
+            options = SaveOptions(durable, checksum, max_shard_size)
             return processes.save(contents, where, options, report, background=True)
         # The process may change its working directory during the save.
         target = settled(target_of(where, max_shard_size))
