@@ -20,7 +20,7 @@ from pytree2safetensors import (
     save_pytree,
     save_pytree_async,
 )
-from pytree2safetensors._storage.remote_path import check_created, check_home
+from pytree2safetensors._storage.locations import check_created, check_home
 
 TREE = {"a": np.zeros(3, np.float32)}
 

@@ -16,7 +16,7 @@ from pytree2safetensors._leaves.decode import from_bytes
 from pytree2safetensors._leaves.spec import ARRAYS, spec_of
 from pytree2safetensors._load.checkpoint import OpenCheckpoint
 from pytree2safetensors._load.opening import open_checkpoint
-from pytree2safetensors._storage.byte_source import PathLike
+from pytree2safetensors._storage.locations import PathLike
 from pytree2safetensors._tree.paths import above
 from pytree2safetensors._tree.spelling import INDEX, ITEM, UNKEYED
 

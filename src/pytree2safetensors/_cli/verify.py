@@ -22,8 +22,8 @@ from pytree2safetensors._load.checkpoint import OpenCheckpoint
 from pytree2safetensors._load.locate import locate, locate_remotely
 from pytree2safetensors._load.opening import open_checkpoint
 from pytree2safetensors._messages import plural, shorten
-from pytree2safetensors._storage.byte_source import PathLike
-from pytree2safetensors._storage.remote_path import RemotePath, resolve
+from pytree2safetensors._storage.locations import PathLike, resolve
+from pytree2safetensors._storage.remote_path import RemotePath
 from pytree2safetensors._tree.unflatten import build_tree
 
 

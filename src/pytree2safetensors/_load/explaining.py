@@ -18,7 +18,7 @@ from pytree2safetensors._load.opening import open_checkpoint
 from pytree2safetensors._load.stored import scalar_reader
 from pytree2safetensors._load.template import show
 from pytree2safetensors._messages import shorten
-from pytree2safetensors._storage.byte_source import PathLike, Readable
+from pytree2safetensors._storage.locations import PathLike, Readable
 from pytree2safetensors._tree.flatten import PyTree
 from pytree2safetensors._tree.paths import dotted
 

@@ -23,7 +23,7 @@ from pytree2safetensors._load.sharded import concrete
 from pytree2safetensors._load.slots import Wanted
 from pytree2safetensors._load.stored import scalar_reader, warn_foreign
 from pytree2safetensors._load.template import TemplateLeaf, template_leaves
-from pytree2safetensors._storage.byte_source import PathLike, Readable
+from pytree2safetensors._storage.locations import PathLike, Readable
 from pytree2safetensors._storage.progress import ProgressOption, reporter
 from pytree2safetensors._tree.keypath import string2keypath
 from pytree2safetensors._tree.paths import strip_prefix

@@ -24,17 +24,13 @@ from pytree2safetensors._load.checkpoint import OpenCheckpoint
 from pytree2safetensors._load.locate import has_parts, is_index, locate, locate_remotely
 from pytree2safetensors._load.shard_index import Index, read_index
 from pytree2safetensors._messages import shorten
-from pytree2safetensors._storage.byte_source import ByteSource, PathLike, Readable
+from pytree2safetensors._storage.byte_source import ByteSource
 from pytree2safetensors._storage.file_source import descriptors_to_keep, open_source
 from pytree2safetensors._storage.folder import without_savers
+from pytree2safetensors._storage.locations import PathLike, Readable, check_home, resolve
 from pytree2safetensors._storage.read_pool import ReadPool
 from pytree2safetensors._storage.remote_file import RemoteSource
-from pytree2safetensors._storage.remote_path import (
-    RemotePath,
-    check_home,
-    hide_credentials,
-    resolve,
-)
+from pytree2safetensors._storage.remote_path import RemotePath, hide_credentials
 from pytree2safetensors._storage.stream import open_stream
 
 _HEAD = 1 << 16  # bytes: the first read has nearly every header

@@ -22,10 +22,8 @@ from pytree2safetensors._save.saver import submit, wait_for_earlier
 from pytree2safetensors._save.target import label_of, plan_save, settled, target_of
 from pytree2safetensors._save.terms import SaveOptions
 from pytree2safetensors._save.writing import write
-from pytree2safetensors._storage.byte_source import PathLike
+from pytree2safetensors._storage.locations import PathLike, Writable, resolve
 from pytree2safetensors._storage.progress import ProgressOption, reporter
-from pytree2safetensors._storage.remote_path import resolve
-from pytree2safetensors._storage.stream import Writable
 from pytree2safetensors._tree.flatten import PyTree
 
 

@@ -16,10 +16,9 @@ from pytree2safetensors._save.share import share_of
 from pytree2safetensors._save.target import plan_save, settled, target_of
 from pytree2safetensors._save.terms import SaveOptions, terms_of
 from pytree2safetensors._storage.atomic_file import is_special
-from pytree2safetensors._storage.byte_source import PathLike
+from pytree2safetensors._storage.locations import PathLike, Writable, resolve
 from pytree2safetensors._storage.progress import Progress
-from pytree2safetensors._storage.remote_path import RemotePath, resolve
-from pytree2safetensors._storage.stream import Writable
+from pytree2safetensors._storage.remote_path import RemotePath
 
 _PLACE: Final = (
     "several processes can only save together to a regular file, or with max_shard_size= to a folder, "

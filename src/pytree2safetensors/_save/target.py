@@ -13,10 +13,15 @@ from pytree2safetensors._messages import shorten
 from pytree2safetensors._save.contents import Contents
 from pytree2safetensors._save.plan import SavePlan, plan_file, plan_folder
 from pytree2safetensors._storage.atomic_folder import Older
-from pytree2safetensors._storage.byte_source import PathLike
 from pytree2safetensors._storage.folder import absolute
-from pytree2safetensors._storage.remote_path import RemotePath, check_created, check_home, resolve
-from pytree2safetensors._storage.stream import Writable
+from pytree2safetensors._storage.locations import (
+    PathLike,
+    Writable,
+    check_created,
+    check_home,
+    resolve,
+)
+from pytree2safetensors._storage.remote_path import RemotePath
 
 
 class SaveTarget(NamedTuple):

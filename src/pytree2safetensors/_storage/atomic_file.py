@@ -11,9 +11,9 @@ from contextlib import ExitStack, contextmanager
 from typing import Final
 
 from pytree2safetensors._messages import shorten
-from pytree2safetensors._storage.byte_source import LocalPath
 from pytree2safetensors._storage.descriptor import Held, flush, write_chunks
 from pytree2safetensors._storage.folder import Folder, explaining_flush
+from pytree2safetensors._storage.locations import LocalPath
 from pytree2safetensors._storage.naming import naming, temporary_name
 from pytree2safetensors._storage.progress import Progress
 from pytree2safetensors._types import Chunk

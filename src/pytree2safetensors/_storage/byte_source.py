@@ -1,8 +1,7 @@
 """Sources of bytes, and reads of many ranges."""
 
-import os
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, TypeAlias, runtime_checkable
+from typing import Final, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,49 +10,6 @@ from pytree2safetensors._errors import FileFormatError
 
 PIECE: Final = 8 << 20  # bytes of one read; a multiple of every item size
 _VECTORS: Final = 512  # buffers of one system call; every system allows 1024
-
-
-class HasMethod(type):
-    """The type of a class whose instances are all objects with a method, even a delegated one.
-
-    A protocol only looks at classes since Python 3.12, but the files of `tempfile` delegate.
-    """
-
-    method: str
-
-    def __instancecheck__(cls, instance: object) -> bool:
-        return callable(getattr(instance, cls.method, None))
-
-
-if TYPE_CHECKING:
-
-    class Readable(Protocol):
-        """A binary file object, open for reading."""
-
-        def read(self, size: int = -1, /) -> bytes:
-            """Read bytes."""
-            ...
-
-    @runtime_checkable
-    class StorePath(Protocol):
-        """A path of universal_pathlib."""
-
-        @property
-        def fs(self) -> Any:
-            """Return the file system of fsspec."""
-            ...
-
-        @property
-        def path(self) -> str:
-            """Return the path in the file system."""
-            ...
-else:
-    Readable = HasMethod("Readable", (), {"method": "read"})
-    StorePath = HasMethod("StorePath", (), {"method": "joinuri"})
-
-
-LocalPath: TypeAlias = str | os.PathLike[str]
-PathLike: TypeAlias = LocalPath | StorePath
 
 
 class ByteSource:

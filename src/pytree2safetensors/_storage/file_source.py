@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 
 from pytree2safetensors._errors import FileFormatError, ReplacedError
 from pytree2safetensors._messages import shorten
-from pytree2safetensors._storage.byte_source import ByteSource, LocalPath
+from pytree2safetensors._storage.byte_source import ByteSource
 from pytree2safetensors._storage.descriptor import Held
 from pytree2safetensors._storage.folder import absolute
+from pytree2safetensors._storage.locations import LocalPath
 from pytree2safetensors._storage.naming import naming
 from pytree2safetensors._storage.remote_file import RemoteSource
 from pytree2safetensors._storage.remote_path import RemotePath

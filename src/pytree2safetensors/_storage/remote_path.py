@@ -1,22 +1,14 @@
-"""Where a path leads: to a local file, or through fsspec to a store.
+"""Paths in stores, which fsspec opens.
 
 A store is what a URL names: an object store, a model hub, a web server.
 """
 
-import errno
-import os
 import re
 from collections.abc import Callable
-from typing import Any, Final, NamedTuple, NoReturn, TypeVar
-from urllib.parse import unquote, urlsplit
+from typing import Any, Final, NamedTuple, NoReturn
 
 from pytree2safetensors._messages import shorten
-from pytree2safetensors._storage.byte_source import PathLike, StorePath
 
-T = TypeVar("T")
-
-_URL: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(?:::|://)")
-_COLLAPSED: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+:)[/\\][^/\\]")
 # Stores that give a file its name when it is complete; docs/guides/object-stores.md says how. Caches
 # in front of them do not wait for that, and `sshfs` does not have these schemes.
 _WHOLE: Final = frozenset(
@@ -91,77 +83,13 @@ class RemotePath(NamedTuple):
         )
 
 
-def resolve(path: PathLike | T) -> str | RemotePath | T:
-    """Return the local path, or the path in a store, that a caller means. Return file objects as they are.
+def path_of_url(url: str) -> RemotePath:
+    """Return the path in a store that a URL names.
 
     Raises:
-        ValueError: It is a URL that cannot be opened here, or a path that is probably a mistake.
+        ValueError: fsspec cannot open it here.
+        OSError: Some stores are connected to now, and this one cannot be.
     """
-    if isinstance(path, str | os.PathLike):  # asked first, as some paths have a method `write`
-        return _resolved(os.fsdecode(path))
-    if isinstance(path, StorePath):
-        return RemotePath(path.fs, path.path, str(path))
-    return path
-
-
-def _resolved(text: str) -> str | RemotePath:
-    scheme = _URL.match(text)
-    if scheme is None:
-        return _local(text)
-    if text.startswith(("file://", "local://")):
-        parts = urlsplit(text)
-        if parts.netloc not in {"", "localhost"}:
-            raise ValueError(f"{shorten(text)} is on another machine; mount its file system")
-        return unquote(parts.path)
-    return _remote(text)
-
-
-def _local(path: str) -> str:
-    try:
-        is_name = b"\0" not in os.fsencode(path)
-    except UnicodeEncodeError:
-        is_name = False
-    if not is_name:
-        raise ValueError(f"{shorten(path)} has a character that no path can have; remove it")
-    collapsed = _COLLAPSED.match(path)
-    if collapsed is not None and not os.path.lexists(collapsed[1]):
-        raise ValueError(
-            f"{shorten(path)} looks like a URL whose slashes pathlib has joined; pass the URL as a "
-            "str, or as a path of universal_pathlib"
-        )
-    return path
-
-
-def check_home(path: str) -> None:
-    """Raise an error for a path below a missing folder called `~`, which only a shell replaces."""
-    first = _first_folder(path)
-    if first != path and first.startswith("~") and not os.path.lexists(first):
-        text = f"{os.strerror(errno.ENOENT)} (only a shell replaces '~'; call os.path.expanduser)"
-        raise FileNotFoundError(errno.ENOENT, text, path)
-
-
-def check_created(folder: str) -> None:
-    """Raise an error for a new folder called `~` or like a scheme, which is probably a mistake."""
-    first = _first_folder(os.path.splitdrive(folder)[1])
-    if os.path.lexists(first):
-        return
-    if first.startswith("~"):
-        raise ValueError(
-            f"{shorten(folder)} begins with '~', which only a shell replaces; call "
-            "os.path.expanduser, or make the folder first"
-        )
-    if first.endswith(":"):
-        raise ValueError(
-            f"{shorten(folder)} begins with {shorten(first)}, which looks like a part of a URL; correct "
-            "the URL, or make the folder first"
-        )
-
-
-def _first_folder(path: str) -> str:
-    return path.replace(os.altsep or os.sep, os.sep).partition(os.sep)[0]
-
-
-def _remote(url: str) -> RemotePath:
     label = shorten(hide_credentials(url))
     try:
         from fsspec.core import url_to_fs

@@ -8,28 +8,18 @@ import threading
 from collections.abc import Iterable
 from contextlib import suppress
 from operator import index
-from typing import TYPE_CHECKING, Any, Protocol, SupportsIndex
+from typing import Any, SupportsIndex
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pytree2safetensors._errors import FileFormatError
 from pytree2safetensors._messages import shorten
-from pytree2safetensors._storage.byte_source import PIECE, ByteSource, HasMethod, Readable
+from pytree2safetensors._storage.byte_source import PIECE, ByteSource
 from pytree2safetensors._storage.descriptor import cut_chunks
+from pytree2safetensors._storage.locations import Readable, Writable
 from pytree2safetensors._storage.progress import Progress, Report
 from pytree2safetensors._types import Chunk
-
-if TYPE_CHECKING:
-
-    class Writable(Protocol):
-        """A binary file object, open for writing."""
-
-        def write(self, data: Any, /) -> Any:
-            """Write bytes."""
-            ...
-else:
-    Writable = HasMethod("Writable", (), {"method": "write"})
 
 
 class ForwardSource(ByteSource):

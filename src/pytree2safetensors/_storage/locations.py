@@ -1,0 +1,136 @@
+"""What a caller may pass as a path, and where it leads: to a local file, or through fsspec to a store."""
+
+import errno
+import os
+import re
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias, TypeVar, runtime_checkable
+from urllib.parse import unquote, urlsplit
+
+from pytree2safetensors._messages import shorten
+from pytree2safetensors._storage.remote_path import RemotePath, path_of_url
+
+T = TypeVar("T")
+
+_URL: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(?:::|://)")
+_COLLAPSED: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+:)[/\\][^/\\]")
+
+
+class HasMethod(type):
+    """The type of a class whose instances are all objects with a method, even a delegated one.
+
+    A protocol only looks at classes since Python 3.12, but the files of `tempfile` delegate.
+    """
+
+    method: str
+
+    def __instancecheck__(cls, instance: object) -> bool:
+        return callable(getattr(instance, cls.method, None))
+
+
+if TYPE_CHECKING:
+
+    class Readable(Protocol):
+        """A binary file object, open for reading."""
+
+        def read(self, size: int = -1, /) -> bytes:
+            """Read bytes."""
+            ...
+
+    class Writable(Protocol):
+        """A binary file object, open for writing."""
+
+        def write(self, data: Any, /) -> Any:
+            """Write bytes."""
+            ...
+
+    @runtime_checkable
+    class StorePath(Protocol):
+        """A path of universal_pathlib."""
+
+        @property
+        def fs(self) -> Any:
+            """Return the file system of fsspec."""
+            ...
+
+        @property
+        def path(self) -> str:
+            """Return the path in the file system."""
+            ...
+else:
+    Readable = HasMethod("Readable", (), {"method": "read"})
+    Writable = HasMethod("Writable", (), {"method": "write"})
+    StorePath = HasMethod("StorePath", (), {"method": "joinuri"})
+
+
+LocalPath: TypeAlias = str | os.PathLike[str]
+PathLike: TypeAlias = LocalPath | StorePath
+
+
+def resolve(path: PathLike | T) -> str | RemotePath | T:
+    """Return the local path, or the path in a store, that a caller means. Return file objects as they are.
+
+    Raises:
+        ValueError: It is a URL that cannot be opened here, or a path that is probably a mistake.
+    """
+    if isinstance(path, str | os.PathLike):  # asked first, as some paths have a method `write`
+        return _resolved(os.fsdecode(path))
+    if isinstance(path, StorePath):
+        return RemotePath(path.fs, path.path, str(path))
+    return path
+
+
+def _resolved(text: str) -> str | RemotePath:
+    scheme = _URL.match(text)
+    if scheme is None:
+        return _local(text)
+    if text.startswith(("file://", "local://")):
+        parts = urlsplit(text)
+        if parts.netloc not in {"", "localhost"}:
+            raise ValueError(f"{shorten(text)} is on another machine; mount its file system")
+        return unquote(parts.path)
+    return path_of_url(text)
+
+
+def _local(path: str) -> str:
+    try:
+        is_name = b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:
+        is_name = False
+    if not is_name:
+        raise ValueError(f"{shorten(path)} has a character that no path can have; remove it")
+    collapsed = _COLLAPSED.match(path)
+    if collapsed is not None and not os.path.lexists(collapsed[1]):
+        raise ValueError(
+            f"{shorten(path)} looks like a URL whose slashes pathlib has joined; pass the URL as a "
+            "str, or as a path of universal_pathlib"
+        )
+    return path
+
+
+def check_home(path: str) -> None:
+    """Raise an error for a path below a missing folder called `~`, which only a shell replaces."""
+    first = _first_folder(path)
+    if first != path and first.startswith("~") and not os.path.lexists(first):
+        text = f"{os.strerror(errno.ENOENT)} (only a shell replaces '~'; call os.path.expanduser)"
+        raise FileNotFoundError(errno.ENOENT, text, path)
+
+
+def check_created(folder: str) -> None:
+    """Raise an error for a new folder called `~` or like a scheme, which is probably a mistake."""
+    first = _first_folder(os.path.splitdrive(folder)[1])
+    if os.path.lexists(first):
+        return
+    if first.startswith("~"):
+        raise ValueError(
+            f"{shorten(folder)} begins with '~', which only a shell replaces; call "
+            "os.path.expanduser, or make the folder first"
+        )
+    if first.endswith(":"):
+        raise ValueError(
+            f"{shorten(folder)} begins with {shorten(first)}, which looks like a part of a URL; correct "
+            "the URL, or make the folder first"
+        )
+
+
+def _first_folder(path: str) -> str:
+    return path.replace(os.altsep or os.sep, os.sep).partition(os.sep)[0]
