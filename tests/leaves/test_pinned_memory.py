@@ -46,7 +46,7 @@ def test_a_device_without_pinned_memory_has_none(monkeypatch: pytest.MonkeyPatch
         raise RuntimeError("UNIMPLEMENTED")  # as some backends do
 
     monkeypatch.setattr(jax, "device_put", refuse)
-    assert jax_versions.start_pinning(jax.devices()[0], 64) is None
+    assert staging._start_pinning(jax.devices()[0], 64) is None
     assert staging.StartedMemory(jax.devices()[0], 64).get().size == 64
 
 

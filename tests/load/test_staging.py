@@ -73,7 +73,7 @@ class Link:
 
         patch.setattr(jax, "device_put", device_put)
         patch.setattr(staging, "block_until_ready", block_until_ready)
-        patch.setattr(staging, "start_pinning", lambda *_: None)
+        patch.setattr(staging, "_start_pinning", lambda *_: None)
         patch.setattr(staging, "aligned", aligned)
         patch.setattr(reading, "block_until_ready", block_until_ready)
         patch.setattr(reading, "is_on_host", lambda _: False)

@@ -1,6 +1,5 @@
 """Shims for versions of JAX, which rename and add names."""
 
-import ctypes
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import lru_cache
@@ -10,7 +9,6 @@ import jax
 import jax.experimental
 import jax.numpy as jnp
 import numpy as np
-from numpy.typing import NDArray
 
 # JAX has no types for these.
 block_until_ready: Any = jax.block_until_ready
@@ -77,30 +75,6 @@ def pinned_sharding(sharding: Any) -> Any:
         return sharding.with_memory_kind("pinned_host")
     except (AttributeError, NotImplementedError, ValueError):
         return None
-
-
-def start_pinning(device: jax.Device, size: int) -> Any:
-    """Start to allocate host memory that a device reads without a further copy; None if it has none.
-
-    JAX has no function for this. So a JAX array is created there, for `pinned_memory`.
-    """
-    try:
-        sharding = jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host")
-        return jax.device_put(np.zeros(size, np.uint8), sharding)
-    except Exception:  # noqa: BLE001 - backends and versions without it differ in what they raise
-        return None
-
-
-def pinned_memory(owner: Any) -> NDArray[np.uint8] | None:
-    """Return the writable memory of an array that `start_pinning` made; None if it failed."""
-    try:
-        # Wait, because the zeros must not arrive after the data that are read into the memory.
-        address = block_until_ready(owner).unsafe_buffer_pointer()
-    except Exception:  # noqa: BLE001 - as above
-        return None
-    buffer: Any = (ctypes.c_uint8 * owner.size).from_address(address)
-    buffer.owner = owner  # the NumPy array keeps the buffer alive, and the buffer keeps the memory
-    return np.frombuffer(buffer, np.uint8)
 
 
 def concatenated(arrays: Sequence[Any], axis: int) -> Any:

@@ -3,6 +3,7 @@
 Specification: *Loading*.
 """
 
+import ctypes
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
@@ -11,7 +12,7 @@ import jax
 import numpy as np
 from numpy.typing import NDArray
 
-from pytree2safetensors._leaves.jax_versions import block_until_ready, pinned_memory, start_pinning
+from pytree2safetensors._leaves.jax_versions import block_until_ready
 from pytree2safetensors._leaves.to_jax import own_programs
 
 # Measured on an H100: with fewer bytes, threads wait for room. JAX rounds pinned memory up to powers
@@ -103,9 +104,33 @@ class StartedMemory:
     """Memory to transfer to a device from, pinned if possible; JAX allocates it in the background."""
 
     def __init__(self, device: jax.Device, size: int) -> None:
-        self.size, self.owner = size, start_pinning(device, size)
+        self.size, self.owner = size, _start_pinning(device, size)
 
     def get(self) -> NDArray[np.uint8]:
         """Wait for the memory."""
-        pinned = None if self.owner is None else pinned_memory(self.owner)
+        pinned = None if self.owner is None else _pinned_memory(self.owner)
         return aligned(self.size) if pinned is None else pinned
+
+
+def _start_pinning(device: jax.Device, size: int) -> Any:
+    """Start to allocate host memory that a device reads without a further copy; None if it has none.
+
+    JAX has no function for this. So a JAX array is created there, for `_pinned_memory`.
+    """
+    try:
+        sharding = jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host")
+        return jax.device_put(np.zeros(size, np.uint8), sharding)
+    except Exception:  # noqa: BLE001 - backends and versions without it differ in what they raise
+        return None
+
+
+def _pinned_memory(owner: Any) -> NDArray[np.uint8] | None:
+    """Return the writable memory of an array that `_start_pinning` made; None if it failed."""
+    try:
+        # Wait, because the zeros must not arrive after the data that are read into the memory.
+        address = block_until_ready(owner).unsafe_buffer_pointer()
+    except Exception:  # noqa: BLE001 - as above
+        return None
+    buffer: Any = (ctypes.c_uint8 * owner.size).from_address(address)
+    buffer.owner = owner  # the NumPy array keeps the buffer alive, and the buffer keeps the memory
+    return np.frombuffer(buffer, np.uint8)
