@@ -1,6 +1,6 @@
 """A model of how processes save together: every order of their steps, and faults between any two.
 
-The steps have the names that they have in `_save/joint.py` and `_save/meeting.py`, and what follows
+The steps have the names that they have in `_save/work.py` and `_save/meeting.py`, and what follows
 from the words of a first meeting is computed by the code itself. `explore` visits all states.
 
 A process carries out a script, a tuple of saves. What it writes is the tag of its save, so that a

@@ -20,7 +20,7 @@ except ModuleNotFoundError as error:
 from pytree2safetensors._load.api import Shardings, load_abstract, load_pytree
 from pytree2safetensors._load.into_template import load_into_pytree
 from pytree2safetensors._save.api import save_pytree, save_pytree_async
-from pytree2safetensors._save.calls import is_needed
+from pytree2safetensors._save.calls import spans_processes
 from pytree2safetensors._tree.flatten import PyTree
 
 __all__ = ["SafetensorsHandler", "SafetensorsRestore", "SafetensorsSave"]
@@ -164,4 +164,4 @@ def _file_in(directory: os.PathLike[str]) -> str:
 
 def _is_left_to_process_0(tree: PyTree) -> bool:
     """Return whether this is another process, and no array of the tree is shared."""
-    return jax.process_index() > 0 and not is_needed(jax.tree.leaves(tree))
+    return jax.process_index() > 0 and not spans_processes(jax.tree.leaves(tree))

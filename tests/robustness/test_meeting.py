@@ -299,7 +299,7 @@ def save_with(
     if processes.process:
         error = work("vote")
         save.vote(error)
-        save.outcome(error)
+        save.hear_outcome(error)
         return
     error = None
     try:
@@ -310,7 +310,7 @@ def save_with(
         error = failed
         raise
     finally:
-        save.announce(error)
+        save.report_outcome(error)
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
@@ -342,14 +342,14 @@ def test_an_interrupt_after_the_vote_waits_for_the_outcome() -> None:
     ended = threading.Event()
 
     def follow() -> None:
-        saves[1].outcome(None)
+        saves[1].hear_outcome(None)
         ended.set()
 
     follower = threading.Thread(target=follow)
     follower.start()
     assert not ended.wait(0.1)
     saves[0].vote(None)
-    saves[0].announce(None)
+    saves[0].report_outcome(None)
     assert ended.wait(20)
     follower.join()
     with pytest.raises(KeyboardInterrupt):  # the caller's thread raises it now
@@ -363,11 +363,11 @@ def test_the_second_interrupt_after_the_vote_is_raised() -> None:
     group.interrupt(1)
     group.interrupt(1)
     with pytest.raises(KeyboardInterrupt):
-        saves[1].outcome(None)
+        saves[1].hear_outcome(None)
     saves[2].vote(None)
     saves[0].vote(None)  # process 1 had voted before it left
-    saves[0].announce(None)
-    saves[2].outcome(None)
+    saves[0].report_outcome(None)
+    saves[2].hear_outcome(None)
 
 
 @pytest.mark.parametrize("where", [0, 1])

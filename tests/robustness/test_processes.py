@@ -560,5 +560,5 @@ def test_rules_give_the_bytes_of_one_process(
 # --- in one process ---------------------------------------------------------------------------
 
 
-def test_nothing_is_needed_of_one_process() -> None:
-    assert not calls.is_needed([jnp.arange(3), np.arange(3), 1])
+def test_one_process_spans_no_other() -> None:
+    assert not calls.spans_processes([jnp.arange(3), np.arange(3), 1])

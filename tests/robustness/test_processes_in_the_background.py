@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 import pytree2safetensors as p2s
-from pytree2safetensors._save import joint
+from pytree2safetensors._save import work
 from pytree2safetensors._save.coordination import CoordinationKeys
 from pytree2safetensors._save.meeting import JointSave
 from pytree2safetensors._storage import descriptor
@@ -41,7 +41,7 @@ def slow_writes(patch: pytest.MonkeyPatch, seconds: float) -> None:
             time.sleep(seconds)
         descriptor.write_at(*arguments)
 
-    patch.setattr(joint, "write_at", write_at)
+    patch.setattr(work, "write_at", write_at)
 
 
 def train_meanwhile(folder: str) -> tuple[bool, float]:
@@ -130,7 +130,7 @@ def fail_in_the_background(folder: str, where: int) -> list[str]:
                 raise OSError(28, "No space left on device", "a")
             descriptor.write_at(*arguments)
 
-        patch.setattr(joint, "write_at", write_at)
+        patch.setattr(work, "write_at", write_at)
         futures = [p2s.save_pytree_async(checkpoint(n), f"{folder}/file") for n in range(2)]
         for future in futures:
             try:

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import settings
 
 import pytree2safetensors as p2s
-from pytree2safetensors._save import coordination, joint
+from pytree2safetensors._save import coordination, work
 from together import Group, arrays_of, checkpoint, number_in
 
 pytestmark = pytest.mark.multiprocess
@@ -26,9 +26,9 @@ NOTICES = "heartbeat_timeout_seconds" in inspect.signature(jax.distributed.initi
 VISIBLE: list[tuple[Any, str]] = [
     (coordination.CoordinationKeys, "set"),
     (coordination.CoordinationKeys, "wait"),
-    (joint, "write_at"),
-    (joint, "reserve"),
-    (joint, "flush"),
+    (work, "write_at"),
+    (work, "reserve"),
+    (work, "flush"),
     (os, "replace"),
     (os, "unlink"),
     (os, "fsync"),

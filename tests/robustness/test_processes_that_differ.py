@@ -18,7 +18,7 @@ from hypothesis import settings
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import pytree2safetensors as p2s
-from pytree2safetensors._save import calls, coordination, joint, share
+from pytree2safetensors._save import calls, coordination, share, work
 from pytree2safetensors._save.interrupt import Interrupt
 from pytree2safetensors._save.plan import SavePlan
 from pytree2safetensors._storage import descriptor as _file
@@ -87,9 +87,9 @@ def save_with(folder: str, what: str, where: int) -> None:
             def write_at(*_: Any) -> None:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-            patch.setattr(joint, "write_at", write_at)
+            patch.setattr(work, "write_at", write_at)
         elif what == "hash" and here:
-            patch.setattr(joint, "read_at", lambda *_: 1 / 0)
+            patch.setattr(work, "read_at", lambda *_: 1 / 0)
         elif what == "bug" and here:
             patch.setattr(share, "chunks_of", lambda *_: 1 / 0)
         elif what == "interrupt" and here:
@@ -97,7 +97,7 @@ def save_with(folder: str, what: str, where: int) -> None:
             def interrupt(*_: Any) -> None:
                 raise KeyboardInterrupt
 
-            patch.setattr(joint, "write_at", interrupt)
+            patch.setattr(work, "write_at", interrupt)
         elif what == "rules":
             options["rename"] = [p2s.Rule("a", "b") if here else p2s.Rule("{=}", "{=}")]
         elif what == "deleted" and here:
@@ -157,16 +157,16 @@ def fail_in_the_end(path: str, what: str, number: int, options: dict[str, Any]) 
         def fail(*_: Any, **__: Any) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        def complete(work: joint.Work, hashes: bytes) -> None:
+        def complete(self: work.Work, hashes: bytes) -> None:
             if what == "write":
-                patch.setattr(joint, "write_at", fail)
+                patch.setattr(work, "write_at", fail)
             elif what == "flush":
                 patch.setattr(os, "fsync", fail)
             elif what == "bug":
                 patch.setattr(SavePlan, "sealed", lambda *_: 1 / 0)
             else:
                 patch.setattr(os, "replace", replacing)
-            original(work, hashes)
+            original(self, hashes)
 
         def replacing(*arguments: Any, **options: Any) -> None:
             calls.append(None)
@@ -175,9 +175,9 @@ def fail_in_the_end(path: str, what: str, number: int, options: dict[str, Any]) 
             replace(*arguments, **options)
 
         calls: list[None] = []
-        original, replace = joint.Work._complete, os.replace
+        original, replace = work.Work._complete, os.replace
         if first():
-            patch.setattr(joint.Work, "_complete", complete)
+            patch.setattr(work.Work, "_complete", complete)
         p2s.save_pytree(checkpoint(2), path, **options)
 
 
@@ -461,7 +461,7 @@ def interrupt_in(step: str, patch: pytest.MonkeyPatch) -> None:
 
     patch.setattr(Interrupt, "__init__", create)
     if step == "write":
-        patch.setattr(joint, "write_at", interrupting(_file.write_at))
+        patch.setattr(work, "write_at", interrupting(_file.write_at))
     else:
         keys = coordination.CoordinationKeys
         patch.setattr(keys, "wait", interrupting(keys.wait))

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import settings
 
 from protocol import FAULTS, Background, Model, Save, State, explore
-from pytree2safetensors._save import joint, meeting
+from pytree2safetensors._save import meeting, work
 from pytree2safetensors._save.words import Failure, Words
 
 # The larger models take a minute together.
@@ -77,14 +77,14 @@ def test_the_steps_have_the_names_of_the_code() -> None:
             seen.update(re.split("[: ]", process.at)[0] for process in state.processes)
 
     explore(Watched([TWO, TWO], 1, folder=True, checksum=True))
-    listed = re.search("The steps are (.*?)[.]", (joint.__doc__ or "").replace("\n", " "))
+    listed = re.search("The steps are (.*?)[.]", (work.__doc__ or "").replace("\n", " "))
     assert listed is not None
     steps = set(re.split(", | and ", listed[1]))
     assert seen == steps | {"idle", "dead"}
     keys = {"agree", *get_args(meeting.Step), "outcome"}  # the messages of each meeting
     assert keys <= steps
     for step in steps - keys:
-        assert hasattr(joint.Work, f"_{step}") or step in joint.Work.__annotations__
+        assert hasattr(work.Work, f"_{step}") or step in work.Work.__annotations__
 
 
 # --- mistakes ---------------------------------------------------------------------------------

@@ -15,9 +15,9 @@ from pytree2safetensors._collector import collector_paused
 from pytree2safetensors._leaves.assembled import whole_leaves, with_leaves
 from pytree2safetensors._leaves.host_copies import snapshot
 from pytree2safetensors._leaves.renaming import Rename
-from pytree2safetensors._save import processes
-from pytree2safetensors._save.calls import announced, is_joint
+from pytree2safetensors._save.calls import counted, is_joint
 from pytree2safetensors._save.contents import collect
+from pytree2safetensors._save.processes import save_jointly
 from pytree2safetensors._save.saver import submit, wait_for_earlier
 from pytree2safetensors._save.target import label_of, plan_save, settled, target_of
 from pytree2safetensors._save.terms import SaveOptions
@@ -27,7 +27,7 @@ from pytree2safetensors._storage.progress import ProgressOption, reporter
 from pytree2safetensors._tree.flatten import PyTree
 
 
-@announced
+@counted
 @checked
 def save_pytree(
     tree: PyTree,
@@ -88,7 +88,7 @@ def save_pytree(
         contents = collect(tree, metadata or {}, unsupported, rename)
     if is_joint(contents.leaves):
         options = SaveOptions(durable, checksum, max_shard_size)
-        processes.save(contents, path, options, report, background=False)
+        save_jointly(contents, path, options, report, background=False)
         return
     wait_for_earlier()
     target = target_of(path, max_shard_size)
@@ -97,7 +97,7 @@ def save_pytree(
     write(plan, contents.leaves, target, durable=durable, progress=report)
 
 
-@announced
+@counted
 @checked
 def save_pytree_async(
     tree: PyTree,
@@ -154,7 +154,7 @@ def save_pytree_async(
         contents = collect(tree, metadata or {}, unsupported, rename)
         if is_joint(contents.leaves):
             options = SaveOptions(durable, checksum, max_shard_size)
-            return processes.save(contents, where, options, report, background=True)
+            return save_jointly(contents, where, options, report, background=True)
         # The process may change its working directory during the save.
         target = settled(target_of(where, max_shard_size))
         plan = plan_save(contents, target, checksum=checksum)

@@ -29,7 +29,7 @@ _known: list[Processes] = []  # of the current client, after the first save
 _one_at_a_time = threading.RLock()  # the calls of a process are counted in one order
 
 
-def announced(save: Callable[Params, T]) -> Callable[Params, T]:
+def counted(save: Callable[Params, T]) -> Callable[Params, T]:
     """Count the calls that several processes make together, even calls with wrong arguments.
 
     An error that occurs before the processes have met is sent to the others, which also raise it.
@@ -38,7 +38,7 @@ def announced(save: Callable[Params, T]) -> Callable[Params, T]:
     @wraps(save)
     def call(*args: Any, **kwargs: Any) -> T:  # beartype 0.17 knows no Params.args
         tree = args[0] if args else kwargs.get("tree")
-        if coordination_client() is None or not is_needed(_leaves_of(tree)):
+        if coordination_client() is None or not spans_processes(_leaves_of(tree)):
             return save(*args, **kwargs)
         if saver.is_current():
             raise RuntimeError(
@@ -101,7 +101,7 @@ def is_joint(tensors: Mapping[str, Any]) -> bool:
     return is_shared
 
 
-def is_needed(leaves: Collection[Any]) -> bool:
+def spans_processes(leaves: Collection[Any]) -> bool:
     """Return whether any leaf is an array of several processes, which all processes see alike."""
     return _are_several(leaves) and any(
         len(processes_of(leaf.sharding)) > 1 for leaf in filter(is_global, whole_leaves(leaves))

@@ -193,12 +193,12 @@ class JointSave:
         self._check(failed, error)
         self.interrupt.check()  # for the last time before the commit
 
-    def announce(self, error: BaseException | None) -> None:
+    def report_outcome(self, error: BaseException | None) -> None:
         """Report to the other processes how the save ended. Only process 0 does this."""
         failed = self.failed or (None if error is None else (0, failure_of(error)))
         self._set("outcome", json.dumps(failed))
 
-    def outcome(self, error: BaseException | None) -> None:
+    def hear_outcome(self, error: BaseException | None) -> None:
         """Wait until process 0 reports how the save ended, and raise an error if it failed."""
         text = self._wait("outcome", 0, hold=error is None)
         self._check((0, LEFT) if text is None else read_failed(text), error)

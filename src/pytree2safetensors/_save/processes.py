@@ -11,10 +11,10 @@ from pytree2safetensors._errors import FileFormatError
 from pytree2safetensors._save.calls import current_processes
 from pytree2safetensors._save.contents import Contents
 from pytree2safetensors._save.interrupt import Interrupt
-from pytree2safetensors._save.joint import Work
 from pytree2safetensors._save.share import share_of
 from pytree2safetensors._save.target import plan_save, settled, target_of
 from pytree2safetensors._save.terms import SaveOptions, terms_of
+from pytree2safetensors._save.work import Work
 from pytree2safetensors._storage.atomic_file import is_special
 from pytree2safetensors._storage.locations import PathLike, Writable, resolve
 from pytree2safetensors._storage.progress import Progress
@@ -26,7 +26,7 @@ _PLACE: Final = (
 )
 
 
-def save(
+def save_jointly(
     contents: Contents,
     path: PathLike | RemotePath | Writable,
     options: SaveOptions,

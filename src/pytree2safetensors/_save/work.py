@@ -128,13 +128,13 @@ class Work:
             error = raised
             raise
         finally:
-            self.joint.announce(error)
+            self.joint.report_outcome(error)
 
     def _follow(self) -> None:
         """Do the rest as another process."""
         _, error = self._work()
         self.joint.vote(error)
-        self.joint.outcome(error)
+        self.joint.hear_outcome(error)
 
     def _work(self) -> tuple[bytes, BaseException | None]:
         """Write, and hash for checksums. Return an error that the other processes do not know yet."""
