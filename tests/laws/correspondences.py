@@ -38,6 +38,7 @@ class Correspondence:
     stem: str
     dotted: bool
     offset: int  # added to the first axis of the name
+    is_sum: bool  # the name has the sum of its first two axes, so several numbers give one name
     dtype: str
 
     def size(self, axis: str, env: Env) -> int:
@@ -70,11 +71,12 @@ class Correspondence:
     def name_of(self, env: Env) -> str:
         """The name of a tensor."""
         shown = [self.shown(axis, env) for axis in self.name]
-        if self.offset:
-            shown[0] = str(env[self.name[0]] + self.offset)
-        return ".".join(
-            ["t", *(f"{axis}.{text}" for axis, text in zip(self.name, shown, strict=True))]
-        )
+        if self.offset or self.is_sum:
+            shown[0] = str(sum(env[axis] for axis in self.name[: 1 + self.is_sum]) + self.offset)
+        pairs = [*zip(self.name, shown, strict=True)]
+        if self.is_sum:
+            del pairs[1]
+        return ".".join(["t", *(f"{axis}.{text}" for axis, text in pairs)])
 
     def positions(self, dim: Sequence[str], given: Env) -> list[tuple[int, ...]]:
         """The indices on the axes of a group in the order in which the tensor has them."""
@@ -127,6 +129,16 @@ class Correspondence:
             found[path] = leaf
         return found
 
+    def agree(self, tree: Mapping[str, NDArray[Any]]) -> bool:
+        """Whether leaves have the same bits where they are the same element of a tensor."""
+        found: dict[tuple[str, tuple[int, ...]], bytes] = {}
+        return all(
+            found.setdefault((name, there), tree[path][mine].tobytes())
+            == tree[path][mine].tobytes()
+            for path, env, _ in self.leaves()
+            for mine, name, there in self.elements(env)
+        )
+
 
 _LABELS = ("q", "kv", "", "a.b", "0", "10", "x_")
 
@@ -162,7 +174,7 @@ def correspondences(draw: Any, *, max_size: int = 3) -> Correspondence:
         if axis not in cut and (run := _run_before(dim, end, cut))
     }
     joined = {
-        (axis, key): draw(st.integers(1, max_size))
+        (axis, key): draw(st.integers(0 if draw(st.integers(0, 4)) == 0 else 1, max_size))
         for axis, run in runs.items()
         if axis not in told and draw(st.booleans())
         for key in product(*(range(sizes[name]) for name in run))
@@ -173,6 +185,7 @@ def correspondences(draw: Any, *, max_size: int = 3) -> Correspondence:
     name = draw(st.permutations([*stacked, *shared]))
     path = draw(st.permutations([*cut, *shared]))
     offset = draw(st.integers(0, 2)) if name and name[0] not in labels else 0
+    is_sum = len(name) > 1 and not labels.keys() & {*name[:2]} and draw(st.integers(0, 3)) == 0
     doubled = [
         axis
         for axis in arrays
@@ -189,15 +202,16 @@ def correspondences(draw: Any, *, max_size: int = 3) -> Correspondence:
         )
 
     def hole(axis: str, in_name: bool) -> str:
-        if in_name and offset and axis == name[0]:
-            return f"{{{axis}+{offset}}}"
+        if in_name and axis == name[0] and (offset or is_sum):
+            terms = [*name[: 1 + is_sum], *([str(offset)] if offset else [])]
+            return f"{{{'+'.join(terms)}}}"
         own = axis in labels and (in_name or axis not in name)
         return f"{{{axis}:{','.join(labels[axis])}}}" if own else f"{{{axis}}}"
 
     separator = "." if dotted_path else "@"
     stem = "tree" if dotted_path else "@tree"
     rule = Rule(
-        ".".join(["t", *(f"{axis}.{hole(axis, True)}" for axis in name)]),
+        ".".join(["t", *(f"{a}.{hole(a, True)}" for a in name if not (is_sum and a == name[1]))]),
         stem + "".join(f"{separator}{axis}{separator}{hole(axis, False)}" for axis in path),
         f"{spelled(left)} -> {spelled(right)}",
         **told,
@@ -216,6 +230,7 @@ def correspondences(draw: Any, *, max_size: int = 3) -> Correspondence:
         "@tree",
         dotted_path,
         offset,
+        is_sum,
         draw(st.sampled_from(DTYPES)),
     )
 

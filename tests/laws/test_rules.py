@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from oracle import assert_same_values
 from pytree2safetensors import (
+    FileFormatError,
     KeyPath,
     dict2pytree,
     keypath2string,
@@ -200,6 +201,20 @@ def test_law_9_saving_is_what_a_file_is_made_of(
     assert found.keys() == file.keys()
     for name, values in file.items():
         assert_same_values(found[name], values)
+
+
+@given(st.data(), correspondences())
+def test_law_9_a_tree_comes_back_or_is_refused(path: Path, data: Any, case: Correspondence) -> None:
+    rolled = data.draw(st.integers(0, 2))
+    leaves = {name: np.roll(leaf, rolled) for name, leaf in case.tree(case.file()).items()}
+    tree = tree_of(data, leaves)
+    if not case.agree(leaves):
+        with pytest.raises(FileFormatError, match="both stored as"):
+            save_pytree(tree, path, rename=[case.rule])
+        return
+    save_pytree(tree, path, rename=[case.rule])
+    template = template_of(data, leaves)
+    assert_loaded(load_into_pytree(template, path, rename=[case.rule]), template, leaves)
 
 
 def save_in_background(*arguments: Any, **options: Any) -> None:

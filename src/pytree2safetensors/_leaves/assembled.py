@@ -4,12 +4,12 @@ Specification: *Rules*.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from pytree2safetensors._format.tensor import TensorInfo
-from pytree2safetensors._leaves.extents import shape_of
-from pytree2safetensors._leaves.views import View, plain_view
+from pytree2safetensors._leaves.views import View, only, plain_view
 from pytree2safetensors._tree.rule import Rule
 
 
@@ -26,12 +26,6 @@ class Assembled(NamedTuple):
     name: str
     info: TensorInfo
     members: list[Member]
-
-    @property
-    def is_complete(self) -> bool:
-        """Return whether the members cover the tensor."""
-        sizes = (math.prod(shape_of(member.view.region)) for member in self.members)
-        return sum(sizes) >= math.prod(self.info.shape)
 
 
 def whole_leaves(leaves: Iterable[Any]) -> Iterator[Any]:
@@ -59,10 +53,9 @@ def with_leaves(tensors: Mapping[str, Any], found: Mapping[int, Any]) -> dict[st
 
 
 class Copy(NamedTuple):
-    """A tensor that leaves make by one rule."""
+    """A tensor that one leaf makes, or the leaves that are cut from it."""
 
     tensor: Assembled
-    rule: Rule | None
     path: str  # of its first leaf
 
 
@@ -71,23 +64,28 @@ class Placed(NamedTuple):
 
     route: str | View
     rule: Rule | None
+    family: int  # the same for leaves that are cut from the same tensors
     path: str
     leaf: Any
     info: TensorInfo
 
 
 def assemble(placed: Iterable[Placed]) -> dict[str, list[Copy]]:
-    """Make tensors from leaves, by name: more than one if several leaves have the same tensor."""
-    found: dict[str, list[Copy]] = {}
-    for route, rule, path, leaf, info in placed:
+    """Make tensors from leaves, by name: more than one if several leaves, or parts, have one name."""
+    found: dict[str, dict[tuple[int, int], Copy]] = {}  # by family and part
+    for route, _, family, path, leaf, info in placed:
         view = plain_view(route, info.shape) if isinstance(route, str) else route
         nbytes = math.prod(view.stored) * info.itemsize
         stored = TensorInfo(info.dtype, view.stored, nbytes)
-        for name in view.names:
-            copies = found.setdefault(name, [])
-            last = copies[-1] if copies else None
-            if last is None or last.rule is not rule or last.tensor.is_complete:
-                last = Copy(Assembled(name, stored, []), rule, path)
-                copies.append(last)
-            last.tensor.members.append(Member(view, leaf))
-    return found
+        parts: Counter[str] = Counter()  # of the leaf, by name
+        is_unique = len(view.names) == len(set(view.names))
+        for number, name in enumerate(view.names):
+            key = family, parts[name]
+            parts[name] += 1
+            copies = found.setdefault(name, {})
+            if key not in copies:
+                copies[key] = Copy(Assembled(name, stored, []), path)
+            copies[key].tensor.members.append(
+                Member(view if is_unique else only(view, number), leaf)
+            )
+    return {name: [*copies.values()] for name, copies in found.items()}

@@ -5,7 +5,7 @@ Specification: *Rules*.
 
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from itertools import accumulate, product
+from itertools import accumulate
 from typing import NamedTuple, TypeAlias
 
 from pytree2safetensors._leaves.extents import Shape
@@ -176,13 +176,23 @@ class Family:
             tuple(found[axis] for axis in axes): isinstance(sizes, str)
             for found, sizes in zip(self.indices, self.sizes, strict=True)
         }
-        for indices in product(*(range(self.counts[axis]) for axis in axes)):
+        for indices in _numbers([self.counts[axis] for axis in axes]):
             if there.get(indices) is not False:
                 numbers = {**self.indices[0], **dict(zip(axes, indices, strict=True))}
                 binding = Binding({**self.binding.indices, **numbers}, self.binding.text)
                 path = shorten(fill(self.parsed.path or (), binding))
                 problem = "does not fit the rule" if indices in there else "is not there"
                 raise _Problem(f"{self.rule!r} cuts a tensor, and its part {path} {problem}")
+
+
+def _numbers(counts: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """Yield the indices of an array, in order. Unlike `product`, make no list of them."""
+    if not counts:
+        yield ()
+        return
+    for first in range(counts[0]):
+        for others in _numbers(counts[1:]):
+            yield first, *others
 
 
 def _sizes_of(rule: Rule, parsed: ParsedRule, shape: Shape | None) -> Mapping[str, int] | str:

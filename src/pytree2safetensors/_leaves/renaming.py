@@ -67,4 +67,4 @@ def renamed(
                 "but a name must be a str"
             )
         names.append(name)
-    return Routes([*names], [None] * len(names), [])
+    return Routes([*names], [None] * len(names), range(len(names)), [])

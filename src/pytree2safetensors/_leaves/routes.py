@@ -22,6 +22,7 @@ class Routes(NamedTuple):
 
     routes: list[Route]
     rules: list[Rule | None]  # None if no rule matches
+    families: Sequence[int]  # the same for leaves that are cut from the same tensors
     idle: list[Rule]
 
 
@@ -68,16 +69,18 @@ def routes_of(
             routes.append(None)
         else:
             routes.append(maker.route(binding, shape))
+    numbers = [*range(len(routes))]
     for (number, *_), leaves in families.items():
         made = makers[number].views(leaves, complete)
         for leaf, route in zip(leaves, made, strict=True):
             routes[leaf.position] = route
+            numbers[leaf.position] = leaves[0].position
     idle = [
         rule
         for number, rule in enumerate(rules.rules)
         if number not in makers and rule.path is not None
     ]
-    return Routes(routes, found, idle)
+    return Routes(routes, found, numbers, idle)
 
 
 def describe_unused(found: Routes, paths: Sequence[str]) -> Iterator[str]:

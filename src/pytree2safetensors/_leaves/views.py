@@ -83,6 +83,14 @@ def plain_view(name: str, shape: Shape) -> View:
     return View((name,), shape, (), shape, whole_region(shape), axes)
 
 
+def only(view: View, number: int) -> View:
+    """Return a view in which no other tensor has the name of the one with this number."""
+    named = enumerate(view.names)
+    mine = view.names[number]
+    names = (name + "\0" if name == mine and n != number else name for n, name in named)
+    return view._replace(names=tuple(names))
+
+
 def boxes_of(view: View, region: Region) -> list[Box]:
     """Split a region of the leaf into boxes: none if it is empty, several if it cuts merged axes."""
     sizes = view.sizes

@@ -165,7 +165,7 @@ def compare(
         options: How to match.
     """
     outcome = Comparison(paths, needs, available, options)
-    routes, rules, _ = outcome.routes
+    routes, rules, *_ = outcome.routes
     # Leaves that wait for the value of a Python scalar, or of what is not an array.
     waiting: list[tuple[int, str, TemplateLeaf, LeafSpec | None]] = []
     fitting: set[tuple[int, int]] = set()  # template leaves and stored leaves, by identity
@@ -218,9 +218,10 @@ def _routed(paths: Sequence[str], needs: Sequence[TemplateLeaf | None], options:
         return found
     routes: list[Route] = [None] * len(needs)
     rules: list[Rule | None] = [None] * len(needs)
-    for position, route, rule in zip(data, found.routes, found.rules, strict=True):
-        routes[position], rules[position] = route, rule
-    return Routes(routes, rules, found.idle)
+    families = [*range(len(needs))]
+    for position, route, rule, family in zip(data, *found[:3], strict=True):
+        routes[position], rules[position], families[position] = route, rule, data[family]
+    return Routes(routes, rules, families, found.idle)
 
 
 def _hint(leaf: TemplateLeaf, stored: LeafSpec | None, rule: Rule | None) -> str:

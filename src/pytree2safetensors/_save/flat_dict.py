@@ -66,18 +66,19 @@ def _renamed(paths: list[str], leaves: list[Any], rename: Rename) -> dict[str, A
     owners: dict[str, str] = {}  # the path of the leaf under each name
     placed: list[Placed] = []
     lost: list[tuple[str, Rule | None, str]] = []
-    for route, rule, path, leaf in zip(routes.routes, routes.rules, paths, leaves, strict=True):
+    ways = zip(routes.routes, routes.rules, routes.families, strict=True)
+    for (route, rule, family), path, leaf in zip(ways, paths, leaves, strict=True):
         if isinstance(route, Lost):
             lost.append((path, rule, route.reason))
         elif isinstance(route, View):
-            placed.append(Placed(route, rule, path, leaf, _BYTES))
+            placed.append(Placed(route, rule, family, path, leaf, _BYTES))
         elif route is not None:
             _add(found, owners, route, path, leaf)
     lost += other_dtypes(placed)
     if lost:
         raise misfit_error(lost, paths, routes)
     for name, copies in assemble(placed).items():
-        for tensor, _, path in copies:
+        for tensor, path in copies:
             _add(found, owners, name, path, _array_of(tensor))
     return found
 
@@ -89,7 +90,7 @@ def _shape_of(leaf: Any) -> Shape | None:
 
 def _add(found: dict[str, Any], owners: dict[str, str], name: str, path: str, leaf: Any) -> None:
     owner = owners.setdefault(name, path)
-    if owner != path:
+    if name in found:
         _check_equal(found[name], leaf, (owner, path, name))
     found.setdefault(name, leaf)
 

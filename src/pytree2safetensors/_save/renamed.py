@@ -21,9 +21,11 @@ from pytree2safetensors._leaves.spread import assembled_chunks
 from pytree2safetensors._leaves.views import View
 from pytree2safetensors._messages import listed, plural, shorten
 from pytree2safetensors._tree.rule import Rule
+from pytree2safetensors._types import Chunk
 
 # Kinds of leaves that need no note.
 _PLAIN: Final = frozenset({None, "weak", *SCALARS} - {"complex"})
+_NOTHING: Final = memoryview(b"")
 
 
 def place(
@@ -47,13 +49,14 @@ def place(
     placed: list[Placed] = []
     unfit: list[tuple[str, Any]] = []
     lost: list[tuple[str, Rule | None, str]] = []
-    for route, rule, (path, leaf, info) in zip(routes.routes, routes.rules, found, strict=True):
+    ways = zip(routes.routes, routes.rules, routes.families, strict=True)
+    for (route, rule, family), (path, leaf, info) in zip(ways, found, strict=True):
         if route is not None and info is None:
             unfit.append((path, leaf))
         elif isinstance(route, Lost):
             lost.append((path, rule, route.reason))
         elif route is not None and info is not None:
-            placed.append(Placed(route, rule, path, leaf, info))
+            placed.append(Placed(route, rule, family, path, leaf, info))
     lost += other_dtypes(placed)
     if lost and not unfit:
         raise misfit_error(lost, paths, routes)
@@ -70,17 +73,17 @@ def _shape_of(info: TensorInfo | None) -> Shape | None:
 
 def other_dtypes(placed: Iterable[Placed]) -> Iterator[tuple[str, Rule | None, str]]:
     """Yield the leaves that a rule joins with a leaf of another dtype."""
-    firsts: dict[tuple[str, int], Placed] = {}  # by tensor and rule
+    firsts: dict[int, Placed] = {}  # of each family
     for item in placed:
         if not isinstance(item.route, View):
             continue
-        for name in item.route.names:
-            first = firsts.setdefault((name, id(item.rule)), item)
-            ours, others = (np.dtype(one.leaf.dtype).newbyteorder("=") for one in (item, first))
-            if ours != others:
-                reason = f"{item.rule!r} joins it, a leaf of {ours}, with {shorten(first.path)} of {others}"
-                yield item.path, item.rule, reason
-                break
+        first = firsts.setdefault(item.family, item)
+        ours, others = (np.dtype(one.leaf.dtype).newbyteorder("=") for one in (item, first))
+        if ours != others:
+            reason = (
+                f"{item.rule!r} joins it, a leaf of {ours}, with {shorten(first.path)} of {others}"
+            )
+            yield item.path, item.rule, reason
 
 
 def misfit_error(
@@ -145,16 +148,29 @@ def _check_equal(one: Copy, other: Copy) -> None:
         members = [*one.tensor.members, *other.tensor.members]
         if any(is_global(leaf) for _, leaf in members):
             raise incomparable(one.path, other.path, one.tensor.name)
-        chunks = zip(assembled_chunks(one.tensor), assembled_chunks(other.tensor), strict=True)
-        if all(first == second for first, second in chunks):
+        if _have_same_bytes(assembled_chunks(one.tensor), assembled_chunks(other.tensor)):
             return
     raise differ(one.path, other.path, one.tensor.name)
+
+
+def _have_same_bytes(one: Iterable[Chunk], other: Iterable[Chunk]) -> bool:
+    """Return whether adjacent chunks have the same bytes, wherever they are cut."""
+    ones, others = (piece for _, piece in one), (piece for _, piece in other)
+    first = second = _NOTHING
+    while True:
+        first, second = first or next(ones, _NOTHING), second or next(others, _NOTHING)
+        count = min(len(first), len(second))
+        if not count:
+            return len(first) == len(second)
+        if not np.array_equal(first[:count], second[:count]):
+            return False
+        first, second = first[count:], second[count:]
 
 
 def differ(one: str, other: str, name: str) -> FileFormatError:
     """Make the error for the leaves at two paths that would be one tensor."""
     return FileFormatError(
-        f"{shorten(one)} and {shorten(other)} are both stored as {shorten(name)}, but they differ; "
+        f"{_both(one, other)} are both stored as {shorten(name)}, but they differ; "
         "give one of them another name, or leave it out with Rule(None, path)"
     )
 
@@ -162,9 +178,15 @@ def differ(one: str, other: str, name: str) -> FileFormatError:
 def incomparable(one: str, other: str, name: str) -> FileFormatError:
     """Make the error for leaves that would be one tensor, if no process can compare them."""
     return FileFormatError(
-        f"{shorten(one)} and {shorten(other)} are both stored as {shorten(name)}, but they are "
+        f"{_both(one, other)} are both stored as {shorten(name)}, but they are "
         "spread over several processes, which cannot compare them; leave one of them out with "
         "Rule(None, path)"
+    )
+
+
+def _both(one: str, other: str) -> str:
+    return (
+        f"two parts of {shorten(one)}" if one == other else f"{shorten(one)} and {shorten(other)}"
     )
 
 
