@@ -121,7 +121,10 @@ nitpick_ignore_regex = [
         r"(jax|jaxlib|jaxtyping|numpy|np|hypothesis|orbax|safetensors|beartype)(\..*)?",
     ),  # third parties
     ("py:.*", r"(collections|concurrent|os|io|typing|pathlib)\..*"),  # the standard library
-    ("py:.*", r"(PyTree|SearchStrategy|Array|ArrayLike|Path|BinaryIO|IO|PathLike|Future)(\[.*)?"),
+    (
+        "py:.*",
+        r"(PyTree|Shardings|SearchStrategy|Array|ArrayLike|Path|BinaryIO|IO|PathLike|Future)(\[.*)?",
+    ),
     ("py:.*", r"(Any|Callable|Iterable|Iterator|Mapping|Sequence|Literal|None|TypeAlias)"),
     ("py:.*", r"(str|int|bool|bytes|float|dict|list|tuple|object|type|property)"),
     ("py:exc", r"(ValueError|TypeError|OSError|Exception|ImportError|KeyError|AttributeError)"),

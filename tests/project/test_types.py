@@ -87,6 +87,7 @@ def test_files(tmp_path: Path) -> None:
     assert_type(save_pytree_async(tree, path), Future[None]).result()
     assert_type(load_pytree(path, prefix="", mmap=True), Any)
     assert_type(load_abstract(str(path)), Any)
+    assert_type(load_abstract(path, flat=True), dict[str, Any])
     sharding = jax.numpy.zeros(3).sharding
     load_abstract(path, prefix="@a", sharding=sharding)
     load_abstract(path, sharding=lambda name, struct: sharding if struct.shape else None)
@@ -162,9 +163,9 @@ def test_arguments_of_other_types_are_refused(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         load_pytree(path, prefix=0)  # type: ignore[arg-type]
     with pytest.raises(TypeError):
-        load_abstract([path])  # type: ignore[arg-type]
+        load_abstract([path])  # type: ignore[call-overload]
     with pytest.raises(TypeError):
-        load_abstract(path, sharding="x")  # type: ignore[arg-type]
+        load_abstract(path, sharding="x")  # type: ignore[call-overload]
     with pytest.raises(TypeError):
         load_into_pytree({}, path, unexpected="ignore")  # type: ignore[arg-type]
     with pytest.raises(TypeError):

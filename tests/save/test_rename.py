@@ -439,3 +439,77 @@ def test_one_leaf_at_two_paths_is_compared_with_nothing(
     leaf = kind(np.array([np.nan, 1], np.float32))
     found = saved({"embed": leaf, "head": leaf}, [Rule("w", "embed"), Rule("w", "head")], path)
     assert_same_values(found["w"], np.asarray(leaf))
+
+
+WHOLE = np.arange(12, dtype=np.float32).reshape(6, 2)
+THIRDS = {name: WHOLE[start : start + 2] for start, name in ((0, "q"), (2, "k"), (4, "v"))}
+JOINED = Rule("qkv", "{p:q,k,v}", "(p o) i -> o i")
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        Rule("h.{a}{b}", "w", "c -> a b c"),
+        Rule("h.{a+b}", "w", "c -> a b c"),
+        Rule("h{a}{p:,0}{b}", "w", "c -> a b (p c)"),
+    ],
+)
+@pytest.mark.parametrize("kind", [np.asarray, jnp.asarray])
+def test_parts_of_a_leaf_that_get_one_name_must_be_equal(rule: Rule, kind: Any, path: Path) -> None:
+    different = {"w": kind(np.arange(288, dtype=np.float32).reshape(12, 12, 2))}
+    for function in (
+        lambda: save_pytree(different, path, rename=[rule]),
+        lambda: pytree2dict(different, rename=[rule]),
+    ):
+        with pytest.raises(FileFormatError, match="two parts of '@w' are both stored as 'h") as got:
+            function()
+        assert "but they differ" in str(got.value)
+    equal = {"w": kind(np.ones((12, 12, 2), np.float32))}
+    assert_same(saved(equal, [rule], path), jax.device_get(pytree2dict(equal, rename=[rule])))
+    assert_same(load_into_pytree(equal, path, rename=[rule]), equal)
+
+
+@pytest.mark.parametrize("kind", [np.asarray, jnp.asarray])
+def test_a_tensor_may_be_a_leaf_and_parts_of_others(kind: Any, path: Path) -> None:
+    tree = {name: kind(leaf) for name, leaf in {**THIRDS, "qkv": WHOLE}.items()}
+    rules = [Rule("qkv", "qkv"), JOINED]
+    assert_same(saved(tree, rules, path), {"qkv": WHOLE})
+    assert_same(load_into_pytree(tree, path, rename=rules), tree)
+    with pytest.raises(FileFormatError, match="'@k' and '@qkv' are both stored as 'qkv', but they"):
+        save_pytree({**tree, "k": tree["q"]}, path, rename=rules)
+
+
+def test_two_rules_may_cut_one_tensor(path: Path) -> None:
+    tree = {name: {"x": leaf, "y": leaf.copy()} for name, leaf in THIRDS.items()}
+    rules = [Rule("qkv", f"{{p:q,k,v}}.{end}", "(p o) i -> o i") for end in "xy"]
+    assert_same(saved(tree, rules, path), {"qkv": WHOLE})
+    tree["v"]["y"] = tree["q"]["x"]
+    with pytest.raises(FileFormatError, match="are both stored as 'qkv', but they differ"):
+        save_pytree(tree, path, rename=rules)
+
+
+@pytest.mark.parametrize("kind", [np.asarray, jnp.asarray])
+@pytest.mark.parametrize("empty", "qkv")
+def test_a_part_of_a_tensor_may_be_empty(kind: Any, empty: str, path: Path) -> None:
+    tree = {name: kind(leaf[:0] if name == empty else leaf) for name, leaf in THIRDS.items()}
+    whole = np.concatenate([np.asarray(tree[name]) for name in "qkv"])
+    assert_same(saved(tree, [JOINED], path), {"qkv": whole})
+    assert_same(jax.device_get(pytree2dict(tree, rename=[JOINED])), {"qkv": whole})
+
+
+def test_large_tied_leaves_are_compared_however_they_are_read(path: Path) -> None:
+    whole = np.arange(3_000_000, dtype=np.float32).reshape(3000, 1000)
+    tree = {"a": whole, "b": whole.reshape(30, 100, 1000).copy()}
+    rules = [Rule("w", "a"), Rule("w", "b", "(h d) e -> h d e")]
+    assert_same(saved(tree, rules, path), {"w": whole})
+    tree["b"][-1, -1, -1] = 0
+    with pytest.raises(
+        FileFormatError, match="'@a' and '@b' are both stored as 'w', but they diff"
+    ):
+        save_pytree(tree, path, rename=rules)
+
+
+def test_numbers_may_be_far_apart(path: Path) -> None:
+    tree = {0: KERNEL[0], 10**15: KERNEL[0]}
+    with pytest.raises(WeightsMismatchError, match="its part '1' is not there"):
+        save_pytree(tree, path, rename=[Rule("w", "{l}", "l a -> a")])

@@ -4,7 +4,7 @@ Specification: *Loading*.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias, overload
 
 import jax
 
@@ -85,6 +85,28 @@ def load_pytree(
         with collector_paused():
             found = dict(zip(names, leaves, strict=True))
             return _built(checkpoint, found, prefix, separator)
+
+
+@overload
+def load_abstract(
+    path: PathLike | Readable,
+    *,
+    flat: Literal[True],
+    prefix: str = "",
+    separator: str = "",
+    sharding: Shardings | None = None,
+) -> dict[str, Any]: ...
+
+
+@overload
+def load_abstract(
+    path: PathLike | Readable,
+    *,
+    flat: bool = False,
+    prefix: str = "",
+    separator: str = "",
+    sharding: Shardings | None = None,
+) -> PyTree: ...
 
 
 @again_if_replaced

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     class Writable(Protocol):
         """A binary file object, open for writing."""
 
-        def write(self, data: Any, /) -> Any:
+        def write(self, data: bytes, /) -> Any:
             """Write bytes."""
             ...
 

@@ -155,7 +155,8 @@ def write_stream(
 
 def _write_all(file: Writable, piece: memoryview) -> None:
     while len(piece):
-        piece = piece[_taken(file, file.write(piece), len(piece)) :]
+        count = file.write(piece)  # type: ignore[arg-type] # what takes bytes takes a memoryview
+        piece = piece[_taken(file, count, len(piece)) :]
 
 
 def _taken(file: Writable, count: Any, size: int) -> int:
