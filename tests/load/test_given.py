@@ -65,6 +65,35 @@ def test_a_scalar_is_as_weak_as_the_struct_that_it_replaces(weak: bool) -> None:
     assert set_weights(template, {"@w": 2.5})["w"].aval.weak_type is weak
 
 
+@pytest.mark.parametrize("weak", [jnp.full((3,), 0.5), jnp.full((0,), 0.5), jnp.full((2, 3), 1)])
+@pytest.mark.parametrize("strict", [False, True])
+def test_only_scalars_of_numpy_become_weakly_typed(weak: Any, strict: bool) -> None:
+    assert weak.aval.weak_type
+    values = np.ones(weak.shape, weak.dtype)
+    found = set_weights([weak], {"#0": values}, strict=strict)[0]
+    assert not found.aval.weak_type
+    assert_same_values(np.asarray(found), values)
+    scalar = set_weights([jnp.asarray(0.5)], {"#0": np.float32(2)}, strict=strict)[0]
+    assert scalar.aval.weak_type
+
+
+@pytest.mark.skipif(not structs_are_weak(), reason="this JAX has no weak types of structs")
+@pytest.mark.parametrize(
+    ("dictionary", "options"),
+    [
+        ({"@w": NANS}, {}),
+        ({"@w": NANS.astype(np.float16)}, {"cast": True}),
+        ({"@w": np.ascontiguousarray(NANS.T)}, {"rename": MOVED}),
+        ({"w.0": NANS[0], "w.1": NANS[1]}, {"rename": [Rule("w.{l}", "@w", "a -> l a")]}),
+    ],
+)
+def test_arrays_of_numpy_fit_a_weakly_typed_struct(dictionary: Any, options: Any) -> None:
+    template = {"w": Struct(NANS.shape, np.float32, weak_type=True)}
+    found = set_weights(template, dictionary, **options)["w"]
+    assert not found.aval.weak_type
+    assert_same_values(np.asarray(found), NANS)
+
+
 @pytest.mark.parametrize("kind", [np.asarray, jnp.asarray])
 def test_the_data_of_keys_become_keys(kind: Any) -> None:
     keys = jax.random.split(jax.random.key(3), 2)

@@ -144,7 +144,8 @@ def _finished(batch: Sequence[tuple[TemplateLeaf, Any]]) -> list[Any]:
     found = [value for _, value in batch]
     with own_programs():
         for position, made in zip(hosts, to_jax([*hosts.values()]), strict=True):
-            found[position] = weaken(made) if batch[position][0].spec.weak else made
+            is_weak = batch[position][0].spec.weak and not made.shape
+            found[position] = weaken(made) if is_weak else made
         return [_placed(leaf, value) for (leaf, _), value in zip(batch, found, strict=True)]
 
 
