@@ -306,7 +306,7 @@ def pretend_that_devices_are_elsewhere(patch: pytest.MonkeyPatch) -> None:
 
     patch.setattr(jax, "device_put", transfer)
     patch.setattr("pytree2safetensors._leaves.staging._start_pinning", lambda *_: None)
-    patch.setattr("pytree2safetensors._load.reading.RING", (1 << 10,))
+    patch.setattr("pytree2safetensors._load.ahead.RING", (1 << 10,))
     patch.setattr("pytree2safetensors._load.reading._STAGED_BATCH", 1 << 8)
     for module in ("_leaves.placement", "_load.reading"):
         patch.setattr(f"pytree2safetensors.{module}.is_on_host", lambda _: False)

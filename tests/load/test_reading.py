@@ -30,7 +30,7 @@ from pytree2safetensors import (
 )
 from pytree2safetensors._leaves import staging
 from pytree2safetensors._leaves.describe import describe
-from pytree2safetensors._load import finishing, reading
+from pytree2safetensors._load import ahead, finishing, reading
 from pytree2safetensors._load.opening import open_checkpoint
 from pytree2safetensors.testing import assert_round_trips
 
@@ -358,7 +358,7 @@ def test_small_arrays_keep_no_memory_that_others_share(
         pieces.append(staging.aligned(size))
         return pieces[-1]
 
-    monkeypatch.setattr(reading, "aligned", aligned)
+    monkeypatch.setattr(ahead, "aligned", aligned)
     save_pytree({f"{n}": np.ones(512 + n, np.float32) for n in range(9)}, tmp_path / "file")
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0]) if is_placed else None
     template = load_abstract(tmp_path / "file", sharding=sharding)
@@ -379,7 +379,7 @@ def test_pieces_that_arrays_share_are_bounded(
         sizes.append(size)
         return staging.aligned(size)
 
-    monkeypatch.setattr(reading, "aligned", aligned)
+    monkeypatch.setattr(ahead, "aligned", aligned)
     monkeypatch.setattr(reading, "_BATCH", 1 << 16)
     save_pytree([np.ones(n, np.float32) for n in (4000, 50_000, 5000, 6000)], tmp_path / "file")
     load_pytree(tmp_path / "file")

@@ -29,7 +29,7 @@ from placed import (
 )
 from pytree2safetensors._leaves import extents, staging
 from pytree2safetensors._leaves.extents import Region, runs_in
-from pytree2safetensors._load import plan, reading, slots
+from pytree2safetensors._load import ahead, plan, reading, slots
 from pytree2safetensors._load.opening import open_checkpoint
 from pytree2safetensors._load.ranges import Place, plan_reads
 from pytree2safetensors._load.slots import Slot
@@ -211,7 +211,7 @@ def test_memory_is_that_of_the_data_once(
         sizes.append(size)
         return original(size)
 
-    monkeypatch.setattr(reading, "aligned", aligned)
+    monkeypatch.setattr(ahead, "aligned", aligned)
     sharding = NamedSharding(mesh, SPECS[spec])
     found = into(tmp_path / "file", values.shape, values.dtype, sharding)
     assert_in_place(found, values, sharding)

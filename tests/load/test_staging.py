@@ -20,7 +20,7 @@ from pytree2safetensors import Rule, load_into_pytree, load_pytree, save_pytree
 from pytree2safetensors._leaves import jax_versions, placement, staging
 from pytree2safetensors._leaves.staging import Ring
 from pytree2safetensors._leaves.to_jax import to_jax
-from pytree2safetensors._load import finishing, plan, reading
+from pytree2safetensors._load import ahead, finishing, plan, reading
 from pytree2safetensors._storage import read_pool
 from pytree2safetensors._storage.file_source import FileSource
 
@@ -75,10 +75,10 @@ class Link:
         patch.setattr(staging, "block_until_ready", block_until_ready)
         patch.setattr(staging, "_start_pinning", lambda *_: None)
         patch.setattr(staging, "aligned", aligned)
-        patch.setattr(reading, "block_until_ready", block_until_ready)
+        patch.setattr(ahead, "block_until_ready", block_until_ready)
         patch.setattr(reading, "is_on_host", lambda _: False)
         patch.setattr(placement, "is_on_host", lambda _: False)
-        patch.setattr(reading, "RING", RING)
+        patch.setattr(ahead, "RING", RING)
         patch.setattr(reading, "_STAGED_BATCH", BATCH)
 
     def arrive(self, moving: Any) -> None:
@@ -323,7 +323,7 @@ def test_a_load_that_a_smaller_ring_holds_has_no_larger_one(link: Link, tmp_path
             super().__init__(device, pieces)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reading, "Ring", Recorded)
+        patch.setattr(ahead, "Ring", Recorded)
         for count in (6, 50):
             save_pytree(tree_of(count, 1500), tmp_path / "file")
             load_pytree(tmp_path / "file")
@@ -355,7 +355,7 @@ def test_what_is_read_is_transferred_while_the_ring_is_full(
 def test_a_full_ring_waits_for_reads_if_nothing_moves(
     link: Link, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reading._Reading, "is_read", lambda _: False)
+    monkeypatch.setattr(ahead._Reading, "is_read", lambda _: False)
     tree = tree_of(50, 1500)
     save_pytree(tree, tmp_path / "file")
     found = load_pytree(tmp_path / "file")
@@ -403,7 +403,7 @@ def test_which_leaves_have_memory_of_their_own(
         return staging_aligned(nbytes)
 
     staging_aligned = staging.aligned
-    for module in (reading, finishing):
+    for module in (ahead, finishing):
         monkeypatch.setattr(module, "aligned", aligned)
     tree = tree_of(20, size)
     save_pytree(tree, tmp_path / "file")

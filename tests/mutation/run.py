@@ -43,6 +43,7 @@ MODULES = [
     "_tree/*.py",
     "_format/*.py",
     "_load/[!aev]*.py",
+    "_load/ahead.py",
     "_load/assembling.py",
     "_leaves/cast.py",
     "_leaves/host.py",
