@@ -140,10 +140,24 @@ class InPlaceStore(ObjectStore):
         return InPlaceFile(self, path)
 
 
+class InPlaceMemory(MemoryFileSystem):  # type: ignore[misc] # fsspec has no types
+    """A store whose files get their names when they are opened, and that cannot discard them."""
+
+    protocol: Any = "inmemory"
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> Any:
+        return super()._strip_protocol(path.removeprefix("inmemory://"))
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        pass
+
+
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[ObjectStore]]:
     fsspec.register_implementation("objects", ObjectStore, clobber=True)
     fsspec.register_implementation("inplace", InPlaceStore, clobber=True)
+    fsspec.register_implementation("inmemory", InPlaceMemory, clobber=True)
     monkeypatch.setattr(ObjectStore, "objects", {})
     monkeypatch.setattr(ObjectStore, "steps", [])
     monkeypatch.setattr(ObjectStore, "budget", 1 << 60)
@@ -330,7 +344,7 @@ class Steps:
     ("before", "after"),
     [(100, 100), (100, 40), (100, "5GB"), ("5GB", 100), ("5GB", "5GB"), (None, 100)],
 )
-@pytest.mark.parametrize("url", ["memory://run/folder", "inplace://bucket/run"])
+@pytest.mark.parametrize("url", ["inmemory://run/folder", "inplace://bucket/run"])
 def test_a_folder_in_a_store_that_writes_in_place_is_never_a_mixture(
     memory: MemoryFileSystem,
     store: type[ObjectStore],
@@ -376,6 +390,47 @@ def test_a_folder_in_a_store_that_writes_in_place_is_never_a_mixture(
     assert attempts[0] == ("failed", "nothing" if before is None else "old")
     assert attempts[-1] == ("saved", "new")
     assert len(attempts) > 5
+
+
+@pytest.mark.parametrize("before", [None, 100, "5GB"])
+@pytest.mark.parametrize("after", [100, 40, None])
+def test_a_save_to_memory_that_cannot_finish_changes_nothing(
+    memory: MemoryFileSystem, before: int | str | None, after: int | None
+) -> None:
+    url = "memory://run/m.safetensors"
+    save_pytree(tree_of(3), "memory://run/other")
+    if before is not None:
+        save_pytree(tree_of(1), url, max_shard_size=before)
+    old = {name: file.getvalue() for name, file in memory.store.items()}
+
+    def fail(done: int, size: int) -> None:
+        raise Full(done, size)
+
+    with pytest.raises(Full) as caught:
+        save_pytree(tree_of(2), url, max_shard_size=after, progress=fail)
+    done, size = caught.value.args
+    assert done == size  # all bytes are written
+    del caught
+    gc.collect()
+    assert {name: file.getvalue() for name, file in memory.store.items()} == old
+    save_pytree(tree_of(2), url, max_shard_size=after)
+    assert is_same(tree_of(2), load_pytree(url))
+
+
+def test_a_save_to_memory_does_not_wait_for_the_end_of_a_transaction(
+    memory: MemoryFileSystem,
+) -> None:
+    with memory.transaction:
+        save_pytree(tree_of(1), "memory://run/m")
+        assert is_same(tree_of(1), load_pytree("memory://run/m"))
+    assert is_same(tree_of(1), load_pytree("memory://run/m"))
+
+
+def test_memory_refuses_a_file_below_a_file(memory: MemoryFileSystem) -> None:
+    save_pytree(tree_of(1), "memory://run/m")
+    with pytest.raises(OSError, match=r"'memory://run/m/n': FileExistsError: /run/m"):
+        save_pytree(tree_of(2), "memory://run/m/n")
+    assert [*memory.store] == ["/run/m"]
 
 
 def test_nothing_is_uploaded_after_a_failure(store: type[ObjectStore]) -> None:

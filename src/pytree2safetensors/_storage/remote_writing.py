@@ -1,5 +1,6 @@
 """Writing a file in a store, through fsspec."""
 
+import io
 import os
 from collections.abc import Iterable
 from contextlib import suppress
@@ -12,6 +13,21 @@ from pytree2safetensors._storage.remote_path import RemotePath
 from pytree2safetensors._types import Chunk
 
 
+class _InMemory(io.BytesIO):
+    """A file for fsspec's memory, which would give it its name as soon as it is opened."""
+
+    def __init__(self, path: RemotePath) -> None:
+        super().__init__()
+        self._path = path
+
+    def close(self) -> None:
+        """Keep the bytes for `commit`."""
+
+    def commit(self) -> None:
+        """Give the store the whole file, also within a transaction of the caller."""
+        self._path.fs.open(self._path.path, "wb", data=self.getvalue()).commit()
+
+
 class Pending:
     """A file in a store that is being written.
 
@@ -20,16 +36,21 @@ class Pending:
 
     def __init__(self, path: RemotePath) -> None:
         self.path = path
+        self._file: Any = _InMemory(path) if "memory" in path.protocols else self._opened()
+
+    def _opened(self) -> Any:
+        path = self.path
         try:
             transaction = path.fs.transaction
         except NotImplementedError:  # of the Hub, where closing a file commits it
             transaction = None
         options = {} if transaction is None else {"autocommit": False}
         with naming_url(path):
-            self._file = path.fs.open(path.path, "wb", **options)
+            file = path.fs.open(path.path, "wb", **options)
         if transaction is not None:
             with suppress(ValueError):  # only this class commits it
-                path.fs.transaction.files.remove(self._file)
+                path.fs.transaction.files.remove(file)
+        return file
 
     def write(self, piece: memoryview) -> None:
         """Write bytes."""
