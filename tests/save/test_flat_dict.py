@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding
@@ -12,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from oracle import assert_same_values
 from placed import P
 from pytree2safetensors import Rule, pytree2dict, set_weights
+from pytree2safetensors._leaves.spec import holds
 
 VALUES = np.arange(64, dtype=np.float32).reshape(8, 8)
 VALUES[3, 4] = np.nan
@@ -176,6 +178,23 @@ def placed(values: Any, order: list[int], spec: Any) -> jax.Array:
 
 
 FORWARDS, BACKWARDS = [*range(8)], [*range(7, -1, -1)]
+
+
+@pytest.mark.parametrize("name", ["int2", "uint2", "int4", "uint4"])
+def test_integers_of_a_few_bits_are_joined_and_placed(name: str) -> None:
+    kind = getattr(ml_dtypes, name, None)  # an old one has only some of them
+    if kind is None or not holds(np.dtype(kind)):
+        pytest.skip("this JAX has no such dtype")
+    values = (np.arange(3 * 33 * 17).reshape(3, 33, 17) % 2).astype(np.int8).astype(kind)
+    rule = Rule("w", "#{p}", "(p a) b -> a b")
+    found = pytree2dict([*map(jax.device_put, values)], rename=[rule])
+    assert isinstance(found["w"], jax.Array)
+    assert_same_values(np.asarray(found["w"]), values.reshape(99, 17))
+    square = values.reshape(99, 17)[:64, :16]
+    template = placed(square, FORWARDS, P("y", "x"))
+    moved = set_weights([template], {"#0": placed(square, BACKWARDS, P("x", "y"))})[0]
+    assert moved.sharding == template.sharding
+    assert_same_values(np.asarray(moved), square)
 
 
 @pytest.mark.parametrize("orders", [(FORWARDS, BACKWARDS), (FORWARDS, FORWARDS)])

@@ -17,8 +17,9 @@ _VERSION: Final[Any] = jax.__version_info__
 # The type of references to arrays, which is public since JAX 0.8.
 REFERENCE: Final[Any] = getattr(jax, "Ref", ())
 # JAX has arrays of these dtypes, but some of its programs for them fail, or end the process.
-WITHOUT_PROGRAMS: Final = frozenset({"int1", "uint1", "float6_e2m3fn", "float6_e3m2fn"}) | (
-    {"int4", "uint4"} if _VERSION < (0, 5) else set()
+WITHOUT_PROGRAMS: Final = frozenset(
+    {"int1", "int2", "uint1", "uint2", "float6_e2m3fn", "float6_e3m2fn"}
+    | ({"int4", "uint4"} if _VERSION < (0, 5) else set())
 )
 
 
