@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from oracle import assert_same_values
 from placed import P
-from pytree2safetensors import Rule, pytree2dict, set_weights
+from pytree2safetensors import FileFormatError, Rule, pytree2dict, set_weights
 from pytree2safetensors._leaves.spec import holds
 
 VALUES = np.arange(64, dtype=np.float32).reshape(8, 8)
@@ -175,6 +175,45 @@ def placed(values: Any, order: list[int], spec: Any) -> jax.Array:
     mesh = Mesh(np.array(jax.devices())[order].reshape(4, 2), ("x", "y"))
     array: jax.Array = jax.device_put(values, NamedSharding(mesh, spec))
     return array
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("text", "text"),
+        (2**70, 2**70),
+        (-5, -5),
+        (1 + 2j, 1 + 2j),
+        (np.array([1, -2], ">i4"), np.array([1, -2], "<i4")),
+        (np.array([np.nan], ">c8"), jnp.array([np.nan], np.complex64)),
+        (np.array([0xF3], np.uint8).view(ml_dtypes.int4), np.array([3]).astype(ml_dtypes.int4)),
+        (np.array([0, 7], np.uint8).view(np.bool_), np.array([False, True])),
+        (np.zeros((0, 3), ">f4"), jnp.zeros((0, 3))),
+        (np.arange(6, dtype=np.uint8).reshape(2, 3).T, np.array([[0, 3], [1, 4], [2, 5]], np.uint8)),
+    ],
+)  # fmt: skip
+def test_leaves_that_a_file_stores_alike_may_have_one_name(one: Any, other: Any) -> None:
+    for tree in ([one, other], [other, one]):
+        found = pytree2dict(tree, rename=lambda _: "w")
+        assert found.keys() == {"w"}
+        assert found["w"] is tree[0]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("text", "texts"),
+        (2**70, 2**70 + 1),
+        ("0x400000000000000000", 2**70),
+        (np.array([1], ">i4"), np.array([1 << 24], "<i4")),
+        (np.array([0.0], ">f4"), np.array([-0.0], "<f4")),
+        (np.zeros((0, 3), ">f4"), np.zeros((3, 0), ">f4")),
+    ],
+)
+def test_leaves_that_a_file_stores_differently_need_two_names(one: Any, other: Any) -> None:
+    for tree in ([one, other], [other, one]):
+        with pytest.raises(FileFormatError, match="are both stored as 'w', but they differ"):
+            pytree2dict(tree, rename=lambda _: "w")
 
 
 FORWARDS, BACKWARDS = [*range(8)], [*range(7, -1, -1)]

@@ -14,6 +14,7 @@ from pytree2safetensors._arguments import checked
 from pytree2safetensors._format.tensor import TensorInfo
 from pytree2safetensors._leaves.assembled import Assembled, Placed, assemble
 from pytree2safetensors._leaves.describe import describe
+from pytree2safetensors._leaves.encode import to_bytes
 from pytree2safetensors._leaves.extents import Region, Shape
 from pytree2safetensors._leaves.families import Lost
 from pytree2safetensors._leaves.host import host_array, part_of
@@ -96,16 +97,17 @@ def _add(found: dict[str, Any], owners: dict[str, str], name: str, path: str, le
 
 
 def _check_equal(one: Any, other: Any, places: tuple[str, str, str]) -> None:
-    """Check that two leaves under one name are equal, if they have values."""
+    """Check that a file would store two leaves under one name alike, if they have values."""
     if one is other or isinstance(one, jax.core.Tracer) or isinstance(other, jax.core.Tracer):
         return
     info, other_info = describe([one, other])
     if info is None or info != other_info:
         raise differ(*places)
+    if not info.nbytes:
+        return
     if is_global(one) or is_global(other):
-        if info.nbytes:
-            raise incomparable(*places)
-    elif host_array(one).tobytes() != host_array(other).tobytes():
+        raise incomparable(*places)
+    if not np.array_equal(*(to_bytes(host_array(leaf), info) for leaf in (one, other))):
         raise differ(*places)
 
 
