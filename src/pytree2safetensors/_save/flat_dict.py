@@ -107,7 +107,8 @@ def _check_equal(one: Any, other: Any, places: tuple[str, str, str]) -> None:
         return
     if is_global(one) or is_global(other):
         raise incomparable(*places)
-    if not np.array_equal(*(to_bytes(host_array(leaf), info) for leaf in (one, other))):
+    first, second = (to_bytes(host_array(leaf), info) for leaf in (one, other))
+    if not np.array_equal(first, second):
         raise differ(*places)
 
 
