@@ -112,6 +112,25 @@ def test_names_that_make_no_tree_are_refused(
     assert load_metadata(io.BytesIO(content)) == {}
 
 
+@pytest.mark.parametrize(
+    ("name", "is_old"),
+    [
+        ("@a\\b", True),
+        ("@a\\\\b@\\", True),
+        ("#01", False),
+        ("@\\(open('x'))", False),
+        ("@a\\\\", False),
+    ],
+)
+def test_a_backslash_that_escapes_nothing_is_explained(name: str, is_old: bool) -> None:
+    """Version 0.1.4 escaped nothing."""
+    hint = "; if pytree2safetensors 0.1.4 wrote the file, load it into a template with rename={path: name}"
+    for load in (load_pytree, load_abstract):
+        with pytest.raises(Pytree2SafetensorsError, match="do not form a tree") as caught:
+            load(io.BytesIO(names(name, "#02")))
+        assert str(caught.value).endswith("flat=True) lists them" + (hint if is_old else ""))
+
+
 @pytest.mark.parametrize("found", [entry[0] for entry in NAMES], ids=range(len(NAMES)))
 def test_a_template_asks_for_no_tree_of_the_names(found: tuple[str, ...]) -> None:
     source = io.BytesIO(names(*found))

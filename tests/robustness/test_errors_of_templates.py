@@ -244,6 +244,36 @@ def test_subtrees_of_a_template_that_have_all_leaves_of_a_file_are_named(
     )
 
 
+def test_names_without_escapes_are_explained() -> None:
+    """Version 0.1.4 escaped nothing."""
+    template = {"a\\b": 1, "c.d": {"e#": 2}, "f": 3, "@": 4, "#": 5}
+    stored = {"@a\\b": 6, "@c.d@e#": 7, "@f": 8, "@@": 9, "@#": 10}
+    with pytest.raises(WeightsMismatchError) as caught:
+        set_weights(template, stored)
+    assert str(caught.value).splitlines()[-2:] == [
+        "rename= maps names; prefix= selects a subtree; strict=False loads what fits.",
+        r"pytree2safetensors 0.1.4 escaped nothing: rename={'@\\#': '@#', '@\\@': '@@', "
+        r"'@a\\\\b': '@a\\b', ...} loads its names.",
+    ]
+    names = {r"@\#": "@#", r"@\@": "@@", r"@a\\b": r"@a\b", r"@c\.d@e\#": "@c.d@e#"}
+    found = set_weights(template, stored, rename=names)
+    assert found == {"a\\b": 6, "c.d": {"e#": 7}, "f": 8, "@": 9, "#": 10}
+    # It also helps below a prefix, and for what a mapping forgets, but not with functions and rules.
+    below = {"x" + name: value for name, value in stored.items()}
+    texts = []
+    rename: Any
+    for rename in (None, {r"@a\\b": r"@a\b"}, lambda path: path, [Rule("{*}", "{*}")]):
+        with pytest.raises(WeightsMismatchError) as caught:
+            set_weights(
+                template, stored if rename else below, prefix="" if rename else "x", rename=rename
+            )
+        texts.append(str(caught.value).splitlines()[-1])
+    assert [("0.1.4" in text) for text in texts] == [True, True, False, False]
+    with pytest.raises(WeightsMismatchError) as caught:
+        set_weights({r"a\b": 1, "f": 2}, {"@f": 1, "@g": 2})
+    assert "0.1.4" not in str(caught.value)
+
+
 def test_a_rule_is_offered_for_names_that_are_joined_with_dots() -> None:
     template = {"layers": [{"w": 1}, {"w": 2}]}
     stored = {"layers.0.w": 3, "layers.1.w": 4, "more": 5}

@@ -14,6 +14,7 @@ from pytree2safetensors._leaves.renaming import Rename, rules_in
 from pytree2safetensors._leaves.routes import describe_unused
 from pytree2safetensors._load.matching import Comparison, Options
 from pytree2safetensors._messages import listed, nearest, shorten
+from pytree2safetensors._tree.keypath import unescape
 from pytree2safetensors._tree.paths import add_prefix, dotted, strip_prefix
 from pytree2safetensors._tree.rule_index import RuleIndex
 
@@ -22,7 +23,7 @@ _NOTHING_WANTED: Final = (
     "The template has no array, number or string: pass a model or its shapes, as from jax.eval_shape, "
     "not a class, a function, shardings, or an object whose class is not registered as a pytree node."
 )
-_SHOWN: Final = 3  # subtrees that fit
+_SHOWN: Final = 3  # subtrees that fit, names, or pairs of names
 _COMPARED: Final = 40_000  # characters of names to search for the nearest
 
 
@@ -80,6 +81,7 @@ def check(outcome: Comparison, options: Options) -> None:
     is_larger = bool(unexpected) and not missing and not mismatched
     remedy = _remedy(outcome, options, nothing, is_larger)
     parts.append(remedy if wanted else _NOTHING_WANTED)
+    parts += _old_names(outcome, options.rename)
     raise WeightsMismatchError("\n".join(parts), *lists)
 
 
@@ -120,8 +122,26 @@ def _useless(rename: Rename | None, paths: Sequence[str]) -> list[str]:
     others = sorted(set(rename) - set(paths)) if isinstance(rename, Mapping) else []
     if not others:
         return []
-    shown = ", ".join(map(shorten, others[:3])) + (", ..." if len(others) > 3 else "")
+    shown = _some([*map(shorten, others)])
     return [f"  rename= maps from key paths that the template lacks: {shown}"]
+
+
+def _old_names(outcome: Comparison, rename: Rename | None) -> list[str]:
+    """Say how to load names of version 0.1.4, which escaped nothing."""
+    if not (rename is None or isinstance(rename, Mapping)):
+        return []
+    old = {path: unescape(name) for path, name in outcome.missing if name is not None}
+    pairs = [
+        f"{shorten(path)}: {shorten(name)}"
+        for path, name in old.items()
+        if name in outcome.available
+    ]
+    shown = f"pytree2safetensors 0.1.4 escaped nothing: rename={{{_some(pairs)}}} loads its names."
+    return [shown] if pairs else []
+
+
+def _some(texts: list[str]) -> str:
+    return ", ".join(texts[:_SHOWN]) + (", ..." if len(texts) > _SHOWN else "")
 
 
 def _section(title: str, lines: Iterable[str], count: int) -> list[str]:

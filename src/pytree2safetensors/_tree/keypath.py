@@ -135,6 +135,11 @@ def _pieces(string: str) -> list[str]:
     return list(filter(None, _SEGMENTS.findall(string)))
 
 
+def has_stray_backslash(string: str) -> bool:
+    """Return whether a backslash escapes nothing, as in names of version 0.1.4."""
+    return sum(map(len, _pieces(string))) != len(string)
+
+
 def _check_length(string: str, pieces: list[str]) -> None:
     if sum(map(len, pieces)) != len(string):
         reason = r"a backslash must be before one of . @ # \, or after @ or # as \("
@@ -166,7 +171,7 @@ def _read_first(piece: str) -> Key:
     if piece == RESERVED:
         raise Rejected(0, "this name is reserved by the file format", (0, 0, "."))
     if piece[0] != ".":
-        return GetAttrKey(_unescape(piece))
+        return GetAttrKey(unescape(piece))
     if piece[1:] not in ("", RESERVED) and not piece.startswith(r".\("):
         raise Rejected(0, "a leading name has no '.'", (0, 1, ""))
     return _read_piece(piece)
@@ -177,10 +182,10 @@ def _read_piece(piece: str) -> Key:
     if text.startswith(r"\("):
         return _read_parenthesis(piece)
     if marker == "@":
-        return DictKey(_unescape(text))
+        return DictKey(unescape(text))
     if marker == "#":
         return SequenceKey(_read_number(text, piece, "#{}"))
-    return GetAttrKey(_unescape(text))
+    return GetAttrKey(unescape(text))
 
 
 @lru_cache(maxsize=4096)
@@ -189,7 +194,8 @@ def _read_short(piece: str) -> Key:
     return _read_piece(piece)
 
 
-def _unescape(text: str) -> str:
+def unescape(text: str) -> str:
+    """Remove the escapes of a text, or of a spelled path: version 0.1.4 wrote paths without them."""
     return _ESCAPED.sub(r"\1", text) if "\\" in text else text
 
 
@@ -215,7 +221,7 @@ def _read_parenthesis(piece: str) -> Key:
     if marker == "#":
         return FlattenedIndexKey(_read_number(text[:-1], piece, r"#\({})"))
     try:
-        value = read_literal(_unescape(text[:-1]))
+        value = read_literal(unescape(text[:-1]))
         spelling = spell_item(value)
     except KeyPathError as error:
         raise Rejected(3, str(error)) from None

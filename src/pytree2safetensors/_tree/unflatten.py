@@ -11,7 +11,12 @@ from pytree2safetensors._errors import KeyPathError, TreeStructureError
 from pytree2safetensors._messages import node_at, shorten
 from pytree2safetensors._tree.containers import PyTreeContainer, UnkeyedContainer, container_of
 from pytree2safetensors._tree.depth import DEEP, TOO_DEEP, DepthCheck, too_deep, unsortable
-from pytree2safetensors._tree.keypath import read_segment, split, string2keypath
+from pytree2safetensors._tree.keypath import (
+    has_stray_backslash,
+    read_segment,
+    split,
+    string2keypath,
+)
 from pytree2safetensors._tree.keys import DictKey, GetAttrKey, SequenceKey
 from pytree2safetensors._tree.paths import cut
 from pytree2safetensors._tree.spelling import (
@@ -47,9 +52,11 @@ def build(leaves: Mapping[str, Any], kinds: Mapping[str, Kind], file: str) -> An
     try:
         return build_tree(leaves, kinds)
     except (KeyPathError, TreeStructureError) as error:
+        old = "; if pytree2safetensors 0.1.4 wrote the file, load it into a template with rename={path: name}"
         raise type(error)(
             f"the names in {file} do not form a tree: {error}; load_into_pytree loads them into a template, "
             "load_pytree(..., separator='.') splits them at dots, and load_abstract(..., flat=True) lists them"
+            + (old if any(map(has_stray_backslash, leaves)) else "")
         ) from None
 
 
