@@ -46,10 +46,11 @@ def test_an_array_of_another_library_is_no_abstract_array(method: str, tmp_path:
     theirs = foreign(method)
     save_pytree({"w": np.ones(2, np.float32)}, tmp_path / "file")
     template = {"theirs": theirs, "w": np.zeros(2, np.float32)}
-    found = load_into_pytree(template, tmp_path / "file")
+    found = load_into_pytree(template, tmp_path / "file", strict=False)
     assert found["theirs"] is theirs
     assert found["w"].tolist() == [1, 1]
-    assert set_weights(template, {"@w": np.ones(2, np.float32)})["theirs"] is theirs
+    given = {"@w": np.ones(2, np.float32)}
+    assert set_weights(template, given, strict=False)["theirs"] is theirs
 
 
 @pytest.mark.parametrize("method", ["__array__", "__dlpack__", "__jax_array__"])
@@ -68,7 +69,9 @@ class Variable:
 
 @pytest.mark.parametrize("value", [jnp.ones(3), {"array": np.ones(3)}])
 def test_skip_leaves_out_no_variable_that_holds_an_array(value: object, tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedLeafError, match="the array that a Ref or another object holds"):
+    with pytest.raises(
+        UnsupportedLeafError, match=r"as a pytree node, .* or save its arrays instead"
+    ):
         save_pytree({"w": Variable(value)}, tmp_path / "file", unsupported="skip")
     assert not (tmp_path / "file").exists()
 
@@ -284,19 +287,6 @@ def test_only_what_says_so_is_weak() -> None:
     traced = jax.jit(lambda leaf: set_weights({"w": leaf}, given)["w"])
     assert traced(1.0).weak_type
     assert not traced(np.float32(1)).weak_type
-
-
-@pytest.mark.skipif(not hasattr(jax, "new_ref"), reason="this JAX has no references")
-def test_a_reference_to_an_array_is_kept_traced_or_not() -> None:
-    def is_kept(value: Any) -> bool:
-        ref = jax.new_ref(value)
-        found = set_weights({"ref": ref, "w": 1.0}, {"@w": 2.0})
-        assert found["w"] == 2.0
-        return found["ref"] is ref
-
-    kept: list[bool] = []
-    jax.jit(lambda value: kept.append(is_kept(value)))(1.0)
-    assert [is_kept(jnp.ones(())), *kept] == [True, True]
 
 
 @pytest.mark.parametrize(

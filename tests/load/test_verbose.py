@@ -118,16 +118,16 @@ def test_no_reference_to_an_array_is_left_out(unsupported: Any) -> None:
 
 
 @pytest.mark.skipif(not hasattr(jax, "new_ref"), reason="this JAX has no references")
-def test_a_reference_in_a_template_is_no_data(tmp_path: Path) -> None:
+def test_a_reference_in_a_template_gets_no_values(tmp_path: Path) -> None:
     template = {"a": getattr(jax, "new_ref", None)(jnp.ones(3)), "b": 1}  # type: ignore[misc] # an older JAX has none
     save_pytree({"b": 2}, tmp_path / "file")
-    found = load_into_pytree(template, tmp_path / "file")
+    found = load_into_pytree(template, tmp_path / "file", strict=False)
     assert found["a"] is template["a"]
     assert found["b"] == 2
     save_pytree({"a": jnp.zeros(3), "b": 2}, tmp_path / "file")
     with pytest.raises(WeightsMismatchError) as caught:
         load_into_pytree(template, tmp_path / "file")
-    assert caught.value.unexpected == ("@a",)
+    assert len(caught.value.mismatched) == 1
 
 
 def test_keys_are_saved_while_others_are_traced() -> None:

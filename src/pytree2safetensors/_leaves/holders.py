@@ -8,7 +8,7 @@ Specification: *Saving*.
 
 import gc
 from collections import defaultdict, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from types import (
@@ -37,6 +37,13 @@ _OPAQUE: Final = (
 _ATOMS: Final = frozenset(map(id, (*PYTHON_SCALARS, bytes, NoneType)))
 _ARRAYS: Final = (jax.Array, jax.core.Tracer, REFERENCE)
 _ITEMS: Final[tuple[Any, ...]] = (list, tuple, set, frozenset, deque)
+_NODES: Final[Mapping[type, str]] = {
+    np.ndarray: "leaf.tolist()",
+    partial: "a jax.tree_util.Partial",
+    dict: "dict(leaf)",
+    tuple: "tuple(leaf)",
+    **dict.fromkeys((list, deque, set, frozenset), "list(leaf)"),
+}
 _DESCRIPTORS: Final = (GetSetDescriptorType, MemberDescriptorType)  # of a __dict__
 _BASES, _VARS = vars(type)["__mro__"], vars(type)["__dict__"]
 
@@ -69,6 +76,11 @@ def holders_in(leaves: Sequence[Any]) -> list[bool]:
             holding.add(one)
             found += holders.get(one, ())
     return [id(leaf) in holding for leaf in leaves]
+
+
+def node_instead_of(leaf: Any) -> str:
+    """Write which pytree node can replace an object; "" if its class must be registered."""
+    return next((node for base, node in _NODES.items() if isinstance(leaf, base)), "")
 
 
 class _Kind:

@@ -13,7 +13,7 @@ from pytree2safetensors._leaves.spec import LeafSpec
 from pytree2safetensors._leaves.views import View
 from pytree2safetensors._load.complaints import Misfits, misfits
 from pytree2safetensors._load.flat_template import flat_template, stored_for
-from pytree2safetensors._load.matching import Comparison, Options, compare
+from pytree2safetensors._load.matching import Comparison, Options
 from pytree2safetensors._load.opening import open_checkpoint
 from pytree2safetensors._load.stored import scalar_reader
 from pytree2safetensors._load.template import show
@@ -97,7 +97,7 @@ def explanation(
             unexpected="raise",
         )
         read = scalar_reader(checkpoint)
-        found = compare(template.names, template.needs, available, read, options)
+        found = template.compared(available, read, options)
         rows = [*_rows(found)]
         wrong = misfits(found, options)
         unused = describe_unused(found.routes, found.paths)
@@ -117,10 +117,11 @@ def _rows(found: Comparison) -> Iterable[tuple[str, ...]]:
         missing.setdefault(path, []).append("" if name is None else shorten(name))
     mismatched = dict(found.mismatched)
     for position, (path, leaf) in enumerate(zip(found.paths, found.needs, strict=True)):
-        if leaf is None:
+        if leaf is None and path not in mismatched:
             continue
         dots = dotted(path)
-        row = [shorten(path) + (f" = {shorten(dots)}" if dots != path else ""), show(leaf.spec)]
+        shown = "not data" if leaf is None else show(leaf.spec)
+        row = [shorten(path) + (f" = {shorten(dots)}" if dots != path else ""), shown]
         if position in fitting:
             rule = found.routes.rules[position]
             pattern = [repr(rule.pattern)] if rule is not None and rule.pattern else []

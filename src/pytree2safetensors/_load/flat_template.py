@@ -13,7 +13,8 @@ from pytree2safetensors._leaves.spec import LeafSpec
 from pytree2safetensors._load.checkpoint import OpenCheckpoint
 from pytree2safetensors._load.complaints import check
 from pytree2safetensors._load.given import ignored_data
-from pytree2safetensors._load.matching import Found, Options, compare
+from pytree2safetensors._load.holding import held_arrays
+from pytree2safetensors._load.matching import Comparison, Found, Options, compare
 from pytree2safetensors._load.prefixes import names_below
 from pytree2safetensors._load.template import TemplateLeaf, template_leaves
 from pytree2safetensors._tree.depth import deep_structure
@@ -27,10 +28,20 @@ class FlatTemplate(NamedTuple):
     names: list[str]
     leaves: list[Any]
     needs: list[TemplateLeaf | None]
+    held: dict[int, str]  # why leaves that are not data do not fit, if they hold arrays
 
     def wanted(self) -> Iterator[str]:
         """Return the names of leaves that are data."""
         return (name for name, need in zip(self.names, self.needs, strict=True) if need)
+
+    def compared(
+        self,
+        available: Mapping[str, Any],
+        values: Callable[[Collection[str]], Mapping[str, Any]],
+        options: Options,
+    ) -> Comparison:
+        """Compare the template with the leaves that it may get."""
+        return compare(self.names, self.needs, self.held, available, values, options)
 
     def match(
         self,
@@ -43,7 +54,7 @@ class FlatTemplate(NamedTuple):
         Raises:
             WeightsMismatchError: They do not fit.
         """
-        outcome = compare(self.names, self.needs, available, values, options)
+        outcome = self.compared(available, values, options)
         given = values({name for _, name in outcome.unstorable})
         pairs = [(self.leaves[position], given[name]) for position, name in outcome.unstorable]
         for (position, _), reason in zip(outcome.unstorable, ignored_data(pairs), strict=True):
@@ -57,7 +68,8 @@ def flat_template(module: Any) -> FlatTemplate:
     """Flatten a template."""
     flat = flatten(module, is_template=True)
     treedef = (deep_structure if flat.is_deep else jax.tree_util.tree_structure)(module)
-    return FlatTemplate(treedef, flat.names, flat.leaves, template_leaves(flat.leaves))
+    needs = template_leaves(flat.leaves)
+    return FlatTemplate(treedef, flat.names, flat.leaves, needs, held_arrays(flat.leaves, needs))
 
 
 def stored_for(

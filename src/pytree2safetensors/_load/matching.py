@@ -9,7 +9,7 @@ from typing import Any, Final, NamedTuple, TypeAlias
 import numpy as np
 
 from pytree2safetensors._leaves.families import Lost
-from pytree2safetensors._leaves.renaming import Rename, renamed
+from pytree2safetensors._leaves.renaming import Rename, renamed, rules_in
 from pytree2safetensors._leaves.routes import Route, Routes
 from pytree2safetensors._leaves.spec import LeafSpec, TracedSpec
 from pytree2safetensors._leaves.unstorable import is_foreign
@@ -45,11 +45,12 @@ class Comparison:
         self,
         paths: Sequence[str],
         needs: Sequence[TemplateLeaf | None],
+        held: Mapping[int, str],
         available: Mapping[str, Any],
         options: Options,
     ) -> None:
-        self.paths, self.needs, self.available = paths, needs, available
-        self.cast, self.routes = options.cast, _routed(paths, needs, options)
+        self.paths, self.needs, self.held, self.available = paths, needs, held, available
+        self.cast, self.routes = options.cast, _routed(paths, needs, held, options)
         self.found: list[Found] = []
         self.used: set[str] = set()
         self.missing: list[tuple[str, str | None]] = []  # a path of the template, and its name
@@ -77,6 +78,17 @@ class Comparison:
         self.refuse(position, f"{reason}{hint}", leaf)
         self.castable |= _unfit(leaf, stored, value, True) is None
         return False
+
+    def judge_other(self, position: int, name: str) -> None:
+        """Match a leaf that is not data, but may hold arrays."""
+        route, rule = self.routes.routes[position], self.routes.rules[position]
+        if name in self.available and self.available[name] is None:
+            self.used.add(name)
+            self.unstorable.append((position, name))
+        elif position in self.held and (rule is None or route is not None):
+            self.used.add(name)
+            self.used.update(route.names if isinstance(route, View) else ())
+            self.mismatched.append((self.paths[position], self.held[position]))
 
     def judge_by_rule(self, position: int, leaf: TemplateLeaf, route: View | Lost | None) -> None:
         """Match a leaf with the tensors that a rule makes it of."""
@@ -149,6 +161,7 @@ _NO_VALUE: Final = (
 def compare(
     paths: Sequence[str],
     needs: Sequence[TemplateLeaf | None],
+    held: Mapping[int, str],
     available: Mapping[str, Any],
     values: Callable[[Collection[str]], Mapping[str, Any]],
     options: Options,
@@ -158,23 +171,22 @@ def compare(
     Args:
         paths: The spelled key paths of the template's leaves.
         needs: What these leaves need; None for leaves that are not data.
+        held: Why leaves that are not data do not fit, by position, if they hold arrays.
         available: The stored leaf under each name; None for a leaf without values, or the reason
             why it cannot be loaded.
         values: Returns the Python scalars that are stored under names, or what was given there
             instead of an array. It is called if the fit, or the reason, depends on their values.
         options: How to match.
     """
-    outcome = Comparison(paths, needs, available, options)
+    outcome = Comparison(paths, needs, held, available, options)
     routes, rules, *_ = outcome.routes
     # Leaves that wait for the value of a Python scalar, or of what is not an array.
     waiting: list[tuple[int, str, TemplateLeaf, LeafSpec | None]] = []
     fitting: set[tuple[int, int]] = set()  # template leaves and stored leaves, by identity
     for position, leaf in enumerate(needs):
         if leaf is None:
-            name = add_prefix(options.prefix, paths[position])  # `rename` only has names for data
-            if name in available and available[name] is None:
-                outcome.used.add(name)
-                outcome.unstorable.append((position, name))
+            # `rename` only has names for data.
+            outcome.judge_other(position, add_prefix(options.prefix, paths[position]))
             continue
         route = routes[position]
         if not isinstance(route, str):
@@ -203,8 +215,16 @@ def compare(
     return outcome
 
 
-def _routed(paths: Sequence[str], needs: Sequence[TemplateLeaf | None], options: Options) -> Routes:
-    """Return where each leaf of the template is in the file; leaves that are not data are nowhere."""
+def _routed(
+    paths: Sequence[str],
+    needs: Sequence[TemplateLeaf | None],
+    held: Collection[int],
+    options: Options,
+) -> Routes:
+    """Return where each leaf of the template is in the file.
+
+    Leaves that are not data are nowhere, but a rule may say so of those that hold arrays.
+    """
     data = [position for position, leaf in enumerate(needs) if leaf is not None]
     shapes = [leaf.spec.shape if leaf.spec.kind == "array" else None for leaf in needs if leaf]
     found = renamed(
@@ -221,7 +241,13 @@ def _routed(paths: Sequence[str], needs: Sequence[TemplateLeaf | None], options:
     families = [*range(len(needs))]
     for position, route, rule, family in zip(data, *found[:3], strict=True):
         routes[position], rules[position], families[position] = route, rule, data[family]
-    return Routes(routes, rules, families, found.idle)
+    idle = found.idle
+    if held and rules_in(options.rename) is not None:
+        more = renamed(options.rename, [paths[n] for n in held], [None] * len(held), complete=False)
+        for position, route, rule in zip(held, more.routes, more.rules, strict=True):
+            routes[position], rules[position] = route, rule
+        idle = [rule for rule in idle if rule in more.idle]
+    return Routes(routes, rules, families, idle)
 
 
 def _hint(leaf: TemplateLeaf, stored: LeafSpec | None, rule: Rule | None) -> str:

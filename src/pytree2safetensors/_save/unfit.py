@@ -4,9 +4,7 @@ Specification: *Saving*.
 """
 
 import enum
-from collections import deque
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any, Final
 
 import jax
@@ -15,7 +13,7 @@ import numpy as np
 from pytree2safetensors._errors import UnsupportedLeafError
 from pytree2safetensors._format.header import MAX_DIMENSIONS
 from pytree2safetensors._leaves.describe import PYTHON_SCALARS
-from pytree2safetensors._leaves.holders import holders_in
+from pytree2safetensors._leaves.holders import holders_in, node_instead_of
 from pytree2safetensors._leaves.unstorable import (
     DeletedLeaf,
     attribute_of,
@@ -107,21 +105,12 @@ _HOLDING: Final = (
 )
 _REGISTER: Final = "(To save an object of your own class, register the class as a pytree node.)"
 _BASES: Final = (str, int, float, complex)
-_CONTAINERS: Final[Mapping[type, str]] = {
-    dict: "dict",
-    tuple: "tuple",
-    **dict.fromkeys((list, deque, set, frozenset), "list"),
-}
 
 
 def _holder_hint(leaf: Any) -> str:
     """Say how to make an object that holds arrays a pytree node."""
-    if isinstance(leaf, np.ndarray):
-        return ", which holds arrays; leaf.tolist() is a pytree node"
-    if isinstance(leaf, partial):
-        return ", which holds arrays; a jax.tree_util.Partial is a pytree node"
-    made = next((name for base, name in _CONTAINERS.items() if isinstance(leaf, base)), None)
-    return f", which holds arrays{f'; {made}(leaf) is a pytree node' if made else ''}"
+    made = node_instead_of(leaf)
+    return f", which holds arrays{f'; {made} is a pytree node' if made else ''}"
 
 
 def _hint(leaf: Any) -> str:
