@@ -1,5 +1,6 @@
 """Leaves as bytes and back: scalars, and tensors that are converted block by block."""
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +10,19 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.sharding import Mesh, NamedSharding
 
 from oracle import assert_same_values
+from placed import P
 from pytree2safetensors import (
     FileFormatError,
+    Rule,
     WeightsMismatchError,
     load_into_pytree,
     load_pytree,
     save_pytree,
     save_pytree_async,
+    set_weights,
 )
 from pytree2safetensors._format.tensor import NUMPY, TensorInfo
 from pytree2safetensors._leaves import encode, host, spec
@@ -50,6 +55,31 @@ def test_a_contiguous_tensor_is_one_block_without_a_copy() -> None:
 def test_every_byte_of_booleans_becomes_0_or_1() -> None:
     odd = np.array([0, 1, 2, 255], np.uint8).view(np.bool_)
     assert host.canonical_bools(odd).view(np.uint8).tolist() == [0, 1, 1, 1]
+
+
+@pytest.mark.parametrize("rows", [1, 1 << 12])
+@pytest.mark.parametrize("spec", [None, P(), P("x"), P(None, "x")])
+def test_booleans_of_jax_are_saved_as_0_and_1(rows: int, spec: Any) -> None:
+    odd = np.tile(np.array([[0, 1, 2, 255] * 8], np.uint8), (8 * rows, 1)).view(np.bool_)
+    mesh = Mesh(np.array(jax.devices()), ("x",))
+    leaf = jax.device_put(odd, None if spec is None else NamedSharding(mesh, spec))
+    assert np.asarray(leaf).view(np.uint8).max() == 255  # JAX keeps the bytes
+    assert host.host_array(leaf).view(np.uint8).max() == 1
+    transposed = [Rule("w", "#0", "a b -> b a"), Rule("s", "#1")]
+    for options in ({}, {"rename": transposed}, {"checksum": True}):
+        files = []
+        for tree in ([leaf, leaf[0, 2]], [odd != 0, np.True_]):
+            files.append(io.BytesIO())
+            save_pytree(tree, files[-1], **options)
+        assert files[0].getvalue() == files[1].getvalue()
+
+
+def test_booleans_of_jax_become_0_and_1_on_the_host() -> None:
+    odd = np.array([0, 1, 2, 255], np.uint8).view(np.bool_)
+    given = {"#0": jax.device_put(odd), "#1": jax.device_put(odd[2])}
+    found: list[Any] = [*set_weights([np.zeros(4, np.bool_), np.bool_(0)], given)]
+    assert found[0].view(np.uint8).tolist() == [0, 1, 1, 1]
+    assert found[1].view(np.uint8) == 1
 
 
 @pytest.mark.parametrize(

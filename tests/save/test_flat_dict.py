@@ -67,6 +67,37 @@ def test_one_array_of_jax_makes_the_tensor_one() -> None:
     check((rule, tree, expected), found)
 
 
+ODD_BYTES = np.array([0, 1, 2, 255], np.uint8).view(np.bool_)
+
+
+@pytest.mark.parametrize(
+    ("values", "stored"),
+    [
+        (np.array([1, 2], ">f4"), np.array([1, 2], np.float32)),
+        (np.array([1, 2], ">i2")[::-1], np.array([2, 1], np.int16)),
+        (np.array([1, np.nan], ">c8"), np.array([1, np.nan], np.complex64)),
+        (ODD_BYTES, ODD_BYTES.view(np.uint8) != 0),
+    ],
+)
+def test_arrays_of_numpy_in_another_form_join_arrays_of_jax(values: Any, stored: Any) -> None:
+    rule, other = Rule("w", "#{p}", "p a -> a"), jnp.asarray(stored)
+    expected = np.stack([stored, stored])
+    for tree in ([values, other], [other, values]):
+        check((rule, tree, {"w": expected}), pytree2dict(tree, rename=[rule]))
+        traced = jax.jit(lambda leaf: pytree2dict([values, leaf], rename=[rule]))(other)
+        check((rule, tree, {"w": expected}), traced)
+        entries = {f"w.{n}": part for n, part in enumerate(tree)}
+        template = {"w": jnp.zeros(expected.shape, expected.dtype)}
+        stack = [Rule("w.{p}", "@w", "a -> p a")]
+        check((rule, tree, {"w": expected}), set_weights(template, entries, rename=stack))
+
+
+def test_a_masked_array_does_not_join_arrays_of_jax() -> None:
+    masked = np.ma.masked_array(np.ones(2, np.float32), [True, False])
+    with pytest.raises((TypeError, ValueError), match="masked arrays"):
+        pytree2dict([masked, jnp.ones(2)], rename=[Rule("w", "#{p}", "p a -> a")])
+
+
 def test_no_setting_of_jax_stops_a_tensor_of_several_devices() -> None:
     first, second = (jax.device_put(VALUES, device) for device in jax.devices()[:2])
     rule, _, expected = RULES["joined"]

@@ -36,9 +36,9 @@ def _small_bytes(leaf: Any, info: TensorInfo) -> bytes:
     return b"".join(memoryview(block) for block in blocks(host_array(leaf), info))  # type: ignore[arg-type] # before 3.12 no type says buffer
 
 
-# Dtypes for which the buffer of a JAX array has the bytes of the file.
+# Dtypes for which the buffer of a JAX array has the bytes of the file. Those of booleans may be others.
 _BUFFERS: Final = frozenset(
-    {"BOOL", "U8", "I8", "U16", "I16", "F16", "U32", "I32", "F32", "C64", "U64", "I64", "F64"}
+    {"U8", "I8", "U16", "I16", "F16", "U32", "I32", "F32", "C64", "U64", "I64", "F64"}
     if sys.byteorder == "little"
     else ()
 )

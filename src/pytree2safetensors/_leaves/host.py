@@ -44,8 +44,10 @@ def host_array(leaf: Any) -> NDArray[Any]:
 
 def host_shard(data: jax.Array) -> NDArray[Any]:
     """Return the values of an array on one device. No large copy stays inside the array."""
-    if is_key_dtype(data.dtype):
-        data = _key_data(data)
+    return canonical_bools(_fetched(_key_data(data) if is_key_dtype(data.dtype) else data))
+
+
+def _fetched(data: jax.Array) -> NDArray[Any]:
     if is_in_place(data):
         try:
             return np.asarray(data)
@@ -63,7 +65,7 @@ def host_part(data: Any, index: tuple[slice, ...]) -> NDArray[Any]:
     """Return the values of a region of an array on one device. Only the region is copied from there."""
     if isinstance(data, jax.Array) and not is_in_place(data):
         return host_shard(part_of(data, index))
-    values = host_shard(data) if isinstance(data, jax.Array) else data
+    values = host_array(data)
     whole: Any = (*index, ...)  # always returns an array, never a scalar
     part: NDArray[Any] = values[whole]
     return part

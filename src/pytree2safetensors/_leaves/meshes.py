@@ -21,7 +21,7 @@ _EXPLICIT: Final = getattr(getattr(jax.sharding, "AxisType", None), "Explicit", 
 
 
 def computed(make: Callable[[list[Any]], Any], leaves: Sequence[Any]) -> Any:
-    """Compute an array from leaves, and let JAX choose its sharding.
+    """Compute an array from leaves, as arrays of JAX, and let JAX choose its sharding.
 
     On a mesh with explicit axes, each operation would have to name the sharding of its result.
     """
@@ -31,7 +31,7 @@ def computed(make: Callable[[list[Any]], Any], leaves: Sequence[Any]) -> Any:
         for leaf in leaves:
             mesh = _explicit_mesh(leaf)
             if mesh is None:
-                found.append(leaf)
+                found.append(_of_jax(leaf))
             else:
                 free = Mesh(mesh.devices, mesh.axis_names)
                 explicit[free] = mesh
@@ -44,17 +44,24 @@ def computed(make: Callable[[list[Any]], Any], leaves: Sequence[Any]) -> Any:
 def _made(make: Callable[[list[Any]], Any], leaves: list[Any]) -> Any:
     if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
         return make(leaves)
-    arrays = [*map(jnp.asarray, leaves)]
-    dtype = arrays[0].dtype
+    dtype = leaves[0].dtype
     if dtype.name in WITHOUT_PROGRAMS:
-        made = make([jnp.asarray(host_array(array).view(np.uint8)) for array in arrays])
+        made = make([jnp.asarray(host_array(array).view(np.uint8)) for array in leaves])
         return to_jax([host_array(made).view(dtype)])[0]
     try:
-        return moved_as_bits(make, arrays)
+        return moved_as_bits(make, leaves)
     except ValueError:  # JAX finds no sharding for the result, or no common order of the devices
-        if not all(array.is_fully_addressable for array in arrays):
+        if not all(array.is_fully_addressable for array in leaves):
             raise  # pragma: no cover - arrays of several processes, which JAX cannot join
-        return moved_as_bits(make, [jnp.asarray(host_array(array)) for array in arrays])
+        return moved_as_bits(make, [jnp.asarray(host_array(array)) for array in leaves])
+
+
+def _of_jax(leaf: Any) -> Any:
+    """Return a leaf as an array of JAX, which takes neither another byte order nor masked arrays."""
+    if isinstance(leaf, np.ndarray | np.generic) and not isinstance(leaf, np.ma.MaskedArray):
+        leaf = host_array(leaf)
+        leaf = leaf.astype(leaf.dtype.newbyteorder("="), copy=False)
+    return jnp.asarray(leaf)
 
 
 def _explicit_mesh(leaf: Any) -> Mesh | None:

@@ -93,21 +93,17 @@ def owned(leaf: jax.Array, stored: Shape) -> Owned:
     )
 
 
-def _on_host(data: jax.Array | NDArray[Any]) -> NDArray[Any]:
-    return data if isinstance(data, np.ndarray) else host_shard(data)
-
-
 def owned_chunks(part: Owned, info: TensorInfo) -> Iterator[Chunk]:
     """Yield the bytes of shards, in order."""
     ordered = part.in_order(info)
     if ordered is not None:
         for start, (_, data) in ordered:
-            yield from _in_a_row(_on_host(data), info, start)
+            yield from _in_a_row(host_array(data), info, start)
         return
     unit = f"u{info.itemsize}"
     parts = []
     for region, data in part.shards:
-        raw = to_bytes(_on_host(data), info)
+        raw = to_bytes(host_array(data), info)
         parts.append(Part(region, np.ndarray(shape_of(region), unit, raw)))
     yield from gather(parts, info.shape, info.itemsize)
 

@@ -101,7 +101,7 @@ def seen_through(view: View, dictionary: Mapping[str, Any], leaf: TemplateLeaf) 
         unplaced = leaf._replace(sharding=None, format=None)
         values = fitted((unplaced, value) for value in values)
     if any(isinstance(value, jax.Array) for value in values):
-        return computed(lambda found: _made_of(view, map(jnp.asarray, found), jnp.stack), values)
+        return computed(lambda found: _made_of(view, found, jnp.stack), values)
     return _made_of(view, map(host_array, values), np.stack)
 
 

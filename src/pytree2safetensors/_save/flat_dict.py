@@ -124,7 +124,7 @@ def _array_of(tensor: Assembled) -> Any:
 
 
 def _joined_by_jax(tensor: Assembled, leaves: list[Any]) -> Any:
-    parts = [*_parts(tensor, map(jnp.asarray, leaves))]
+    parts = [*_parts(tensor, leaves)]
     whole = tiled(parts) if parts else jnp.zeros(0, leaves[0].dtype)
     return whole.reshape(tensor.info.shape)
 
