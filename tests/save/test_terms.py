@@ -15,7 +15,7 @@ from pytree2safetensors import Rule
 from pytree2safetensors._leaves.renaming import Rename
 from pytree2safetensors._save import terms as save_terms
 from pytree2safetensors._save.contents import collect
-from pytree2safetensors._save.target import plan_save, target_of
+from pytree2safetensors._save.target import local_target, plan_save
 from pytree2safetensors._save.words import Terms, difference, digest_of
 
 SQUARE = np.zeros((4, 4), np.float32)
@@ -39,7 +39,7 @@ def terms_of(
     metadata: dict[str, str] | None = None,
 ) -> Terms:
     contents = collect(tree, metadata or {}, "raise", rename)
-    target = target_of(path, size)
+    target = local_target(str(path), size)
     plan = plan_save(contents, target, checksum=False)
     return save_terms.terms_of(contents, plan, target, save_terms.SaveOptions(True, False, size))
 

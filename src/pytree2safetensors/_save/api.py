@@ -19,7 +19,7 @@ from pytree2safetensors._save.calls import counted, is_joint
 from pytree2safetensors._save.contents import collect
 from pytree2safetensors._save.processes import save_jointly
 from pytree2safetensors._save.saver import submit, wait_for_earlier
-from pytree2safetensors._save.target import label_of, plan_save, settled, target_of
+from pytree2safetensors._save.target import LocalTarget, label_of, plan_save, settled, target_of
 from pytree2safetensors._save.terms import SaveOptions
 from pytree2safetensors._save.writing import write
 from pytree2safetensors._storage.locations import PathLike, Writable, resolve
@@ -155,8 +155,10 @@ def save_pytree_async(
         if is_joint(contents.leaves):
             options = SaveOptions(durable, checksum, max_shard_size)
             return save_jointly(contents, where, options, report, background=True)
-        # The process may change its working directory during the save.
-        target = settled(target_of(where, max_shard_size))
+        target = target_of(where, max_shard_size)
+        if isinstance(target, LocalTarget):
+            # The process may change its working directory during the save.
+            target = settled(target)
         plan = plan_save(contents, target, checksum=checksum)
         # Each leaf once, because rules may make several tensors from it.
         unique = {id(leaf): leaf for leaf in whole_leaves(contents.leaves.values())}

@@ -12,7 +12,7 @@ from pytree2safetensors._save.calls import current_processes
 from pytree2safetensors._save.contents import Contents
 from pytree2safetensors._save.interrupt import Interrupt
 from pytree2safetensors._save.share import share_of
-from pytree2safetensors._save.target import plan_save, settled, target_of
+from pytree2safetensors._save.target import local_target, plan_save, settled
 from pytree2safetensors._save.terms import SaveOptions, terms_of
 from pytree2safetensors._save.work import Work
 from pytree2safetensors._storage.atomic_file import is_special
@@ -62,7 +62,7 @@ def _begin(
         )
     if not isinstance(where, str):
         raise FileFormatError(_PLACE)
-    target = settled(target_of(where, options.max_shard_size))
+    target = settled(local_target(where, options.max_shard_size))
     if target.folder is None and is_special(target.path):
         raise FileFormatError(_PLACE)
     plan = plan_save(contents, target, checksum=options.checksum)

@@ -6,7 +6,7 @@ Specification: *Saving*, *Sharded folders*.
 import errno
 import os
 from collections.abc import Iterable
-from typing import Any, NamedTuple, SupportsIndex
+from typing import NamedTuple, SupportsIndex, TypeAlias
 
 from pytree2safetensors._format.index import SUFFIX, index_name, parse_size, split_path, stem_of
 from pytree2safetensors._messages import shorten
@@ -24,20 +24,32 @@ from pytree2safetensors._storage.locations import (
 from pytree2safetensors._storage.remote_path import RemotePath
 
 
-class SaveTarget(NamedTuple):
-    """Where a save goes.
+class LocalTarget(NamedTuple):
+    """A path that a save goes to.
 
     Attributes:
-        path: The path, here or in a store, or the file object.
-        folder: The folder to write shards in, here or in a store; None for one file.
+        path: The path.
+        folder: The folder to write shards in; None for one file.
         stem: The prefix of the names in the folder.
         limit: The most bytes of tensors in a shard.
     """
 
-    path: Any
-    folder: Any = None
+    path: str
+    folder: str | None = None
     stem: str = ""
     limit: int = 0
+
+
+class OtherTarget(NamedTuple):
+    """A path in a store, or a file object, that a save goes to. The attributes have the same meaning."""
+
+    path: RemotePath | Writable
+    folder: RemotePath | None = None
+    stem: str = ""
+    limit: int = 0
+
+
+SaveTarget: TypeAlias = LocalTarget | OtherTarget
 
 
 def label_of(target: SaveTarget) -> str:
@@ -58,40 +70,45 @@ def target_of(
             that cannot be opened.
     """
     where = resolve(path)
+    if isinstance(where, str):
+        return local_target(where, max_shard_size)
     if max_shard_size is None:
-        if isinstance(where, str):
-            check_home(where)
-        return SaveTarget(where)
+        return OtherTarget(where)
     limit = parse_size(max_shard_size)
-    if isinstance(where, RemotePath):
-        folder, stem = split_path(where.path, is_folder=False)
-        return SaveTarget(where, where if folder == where.path else where.parent(), stem, limit)
-    if not isinstance(where, str):
+    if not isinstance(where, RemotePath):
         raise ValueError(
             f"max_shard_size= writes a folder, so it needs a path, not {type(path).__name__}"
         )
-    if not where:
+    folder, stem = split_path(where.path, is_folder=False)
+    return OtherTarget(where, where if folder == where.path else where.parent(), stem, limit)
+
+
+def local_target(path: str, max_shard_size: SupportsIndex | str | None) -> LocalTarget:
+    """Find where a save to a path goes, as `target_of` does."""
+    if max_shard_size is None:
+        check_home(path)
+        return LocalTarget(path)
+    limit = parse_size(max_shard_size)
+    if not path:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "")
-    folder, stem = split_path(where, is_folder=os.path.isdir(where))
+    folder, stem = split_path(path, is_folder=os.path.isdir(path))
     check_created(folder)
-    return SaveTarget(where, folder, stem, limit)
+    return LocalTarget(path, folder, stem, limit)
 
 
-def settled(target: SaveTarget) -> SaveTarget:
+def settled(target: LocalTarget) -> LocalTarget:
     """Return a target that stays where it is if the working directory changes."""
-    if not isinstance(target.path, str):
-        return target
     folder = None if target.folder is None else absolute(target.folder or os.curdir)
     return target._replace(path=absolute(target.path), folder=folder)
 
 
-def replacing_shards(plan: SavePlan, target: SaveTarget) -> tuple[SavePlan, SaveTarget]:
+def replacing_shards(plan: SavePlan, target: LocalTarget) -> tuple[SavePlan, LocalTarget]:
     """If one file goes where a load finds the index of shards, plan to replace them in their folder.
 
     Earlier saves must have finished. In a store, this would take another request for each save.
     """
     path = target.path
-    if target.folder is not None or not isinstance(path, str) or not path.endswith(SUFFIX):
+    if target.folder is not None or not path.endswith(SUFFIX):
         return plan, target
     folder, stem = split_path(path, is_folder=False)
     if os.path.lexists(path) or not os.path.isfile(os.path.join(folder, index_name(stem))):

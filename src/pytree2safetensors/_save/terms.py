@@ -16,7 +16,7 @@ from pytree2safetensors._leaves.ownership import is_global, ownership
 from pytree2safetensors._messages import joined
 from pytree2safetensors._save.contents import Contents
 from pytree2safetensors._save.plan import SavePlan
-from pytree2safetensors._save.target import SaveTarget
+from pytree2safetensors._save.target import LocalTarget
 from pytree2safetensors._save.words import LAYOUT, Terms
 from pytree2safetensors._types import Kind
 
@@ -33,7 +33,9 @@ class SaveOptions(NamedTuple):
     max_shard_size: SupportsIndex | str | None
 
 
-def terms_of(contents: Contents, plan: SavePlan, target: SaveTarget, options: SaveOptions) -> Terms:
+def terms_of(
+    contents: Contents, plan: SavePlan, target: LocalTarget, options: SaveOptions
+) -> Terms:
     """Return what the processes must agree on: the target, the options, the contents, and the owners.
 
     The values of arrays are not included, because no process has all of them.

@@ -28,7 +28,7 @@ from pytree2safetensors._save.share import (
     size_of,
     split_blocks,
 )
-from pytree2safetensors._save.target import SaveTarget, label_of, older_files, replacing_shards
+from pytree2safetensors._save.target import LocalTarget, label_of, older_files, replacing_shards
 from pytree2safetensors._save.words import Terms
 from pytree2safetensors._storage.atomic_file import followed, joining, replacing
 from pytree2safetensors._storage.atomic_folder import replacing_together
@@ -53,7 +53,7 @@ class Work:
     def __init__(
         self,
         plan: SavePlan,
-        target: SaveTarget,
+        target: LocalTarget,
         share: Share,
         durable: bool,
         progress: Progress | None,

@@ -10,7 +10,13 @@ from typing import Any
 from pytree2safetensors._save.chunks import data_chunks
 from pytree2safetensors._save.hashing import Hashing
 from pytree2safetensors._save.plan import FilePlan, SavePlan
-from pytree2safetensors._save.target import SaveTarget, older_files, replacing_shards
+from pytree2safetensors._save.target import (
+    LocalTarget,
+    OtherTarget,
+    SaveTarget,
+    older_files,
+    replacing_shards,
+)
 from pytree2safetensors._storage.atomic_file import is_special, write_file
 from pytree2safetensors._storage.atomic_folder import NewFile, replace_together
 from pytree2safetensors._storage.naming import naming
@@ -36,22 +42,58 @@ def write(
         OSError: The files cannot be written. The old files are unchanged.
     """
     hashing = Hashing(plan.infos) if plan.checksum else None
-    plan, target = replacing_shards(plan, target)
+    if isinstance(target, LocalTarget):
+        plan, target = replacing_shards(plan, target)
     with closing_bar(progress), hashing or nullcontext():
-        if target.folder is not None:
-            _write_folder(plan, leaves, target, hashing, durable, progress)
-            return
-        [file] = plan.files
-        where = target.path
-        if hashing is not None and (not isinstance(where, str) or is_special(where)):
-            file, hashing = _sealed(plan, file, leaves, hashing), None
-        chunks = _chunks(plan, file, leaves, hashing)
-        if isinstance(where, str):
-            write_file(where, chunks, file.size, durable=durable, progress=progress)
-        elif isinstance(where, RemotePath):
-            write_remote(where, chunks, file.size, progress)
+        if isinstance(target, LocalTarget):
+            _write_locally(plan, leaves, target, hashing, durable, progress)
         else:
-            write_stream(where, chunks, file.size, progress)
+            _write_elsewhere(plan, leaves, target, hashing, progress)
+
+
+def _write_locally(
+    plan: SavePlan,
+    leaves: Mapping[str, Any],
+    target: LocalTarget,
+    hashing: Hashing | None,
+    durable: bool,
+    progress: Progress | None,
+) -> None:
+    """Write one file, or files into their folder, where they replace those of an older save."""
+    if target.folder is not None:
+        files = _new_files(plan, plan.files, leaves, hashing)
+        older = older_files(plan, target)
+        with naming(target.path):
+            replace_together(target.folder, files, older, durable=durable, progress=progress)
+        return
+    [file] = plan.files
+    if hashing is not None and is_special(target.path):
+        file, hashing = _sealed(plan, file, leaves, hashing), None
+    chunks = _chunks(plan, file, leaves, hashing)
+    write_file(target.path, chunks, file.size, durable=durable, progress=progress)
+
+
+def _write_elsewhere(
+    plan: SavePlan,
+    leaves: Mapping[str, Any],
+    target: OtherTarget,
+    hashing: Hashing | None,
+    progress: Progress | None,
+) -> None:
+    """Write to a store or a file object, where bytes cannot be changed after they are written."""
+    files = plan.files
+    if hashing is not None and not plan.index_name:
+        files, hashing = [_sealed(plan, file, leaves, hashing) for file in files], None
+    if target.folder is not None:
+        new_files = _new_files(plan, files, leaves, hashing)
+        replace_remotely(target.folder, new_files, older_files(plan, target), progress)
+        return
+    [file] = files
+    chunks = _chunks(plan, file, leaves, hashing)
+    if isinstance(target.path, RemotePath):
+        write_remote(target.path, chunks, file.size, progress)
+    else:
+        write_stream(target.path, chunks, file.size, progress)
 
 
 def _sealed(
@@ -78,30 +120,14 @@ def _chunks(
         yield 0, memoryview(plan.sealed(hashing.digests()))
 
 
-def _write_folder(
-    plan: SavePlan,
-    leaves: Mapping[str, Any],
-    target: SaveTarget,
-    hashing: Hashing | None,
-    durable: bool,
-    progress: Progress | None,
-) -> None:
-    """Write the files of a plan into their folder, and replace those of an older save."""
-    files = plan.files
-    if hashing is not None and isinstance(target.folder, RemotePath) and not plan.index_name:
-        files, hashing = [_sealed(plan, file, leaves, hashing) for file in files], None
-    new_files = [
-        NewFile(file.name, file.size, _chunks(plan, file, leaves, hashing)) for file in files
-    ]
+def _new_files(
+    plan: SavePlan, files: Iterable[FilePlan], leaves: Mapping[str, Any], hashing: Hashing | None
+) -> list[NewFile]:
+    """Return the files of a folder, the index last."""
+    found = [NewFile(file.name, file.size, _chunks(plan, file, leaves, hashing)) for file in files]
     if plan.index_name:
-        new_files.append(NewFile(plan.index_name, len(plan.sealed()), _index_chunks(plan, hashing)))
-    older = older_files(plan, target)
-    if isinstance(target.folder, RemotePath):
-        replace_remotely(target.folder, new_files, older, progress)
-        return
-    folder = target.folder or ""
-    with naming(target.path):
-        replace_together(folder, new_files, older, durable=durable, progress=progress)
+        found.append(NewFile(plan.index_name, len(plan.sealed()), _index_chunks(plan, hashing)))
+    return found
 
 
 def _index_chunks(plan: SavePlan, hashing: Hashing | None) -> Iterator[Chunk]:
