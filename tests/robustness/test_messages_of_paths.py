@@ -3,6 +3,7 @@
 import io
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,16 @@ def test_a_missing_home_is_explained_on_windows(
 
 @pytest.mark.skipif(os.name == "nt", reason="no folder can have such a name there")
 @pytest.mark.parametrize(
-    "url", [" s3://bucket/run", "s_3://bucket/run", "s3 ://bucket/run", "Z:/x"]
+    "url",
+    [
+        " s3://bucket/run",
+        "s_3://bucket/run",
+        "s3 ://bucket/run",
+        "Z:/x",
+        "s3:bucket/run",
+        "HF:x",
+        "a:b:",
+    ],
 )
 def test_a_url_that_is_misspelled_makes_no_folder(
     url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -83,6 +93,19 @@ def test_a_url_that_is_misspelled_makes_no_folder(
     (tmp_path / first).mkdir()
     save_pytree(TREE, url, max_shard_size=100)
     assert is_same(TREE, load_pytree(url))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no folder can have such a name there")
+def test_a_colon_may_be_part_of_the_name_of_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for path in ("run:17", "12:30:00/run", ":x", "run/s3:17", str(tmp_path / "s3:17")):
+        save_pytree(TREE, path, max_shard_size=100)
+        assert is_same(TREE, load_pytree(path))
+    monkeypatch.setitem(sys.modules, "fsspec", None)
+    save_pytree(TREE, "s3:bucket", max_shard_size=100)
+    assert is_same(TREE, load_pytree("s3:bucket"))
 
 
 def test_a_closed_file_object_is_named(tmp_path: Path) -> None:

@@ -125,11 +125,21 @@ def check_created(folder: str) -> None:
             f"{shorten(folder)} begins with '~', which only a shell replaces; call "
             "os.path.expanduser, or make the folder first"
         )
-    if first.endswith(":"):
+    scheme, colon, _ = first.partition(":")
+    if first.endswith(":") or (colon and _is_scheme(scheme)):
         raise ValueError(
             f"{shorten(folder)} begins with {shorten(first)}, which looks like a part of a URL; correct "
             "the URL, or make the folder first"
         )
+
+
+def _is_scheme(text: str) -> bool:
+    """Return whether fsspec, if it is installed, knows a scheme."""
+    try:
+        from fsspec import available_protocols
+    except ImportError:
+        return False
+    return text.lower() in available_protocols()
 
 
 def _first_folder(path: str) -> str:
