@@ -170,3 +170,21 @@ def test_weak_types_stay_in_the_memory_of_their_template(tmp_path: Path, kind: s
     assert found.sharding == sharding
     assert found.weak_type
     assert float(found) == 1.5
+
+
+@pytest.mark.parametrize("dtype", ["bool", "float32", "bfloat16", "complex64", "int4"])
+@pytest.mark.parametrize("shape", [(0, 8), (8, 8)])
+def test_the_devices_and_the_memory_of_an_array_change_at_once(
+    dtype: str, shape: tuple[int, int]
+) -> None:
+    meshes = [Mesh(np.array(jax.devices())[::step].reshape(4, 2), ("x", "y")) for step in (1, -1)]
+    here = NamedSharding(meshes[0], P(None, "x"))
+    there = pinned_sharding(NamedSharding(meshes[1], P(None, "y")))
+    if there is None:
+        pytest.skip("the CPU devices of this JAX have no pinned memory")
+    values = values_of(shape, getattr(ml_dtypes, dtype, dtype))
+    array = jax.device_put(values, here)
+    for sharding in (there, here):
+        template = {"w": Struct(shape, values.dtype, sharding=sharding)}
+        array = p2s.set_weights(template, {"@w": array})["w"]
+        assert_in_place(array, values, sharding)

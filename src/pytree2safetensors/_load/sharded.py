@@ -96,11 +96,14 @@ def weakened(array: jax.Array, sharding: Sharding | None) -> jax.Array:
 
 def _moved(value: jax.Array, sharding: Sharding) -> jax.Array:
     devices: Any = value.sharding.device_set | sharding.device_set
-    if value.size and len(devices) > 1 and value.sharding != sharding:
+    if len(devices) > 1 and value.sharding != sharding:
         # JAX cannot change the devices and the kind of memory at once.
         value = jax.device_put(value, _in_default_memory(value.sharding))
         ordinary = _in_default_memory(sharding)
-        value = moved_as_bits(lambda arrays: jax.device_put(arrays[0], ordinary), [value])
+        if value.size:  # JAX spreads the bits of an empty array over other devices
+            value = moved_as_bits(lambda arrays: jax.device_put(arrays[0], ordinary), [value])
+        else:
+            value = jax.device_put(value, ordinary)
     # This gives the array the sharding in its own form, or in another kind of memory.
     moved: jax.Array = jax.device_put(value, sharding)
     return moved
