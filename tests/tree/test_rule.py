@@ -283,17 +283,30 @@ def test_two_leaves_of_one_dotted_path_are_refused() -> None:
     ("rule", "text"),
     [
         (Rule("h.{p}", "layers.{p}"), " (numbers match {p}; texts need labels, as in {p:a,b})"),
+        (Rule("h.{p}", "@layers@{p}"), " (numbers match {p}; texts need labels, as in {p:a,b})"),
         (
-            Rule("h.{l}.{p}", "layers.{l}.{p}"),
+            Rule("h.{l}.{p}", "layers#{l}@{p}"),
+            " (numbers match {p}; texts need labels, as in {p:a,b})",
+        ),
+        (
+            Rule("h.{l}.{p}", "{l}.{p}"),
             " (numbers match {l}, {p}; texts need labels, as in {p:a,b})",
         ),
+        (
+            Rule("h.{l}.{p}", "{p}.{l}.{p}"),
+            " (numbers match {p}; texts need labels, as in {p:a,b})",
+        ),
+        # No label is missing.
+        (Rule("h.{p}", "layer.{p}"), ""),
+        (Rule("h.{l}", "{l}.{l}.b"), ""),
         (Rule("h.{p:q,k}", "layers.{p}"), ""),
-        (Rule("h.{*}", "layers.{*}"), ""),
+        (Rule("h.{*}", "layer.{*}"), ""),
         (Rule("h", "layers"), ""),
     ],
 )
-def test_an_idle_rule_is_shown_with_its_numbers(rule: Rule, text: str) -> None:
-    assert describe_idle(rule, ["@a", "b"]) == f"{rule!r}{text}"
+def test_an_idle_rule_is_shown_with_numbers_that_texts_would_match(rule: Rule, text: str) -> None:
+    paths = ["@layers@w", "layers#0@w", "@a@3@a", "b"]
+    assert describe_idle(rule, paths) == f"{rule!r}{text}"
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from pytree2safetensors._load.matching import Comparison, Options
 from pytree2safetensors._messages import listed, nearest, shorten
 from pytree2safetensors._tree.keypath import unescape
 from pytree2safetensors._tree.paths import add_prefix, dotted, strip_prefix
-from pytree2safetensors._tree.rule_index import RuleIndex
+from pytree2safetensors._tree.rule_index import RuleIndex, with_dots
 
 _LOGGER: Final = logging.getLogger("pytree2safetensors")
 _NOTHING_WANTED: Final = (
@@ -104,8 +104,7 @@ def _up_to(characters: int, names: list[str]) -> list[str]:
 
 def _missing_line(path: str, name: str | None, candidates: list[str]) -> str:
     if name is None:
-        dots = dotted(path)
-        return f"{shorten(path)}{f', dotted {shorten(dots)}' if dots != path else ''}: no rule has this path"
+        return f"{with_dots(path)}: no rule has this path"
     lacks = "" if name == path else f": there is no {shorten(name)}"
     return shorten(path) + lacks + nearest(name, candidates)
 

@@ -21,6 +21,7 @@ from pytree2safetensors._leaves.spread import assembled_chunks
 from pytree2safetensors._leaves.views import View
 from pytree2safetensors._messages import listed, plural, shorten
 from pytree2safetensors._tree.rule import Rule
+from pytree2safetensors._tree.rule_index import with_dots
 from pytree2safetensors._types import Chunk
 
 # Kinds of leaves that need no note.
@@ -91,7 +92,11 @@ def misfit_error(
 ) -> WeightsMismatchError:
     """Make the error for leaves without a place in the file."""
     parts = ["rename= does not fit the tree:"]
-    parts += listed((f"{shorten(path)}: {reason}" for path, _, reason in lost), len(lost))
+    lines = (
+        f"{with_dots(path) if rule is None else shorten(path)}: {reason}"
+        for path, rule, reason in lost
+    )
+    parts += listed(lines, len(lost))
     if routes.idle:
         parts.append("  rules that no leaf of the tree uses:")
         parts += listed(describe_unused(routes, paths), len(routes.idle))

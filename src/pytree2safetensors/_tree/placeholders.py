@@ -12,7 +12,7 @@ Specification: *Rules*.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Final, NamedTuple, TypeAlias
 
 ANY_TEXT: Final = "*"  # stands for any text
@@ -135,6 +135,14 @@ def with_free_texts(side: Side) -> Side:
         if isinstance(part, Hole) and part.text == ANY_TEXT
         else part
         for number, part in enumerate(side)
+    )
+
+
+def with_texts(side: Side, numbers: Collection[str]) -> Side:
+    """Let the placeholders that are written so stand for texts."""
+    return tuple(
+        part._replace(text=ANY_TEXT) if isinstance(part, Hole) and part.text in numbers else part
+        for part in side
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Sequence
 
 from pytree2safetensors._messages import shorten
 from pytree2safetensors._tree.paths import dotted, is_dotted
-from pytree2safetensors._tree.placeholders import Alternatives, Match, holes_of
+from pytree2safetensors._tree.placeholders import Alternatives, Match, Side, holes_of, with_texts
 from pytree2safetensors._tree.rule import ParsedRule, Rule, parse_rule
 from pytree2safetensors._tree.spelling import INDEX, ITEM
 
@@ -57,6 +57,12 @@ class RuleIndex:
         return {name: found.number for name, found in matches if found is not None}
 
 
+def with_dots(path: str) -> str:
+    """Write a path that no rule matches for a message, with its dotted path."""
+    dots = dotted(path)
+    return shorten(path) + (f", dotted {shorten(dots)}" if dots != path else "")
+
+
 def describe_idle(rule: Rule, paths: Collection[str]) -> str:
     """Describe a rule that matches none of these paths, and what may be wrong with its path."""
     path, side = rule.path or "", parse_rule(rule).path or ()
@@ -64,10 +70,18 @@ def describe_idle(rule: Rule, paths: Collection[str]) -> str:
     for marker in () if is_dotted(path) else (ITEM, INDEX):
         if any(map(Alternatives({0: (marker, *side)}).match, paths)):
             return f"{rule!r} (a marker is missing at the beginning of its path: write {marker + path!r})"
-    holes = holes_of(side)
-    numbers = dict.fromkeys(hole.text for hole in holes if not (hole.labels or hole.is_text))
+    numbers = _numbers_for_texts(side, [dotted(one) if is_dotted(path) else one for one in paths])
     if not numbers:
         return repr(rule)
     shown = ", ".join(f"{{{text}}}" for text in numbers)
-    example = f"{{{next(reversed(numbers))}:a,b}}"
-    return f"{rule!r} (numbers match {shown}; texts need labels, as in {example})"
+    return f"{rule!r} (numbers match {shown}; texts need labels, as in {{{numbers[-1]}:a,b}})"
+
+
+def _numbers_for_texts(side: Side, paths: Iterable[str]) -> list[str]:
+    """Return which placeholders for numbers would have to stand for texts to match one of these paths."""
+    holes = [hole for hole in holes_of(side) if hole.axis and not (hole.labels or hole.is_text)]
+    numbers = [*dict.fromkeys(hole.text for hole in holes)]
+    for texts in [*([number] for number in numbers), numbers]:
+        if any(map(Alternatives({0: with_texts(side, texts)}).match, paths)):
+            return texts
+    return []
