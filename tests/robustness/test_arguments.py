@@ -207,6 +207,16 @@ UNDECORATED: list[tuple[Callable[[], Any], str]] = [
         "type is registered, give a GetAttrKey instead of this str), in a key path that begins '@a'",
     ),
     (
+        lambda: p.keypath2string((3,)),
+        "cannot spell 3 of type builtins.int: not one of JAX's own key classes (where the node type is "
+        "registered, give a SequenceKey instead of this int), in the first key of a key path",
+    ),
+    (
+        lambda: p.keypath2string((("a", 1),)),
+        "cannot spell ('a', 1) of type builtins.tuple: not one of JAX's own key classes (where the node "
+        "type is registered, give a DictKey instead of this tuple), in the first key of a key path",
+    ),
+    (
         lambda: p.PyTreeContainer().__setitem__(3, 3),
         "an attribute name must be a str, not int",
     ),

@@ -83,6 +83,14 @@ MISMATCHES: list[tuple[Any, dict[str, Any], tuple[int, int, int], str]] = [
         f"    '@layer@w' (the template has no array and no number there)\n{SKIP}{KEEP}",
     ),
     (
+        {"layer": print, "step": 3},
+        {},
+        (0, 2, 0),
+        "  unexpected (the template does not have them):\n"
+        "    '@layer@b' (the template's leaf at '@layer' is not a pytree node)\n"
+        f"    '@layer@w' (the template's leaf at '@layer' is not a pytree node)\n{SKIP}{KEEP}",
+    ),
+    (
         {**STORED, "step": True},
         {},
         (0, 0, 1),
@@ -146,7 +154,8 @@ MISMATCHES: list[tuple[Any, dict[str, Any], tuple[int, int, int], str]] = [
         {"strict": False},
         (1, 0, 0),
         "  missing (the template has them):\n    '@new'\n"
-        "strict=False keeps the leaves of the template, but an abstract or deleted leaf has no value to keep.",
+        "strict=False keeps the leaves of the template, but an abstract or deleted leaf has no value to keep: "
+        "give it one, from an initialized model, or load it.",
     ),
     (
         {**STORED, "new": STRUCT},
@@ -154,7 +163,7 @@ MISMATCHES: list[tuple[Any, dict[str, Any], tuple[int, int, int], str]] = [
         (1, 0, 0),
         "  missing (the template has them):\n    '@new'\n"
         "rename= maps names; prefix= selects a subtree; strict=False does not help, because an "
-        "abstract or deleted leaf has no value to keep.",
+        "abstract or deleted leaf has no value to keep: give it one, from an initialized model, or load it.",
     ),
 ]
 
@@ -373,6 +382,20 @@ try:
 except ValueError as error:
     kept = error  # with the open file in its traceback
 """
+
+
+@pytest.mark.parametrize(
+    "rename", [{"@w": "@weight"}.__getitem__, {"@w": "@weight"}, [Rule("@weight", "@w")]]
+)
+def test_names_that_lack_the_prefix_get_a_hint(rename: Any, tmp_path: Path) -> None:
+    save_pytree({"params": {"weight": 1.0}}, tmp_path / "model")
+    hint = "names from rename= are whole names; begin them with '@params'"
+    with pytest.raises(WeightsMismatchError, match="1 missing") as caught:
+        load_into_pytree({"w": 0.0}, tmp_path / "model", prefix="@params", rename=rename)
+    assert f"\nNo leaf fits, so strict=False does not help: {hint}" in str(caught.value)
+    with pytest.raises(WeightsMismatchError) as caught:
+        set_weights({"w": 0.0}, {"@params@other": 1.0}, prefix="@params", rename=rename)
+    assert hint not in str(caught.value)
 
 
 def test_an_error_that_a_program_keeps_until_it_exits_prints_nothing(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ _NOTHING_WANTED: Final = (
     "The template has no array, number or string: pass a model or its shapes, as from jax.eval_shape, "
     "not a class, a function, shardings, or an object whose class is not registered as a pytree node."
 )
+_LOST: Final = "an abstract or deleted leaf has no value to keep: give it one, from an initialized model, or load it"
 _SHOWN: Final = 3  # subtrees that fit, names, or pairs of names
 _COMPARED: Final = 40_000  # characters of names to search for the nearest
 
@@ -110,10 +111,15 @@ def _missing_line(path: str, name: str | None, candidates: list[str]) -> str:
 
 
 def _kept(name: str, outcome: Comparison, options: Options) -> str:
-    """Return a hint if the template has a leaf of this name that is not data, such as a function."""
+    """Return a hint if the template has a leaf at or above this name that is not data."""
     leaves = zip(outcome.paths, outcome.needs, strict=True)
-    kept = any(s is None and add_prefix(options.prefix, path) == name for path, s in leaves)
-    return " (the template has no array and no number there)" if kept else ""
+    others = (add_prefix(options.prefix, path) for path, need in leaves if path and need is None)
+    above = next((path for path in others if strip_prefix(path, name) is not None), None)
+    if above is None:
+        return ""
+    if above == name:
+        return " (the template has no array and no number there)"
+    return f" (the template's leaf at {shorten(above)} is not a pytree node)"
 
 
 def _useless(rename: Rename | None, paths: Sequence[str]) -> list[str]:
@@ -149,32 +155,43 @@ def _section(title: str, lines: Iterable[str], count: int) -> list[str]:
 
 def _remedy(outcome: Comparison, options: Options, nothing: bool, is_larger: bool) -> str:
     if not options.strict and not nothing:
-        return "strict=False keeps the leaves of the template, but an abstract or deleted leaf has no value to keep."
+        return f"strict=False keeps the leaves of the template, but {_LOST}."
     remedies = _remedies(outcome, options, nothing)
     if nothing:
         others = f": {'; '.join(remedies)}" if remedies else ""
         return f"No leaf fits, so strict=False does not help{others}."
     if is_larger:
         remedies.append('unexpected="skip" ignores leaves that the template does not have')
-    lenient = "does not help, because an abstract or deleted leaf has no value to keep"
-    remedies.append(f"strict=False {lenient if outcome.lost else 'loads what fits'}")
+    lenient = f"does not help, because {_LOST}" if outcome.lost else "loads what fits"
+    remedies.append(f"strict=False {lenient}")
     return f"{'; '.join(remedies)}."
 
 
 def _remedies(outcome: Comparison, options: Options, nothing: bool) -> list[str]:
     """Return what makes leaves of the template fit."""
     paths = [path for path, _ in outcome.missing]
+    prefixed = _whole_names(outcome, options)
     cast = ["cast=True converts dtypes"] if outcome.castable else []
     if rules_in(options.rename) is not None:
         kept = ["Rule(None, path) keeps a leaf of the template"] if paths else []
         change = ["change the rules or the template"] if paths or outcome.mismatched else []
-        return [*kept, *cast, *change]
+        return [*prefixed, *kept, *cast, *change]
     change = ["change the template"] if outcome.mismatched and not cast else []
-    names = ["rename= maps names"] if paths else []
+    names = prefixed or (["rename= maps names"] if paths else [])
     names += ["prefix= selects a subtree"] if paths and not options.prefix else []
     if nothing and paths and options.rename is None and not options.prefix:
         names = _names_that_fit(paths, outcome.available)
     return [*names, *cast, *change]
+
+
+def _whole_names(outcome: Comparison, options: Options) -> list[str]:
+    """Return a remedy if names that `rename` gives would be there with the prefix before them."""
+    if not options.prefix or options.rename is None:
+        return []
+    names = (name for _, name in outcome.missing if name is not None)
+    if not any(add_prefix(options.prefix, name) in outcome.available for name in names):
+        return []
+    return [f"names from rename= are whole names; begin them with {shorten(options.prefix)}"]
 
 
 def _names_that_fit(paths: Sequence[str], names: Collection[str]) -> list[str]:

@@ -87,11 +87,11 @@ def spell_key(key: object) -> str:
     """Spell one key as a segment, including its marker."""
     speller = _SPELLERS.get(type(key))
     if speller is None:
-        instead = " (where the node type is registered, give a GetAttrKey instead of this str)"
-        remedy = instead if type(key) is str else ""
-        raise KeyPathError(
-            f"cannot spell {with_type(key)}: not one of JAX's own key classes{remedy}"
-        )
+        error = f"cannot spell {with_type(key)}: not one of JAX's own key classes"
+        if type(key) not in _INSTEAD:
+            raise KeyPathError(error)
+        remedy = f"give a {_INSTEAD[type(key)]} instead of this {type(key).__name__}"
+        raise KeyPathError(f"{error} (where the node type is registered, {remedy})")
     return speller(key)
 
 
@@ -116,6 +116,9 @@ def spell_flat_index(index: int) -> str:
     """Spell the segment of a child without a key."""
     return rf"#\({_checked_index(index)})"
 
+
+# The key classes of JAX for keys of some types.
+_INSTEAD = {str: "GetAttrKey", int: "SequenceKey", tuple: "DictKey"}
 
 _SPELLERS: dict[type, Callable[..., str]] = {
     GetAttrKey: lambda key: spell_attr(key.name),
