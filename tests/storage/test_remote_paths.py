@@ -1,9 +1,11 @@
 """Which paths and URLs mean an object in a store, and how messages show them."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 from upath import UPath
 
 from folders import is_same, tree_of
@@ -26,6 +28,28 @@ def test_a_file_url_is_a_local_path(tmp_path: Path) -> None:
         load_pytree("file://server/model")
 
 
+@pytest.fixture
+def memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MemoryFileSystem, "store", {})
+
+
+@pytest.mark.usefixtures("memory")
+def test_the_case_of_a_scheme_does_not_matter(tmp_path: Path) -> None:
+    save_pytree(tree_of(1), f"FILE://{tmp_path}/a")
+    assert is_same(tree_of(1), load_pytree(f"File://{tmp_path}/a", mmap=True))
+    save_pytree(tree_of(2), "MEMORY://Run/A")
+    assert is_same(tree_of(2), load_pytree("memory://Run/A"))
+
+
+@pytest.mark.usefixtures("memory")
+@pytest.mark.parametrize("url", ["memory://", "memory:///"])
+def test_a_url_without_a_path_is_named(url: str) -> None:
+    for work in (load_pytree, lambda path: save_pytree({"a": 1}, path)):
+        with pytest.raises(IsADirectoryError) as caught:
+            work(url)
+        assert str(caught.value) == f"'{url}': IsADirectoryError"
+
+
 def test_unknown_schemes_and_missing_packages_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     for url, text in (
         ("foo://bucket/x", "'foo://bucket/x' cannot be opened with fsspec: Protocol not known"),
@@ -34,8 +58,12 @@ def test_unknown_schemes_and_missing_packages_are_reported(monkeypatch: pytest.M
         for work in (load_pytree, lambda path: save_pytree({"a": 1}, path)):
             with pytest.raises(ValueError, match=text):
                 work(url)
+    text = (
+        "'https://example.com/x' is a URL, which is opened with fsspec; install fsspec (the extra "
+        "pytree2safetensors[remote]) and its package for this store"
+    )
     monkeypatch.setitem(__import__("sys").modules, "fsspec.core", None)
-    with pytest.raises(ValueError, match="install fsspec and its package for this store"):
+    with pytest.raises(ValueError, match=re.escape(text)):
         load_pytree("https://example.com/x")
 
 

@@ -83,6 +83,7 @@ def _resolved(text: str) -> str | RemotePath:
     scheme = _URL.match(text)
     if scheme is None:
         return _local(text)
+    text = scheme[0].lower() + text[scheme.end() :]
     if text.startswith(("file://", "local://")):
         parts = urlsplit(text)
         if parts.netloc not in {"", "localhost"}:

@@ -95,8 +95,8 @@ def path_of_url(url: str) -> RemotePath:
         from fsspec.core import url_to_fs
     except ImportError:
         raise ValueError(
-            f"{label} is a URL, which is opened with fsspec; install fsspec and its package for this "
-            "store"
+            f"{label} is a URL, which is opened with fsspec; install fsspec (the extra "
+            "pytree2safetensors[remote]) and its package for this store"
         ) from None
     try:
         fs, path = url_to_fs(url)
@@ -115,7 +115,8 @@ def raise_with_url(error: Exception, url: str) -> NoReturn:
         raise error
     is_os_error = isinstance(error, OSError)
     kind = type(error) if is_os_error and type(error).__module__ == "builtins" else OSError
-    message = f"{shorten(hide_credentials(url))}: {type(error).__name__}: {shown}"
+    parts = [shorten(hide_credentials(url)), type(error).__name__, shown]
+    message = ": ".join(filter(None, parts))
     safe = error if text == shown and hide_credentials(url) == url else None
     raise kind(message) from safe
 
