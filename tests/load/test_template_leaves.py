@@ -14,6 +14,7 @@ import safetensors.numpy
 from hostile import file, tensor
 from oracle import assert_same
 from pytree2safetensors import (
+    Rule,
     UnsupportedLeafError,
     WeightsMismatchError,
     load_into_pytree,
@@ -141,9 +142,18 @@ def test_a_device_layout_that_a_template_asks_for_is_given(tmp_path: Path) -> No
     layout = layouts.Format(layouts.Layout((1, 0)), sharding)
     values = np.arange(6, dtype=np.float32).reshape(2, 3)
     save_pytree({"w": values}, tmp_path / "file")
-    found = load_into_pytree({"w": Struct((2, 3), np.float32, sharding=layout)}, tmp_path / "file")
-    assert found["w"].format.layout.major_to_minor == (1, 0)
-    assert np.asarray(found["w"]).tobytes() == values.tobytes()
+    template = {"w": Struct((2, 3), np.float32, sharding=layout)}
+    arrays = [values, jnp.asarray(values), jax.device_put(values, jax.devices()[1])]
+    halves = {"w.0": values[0], "w.1": jnp.asarray(values[1])}
+    for found in (
+        load_into_pytree(template, tmp_path / "file"),
+        *(set_weights(template, {"@w": array}) for array in arrays),
+        set_weights(template, halves, rename=[Rule("w.{l}", "@w", "a -> l a")]),
+        set_weights(template, {"@w": values.astype(np.float16)}, cast=True),
+    ):
+        assert found["w"].sharding == sharding
+        assert found["w"].format.layout.major_to_minor == (1, 0)
+        assert np.asarray(found["w"]).tobytes() == values.tobytes()
 
 
 SCALARS: list[tuple[Any, Any]] = [

@@ -20,7 +20,7 @@ from pytree2safetensors._leaves.spec import LeafSpec, TracedSpec
 from pytree2safetensors._leaves.to_jax import own_programs, to_jax, weaken, wrap_key
 from pytree2safetensors._leaves.unstorable import is_deleted, is_foreign, is_sum, is_valueless
 from pytree2safetensors._leaves.views import View, leaf_of
-from pytree2safetensors._load.sharded import place
+from pytree2safetensors._load.sharded import is_elsewhere, place
 from pytree2safetensors._load.template import TemplateLeaf, to_python
 from pytree2safetensors._messages import type_name
 
@@ -158,4 +158,7 @@ def _placed(leaf: TemplateLeaf, value: Any) -> Any:
         value = wrap_key(value, leaf.spec.impl)
     if leaf.sharding is None or isinstance(value, jax.core.Tracer):
         return value  # JAX decides where a traced value is
-    return place(value, leaf.sharding)
+    placed = place(value, leaf.sharding)
+    if leaf.format is None or is_elsewhere(leaf.sharding):
+        return placed
+    return jax.device_put(placed, leaf.format)
