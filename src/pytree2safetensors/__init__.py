@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from pytree2safetensors._public import *  # noqa: F403 - checkers read its __all__
     from pytree2safetensors._public import __all__ as __all__
 else:
+    del TYPE_CHECKING  # not a name of this package
     __import__("concurrent.futures.thread")  # not possible any more when the interpreter is exiting
 
     # The names in `_public` need JAX. The command's help does not, so the first use imports them.

@@ -112,8 +112,8 @@ ROPE = Rule("q", "q", "(t d) e -> e (d t)", t=2)
 LOST: list[tuple[Rule, Leaves, bool, list[str]]] = [
     (STACK, {"v": (1,)}, False, ["no rule has this path"]),
     (STACK, {"w": None}, False, [f"{STACK!r} rearranges axes, and this leaf is not an array of numbers"]),
-    (STACK, {"w": (3,)}, False, [f"it has 1 axes, and {STACK!r} gives it at least 2"]),
-    (UNSTACK, {"w#0": (3,)}, False, [f"it has 1 axes, and {UNSTACK!r} gives it 2"]),
+    (STACK, {"w": (3,)}, False, [f"it has 1 axis, and {STACK!r} gives it at least 2"]),
+    (UNSTACK, {"w#0": (3,)}, False, [f"it has 1 axis, and {UNSTACK!r} gives it 2"]),
     (ROPE, {"q": (4, 5)}, False, [f"it has shape [4, 5], and under {ROPE!r}, an axis of 5 is made of t=2"]),
     (
         Rule("{p:a,b}", "w", "a -> p a"),

@@ -209,18 +209,18 @@ CUT = Rule("qkv", "{p:q,k}", "(p h) e -> e h")
 @pytest.mark.parametrize(
     ("rule", "template", "file", "reason"),
     [
-        (STACK, {"w": zeros(3)}, {}, "it has 1 axes, and {} gives it 3"),
+        (STACK, {"w": zeros(3)}, {}, "it has 1 axis, and {} gives it 3"),
         (
             STACK,
             {"w": zeros(3)},
             {"w.0": zeros(3), "w.1": 2.0},
-            "it has 1 axes, and {} gives it 3; the tensor 'w.0' is float32[3]",
+            "it has 1 axis, and {} gives it 3; the tensor 'w.0' is float32[3]",
         ),
         (
             EXPERTS,
             {"h": {"k": zeros(4)}},
             {f"h.{l}.{x}.k": zeros(2, 1) for l in range(2) for x in (1, 3, 5)},
-            "it has 1 axes, and {} gives it 4; the tensor 'h.0.1.k' is float32[2,1]",
+            "it has 1 axis, and {} gives it 4; the tensor 'h.0.1.k' is float32[2,1]",
         ),
         (
             Rule("w", "w", "(a b) -> a b", a=2),
@@ -239,13 +239,13 @@ CUT = Rule("qkv", "{p:q,k}", "(p h) e -> e h")
             CUT,
             {"q": zeros(6)},
             {"qkv": zeros(6, 6)},
-            "it has 1 axes, and {} gives it 2; the tensor 'qkv' is float32[6,6]",
+            "it has 1 axis, and {} gives it 2; the tensor 'qkv' is float32[6,6]",
         ),
         (
             Rule("w.{0*l}", "w", "a -> l a"),
             {"w": zeros(6)},
             {"w.0": zeros(6)},
-            "it has 1 axes, and {} gives it 2; the tensor 'w.0' is float32[6]",
+            "it has 1 axis, and {} gives it 2; the tensor 'w.0' is float32[6]",
         ),
     ],
 )

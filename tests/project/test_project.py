@@ -177,6 +177,8 @@ import pytree2safetensors
 assert "save_pytree" not in vars(pytree2safetensors)
 assert {"__version__", *pytree2safetensors.__all__} <= {*dir(pytree2safetensors)}
 assert "save_pytree" in vars(pytree2safetensors)
+public = [name for name in dir(pytree2safetensors) if not name.startswith("_")]
+assert public == pytree2safetensors.__all__, public
 for name in "nonsense", "_nonsense", "__nonsense__":
     try:
         getattr(pytree2safetensors, name)

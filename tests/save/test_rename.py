@@ -231,7 +231,7 @@ def test_leaves_without_a_place_are_refused(path: Path) -> None:
             function()
         assert str(caught.value).splitlines() == [
             "rename= does not fit the tree:",
-            f"    '@a@kernel': it has 1 axes, and {TRANSPOSED!r} gives it 2",
+            f"    '@a@kernel': it has 1 axis, and {TRANSPOSED!r} gives it 2",
             "    '@b@bias', dotted 'b.bias': no rule has this path",
             f"    '@c@kernel': {TRANSPOSED!r} rearranges axes, and this leaf is not an array of numbers",
             "  rules that no leaf of the tree uses:",
@@ -252,7 +252,7 @@ def test_names_of_their_own_are_offered_only_to_leaves_without_a_rule() -> None:
         pytree2dict({"a": {"kernel": KERNEL[0]}}, rename=[TRANSPOSED])
     assert str(caught.value).splitlines() == [
         "rename= does not fit the tree:",
-        f"    '@a@kernel': it has 1 axes, and {TRANSPOSED!r} gives it 2",
+        f"    '@a@kernel': it has 1 axis, and {TRANSPOSED!r} gives it 2",
         "Change the rule, or put Rule(None, path) before it to leave the leaf out.",
     ]
 

@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeAlias
 
 from pytree2safetensors._leaves.extents import Shape
 from pytree2safetensors._leaves.views import View
-from pytree2safetensors._messages import shorten
+from pytree2safetensors._messages import plural, shorten
 from pytree2safetensors._tree.placeholders import Binding, fill
 from pytree2safetensors._tree.rule import ParsedRule, Rule
 
@@ -203,7 +203,7 @@ def _sizes_of(rule: Rule, parsed: ParsedRule, shape: Shape | None) -> Mapping[st
     if dims is None:
         fixed = sum(dim != ("...",) for dim in parsed.right)
         least = "at least " if fixed < len(parsed.right) else ""
-        return f"it has {len(shape)} axes, and {rule!r} gives it {least}{fixed}"
+        return f"it has {plural(len(shape), 'axis', 'axes')}, and {rule!r} gives it {least}{fixed}"
     found: dict[str, int] = {}
     for dim, size in zip(dims[1], shape, strict=True):
         given = {axis: parsed.counts[axis] for axis in dim if axis in parsed.counts}
