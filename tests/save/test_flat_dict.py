@@ -12,7 +12,13 @@ from jax.sharding import Mesh, NamedSharding
 
 from oracle import assert_same_values
 from placed import P
-from pytree2safetensors import FileFormatError, Rule, pytree2dict, set_weights
+from pytree2safetensors import (
+    FileFormatError,
+    Rule,
+    WeightsMismatchError,
+    pytree2dict,
+    set_weights,
+)
 from pytree2safetensors._leaves.spec import holds
 
 VALUES = np.arange(64, dtype=np.float32).reshape(8, 8)
@@ -92,10 +98,16 @@ def test_arrays_of_numpy_in_another_form_join_arrays_of_jax(values: Any, stored:
         check((rule, tree, {"w": expected}), set_weights(template, entries, rename=stack))
 
 
-def test_a_masked_array_does_not_join_arrays_of_jax() -> None:
-    masked = np.ma.masked_array(np.ones(2, np.float32), [True, False])
-    with pytest.raises((TypeError, ValueError), match="masked arrays"):
-        pytree2dict([masked, jnp.ones(2)], rename=[Rule("w", "#{p}", "p a -> a")])
+MASKED = np.ma.masked_array(np.ones(2, np.float32), [True, False])
+
+
+@pytest.mark.parametrize("leaf", [MASKED, jax.eval_shape(lambda: jnp.ones(2)), "text"])
+@pytest.mark.parametrize("other", [np.ones(2), jnp.ones(2), MASKED])
+def test_a_rule_rearranges_only_arrays_with_values(leaf: Any, other: Any) -> None:
+    with pytest.raises(WeightsMismatchError) as caught:
+        pytree2dict([leaf, other], rename=[Rule("w", "#{p}", "p a -> a")])
+    reason = "rearranges axes, and this leaf is not an array of numbers"
+    assert any(line.startswith("'#0'") and reason in line for line in caught.value.mismatched)
 
 
 def test_no_setting_of_jax_stops_a_tensor_of_several_devices() -> None:

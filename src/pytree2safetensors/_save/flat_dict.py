@@ -85,8 +85,10 @@ def _renamed(paths: list[str], leaves: list[Any], rename: Rename) -> dict[str, A
 
 
 def _shape_of(leaf: Any) -> Shape | None:
-    is_array = hasattr(leaf, "shape") and hasattr(leaf, "dtype") and not is_key_dtype(leaf.dtype)
-    return leaf.shape if is_array else None
+    """Return the shape of a leaf whose axes can be rearranged."""
+    if not isinstance(leaf, np.ndarray | np.generic | jax.Array) or is_key_dtype(leaf.dtype):
+        return None
+    return None if isinstance(leaf, np.ma.MaskedArray) else leaf.shape
 
 
 def _add(found: dict[str, Any], owners: dict[str, str], name: str, path: str, leaf: Any) -> None:
