@@ -23,6 +23,8 @@ from pytree2safetensors import (
     pytree2dict,
     string2keypath,
 )
+from pytree2safetensors._format.tensor import LEAF_KINDS, NOTED_DTYPES
+from pytree2safetensors._leaves.describe import describe
 from pytree2safetensors._tree.keys import item_key
 from pytree2safetensors.testing import NODES, arrays, keypaths, keys, leaves, pytrees
 from pytree2safetensors.testing._arrays import DTYPES
@@ -301,6 +303,15 @@ def is_weak(leaf: Any) -> bool:
 @pytest.mark.parametrize("condition", LEAVES.values(), ids=LEAVES.keys())
 def test_leaves_reach(some_leaves: list[Any], condition: Callable[[Any], bool]) -> None:
     assert any(map(condition, some_leaves))
+
+
+@pytest.mark.xdist_group("leaves")
+def test_leaves_reach_every_kind_in_the_note(some_leaves: list[Any]) -> None:
+    infos = [info for info in describe(some_leaves) if info is not None]
+    kinds = {info.kind[0] if isinstance(info.kind, list) else info.kind for info in infos}
+    unknown = {*NOTED_DTYPES} - {dtype.name for dtype in DTYPES}  # of newer versions of ml_dtypes
+    # Without 64-bit types, JAX has no arrays of complex128.
+    assert kinds - {None} == LEAF_KINDS - unknown - {"weak complex128"}
 
 
 def nodes_of(tree: Any) -> list[Any]:
