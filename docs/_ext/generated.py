@@ -119,21 +119,25 @@ def sections() -> list[str]:
         for section in marked:
             by_section.setdefault(section, []).append(f"`{name}`")
     lines = ["| section | modules |", "|---|---|"]
-    return lines + [f"| {name} | {', '.join(found)} |" for name, found in by_section.items()]
+    for page in ("format.md", "interface.md"):
+        headings = re.findall(r"^## (.+)$", (ROOT / "docs" / page).read_text("utf-8"), re.MULTILINE)
+        for name in filter(by_section.__contains__, headings):
+            link = f"[{name}]({page}#{name.lower().replace(' ', '-')})"
+            lines.append(f"| {link} | {', '.join(by_section[name])} |")
+    return lines
 
 
 def modules() -> list[str]:
     """List the modules, a table for each folder, each module with what it says of itself."""
-    lines: list[str] = []
-    folder = None
+    folders: dict[str, list[str]] = {}
     for name, (said, _) in described().items():
-        above, _, module = name.rpartition("/")
-        if above != folder:
-            folder = above
-            lines += ["", f"### `{above or 'pytree2safetensors'}`", ""]
-            lines += ["| module | what it is |", "|---|---|"]
+        folder, _, module = name.rpartition("/")
         if module != "__init__.py":
-            lines.append(f"| `{module}` | {said} |")
+            folders.setdefault(folder, []).append(f"| `{module}` | {said} |")
+    lines: list[str] = []
+    for folder, rows in sorted(folders.items()):
+        lines += ["", f"### `{folder or 'pytree2safetensors'}`", ""]
+        lines += ["| module | what it is |", "|---|---|", *rows]
     return lines
 
 
