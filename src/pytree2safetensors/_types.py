@@ -1,12 +1,9 @@
 """Types that several folders share."""
 
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 # The kind of a node or leaf in a note: a word, or a word and an argument.
 Kind: TypeAlias = str | list[Any]
-
-# A tree of the caller's, which a function returns with other leaves. Type checkers keep its type.
-T = TypeVar("T")
 
 # Bytes, and their offset in bytes from the start of a file or a tensor.
 Chunk: TypeAlias = tuple[int, memoryview]

@@ -1,4 +1,4 @@
-"""Summaries: what is in a file, from its header."""
+"""Summaries: what is in a file, from its header; and the values of small leaves."""
 
 import math
 from collections.abc import Iterator, Mapping

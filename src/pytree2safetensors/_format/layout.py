@@ -1,4 +1,4 @@
-"""Writing: where the tensors of a file go, and the bytes before their data.
+"""The layout of a file: where its tensors go, the bytes before their data, and which names and metadata fit.
 
 Specification: *Files*.
 """

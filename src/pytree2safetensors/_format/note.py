@@ -1,4 +1,4 @@
-"""The note: what key paths and tensors do not express about a tree, as JSON in the metadata.
+"""The note: what key paths and tensors do not express about a tree, as JSON in the metadata; and reserved entries.
 
 Specification: *The note*.
 """

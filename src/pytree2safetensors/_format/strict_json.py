@@ -1,4 +1,4 @@
-"""Strict JSON: no duplicate names, and integers only; and the JSON that this package writes.
+"""Strict JSON, to read: no duplicate names, and only integers unless a caller allows others; compact JSON, to write.
 
 Specification: *Files*.
 """

@@ -1,4 +1,4 @@
-"""Conversion of values to other dtypes.
+"""Conversion of values to other dtypes, and which Python scalars a dtype can hold.
 
 Specification: *Loading into a template*.
 """

@@ -1,4 +1,4 @@
-"""Encoding: from leaves to bytes.
+"""Encoding: from values to bytes.
 
 Specification: *Leaves*.
 """

@@ -1,4 +1,4 @@
-"""Copies of device arrays on the host: started ahead of their use, in memory of bounded size.
+"""Copies of arrays on the host: a few ahead of their use, or all at once as a snapshot.
 
 Specification: *Leaves*.
 """

@@ -1,4 +1,4 @@
-"""What a leaf is that a file cannot hold.
+"""Arrays that a file cannot hold: deleted, unreduced, without values, or of other libraries.
 
 Specification: *Leaves*.
 """

@@ -1,1 +1,1 @@
-"""Files to trees."""
+"""Files and flat dicts to trees."""

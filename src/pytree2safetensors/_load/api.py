@@ -1,4 +1,4 @@
-"""Loading: the tree in a file, without a template.
+"""Loading without a template: the tree in a file, or its metadata.
 
 Specification: *Loading*.
 """

@@ -4,7 +4,7 @@ Specification: *Loading into a template*.
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import jax
 
@@ -27,7 +27,9 @@ from pytree2safetensors._storage.locations import PathLike, Readable
 from pytree2safetensors._storage.progress import ProgressOption, reporter
 from pytree2safetensors._tree.keypath import string2keypath
 from pytree2safetensors._tree.paths import strip_prefix
-from pytree2safetensors._types import T
+
+# A tree of the caller's, which a function returns with other leaves. Type checkers keep its type.
+T = TypeVar("T")
 
 
 @checked

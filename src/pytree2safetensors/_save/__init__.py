@@ -1,1 +1,1 @@
-"""Trees to files."""
+"""Trees to files and flat dicts."""

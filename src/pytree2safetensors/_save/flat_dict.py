@@ -1,4 +1,4 @@
-"""Flat dicts of trees.
+"""Flat dicts of trees, also with the names and axes that rules give.
 
 Specification: *Trees and flat dicts*, *Rules*.
 """

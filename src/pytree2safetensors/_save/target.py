@@ -1,4 +1,4 @@
-"""Where a save goes, and what an older save left there.
+"""Where a save goes, the plan for that place, and what an older save left there.
 
 Specification: *Saving*, *Sharded folders*.
 """

@@ -1,4 +1,4 @@
-"""Executing the plan of a save: to a file, a file object or a folder.
+"""Executing the plan of a save: to a file, a folder, a store or a file object.
 
 Specification: *Saving*, *Sharded folders*, *Digests*.
 """

@@ -1,4 +1,4 @@
-"""What a caller may pass as a path, and where it leads: to a local file, or through fsspec to a store."""
+"""What a caller may pass: a path, which leads to a local file or through fsspec to a store, or a file object."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""Work in other threads, or in this one if no thread can start."""
+"""Work in other threads, or in this one if no thread can start. Signal handlers do not disturb it."""
 
 import os
 import sys

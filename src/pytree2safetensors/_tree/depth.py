@@ -1,4 +1,4 @@
-"""Limits of trees: how deep JAX can flatten one, and which keys it can sort.
+"""Limits of trees: how deep JAX can flatten one, and the errors for trees that are too deep or cannot be sorted.
 
 Specification: *Trees and flat dicts*.
 """

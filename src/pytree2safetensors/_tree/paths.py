@@ -1,4 +1,4 @@
-"""Spelled key paths as strings: cutting them, and moving them below a prefix or out of it.
+"""Spelled key paths as strings: cutting them, moving them below a prefix or out of it, and joining keys with dots.
 
 Specification: *Key paths*.
 """
