@@ -1,6 +1,6 @@
 """`show --template`: whether a file fits a template, with or without rules.
 
-Specification: *Rules*.
+Specification: *Loading into a template*, *Rules*.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Shards and their index: names, sizes, and the text of an index.
 
-Specification: *Sharded folders*.
+Specification: *Sharded folders*, *Saving*.
 """
 
 import json

@@ -1,6 +1,6 @@
 """The layout of a file: where its tensors go, the bytes before their data, and which names and metadata fit.
 
-Specification: *Files*.
+Specification: *Files*, *Sharded folders*.
 """
 
 from collections.abc import Mapping

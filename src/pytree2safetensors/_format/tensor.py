@@ -1,6 +1,6 @@
 """Tensors in the format: dtypes, sizes in bits, shapes, and the kinds of leaves in the note.
 
-Specification: *Leaves*.
+Specification: *Leaves*, *The note*.
 """
 
 from typing import Final, NamedTuple

@@ -1,6 +1,6 @@
 """Decoding: from bytes to values.
 
-Specification: *Loading*.
+Specification: *Leaves*.
 """
 
 from typing import Any

@@ -3,7 +3,7 @@
 No code of an object's class runs here: the attributes and items are where Python keeps them. Classes are
 known by their ids, because not every class can be hashed.
 
-Specification: *Saving*.
+Specification: *Saving*, *Loading into a template*.
 """
 
 import gc

@@ -1,6 +1,6 @@
 """The values of leaves on the host, of whole arrays or of regions.
 
-Specification: *Saving*.
+Specification: *Leaves*.
 """
 
 from functools import partial

@@ -1,6 +1,6 @@
 """Copies of arrays on the host: a few ahead of their use, or all at once as a snapshot.
 
-Specification: *Leaves*.
+Specification: *Saving*.
 """
 
 from collections import deque

@@ -1,6 +1,6 @@
 """Arrays over meshes with explicit axes.
 
-Specification: *Leaves*.
+Specification: *Rules*.
 """
 
 from collections.abc import Callable, Sequence

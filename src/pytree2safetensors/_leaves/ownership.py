@@ -1,6 +1,6 @@
 """Ownership: which device's copy of each region of an array is saved.
 
-Specification: *Leaves*.
+Specification: *Saving*.
 """
 
 import hashlib

@@ -1,6 +1,6 @@
 """Leaves without their values, as stored tensors describe them.
 
-Specification: *Loading*.
+Specification: *Leaves*, *Loading*.
 """
 
 from functools import lru_cache

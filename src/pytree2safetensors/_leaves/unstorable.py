@@ -1,6 +1,6 @@
 """Arrays that a file cannot hold: deleted, unreduced, without values, or of other libraries.
 
-Specification: *Leaves*.
+Specification: *Saving*, *Loading into a template*.
 """
 
 from typing import Any, Final

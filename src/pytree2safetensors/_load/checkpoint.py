@@ -1,6 +1,6 @@
 """An open checkpoint: a file or a folder of shards, checked and ready to read.
 
-Specification: *Loading*.
+Specification: *The note*, *Digests*, *Loading*.
 """
 
 from collections.abc import Iterable, Iterator, Mapping

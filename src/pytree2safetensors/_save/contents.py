@@ -1,6 +1,6 @@
 """The contents of a save: tensors, leaves and metadata, checked before anything is written.
 
-Specification: *Saving*.
+Specification: *Leaves*, *The note*, *Saving*.
 """
 
 from collections.abc import Iterable, Mapping

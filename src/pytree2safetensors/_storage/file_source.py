@@ -1,4 +1,7 @@
-"""Opening what a path leads to, for reading: a file, a pipe, a device, or a file in a store."""
+"""Opening what a path leads to, for reading: a file, a pipe, a device, or a file in a store.
+
+Specification: *Loading*.
+"""
 
 import errno
 import mmap

@@ -1,4 +1,7 @@
-"""An open folder: its names, its lock, and the files that killed savers left there."""
+"""An open folder: its names, its lock, and the files that killed savers left there.
+
+Specification: *Saving*.
+"""
 
 import errno
 import os

@@ -1,4 +1,7 @@
-"""Naming files: in errors of the system, and while they are unfinished."""
+"""Naming files: in errors of the system, and while they are unfinished.
+
+Specification: *Saving*.
+"""
 
 import hashlib
 import os

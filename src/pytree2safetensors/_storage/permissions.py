@@ -1,4 +1,7 @@
-"""The permissions of a file that replaces another one."""
+"""The permissions of a file that replaces another one.
+
+Specification: *Saving*.
+"""
 
 import errno
 import os

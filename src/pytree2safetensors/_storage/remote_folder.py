@@ -1,4 +1,7 @@
-"""Several files of one folder in a store. The last one is the index of the others."""
+"""Several files of one folder in a store. The last one is the index of the others.
+
+Specification: *Sharded folders*.
+"""
 
 from pytree2safetensors._storage.atomic_folder import NewFile, Older
 from pytree2safetensors._storage.progress import Progress, Report

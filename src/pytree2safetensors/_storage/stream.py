@@ -1,4 +1,7 @@
-"""File objects: reading from them and writing to them."""
+"""File objects: reading from them and writing to them.
+
+Specification: *Errors*.
+"""
 
 import errno
 import gzip

@@ -1,4 +1,7 @@
-"""Work in other threads, or in this one if no thread can start. Signal handlers do not disturb it."""
+"""Work in other threads, or in this one if no thread can start. Signal handlers do not disturb it.
+
+Specification: *Saving*.
+"""
 
 import os
 import sys

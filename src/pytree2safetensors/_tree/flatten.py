@@ -1,6 +1,6 @@
 """Trees and flat dicts: a spelled name for every leaf of a tree, and the way back.
 
-Specification: *Trees and flat dicts*.
+Specification: *Trees and flat dicts*, *The note*.
 """
 
 from collections import OrderedDict, defaultdict

@@ -1,6 +1,6 @@
 """Spelled key paths as strings: cutting them, moving them below a prefix or out of it, and joining keys with dots.
 
-Specification: *Key paths*.
+Specification: *Key paths*, *Rules*.
 """
 
 import re
