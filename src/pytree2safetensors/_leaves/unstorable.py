@@ -41,13 +41,13 @@ def attribute_of(leaf: Any, name: str) -> Any:
 CONVERSIONS: Final = ("__array__", "__dlpack__", "__jax_array__")  # of arrays of other libraries
 
 
-def is_foreign(kind: type) -> bool:
+def is_of_other_library(kind: type) -> bool:
     """Return whether objects of a type convert themselves to arrays, as arrays of other libraries do."""
     own = issubclass(kind, np.ndarray | np.generic | jax.Array)
     return not own and any(hasattr(kind, name) for name in CONVERSIONS)
 
 
-def is_sum(leaf: Any) -> bool:
+def is_unreduced_array(leaf: Any) -> bool:
     """Return whether a leaf is an unreduced array, whose values are sums over its shards."""
     return is_concrete(leaf) and is_unreduced(leaf.sharding)
 

@@ -19,7 +19,7 @@ from pytree2safetensors._format.tensor import TensorInfo, check_kind
 from pytree2safetensors._leaves.spec import LeafSpec, spec_of
 from pytree2safetensors._messages import shorten
 from pytree2safetensors._storage.byte_source import PIECE, ByteSource
-from pytree2safetensors._storage.remote_file import verify
+from pytree2safetensors._storage.remote_file import check_together
 from pytree2safetensors._tree.claims import check_nodes
 from pytree2safetensors._tree.keypath import string2keypath
 
@@ -54,7 +54,7 @@ class OpenCheckpoint:
             if kind is None:
                 for source in self.sources:
                     source.check()
-                verify(self.sources)
+                check_together(self.sources)
 
     def close(self) -> None:
         """Close all sources, even if one of them raises an error."""

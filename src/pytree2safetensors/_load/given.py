@@ -18,7 +18,12 @@ from pytree2safetensors._leaves.jax_versions import WITHOUT_PROGRAMS
 from pytree2safetensors._leaves.meshes import computed
 from pytree2safetensors._leaves.spec import LeafSpec, TracedSpec
 from pytree2safetensors._leaves.to_jax import own_programs, to_jax, weaken, wrap_key
-from pytree2safetensors._leaves.unstorable import is_deleted, is_foreign, is_sum, is_valueless
+from pytree2safetensors._leaves.unstorable import (
+    is_deleted,
+    is_of_other_library,
+    is_unreduced_array,
+    is_valueless,
+)
 from pytree2safetensors._leaves.views import View, leaf_of
 from pytree2safetensors._load.sharded import is_elsewhere, place
 from pytree2safetensors._load.template import TemplateLeaf, to_python
@@ -75,7 +80,7 @@ def _unstorable(leaf: Any, holds: bool) -> tuple[str, bool]:
     name = f"a {type_name(type(leaf))}"
     if isinstance(leaf, np.ndarray | np.generic):
         return f"{name} of dtype {leaf.dtype}", True
-    is_data = holds or is_sum(leaf) or is_foreign(type(leaf))
+    is_data = holds or is_unreduced_array(leaf) or is_of_other_library(type(leaf))
     return f"{name}, which is or holds arrays" if is_data else name, is_data
 
 

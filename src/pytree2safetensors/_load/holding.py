@@ -10,7 +10,7 @@ import jax
 
 from pytree2safetensors._leaves.holders import holders_in, node_instead_of
 from pytree2safetensors._leaves.jax_versions import REFERENCE
-from pytree2safetensors._leaves.unstorable import is_foreign
+from pytree2safetensors._leaves.unstorable import is_of_other_library
 from pytree2safetensors._load.template import TemplateLeaf
 from pytree2safetensors._messages import type_name
 
@@ -36,7 +36,7 @@ def _reason(leaf: Any, holds: bool) -> str:
         return f"a {kind}, which holds arrays{f'; {node} is a pytree node' if node else _REGISTER}"
     if _is_reference(leaf):
         return "a reference to an array; put the array that it holds in its place, as ref[...]"
-    if is_foreign(type(leaf)) and not isinstance(leaf, jax.core.Tracer):
+    if is_of_other_library(type(leaf)) and not isinstance(leaf, jax.core.Tracer):
         return f"a {kind}, which is no array of JAX or NumPy; convert it with jnp.asarray(leaf)"
     return ""
 

@@ -12,7 +12,7 @@ from pytree2safetensors._leaves.families import Lost
 from pytree2safetensors._leaves.renaming import Rename, renamed, rules_in
 from pytree2safetensors._leaves.routes import Route, Routes
 from pytree2safetensors._leaves.spec import LeafSpec, TracedSpec
-from pytree2safetensors._leaves.unstorable import is_foreign
+from pytree2safetensors._leaves.unstorable import is_of_other_library
 from pytree2safetensors._leaves.views import View
 from pytree2safetensors._load.sharded import misplaced
 from pytree2safetensors._load.template import TemplateLeaf, misfit, show
@@ -285,7 +285,7 @@ def _needs_value(leaf: TemplateLeaf, stored: LeafSpec) -> bool:
 
 def _not_an_array(value: Any) -> str:
     kind = type(value)
-    converts = is_foreign(kind) and hasattr(kind, "__array__")
+    converts = is_of_other_library(kind) and hasattr(kind, "__array__")
     if converts or isinstance(value, list | tuple):
         return f"the given value is of type {type_name(kind)}; convert it with np.asarray"
     return "the given value is not an array, or is an array without values"

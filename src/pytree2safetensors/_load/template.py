@@ -14,7 +14,7 @@ from pytree2safetensors._leaves.describe import PYTHON_SCALARS, info_of
 from pytree2safetensors._leaves.jax_versions import REFERENCE, explicit_format
 from pytree2safetensors._leaves.keys import implementation_of, is_key_dtype, key_shape
 from pytree2safetensors._leaves.spec import ARRAYS, LeafSpec, holds, rank_of
-from pytree2safetensors._leaves.unstorable import attribute_of, is_foreign
+from pytree2safetensors._leaves.unstorable import attribute_of, is_of_other_library
 from pytree2safetensors._messages import short_form
 from pytree2safetensors._tree.printing import array_text
 
@@ -82,7 +82,7 @@ def _looker(kind: type) -> Callable[[Any], _Look | None]:
     if issubclass(kind, jax.Array):
         return _look_at_array
     # An array of another library has values, so it is not abstract although it has a shape.
-    return (lambda _: None) if is_foreign(kind) else _look_at_any
+    return (lambda _: None) if is_of_other_library(kind) else _look_at_any
 
 
 def _look_at_array(leaf: jax.Array) -> _Look:

@@ -18,8 +18,8 @@ from pytree2safetensors._leaves.unstorable import (
     DeletedLeaf,
     attribute_of,
     is_deleted,
-    is_foreign,
-    is_sum,
+    is_of_other_library,
+    is_unreduced_array,
     is_valueless,
 )
 from pytree2safetensors._messages import listed, plural, shorten, type_name
@@ -29,14 +29,14 @@ def lose_data(leaves: Sequence[Any]) -> list[bool]:
     """Return whether skipping each leaf, which a file cannot hold, would lose data."""
     holding = holders_in(leaves)
     return [
-        holds or is_deleted(leaf) or is_sum(leaf) or _is_valueless(leaf)
+        holds or is_deleted(leaf) or is_unreduced_array(leaf) or _stands_for_arrays(leaf)
         for leaf, holds in zip(leaves, holding, strict=True)
     ]
 
 
-def _is_valueless(leaf: Any) -> bool:
+def _stands_for_arrays(leaf: Any) -> bool:
     """Return whether a leaf stands for arrays, but has no values itself."""
-    return is_valueless(leaf) or is_foreign(type(leaf))
+    return is_valueless(leaf) or is_of_other_library(type(leaf))
 
 
 def check_unfit(unfit: list[tuple[str, Any]], *, skip: bool) -> None:
@@ -47,13 +47,13 @@ def check_unfit(unfit: list[tuple[str, Any]], *, skip: bool) -> None:
             f"the array at {shorten(deleted)} was deleted or donated; save it before that, "
             "or save the array that replaced it"
         )
-    unreduced = next((name for name, leaf in unfit if is_sum(leaf)), None)
+    unreduced = next((name for name, leaf in unfit if is_unreduced_array(leaf)), None)
     if unreduced is not None:
         raise UnsupportedLeafError(
             f"the array at {shorten(unreduced)} is unreduced: its values are sums over its shards; "
             "reduce it first, for example with jax.reshard"
         )
-    valueless = [_is_valueless(leaf) for _, leaf in unfit]
+    valueless = [_stands_for_arrays(leaf) for _, leaf in unfit]
     others = [None if known else leaf for (_, leaf), known in zip(unfit, valueless, strict=True)]
     holding = holders_in(others)
     if any(valueless) or any(holding) or not skip:

@@ -33,7 +33,7 @@ from pytree2safetensors._save.words import Terms
 from pytree2safetensors._storage.atomic_file import followed, joining, replacing
 from pytree2safetensors._storage.atomic_folder import replacing_together
 from pytree2safetensors._storage.descriptor import flush, read_at, reserve, write_at
-from pytree2safetensors._storage.naming import foreign, naming, temporary_name
+from pytree2safetensors._storage.naming import naming, not_naming, temporary_name
 from pytree2safetensors._storage.progress import Progress, Report, closing_bar
 from pytree2safetensors._storage.threads import start, workers
 from pytree2safetensors._types import Chunk
@@ -120,7 +120,7 @@ class Work:
         error: BaseException | None = None
         try:
             with self.commit:
-                with foreign():  # errors of other processes have their own paths
+                with not_naming():  # errors of other processes have their own paths
                     hashes, failed = self._work()
                     self.joint.vote(failed)
                 self._complete(hashes)

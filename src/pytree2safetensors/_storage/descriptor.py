@@ -10,7 +10,7 @@ from itertools import repeat
 from typing import Final
 
 from pytree2safetensors._errors import FileFormatError
-from pytree2safetensors._storage.naming import foreign
+from pytree2safetensors._storage.naming import not_naming
 from pytree2safetensors._storage.progress import Progress, Report
 from pytree2safetensors._types import Chunk
 
@@ -81,7 +81,7 @@ def cut_chunks(chunks: Iterable[Chunk], size: int) -> Iterator[Chunk]:
     iterator = iter(chunks)
     rest = size
     while True:
-        with foreign():  # making them runs the caller's code
+        with not_naming():  # making them runs the caller's code
             chunk = next(iterator, None)
         if chunk is None:
             break

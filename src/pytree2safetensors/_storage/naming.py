@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Final
 
 TEMPORARY: Final = ".pytree2safetensors-"  # the prefix of the names of unfinished files
-_FOREIGN: Final = "_pytree2safetensors_foreign"
+_KEPT: Final = "_pytree2safetensors_kept"
 
 
 @contextmanager
@@ -21,18 +21,18 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
         yield
     except OSError as error:
         is_systems = error.errno is not None and type(error).__module__ == "builtins"
-        if not is_systems or hasattr(error, _FOREIGN):
+        if not is_systems or hasattr(error, _KEPT):
             raise
         raise OSError(error.errno, error.strerror, os.fsdecode(path)) from error
 
 
 @contextmanager
-def foreign() -> Iterator[None]:
-    """Mark errors that the caller's own code raises, because they are not about the file."""
+def not_naming() -> Iterator[None]:
+    """Leave errors as they are, such as those of the caller's own code, which are not about the file."""
     try:
         yield
     except OSError as error:
-        setattr(error, _FOREIGN, True)
+        setattr(error, _KEPT, True)
         raise
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final, TypeAlias
 
-from pytree2safetensors._storage.naming import foreign
+from pytree2safetensors._storage.naming import not_naming
 
 Progress: TypeAlias = Callable[[int, int], object]
 ProgressOption: TypeAlias = bool | Progress
@@ -94,5 +94,5 @@ class Report:
             self._report(self.progress, self.total)
 
     def _report(self, progress: Progress, done: int) -> None:
-        with foreign():
+        with not_naming():
             progress(done, self.total)

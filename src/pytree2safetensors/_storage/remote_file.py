@@ -141,7 +141,7 @@ def _version_of(info: dict[str, Any]) -> dict[str, str]:
     return {key: str(info[key]) for key in _VERSION if info.get(key) is not None}
 
 
-def verify(sources: Sequence[ByteSource]) -> None:
+def check_together(sources: Sequence[ByteSource]) -> None:
     """Check that what was read from the sources of a checkpoint belongs together.
 
     Raises:
