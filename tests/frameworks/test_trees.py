@@ -30,10 +30,10 @@ def save(tree: Any, path: Path) -> dict[str, Any]:
     try:
         save_pytree(tree, path)
     except UnsupportedLeafError as error:
-        unfit = [name for name in leaves if f"\n  {name!r}: " in str(error)]
-        assert 0 < len(unfit) < len(leaves)
+        unstorable = [name for name in leaves if f"\n  {name!r}: " in str(error)]
+        assert 0 < len(unstorable) < len(leaves)
         save_pytree(tree, path, unsupported="skip")
-        return {name: leaf for name, leaf in leaves.items() if name not in unfit}
+        return {name: leaf for name, leaf in leaves.items() if name not in unstorable}
     return leaves
 
 

@@ -12,7 +12,7 @@ from pytree2safetensors._format.tensor import TensorInfo
 from pytree2safetensors._leaves.describe import describe
 from pytree2safetensors._leaves.renaming import Rename
 from pytree2safetensors._save.renamed import place, tensors_of
-from pytree2safetensors._save.unfit import check_unfit, lose_data
+from pytree2safetensors._save.unsupported import check_unsupported, lose_data
 from pytree2safetensors._tree.flatten import Flat, flatten
 from pytree2safetensors._tree.keypath import split
 from pytree2safetensors._tree.paths import above, cut
@@ -39,10 +39,10 @@ def collect(
     if rename is not None:
         return _collect_renamed(flat, metadata, unsupported, rename)
     found = describe(flat.leaves)
-    unfit = [(flat.names[n], flat.leaves[n]) for n, info in enumerate(found) if info is None]
-    if unfit:
-        check_unfit(unfit, skip=unsupported == "skip")
-        leave_out([name for name, _ in unfit], flat)
+    unstorable = [(flat.names[n], flat.leaves[n]) for n, info in enumerate(found) if info is None]
+    if unstorable:
+        check_unsupported(unstorable, skip=unsupported == "skip")
+        leave_out([name for name, _ in unstorable], flat)
     infos = dict(zip(flat.names, filter(None, found), strict=True))
     leaves = dict(zip(flat.names, flat.leaves, strict=True))
     kinds = {name: info.kind for name, info in infos.items() if info.kind is not None}
@@ -67,9 +67,9 @@ def _collect_renamed(
     if unsupported == "skip":
         losses = lose_data([leaf if info is None else None for _, leaf, info in found])
         found = [item for item, loses in zip(found, losses, strict=True) if loses or item[2]]
-    placed, unfit = place(rename, found)
-    if unfit:
-        check_unfit(unfit, skip=False)
+    placed, unstorable = place(rename, found)
+    if unstorable:
+        check_unsupported(unstorable, skip=False)
     tensors, leaves = tensors_of(placed)
     return Contents(tensors, leaves, {**FORMAT, **metadata})
 

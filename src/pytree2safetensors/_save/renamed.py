@@ -48,20 +48,20 @@ def place(
     shapes = [_shape_of(info) for _, _, info in found]
     routes = renamed(rename, paths, shapes, complete=True)
     placed: list[Placed] = []
-    unfit: list[tuple[str, Any]] = []
+    unstorable: list[tuple[str, Any]] = []
     lost: list[tuple[str, Rule | None, str]] = []
     ways = zip(routes.routes, routes.rules, routes.families, strict=True)
     for (route, rule, family), (path, leaf, info) in zip(ways, found, strict=True):
         if route is not None and info is None:
-            unfit.append((path, leaf))
+            unstorable.append((path, leaf))
         elif isinstance(route, Lost):
             lost.append((path, rule, route.reason))
         elif route is not None and info is not None:
             placed.append(Placed(route, rule, family, path, leaf, info))
     lost += other_dtypes(placed)
-    if lost and not unfit:
+    if lost and not unstorable:
         raise misfit_error(lost, paths, routes)
-    return placed, unfit
+    return placed, unstorable
 
 
 def _shape_of(info: TensorInfo | None) -> Shape | None:

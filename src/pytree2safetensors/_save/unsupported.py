@@ -39,49 +39,53 @@ def _stands_for_arrays(leaf: Any) -> bool:
     return is_valueless(leaf) or is_of_other_library(type(leaf))
 
 
-def check_unfit(unfit: list[tuple[str, Any]], *, skip: bool) -> None:
+def check_unsupported(unstorable: list[tuple[str, Any]], *, skip: bool) -> None:
     """Raise an error for leaves that a file cannot hold, unless they are skipped."""
-    deleted = next((name for name, leaf in unfit if is_deleted(leaf)), None)
+    deleted = next((name for name, leaf in unstorable if is_deleted(leaf)), None)
     if deleted is not None:
         raise DeletedLeaf(
             f"the array at {shorten(deleted)} was deleted or donated; save it before that, "
             "or save the array that replaced it"
         )
-    unreduced = next((name for name, leaf in unfit if is_unreduced_array(leaf)), None)
+    unreduced = next((name for name, leaf in unstorable if is_unreduced_array(leaf)), None)
     if unreduced is not None:
         raise UnsupportedLeafError(
             f"the array at {shorten(unreduced)} is unreduced: its values are sums over its shards; "
             "reduce it first, for example with jax.reshard"
         )
-    valueless = [_stands_for_arrays(leaf) for _, leaf in unfit]
-    others = [None if known else leaf for (_, leaf), known in zip(unfit, valueless, strict=True)]
+    valueless = [_stands_for_arrays(leaf) for _, leaf in unstorable]
+    others = [
+        None if known else leaf for (_, leaf), known in zip(unstorable, valueless, strict=True)
+    ]
     holding = holders_in(others)
     if any(valueless) or any(holding) or not skip:
-        raise UnsupportedLeafError(_unfit_message(unfit, holding, any(valueless)))
+        raise UnsupportedLeafError(_unsupported_message(unstorable, holding, any(valueless)))
 
 
-def _unfit_message(unfit: list[tuple[str, Any]], holding: list[bool], valueless: bool) -> str:
+def _unsupported_message(
+    unstorable: list[tuple[str, Any]], holding: list[bool], valueless: bool
+) -> str:
     found = [
         f"{_type_name(leaf)}{_holder_hint(leaf) if holds else _hint(leaf)}"
-        for (_, leaf), holds in zip(unfit, holding, strict=True)
+        for (_, leaf), holds in zip(unstorable, holding, strict=True)
     ]
-    remedy = _remedy(unfit, holding, valueless)
-    name, _ = unfit[0]
+    remedy = _remedy(unstorable, holding, valueless)
+    name, _ = unstorable[0]
     if name == "" and not valueless:  # skipping it would leave nothing to save
-        remedy = remedy if holding[0] else _register(unfit)
+        remedy = remedy if holding[0] else _register(unstorable)
         return f"the tree is a single leaf, which cannot be stored: {found[0]}. {remedy}".strip()
-    lines = (f"{shorten(name)}: {text}" for (name, _), text in zip(unfit, found, strict=True))
-    first = f"{plural(len(unfit), 'leaf', 'leaves')} of the tree cannot be stored:"
-    return "\n".join([first, *listed(lines, len(unfit), "  "), remedy])
+    lines = (f"{shorten(name)}: {text}" for (name, _), text in zip(unstorable, found, strict=True))
+    first = f"{plural(len(unstorable), 'leaf', 'leaves')} of the tree cannot be stored:"
+    return "\n".join([first, *listed(lines, len(unstorable), "  "), remedy])
 
 
-def _remedy(unfit: list[tuple[str, Any]], holding: list[bool], valueless: bool) -> str:
+def _remedy(unstorable: list[tuple[str, Any]], holding: list[bool], valueless: bool) -> str:
     if not (valueless or any(holding)):
         remedy = (
             'Save with unsupported="skip" to leave them out; load_into_pytree then keeps those of '
             "its template."
         )
-        return f"{remedy} {_register(unfit)}".strip()
+        return f"{remedy} {_register(unstorable)}".strip()
     remedies = [_CONCRETE] if valueless else []
     remedies += [_HOLDING] if any(holding) else []
     if not (valueless or all(holding)):
@@ -89,9 +93,9 @@ def _remedy(unfit: list[tuple[str, Any]], holding: list[bool], valueless: bool) 
     return " ".join(remedies)
 
 
-def _register(unfit: list[tuple[str, Any]]) -> str:
+def _register(unstorable: list[tuple[str, Any]]) -> str:
     others = (np.ndarray, np.generic, type)
-    own = any(not (_hint(leaf) or isinstance(leaf, others)) for _, leaf in unfit)
+    own = any(not (_hint(leaf) or isinstance(leaf, others)) for _, leaf in unstorable)
     return _REGISTER if own else ""
 
 
