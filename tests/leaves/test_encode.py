@@ -1,4 +1,4 @@
-"""Leaves as bytes and back: scalars, and tensors that are converted block by block."""
+"""Leaves as bytes and back: scalars, and tensors that are converted piece by piece."""
 
 import io
 from pathlib import Path
@@ -40,16 +40,16 @@ def test_blocks_are_the_bytes_in_order(
     values = np.arange(np.prod(shape, dtype=int), dtype=">u2").reshape(shape).transpose(order)
     info = TensorInfo("U16", values.shape, values.nbytes)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(encode, "_BLOCK", limit)
-        blocks = list(encode.blocks(values, info))
-    assert b"".join(block.tobytes() for block in blocks) == values.astype("<u2").tobytes()
-    assert all(len(block) <= limit for block in blocks)
+        patch.setattr(encode, "_PIECE", limit)
+        pieces = list(encode.pieces(values, info))
+    assert b"".join(piece.tobytes() for piece in pieces) == values.astype("<u2").tobytes()
+    assert all(len(piece) <= limit for piece in pieces)
 
 
 def test_a_contiguous_tensor_is_one_block_without_a_copy() -> None:
     values = np.arange(6, dtype=np.float32).reshape(2, 3)
-    [block] = encode.blocks(values, TensorInfo("F32", (2, 3), 24))
-    assert np.shares_memory(block, values)
+    [piece] = encode.pieces(values, TensorInfo("F32", (2, 3), 24))
+    assert np.shares_memory(piece, values)
 
 
 def test_every_byte_of_booleans_becomes_0_or_1() -> None:

@@ -36,7 +36,7 @@ def test_chunks_follow_each_other(sizes: list[tuple[int, str]]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chunks, "_SMALL", SMALL)
         patch.setattr(chunks, "_JOINED", JOINED)
-        patch.setattr(encode, "_BLOCK", BLOCK)
+        patch.setattr(encode, "_PIECE", BLOCK)
         contents = collect(tree, {}, "raise", None)
         plan = plan_file(contents, checksum=False)
         [file] = plan.files

@@ -33,7 +33,7 @@ def joined_bytes(leaves: list[Any], infos: list[TensorInfo]) -> bytes:
 
 
 def _small_bytes(leaf: Any, info: TensorInfo) -> bytes:
-    return b"".join(memoryview(block) for block in blocks(host_array(leaf), info))  # type: ignore[arg-type] # before 3.12 no type says buffer
+    return b"".join(memoryview(piece) for piece in pieces(host_array(leaf), info))  # type: ignore[arg-type] # before 3.12 no type says buffer
 
 
 # Dtypes for which the buffer of a JAX array has the bytes of the file. Those of booleans may be others.
@@ -44,10 +44,10 @@ _BUFFERS: Final = frozenset(
 )
 
 
-_BLOCK = 1 << 22
+_PIECE = 1 << 22
 
 
-def blocks(values: NDArray[Any], info: TensorInfo) -> Iterator[NDArray[np.uint8]]:
+def pieces(values: NDArray[Any], info: TensorInfo) -> Iterator[NDArray[np.uint8]]:
     """Yield the bytes of a tensor in order, in one piece if this needs no copy."""
     plain = _plain(values, info)
     if values.flags.c_contiguous and plain:
@@ -56,10 +56,10 @@ def blocks(values: NDArray[Any], info: TensorInfo) -> Iterator[NDArray[np.uint8]
     pending = [values]
     while pending:
         part = pending.pop()
-        if part.nbytes <= _BLOCK:
+        if part.nbytes <= _PIECE:
             yield to_bytes(part, info)
         else:
-            rows = max(1, _BLOCK * len(part) // part.nbytes) if len(part) > 1 else 0
+            rows = max(1, _PIECE * len(part) // part.nbytes) if len(part) > 1 else 0
             if not rows:
                 pending.append(part[0])
             else:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pytree2safetensors._format.tensor import TensorInfo
 from pytree2safetensors._leaves.as_bits import narrow_as_bits
 from pytree2safetensors._leaves.assembled import Assembled
-from pytree2safetensors._leaves.encode import blocks, to_bytes
+from pytree2safetensors._leaves.encode import pieces, to_bytes
 from pytree2safetensors._leaves.extents import (
     Part,
     Region,
@@ -161,6 +161,6 @@ def _with_axes(data: Any, region: Region) -> Any:
 
 
 def _in_a_row(values: NDArray[Any], info: TensorInfo, position: int) -> Iterator[Chunk]:
-    for block in blocks(values, info):
-        yield position, memoryview(block)  # type: ignore[arg-type] # before 3.12 no type says buffer
-        position += len(block)
+    for piece in pieces(values, info):
+        yield position, memoryview(piece)  # type: ignore[arg-type] # before 3.12 no type says buffer
+        position += len(piece)
