@@ -28,7 +28,7 @@ from pytree2safetensors._format.tensor import NUMPY, TensorInfo
 from pytree2safetensors._leaves import encode, host, spec
 from pytree2safetensors._leaves.cast import holds_value
 from pytree2safetensors._leaves.describe import describe
-from pytree2safetensors._leaves.keys import implementation_of
+from pytree2safetensors._leaves.prng_keys import implementation_of
 from pytree2safetensors._leaves.to_jax import TAKEN_OVER, weaken
 
 

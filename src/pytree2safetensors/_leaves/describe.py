@@ -14,8 +14,8 @@ import numpy as np
 
 from pytree2safetensors._format.header import MAX_DIMENSIONS
 from pytree2safetensors._format.tensor import DTYPE_NAMES, NOTED_DTYPES, WEAK_DTYPES, TensorInfo
-from pytree2safetensors._leaves.keys import data_shape, implementation_name, is_key_dtype
 from pytree2safetensors._leaves.placement import is_unreduced
+from pytree2safetensors._leaves.prng_keys import data_shape, implementation_name, is_key_dtype
 
 _SMALLEST, _LARGEST = -(2**63), 2**63 - 1
 _INT: Final = TensorInfo("I64", (), 8, "int")

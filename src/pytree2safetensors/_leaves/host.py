@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from pytree2safetensors._format.tensor import NUMPY, SCALARS
 from pytree2safetensors._leaves.as_bits import moved_as_bits
 from pytree2safetensors._leaves.describe import PYTHON_SCALARS
-from pytree2safetensors._leaves.keys import is_key_dtype
 from pytree2safetensors._leaves.placement import is_in_place
+from pytree2safetensors._leaves.prng_keys import is_key_dtype
 from pytree2safetensors._leaves.to_jax import TAKEN_OVER
 
 

@@ -15,13 +15,13 @@ import numpy as np
 from pytree2safetensors._leaves.as_bits import moved_as_bits
 from pytree2safetensors._leaves.host import host_array
 from pytree2safetensors._leaves.jax_versions import pinned_sharding
-from pytree2safetensors._leaves.keys import is_key_dtype
 from pytree2safetensors._leaves.placement import (
     has_other_devices,
     is_array_type,
     is_in_place,
     is_packed,
 )
+from pytree2safetensors._leaves.prng_keys import is_key_dtype
 from pytree2safetensors._leaves.to_jax import own_programs
 
 # Measured on an H100: copies of 128 MiB at a time reach the speed of the link, which is ten times the

@@ -24,7 +24,7 @@ from pytree2safetensors._leaves.jax_versions import (
     block_until_ready,
     structs_are_weak,
 )
-from pytree2safetensors._leaves.keys import key_dtype, key_shape
+from pytree2safetensors._leaves.prng_keys import key_dtype, key_shape
 
 
 @lru_cache(maxsize=256)

@@ -16,7 +16,7 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from numpy.typing import NDArray
 
 from pytree2safetensors._leaves.jax_versions import WITHOUT_PROGRAMS, enable_x64, no_mesh
-from pytree2safetensors._leaves.keys import is_key_dtype
+from pytree2safetensors._leaves.prng_keys import is_key_dtype
 
 TAKEN_OVER: Final = 1 << 12  # bytes: JAX gets the memory of larger arrays, without a copy
 _CHUNK = 128  # arrays in one call of the identity

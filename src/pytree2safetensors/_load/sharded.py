@@ -11,8 +11,8 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from pytree2safetensors._leaves.as_bits import moved_as_bits
 from pytree2safetensors._leaves.host import host_array
 from pytree2safetensors._leaves.jax_versions import WITHOUT_PROGRAMS, has_empty_arrays
-from pytree2safetensors._leaves.keys import is_key_dtype
 from pytree2safetensors._leaves.placement import is_unreduced
+from pytree2safetensors._leaves.prng_keys import is_key_dtype
 from pytree2safetensors._leaves.to_jax import weaken, x64_for
 
 _ANY_MESH: Final = getattr(jax.sharding, "AbstractMesh", ())  # JAX 0.4.30 has none

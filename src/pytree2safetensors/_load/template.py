@@ -12,7 +12,7 @@ import numpy as np
 from pytree2safetensors._leaves.cast import holds_value
 from pytree2safetensors._leaves.describe import PYTHON_SCALARS, info_of
 from pytree2safetensors._leaves.jax_versions import REFERENCE, explicit_format
-from pytree2safetensors._leaves.keys import implementation_of, is_key_dtype, key_shape
+from pytree2safetensors._leaves.prng_keys import implementation_of, is_key_dtype, key_shape
 from pytree2safetensors._leaves.spec import ARRAYS, LeafSpec, holds, rank_of
 from pytree2safetensors._leaves.unstorable import attribute_of, is_of_other_library
 from pytree2safetensors._messages import short_form

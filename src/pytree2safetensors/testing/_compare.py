@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from pytree2safetensors._errors import KeyPathError
 from pytree2safetensors._format.tensor import WIDTHS
-from pytree2safetensors._leaves.keys import is_key_dtype
+from pytree2safetensors._leaves.prng_keys import is_key_dtype
 from pytree2safetensors._messages import node_at, plural, shorten
 from pytree2safetensors._tree.spelling import join, spell_key
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pytree2safetensors._errors import TreeStructureError, WeightsMismatchError
-from pytree2safetensors._leaves.keys import is_key_dtype
+from pytree2safetensors._leaves.prng_keys import is_key_dtype
 from pytree2safetensors._load.api import load_pytree
 from pytree2safetensors._load.into_template import load_into_pytree
 from pytree2safetensors._messages import listed, shorten

@@ -17,7 +17,7 @@ from pytree2safetensors import (
     save_pytree,
 )
 from pytree2safetensors._errors import UnknownHere
-from pytree2safetensors._leaves.keys import (
+from pytree2safetensors._leaves.prng_keys import (
     implementation_name,
     implementation_of,
     key_dtype,
