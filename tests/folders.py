@@ -44,7 +44,7 @@ def is_same(tree: Any, found: Any) -> bool:
 def outcome(folder: Any, *, waits: bool = False) -> str:
     """What a reader of a folder or URL finds, whether it waits for a save or not."""
     try:
-        with nullcontext() if waits else mock.patch.object(opening, "without_savers", nullcontext):
+        with nullcontext() if waits else mock.patch.object(opening, "without_saves", nullcontext):
             loaded = load_pytree(folder)
     except FileFormatError as error:
         if "but no index: a save was interrupted" in str(error):

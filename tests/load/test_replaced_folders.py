@@ -120,7 +120,7 @@ def test_a_load_waits_only_for_saves_to_its_own_path(
         waited.append(folder)
         yield
 
-    monkeypatch.setattr(opening, "without_savers", waiting)
+    monkeypatch.setattr(opening, "without_saves", waiting)
     with pytest.raises((FileNotFoundError, FileFormatError)):
         load_pytree(tmp_path / name)
     assert waited == [str(tmp_path)] * waits
@@ -151,7 +151,7 @@ def test_a_folder_with_the_files_of_an_unfinished_save_waits_for_that(
         save_pytree(tree_of(1), folder, max_shard_size=100)
         yield
 
-    monkeypatch.setattr(opening, "without_savers", finished)
+    monkeypatch.setattr(opening, "without_saves", finished)
     assert is_same(tree_of(1), load_pytree(tmp_path))
 
 
@@ -186,8 +186,8 @@ def test_a_reader_whose_index_is_replaced_starts_again(
     monkeypatch.setattr(Index, "open", save_meanwhile)
     assert is_same(tree_of(2), load_pytree(tmp_path))
     saves += [lambda: save_pytree(tree_of(1), tmp_path, max_shard_size=100)] * 5
-    assert is_same(tree_of(1), load_pytree(tmp_path))  # at last without savers
-    monkeypatch.setattr(opening, "without_savers", nullcontext)  # a system without locks
+    assert is_same(tree_of(1), load_pytree(tmp_path))  # at last without saves
+    monkeypatch.setattr(opening, "without_saves", nullcontext)  # a system without locks
     saves += [lambda: save_pytree(tree_of(2), tmp_path, max_shard_size=100)] * 10
     with pytest.raises(FileFormatError, match="is being replaced by another save; load it after"):
         load_pytree(tmp_path)

@@ -26,7 +26,7 @@ from pytree2safetensors._load.shard_index import Index, read_index
 from pytree2safetensors._messages import shorten
 from pytree2safetensors._storage.byte_source import ByteSource
 from pytree2safetensors._storage.file_source import descriptors_to_keep, open_source
-from pytree2safetensors._storage.folder import without_savers
+from pytree2safetensors._storage.folder import without_saves
 from pytree2safetensors._storage.locations import PathLike, Readable, check_home, resolve
 from pytree2safetensors._storage.read_pool import ReadPool
 from pytree2safetensors._storage.remote_file import RemoteSource
@@ -35,7 +35,7 @@ from pytree2safetensors._storage.stream import open_stream
 
 _HEAD = 1 << 16  # bytes: the first read has nearly every header
 _KEPT = descriptors_to_keep()  # shards that stay open
-_ATTEMPTS = 5  # to open shards, or to load; only savers in a loop need more than two
+_ATTEMPTS = 5  # to open shards, or to load; only saves in a loop need more than two
 Params = ParamSpec("Params")
 R = TypeVar("R")
 
@@ -95,7 +95,7 @@ def _open_path(path: str) -> OpenCheckpoint:
         if not has_parts(path):
             raise
     folder = path if os.path.isdir(path) else os.path.dirname(path) or os.curdir
-    with without_savers(folder):
+    with without_saves(folder):
         return _open_located(path)
 
 

@@ -123,7 +123,7 @@ def _make_missing(path: str, undo: ExitStack, *, durable: bool) -> list[Folder]:
             above = os.path.dirname(made)
             with explaining_flush(above):
                 parents.append(undo.enter_context(Folder(above, listed=True)))
-        with suppress(FileExistsError):  # made by another saver
+        with suppress(FileExistsError):  # made by another save
             os.mkdir(made)
     return parents
 

@@ -1,4 +1,4 @@
-"""An open folder: its names, its lock, and the files that killed savers left there.
+"""An open folder: its names, its lock, and the files that killed processes left there.
 
 Specification: *Saving*.
 """
@@ -19,7 +19,7 @@ from pytree2safetensors._storage.permissions import keep_permissions
 if sys.platform != "win32":
     import fcntl
 
-_PATIENCE: Final = 30.0  # seconds to wait for a lock, which a saver holds during a few renames
+_PATIENCE: Final = 30.0  # seconds to wait for a lock, which a save holds during a few renames
 # How file systems say that they cannot flush folders.
 _CANNOT_FLUSH: Final = frozenset({errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.ENOSYS})
 _DAY: Final = 86_400.0  # seconds that an unfinished file is kept
@@ -80,7 +80,7 @@ class Folder:
         descriptor = self.open(held, name, flags, 0o666 if old is None else 0o600)
         if sys.platform != "win32":
             with suppress(OSError):  # the file system has no locks
-                # Shows that this saver is alive.
+                # Shows that this save has not ended.
                 fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         if old is not None:
             keep_permissions(descriptor, old, self._from_root(model))
@@ -134,7 +134,7 @@ class Folder:
 
     @contextmanager
     def locked(self, *, for_load: bool = False) -> Iterator[None]:
-        """Lock out savers if the system has locks; loads do not lock out each other.
+        """Lock out saves if the system has locks; loads do not lock out each other.
 
         Raises:
             TimeoutError: Another program keeps the lock.
@@ -148,7 +148,7 @@ class Folder:
                 _unlock(self._descriptor)
 
     def remove_abandoned(self, target: str) -> None:
-        """Remove unfinished files of a target if they are a day old and their saver is gone."""
+        """Remove unfinished files of a target if they are a day old and their save has ended."""
         names: list[str] = []
         with suppress(OSError):  # files that stay do no harm
             names += self.names()
@@ -168,7 +168,7 @@ class Folder:
             except PermissionError:  # it is to replace a file that is only read
                 descriptor = self.open(held, name, os.O_RDONLY | no_wait)
             if sys.platform != "win32":
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails if a saver has it
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails if a save has it
         self.unlink(name)
 
 
@@ -189,7 +189,7 @@ def explaining_flush(path: str) -> Iterator[None]:
 
 
 @contextmanager
-def without_savers(path: str) -> Iterator[None]:
+def without_saves(path: str) -> Iterator[None]:
     """Wait until no save renames files in a folder, and lock out others. Go on if that fails."""
     with ExitStack() as stack:
         with suppress(OSError):
