@@ -58,13 +58,13 @@ class Finisher:
     def finish(self, places: Sequence[Place], *, is_staged: bool) -> list[jax.Array]:
         """Make leaves from a batch; return the arrays that use its memory."""
         with collector_paused():
-            runs = [place for place in places if place.slot.rows]
+            grouped = [place for place in places if place.slot.rows]
             others = [place for place in places if not place.slot.rows]
-            return self._finish_runs(runs, is_staged) + self._finish(others, is_staged)
+            return self._finish_groups(grouped, is_staged) + self._finish(others, is_staged)
 
-    def _finish_runs(self, places: Sequence[Place], is_staged: bool) -> list[jax.Array]:
-        """Make leaves of runs."""
-        groups: dict[Any, tuple[list[int], list[Iterator[NDArray[Any]]]]] = {}
+    def _finish_groups(self, places: Sequence[Place], is_staged: bool) -> list[jax.Array]:
+        """Make leaves of groups of tensors."""
+        kinds: dict[Any, tuple[list[int], list[Iterator[NDArray[Any]]]]] = {}
         for slot, memory, offset in places:
             for equal in slot.rows:
                 want, count = self.wanted[equal.positions[0]], len(equal.positions)
@@ -72,14 +72,14 @@ class Finisher:
                 with errors_of(self.checkpoint.label):
                     stored = rows_of(memory, equal.info, want.name, start, equal.step, count)
                 rows = cast_array(stored, want.leaf.spec.dtype)
-                group = groups.setdefault((rows.dtype, rows.shape[1:]), ([], []))
-                group[0].extend(equal.positions)
-                group[1].append(_arrays_in(rows))
+                kind = kinds.setdefault((rows.dtype, rows.shape[1:]), ([], []))
+                kind[0].extend(equal.positions)
+                kind[1].append(_arrays_in(rows))
         arrays: list[jax.Array] = []
         done: list[int] = []  # the positions of these
         others: list[int] = []
         hosts: list[NDArray[Any]] = []
-        for (dtype, _), (positions, parts) in groups.items():
+        for (dtype, _), (positions, parts) in kinds.items():
             values = chain.from_iterable(parts)
             made = many_to_jax(values, len(positions), dtype, keeps_memory=not is_staged)
             arrays += made

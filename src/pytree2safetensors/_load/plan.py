@@ -19,7 +19,7 @@ from pytree2safetensors._leaves.staging import ALIGNMENT
 from pytree2safetensors._leaves.to_jax import TAKEN_OVER
 from pytree2safetensors._leaves.views import View, boxes_of, sources_of
 from pytree2safetensors._load.checkpoint import OpenCheckpoint
-from pytree2safetensors._load.runs import plan_runs
+from pytree2safetensors._load.groups import plan_groups
 from pytree2safetensors._load.sharded import is_ordinary, on_device
 from pytree2safetensors._load.slots import (
     Assembly,
@@ -54,7 +54,7 @@ def plan_batches(
         is_far: Returns whether the values of a use are transferred as they are to another device
             than the host.
     """
-    batches, others = plan_runs(checkpoint, wanted, keeps_memory, limit)
+    batches, others = plan_groups(checkpoint, wanted, keeps_memory, limit)
     yield from batches
     if not others:
         return

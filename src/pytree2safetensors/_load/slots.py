@@ -81,11 +81,11 @@ class Piece(NamedTuple):
 
 
 class Rows:
-    """Equal tensors at equal distances in the memory of a run.
+    """Equal tensors at equal distances in the memory of a group.
 
     Attributes:
         info: How each of them is stored.
-        start: Where the first is, in bytes from the start of the run.
+        start: Where the first is, in bytes from the start of the group.
         step: The bytes from the start of each to the start of the next.
         positions: The positions of their leaves among the wanted leaves.
     """
@@ -107,7 +107,7 @@ class Slot(NamedTuple):
     nbytes: int
     uses: list[Use]
     piece: Piece | None = None  # its part of a leaf, by a rule
-    rows: Sequence[Rows] = ()  # the tensors of a run; the name and the info are those of the first
+    rows: Sequence[Rows] = ()  # the tensors of a group; name and info are those of the first
 
 
 class Batch(NamedTuple):

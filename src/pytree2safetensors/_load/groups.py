@@ -1,4 +1,4 @@
-"""Runs: small tensors that follow each other in the file are read as one.
+"""Groups: small tensors that follow each other in the file are read as one.
 
 Those of one dtype and shape, at equal distances, are the rows of one NumPy array, because rows are
 faster to make than arrays.
@@ -30,7 +30,7 @@ class _Form:
 _Small: TypeAlias = tuple[int, int, _Form]  # its offset in the file, and the position of its leaf
 
 
-def plan_runs(
+def plan_groups(
     checkpoint: OpenCheckpoint,
     wanted: Sequence[Wanted],
     keeps_memory: Callable[[TemplateLeaf], bool],
@@ -42,7 +42,7 @@ def plan_runs(
     slots: list[Slot] = []
     size = 0
     for tensors in files.values():
-        for nbytes, rows in _runs(sorted(tensors), limit):
+        for nbytes, rows in _groups(sorted(tensors), limit):
             size = -(-size // ALIGNMENT) * ALIGNMENT
             if size + nbytes > limit and slots:
                 batches.append(Batch(slots, size))
@@ -92,11 +92,11 @@ def _is_small(info: TensorInfo, leaf: TemplateLeaf) -> bool:
     return plain and not placed and has_rows and 0 < info.nbytes < TAKEN_OVER
 
 
-def _runs(tensors: Iterable[_Small], limit: int) -> Iterator[tuple[int, list[Rows]]]:
-    """Yield the bytes of each run of at most `limit` bytes, and its rows; there is at least one."""
+def _groups(tensors: Iterable[_Small], limit: int) -> Iterator[tuple[int, list[Rows]]]:
+    """Yield the bytes of each group of at most `limit` bytes, and its rows; there is at least one."""
     found: list[Rows] = []
     last: dict[_Form, Rows] = {}
-    start, stop = 0, -1  # of the run in the file
+    start, stop = 0, -1  # of the group in the file
     for offset, position, form in tensors:
         if offset > stop or offset + form.nbytes - start > limit:
             if found:

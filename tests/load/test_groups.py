@@ -1,4 +1,4 @@
-"""Runs: which small tensors are read as one, and which of them are rows of one array."""
+"""Groups: which small tensors are read as one, and which of them are rows of one array."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -21,7 +21,7 @@ from pytree2safetensors._leaves.staging import ALIGNMENT
 from pytree2safetensors._leaves.to_jax import TAKEN_OVER
 from pytree2safetensors._load import finishing
 from pytree2safetensors._load.checkpoint import OpenCheckpoint
-from pytree2safetensors._load.runs import plan_runs
+from pytree2safetensors._load.groups import plan_groups
 from pytree2safetensors._load.slots import Batch, Slot, Wanted
 from pytree2safetensors._load.template import TemplateLeaf
 from pytree2safetensors._storage.byte_source import ByteSource
@@ -45,7 +45,7 @@ def planned(
 ) -> list[Batch]:
     """Plan leaves that are wanted in any order; return their batches."""
     wanted = [Wanted(f"{n}", leaves[n]) for n in order]
-    batches, others = plan_runs(checkpoint_of(tensors), wanted, lambda _: False, limit)
+    batches, others = plan_groups(checkpoint_of(tensors), wanted, lambda _: False, limit)
     assert not others
     return batches
 
@@ -70,7 +70,7 @@ def layouts(draw: st.DrawFn) -> tuple[list[Tensor], list[TemplateLeaf], list[int
 @given(layouts(), st.integers(64, 400))
 @example(([(INFOS[2], FILES[0], 64 * n) for n in range(4)], LEAVES[:1] * 4, [*range(4)]), 128)
 @example(([(INFOS[1], FILES[0], 3 * n) for n in range(40)], LEAVES[:1] * 40, [*range(40)]), 64)
-def test_a_run_is_what_follows_each_other_in_a_file(
+def test_a_group_is_what_follows_each_other_in_a_file(
     layout: tuple[list[Tensor], list[TemplateLeaf], list[int]], limit: int
 ) -> None:
     tensors, leaves, order = layout
@@ -131,7 +131,7 @@ def test_equal_tensors_of_repeated_layers_are_rows_of_one_array(
     ]
 
 
-def test_runs_of_several_dtypes_and_shapes_come_back(tmp_path: Path) -> None:
+def test_groups_of_several_dtypes_and_shapes_come_back(tmp_path: Path) -> None:
     def layer(n: int) -> dict[str, Any]:
         return {
             "bias": jnp.arange(3, dtype=jnp.bfloat16) + n,
@@ -147,7 +147,7 @@ def test_runs_of_several_dtypes_and_shapes_come_back(tmp_path: Path) -> None:
         assert_same(load_into_pytree(tree, tmp_path / "file", mmap=mmap), tree)
 
 
-def test_runs_of_many_equal_tensors_come_back(tmp_path: Path) -> None:
+def test_groups_of_many_equal_tensors_come_back(tmp_path: Path) -> None:
     rows = {f"{n:04}": np.full((), n, np.float32) for n in range(1500)}
     pairs = {f"{n:04}": np.array([n, -n], np.float32) for n in range(1400)}
     tree = jax.tree.map(jax.device_put, {"first": rows, "pairs": pairs, "rest": rows})
