@@ -12,11 +12,11 @@ from pytree2safetensors._errors import (
 )
 from pytree2safetensors._load.api import load_abstract, load_metadata, load_pytree
 from pytree2safetensors._load.explaining import explain
+from pytree2safetensors._load.flat_dict import dict2pytree
 from pytree2safetensors._load.into_template import load_into_pytree, set_weights
 from pytree2safetensors._save.api import save_pytree, save_pytree_async
 from pytree2safetensors._save.flat_dict import pytree2dict
 from pytree2safetensors._tree.containers import PyTreeContainer, UnkeyedContainer
-from pytree2safetensors._tree.flatten import dict2pytree
 from pytree2safetensors._tree.keypath import string2keypath
 from pytree2safetensors._tree.keys import Key, KeyPath
 from pytree2safetensors._tree.rule import Rule

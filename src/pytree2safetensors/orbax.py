@@ -21,7 +21,7 @@ from pytree2safetensors._load.api import Shardings, load_abstract, load_pytree
 from pytree2safetensors._load.into_template import load_into_pytree
 from pytree2safetensors._save.api import save_pytree, save_pytree_async
 from pytree2safetensors._save.calls import spans_processes
-from pytree2safetensors._tree.flatten import PyTree
+from pytree2safetensors._tree.pytree import PyTree
 
 __all__ = ["SafetensorsHandler", "SafetensorsRestore", "SafetensorsSave"]
 

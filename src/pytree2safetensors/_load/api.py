@@ -20,7 +20,7 @@ from pytree2safetensors._load.stored import load_stored, warn
 from pytree2safetensors._messages import joined, shorten, type_name
 from pytree2safetensors._storage.locations import PathLike, Readable
 from pytree2safetensors._storage.progress import ProgressOption, reporter
-from pytree2safetensors._tree.flatten import PyTree
+from pytree2safetensors._tree.pytree import PyTree
 from pytree2safetensors._tree.separated import build_separated
 from pytree2safetensors._tree.unflatten import build
 

@@ -19,8 +19,8 @@ from pytree2safetensors._load.stored import scalar_reader
 from pytree2safetensors._load.template import show
 from pytree2safetensors._messages import shorten
 from pytree2safetensors._storage.locations import PathLike, Readable
-from pytree2safetensors._tree.flatten import PyTree
 from pytree2safetensors._tree.paths import dotted
+from pytree2safetensors._tree.pytree import PyTree
 
 _WIDEST: Final = 60  # characters of a column; longer cells are not aligned
 

@@ -24,7 +24,7 @@ from pytree2safetensors._save.terms import SaveOptions
 from pytree2safetensors._save.writing import write
 from pytree2safetensors._storage.locations import PathLike, Writable, resolve
 from pytree2safetensors._storage.progress import ProgressOption, reporter
-from pytree2safetensors._tree.flatten import PyTree
+from pytree2safetensors._tree.pytree import PyTree
 
 
 @counted

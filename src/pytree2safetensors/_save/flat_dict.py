@@ -24,7 +24,8 @@ from pytree2safetensors._leaves.prng_keys import is_key_dtype
 from pytree2safetensors._leaves.renaming import Rename, renamed
 from pytree2safetensors._leaves.views import View, file_parts, region_of_tensor, tiled
 from pytree2safetensors._save.renamed import differ, incomparable, misfit_error, other_dtypes
-from pytree2safetensors._tree.flatten import PyTree, flatten
+from pytree2safetensors._tree.flatten import flatten
+from pytree2safetensors._tree.pytree import PyTree
 from pytree2safetensors._tree.rule import Rule
 
 _BYTES: Final = TensorInfo("U8", (), 1)  # for arrays whose dtype does not matter here

@@ -1,17 +1,16 @@
-"""Trees and flat dicts: a spelled name for every leaf of a tree, and the way back.
+"""Flattening: a spelled name for every leaf of a tree, and what the names do not express.
 
 Specification: *Trees and flat dicts*, *The note*.
 """
 
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias, cast
+from typing import Any, Final, NamedTuple, TypeAlias, cast
 
 import jax
 import numpy as np
 
-from pytree2safetensors._arguments import checked
-from pytree2safetensors._errors import KeyPathError, TreeStructureError
+from pytree2safetensors._errors import KeyPathError
 from pytree2safetensors._messages import shorten, type_name
 from pytree2safetensors._tree.containers import PyTreeContainer, UnkeyedContainer, attrs_of
 from pytree2safetensors._tree.depth import DEEP, DepthCheck, too_deep, unsortable
@@ -24,14 +23,7 @@ from pytree2safetensors._tree.spelling import (
     spell_item,
     spell_key,
 )
-from pytree2safetensors._tree.unflatten import build_tree
 from pytree2safetensors._types import Kind
-
-if TYPE_CHECKING:
-    # Type checkers do not know jaxtyping's own, and strict ones report that to our users.
-    PyTree: TypeAlias = Any
-else:
-    from jaxtyping import PyTree
 
 
 class Flat(NamedTuple):
@@ -239,37 +231,3 @@ def _spelled(speller: Callable[[Any], str], key: Any, name: str) -> str:
         return speller(key)
     except KeyPathError as error:
         raise located(error, name) from None
-
-
-@checked
-def dict2pytree(dictionary: Mapping[str, Any]) -> PyTree:
-    """Build a tree from a flat dict: the inverse of `pytree2dict`.
-
-    Attributes become `PyTreeContainer`s, dict keys become dicts, indices become lists, and children
-    without keys become `UnkeyedContainer`s. A list has `None` at indices that have no leaf.
-
-    Args:
-        dictionary: A mapping from spelled key paths to leaves.
-
-    Returns:
-        A new tree with the same leaves, which are not copied.
-
-    Raises:
-        KeyPathError: A name is not a key path.
-        TreeStructureError: The names do not form a tree, or a value is not a leaf.
-
-    Specification: *Trees and flat dicts*.
-
-    >>> dict2pytree({"@layers#0@w": 1.0, "@layers#1@w": 2.0})
-    {'layers': [{'w': 1.0}, {'w': 2.0}]}
-    """
-    leaf_types: set[int] = set()  # ids, because not every class can be hashed
-    for name, leaf in dictionary.items():
-        if id(type(leaf)) not in leaf_types:
-            if not jax.tree_util.all_leaves([leaf]):
-                raise TreeStructureError(
-                    f"the value of {shorten(name)} is of type {type(leaf).__name__}, which JAX "
-                    "does not treat as a leaf; give each of its leaves a name"
-                )
-            leaf_types.add(id(type(leaf)))
-    return build_tree(dictionary, {})
