@@ -20,7 +20,7 @@ from pytree2safetensors._leaves.spec import rank_of
 def holds_value(dtype: np.dtype[Any], value: Any) -> bool:
     """Return whether a dtype can hold a Python scalar: integers exactly, floats rounded."""
     try:
-        held = scalar_array(value, dtype)
+        held = _scalar_array(value, dtype)
     except (OverflowError, TypeError, ValueError):
         return False
     if rank_of(dtype) < 3:
@@ -37,7 +37,7 @@ def holds_value(dtype: np.dtype[Any], value: Any) -> bool:
 @cache
 def _bound(dtype: np.dtype[Any]) -> float:
     """Return the magnitude that is too large for a dtype without infinity and NaN; infinity for others."""
-    if not cmath.isfinite(scalar_array(math.inf, dtype)):
+    if not cmath.isfinite(_scalar_array(math.inf, dtype)):
         return math.inf
     info: Any = ml_dtypes.finfo(dtype)  # type: ignore[no-untyped-call] # ml_dtypes gives it no types
     largest = float(info.max)
@@ -45,7 +45,7 @@ def _bound(dtype: np.dtype[Any]) -> float:
     return largest + math.ldexp(float(info.eps), exponent - 2)  # half a step
 
 
-def scalar_array(value: Any, dtype: np.dtype[Any]) -> NDArray[Any]:
+def _scalar_array(value: Any, dtype: np.dtype[Any]) -> NDArray[Any]:
     """Convert a Python scalar to a 0-d array of a dtype."""
     # NumPy makes large ints np.ulonglong, whose dtype equals that of np.uint64.
     return cast_array(np.array(value), dtype).view(dtype)
@@ -54,7 +54,7 @@ def scalar_array(value: Any, dtype: np.dtype[Any]) -> NDArray[Any]:
 def to_host(value: Any, dtype: np.dtype[Any] | None) -> NDArray[Any]:
     """Convert the values of a leaf to a NumPy array, of a dtype if one is given."""
     if dtype is not None and type(value) in PYTHON_SCALARS:
-        return scalar_array(value, dtype)
+        return _scalar_array(value, dtype)
     return cast_array(host_array(value), dtype)
 
 

@@ -13,13 +13,13 @@ from pytree2safetensors._errors import UnknownHere
 from pytree2safetensors._leaves.jax_versions import ShapeDtypeStruct
 from pytree2safetensors._messages import shorten
 
-is_subdtype: Any = jax.dtypes.issubdtype  # type: ignore[attr-defined] # public, and not exported
+_is_subdtype: Any = jax.dtypes.issubdtype  # type: ignore[attr-defined] # public, and not exported
 _PRNG: Final = ("threefry2x32", "rbg", "unsafe_rbg")  # implementations in every JAX version
 
 
 def is_key_dtype(dtype: Any) -> bool:
     """Return whether arrays of a dtype are typed PRNG keys."""
-    return not isinstance(dtype, np.dtype) and bool(is_subdtype(dtype, jax.dtypes.prng_key))
+    return not isinstance(dtype, np.dtype) and bool(_is_subdtype(dtype, jax.dtypes.prng_key))
 
 
 def implementation_name(leaf: Any) -> str | None:

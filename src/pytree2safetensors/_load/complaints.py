@@ -38,7 +38,7 @@ class Misfits(NamedTuple):
 
 def misfits(outcome: Comparison, options: Options) -> Misfits:
     """Return what does not fit."""
-    unused = unexpected_names(outcome, options)
+    unused = _unexpected_names(outcome, options)
     return Misfits(
         [*dict.fromkeys(path for path, _ in outcome.missing)],
         unused if options.unexpected == "raise" else [],
@@ -60,7 +60,7 @@ def check(outcome: Comparison, options: Options) -> None:
     if not fails and not (is_reported and left):
         return
     counts = f"{len(missing)} missing, {len(unexpected)} unexpected, {len(mismatched)} mismatched"
-    candidates = _up_to(_COMPARED, unexpected_names(outcome, options))
+    candidates = _up_to(_COMPARED, _unexpected_names(outcome, options))
     missing_lines = (_missing_line(*pair, candidates) for pair in missing)
     parts = [
         f"{options.label} does not fit the template: {counts}",
@@ -86,7 +86,7 @@ def check(outcome: Comparison, options: Options) -> None:
     raise WeightsMismatchError("\n".join(parts), *lists)
 
 
-def unexpected_names(outcome: Comparison, options: Options) -> list[str]:
+def _unexpected_names(outcome: Comparison, options: Options) -> list[str]:
     """Return the names that are not used, except names that rules declare as unused."""
     found = [name for name in outcome.available if name not in outcome.used]
     rules = rules_in(options.rename)

@@ -92,7 +92,7 @@ def set_weights(
     leaves = list(template.leaves)
     pairs = (
         (
-            placed(need),
+            _placed(need),
             dictionary[source]
             if isinstance(source, str)
             else seen_through(source, dictionary, need),
@@ -178,7 +178,7 @@ def load_into_pytree(
         with collector_paused():
             for position, source, need in matches:
                 is_array = isinstance(source, View) or checkpoint.spec_of(source).kind in ARRAYS
-                (wanted if is_array else python).append((position, Wanted(source, placed(need))))
+                (wanted if is_array else python).append((position, Wanted(source, _placed(need))))
         scalars = read_scalars({want.name for _, want in python})
         values = eagerly(lambda: fitted((want.leaf, scalars[want.name]) for _, want in python))
         for (position, _), value in zip(python, values, strict=True):
@@ -193,7 +193,7 @@ def load_into_pytree(
         return loaded
 
 
-def placed(leaf: TemplateLeaf) -> TemplateLeaf:
+def _placed(leaf: TemplateLeaf) -> TemplateLeaf:
     """Return the same leaf, with its sharding on the current mesh."""
     if leaf.sharding is None:
         return leaf

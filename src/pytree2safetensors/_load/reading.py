@@ -71,7 +71,7 @@ def _read_leaves(
     staged = device is not None
     limit = _STAGED_BATCH if staged else _COPIED_BATCH if by_rules else _BATCH
     with collector_paused():
-        batches = list(plan_batches(checkpoint, wanted, limit, keeps_memory(staged), far(staged)))
+        batches = list(plan_batches(checkpoint, wanted, limit, _keeps_memory(staged), _far(staged)))
     report = Report(progress, sum(slot.nbytes for batch in batches for slot in batch.slots))
     finisher = Finisher(checkpoint, wanted)
     with closing_bar(progress):
@@ -97,7 +97,7 @@ def _devices_of(sharding: Sharding | None) -> Iterable[jax.Device]:
     return [default_device()] if sharding is None else sharding.addressable_devices
 
 
-def far(staged: bool) -> Callable[[Use], bool]:
+def _far(staged: bool) -> Callable[[Use], bool]:
     """Return a function that says whether a device moves the axes of a use faster than the host."""
     known: dict[jax.Device | None, bool] = {}
 
@@ -111,7 +111,7 @@ def far(staged: bool) -> Callable[[Use], bool]:
     return is_far
 
 
-def keeps_memory(staged: bool) -> Callable[[TemplateLeaf], bool]:
+def _keeps_memory(staged: bool) -> Callable[[TemplateLeaf], bool]:
     """Return which leaves need their own memory, because they keep it."""
     known: dict[Sharding | None, bool] = {}
 

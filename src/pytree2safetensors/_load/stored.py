@@ -34,7 +34,7 @@ def load_stored(
                 if not info.dtype:
                     noted[position] = noted_value(info)
                     continue
-                leaf = leaves[id(info)] = leaf_as_stored(checkpoint.spec_of(name))
+                leaf = leaves[id(info)] = _leaf_as_stored(checkpoint.spec_of(name))
             wanted.append(Wanted(name, leaf))
     found = read_leaves(checkpoint, wanted, mmap=mmap, progress=progress)
     if noted:
@@ -60,7 +60,7 @@ def scalar_reader(checkpoint: OpenCheckpoint) -> Callable[[Iterable[str]], Mappi
     return read
 
 
-def leaf_as_stored(spec: LeafSpec) -> TemplateLeaf:
+def _leaf_as_stored(spec: LeafSpec) -> TemplateLeaf:
     """Describe a leaf as it is stored: a JAX array if JAX supports its dtype."""
     if spec.kind in PYTHON_NUMBERS:
         return TemplateLeaf(spec, "python")

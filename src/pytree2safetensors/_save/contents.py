@@ -42,7 +42,7 @@ def collect(
     unstorable = [(flat.names[n], flat.leaves[n]) for n, info in enumerate(found) if info is None]
     if unstorable:
         check_unsupported(unstorable, skip=unsupported == "skip")
-        leave_out([name for name, _ in unstorable], flat)
+        _leave_out([name for name, _ in unstorable], flat)
     infos = dict(zip(flat.names, filter(None, found), strict=True))
     leaves = dict(zip(flat.names, flat.leaves, strict=True))
     kinds = {name: info.kind for name, info in infos.items() if info.kind is not None}
@@ -74,7 +74,7 @@ def _collect_renamed(
     return Contents(tensors, leaves, {**FORMAT, **metadata})
 
 
-def leave_out(names: Iterable[str], flat: Flat) -> None:
+def _leave_out(names: Iterable[str], flat: Flat) -> None:
     """Remove leaves from a flattened tree, so that the rest is still a tree.
 
     Numbered children are replaced with `None`. Other children are removed with their names.

@@ -60,7 +60,7 @@ def write_chunks(
 ) -> None:
     """Write bytes to a descriptor in few large calls."""
     report = Report(progress, size)
-    preallocate(descriptor, size)
+    _preallocate(descriptor, size)
     position = 0
     for offset, piece in cut_chunks(chunks, size):
         if offset != position:
@@ -138,11 +138,11 @@ def read_at(descriptor: int, size: int, offset: int) -> bytearray:
 
 def reserve(descriptor: int, size: int) -> None:
     """Set the size of a new file, and reserve its space if the file system can."""
-    preallocate(descriptor, size)
+    _preallocate(descriptor, size)
     os.ftruncate(descriptor, size)
 
 
-def preallocate(descriptor: int, size: int) -> None:
+def _preallocate(descriptor: int, size: int) -> None:
     """Reserve the space of a large file if the file system can."""
     if size < _PREALLOCATED or not hasattr(os, "posix_fallocate"):
         return

@@ -24,7 +24,7 @@ class Printed:
     flat: str | None = None  # the node on one line, if that is short enough
 
 
-def printed_leaf(leaf: Any) -> str:
+def _printed_leaf(leaf: Any) -> str:
     """Print a leaf on one line: `float32[3,4]` if it has a shape and a dtype."""
     shape, dtype = getattr(leaf, "shape", None), getattr(leaf, "dtype", None)
     if isinstance(leaf, np.generic) or shape is None or dtype is None:
@@ -54,7 +54,7 @@ def render(tree: Any) -> str:
         for position, child in enumerate(node.children):
             opened = _open(child) if len(nodes) < _MOST_NODES else None
             node.children[position] = opened or (
-                printed_leaf(child) if len(nodes) < _MOST_NODES else "..."
+                _printed_leaf(child) if len(nodes) < _MOST_NODES else "..."
             )
             if opened is not None:
                 nodes.append(opened)
