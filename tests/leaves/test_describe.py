@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from pytree2safetensors import load_pytree, save_pytree
+from pytree2safetensors._format.tensor import TensorInfo
 from pytree2safetensors._leaves.describe import describe
 from pytree2safetensors._leaves.jax_versions import ShapeDtypeStruct, structs_are_weak
-from pytree2safetensors._leaves.spec import LeafSpec
 
 
 @pytest.mark.parametrize(
@@ -22,10 +22,6 @@ def test_an_int_of_64_bits_has_a_tensor_and_a_larger_one_is_in_the_note(value: i
     assert info is not None
     fits = np.iinfo(np.int64).min <= value <= np.iinfo(np.int64).max
     assert (info.dtype, info.kind) == (("I64", "int") if fits else ("", ["int", hex(value)]))
-
-
-def test_an_array_is_strongly_typed_unless_something_else_is_said() -> None:
-    assert not LeafSpec("array", np.dtype(np.float32), ()).weak
 
 
 @pytest.mark.skipif(not structs_are_weak(), reason="this JAX has no weak types of structs")
@@ -48,3 +44,10 @@ def test_a_weak_type_of_an_array_with_axes_is_not_noted() -> None:
     weak: Any = jnp.full((3,), 0.5)
     assert weak.aval.weak_type
     assert describe([weak]) == describe([np.full((3,), 0.5, np.float32)])
+
+
+@pytest.mark.parametrize(
+    ("leaf", "kind"), [(2**63, ["int", "0x8000000000000000"]), ("text", ["str", "text"])]
+)
+def test_what_the_note_holds_has_no_tensor(leaf: Any, kind: list[str]) -> None:
+    assert describe([leaf]) == [TensorInfo("", (), 0, kind)]

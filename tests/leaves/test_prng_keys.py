@@ -1,4 +1,4 @@
-"""PRNG keys whose implementation is unknown, or has no registered name."""
+"""PRNG keys: their implementations, which may be unknown or have no registered name."""
 
 from pathlib import Path
 from typing import NoReturn
@@ -84,3 +84,8 @@ def test_an_unknown_implementation_is_named() -> None:
     )
     assert str(caught.value) == f"'@k' {reason}"
     assert caught.value.reason == reason
+
+
+def test_the_implementation_of_keys_is_found_by_their_dtype() -> None:
+    for name in ("threefry2x32", "rbg", "unsafe_rbg"):
+        assert implementation_of(jax.random.key(0, impl=name).dtype) == name

@@ -17,7 +17,7 @@ from pytree2safetensors._save import chunks
 from pytree2safetensors._save.contents import collect
 from pytree2safetensors._save.plan import plan_file
 
-SMALL, JOINED, BLOCK = 64, 200, 50
+SMALL, JOINED, PIECE = 64, 200, 50
 
 
 @example([(31, "jax"), (30, "<u2"), (31, ">u2"), (20, "jax"), (40, "<u2")])
@@ -36,7 +36,7 @@ def test_chunks_follow_each_other(sizes: list[tuple[int, str]]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chunks, "_SMALL", SMALL)
         patch.setattr(chunks, "_JOINED", JOINED)
-        patch.setattr(encode, "_PIECE", BLOCK)
+        patch.setattr(encode, "_PIECE", PIECE)
         contents = collect(tree, {}, "raise", None)
         plan = plan_file(contents, checksum=False)
         [file] = plan.files

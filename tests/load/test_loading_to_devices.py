@@ -2,7 +2,6 @@
 
 import time
 import weakref
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from oracle import assert_same
-from placed import is_committed, raw
+from placed import raw
 from pytree2safetensors import Rule, load_into_pytree, load_pytree, save_pytree
 from pytree2safetensors._leaves import jax_versions, placement, staging
 from pytree2safetensors._leaves.staging import Ring
-from pytree2safetensors._leaves.to_jax import to_jax
 from pytree2safetensors._load import ahead, finishing, plan, reading
 from pytree2safetensors._storage import read_pool
 from pytree2safetensors._storage.file_source import FileSource
@@ -269,51 +265,6 @@ def test_arrays_on_the_host_are_never_made_of_the_ring(
             assert raw(one) == raw(expected.astype(asked.dtype) if name == "cast" else expected)
 
 
-def test_an_empty_batch_does_not_make_a_full_piece_look_free() -> None:
-    """Hypothesis found it: a later batch had the memory of one that was still on its way."""
-    ring = Ring(jax.devices()[0], (1024,))
-    for size in (512, 512):
-        assert ring.take(size) is not None
-        ring.transferred([])
-    ring.release()
-    assert ring.take(512) is not None
-    assert ring.take(0) is None
-    assert ring.take(256) is None
-
-
-# Batches may be without bytes, if their tensors have memory of their own; some fill a piece exactly.
-SIZES = st.integers(0, 5000) | st.sampled_from([0, 256, 2048, 4096])
-
-
-@given(st.lists(SIZES, max_size=60), st.randoms(use_true_random=False))
-def test_batches_in_a_ring_never_overlap(sizes: list[int], random: Any) -> None:
-    pieces = (4096, 8192)
-    ring = Ring(jax.devices()[0], pieces)
-    live: list[tuple[int, int]] = []  # taken, the oldest first
-    waiting = 0  # of these, how many are not being transferred yet
-    for size in sizes:
-        while waiting and random.random() < 0.4:
-            ring.transferred([])
-            waiting -= 1
-        while (memory := ring.take(size)) is None and ring.moving:
-            ring.release()
-            live.pop(0)
-        assert waiting + len(ring.moving) == len(live)
-        assert len(ring.taken) == len(live) + (memory is not None)
-        if memory is None:
-            assert waiting  # or there would be room, as no batch is larger than a piece
-            continue
-        waiting += 1
-        live.append((memory.ctypes.data, len(memory)))
-        assert len(memory) >= size
-        spans = sorted(live)
-        assert all(a + n <= b for (a, n), (b, _) in pairwise(spans))
-        whole = [(piece.memory.ctypes.data, len(piece.memory)) for piece in ring.pieces]
-        assert {size for _, size in whole} <= {*pieces}
-        for start, length in spans:
-            assert any(at <= start and start + length <= at + size for at, size in whole)
-
-
 def test_a_load_that_a_smaller_ring_holds_has_no_larger_one(link: Link, tmp_path: Path) -> None:
     sizes: list[tuple[int, ...]] = []
 
@@ -510,38 +461,7 @@ def test_what_is_read_slowly_is_waited_for(
     assert 120_000 <= link.most_memory <= 120_000 + sum(RING)
 
 
-@pytest.mark.parametrize("keeps_memory", [True, False])
-def test_many_equal_arrays_have_their_own_values(keeps_memory: bool) -> None:
-    arrays = [np.full(3, number, np.float32) for number in range(1200)]
-    found = to_jax(arrays, keeps_memory=keeps_memory)
-    for array in arrays if keeps_memory else []:
-        array[:] = -1
-    assert [np.asarray(array).tolist() for array in found] == [[n] * 3 for n in range(1200)]
-
-
-def test_many_equal_arrays_are_transferred_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    arrays = [np.full(3, number, np.float32) for number in range(1300)]
-    first, second = jax.devices()[:2]
-    on_mesh = NamedSharding(Mesh(np.array([first]), ("x",)), P())
-    real: Any = jax.device_put
-    puts: list[Any] = []
-
-    def device_put(values: Any, *arguments: Any) -> Any:
-        puts.append(values)
-        return real(values, *arguments)
-
-    monkeypatch.setattr(jax, "device_put", device_put)
-    for sharding in (None, SingleDeviceSharding(first), SingleDeviceSharding(second), on_mesh):
-        puts.clear()
-        found = to_jax(arrays, [sharding] * len(arrays), keeps_memory=False)
-        assert len(puts) == (1 if sharding is on_mesh else 11)  # stacks of 128, and the rest
-        assert [np.asarray(array).tolist() for array in found] == [[n] * 3 for n in range(1300)]
-        for array in found:
-            assert is_committed(array) is (sharding is not None)
-            assert sharding is None or array.sharding == sharding
-
-
-def test_equal_arrays_of_a_run_are_transferred_together(
+def test_equal_arrays_of_a_group_are_transferred_together(
     link: Link, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tree = {f"w{n:04}": jnp.full(3, n, jnp.float32) for n in range(1100)}
