@@ -12,38 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from hypothesis import given
-from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from folders import INDEX, is_same, names_in, shard_names, tree_of
 from pytree2safetensors import Rule, load_into_pytree, load_pytree, save_pytree
-from pytree2safetensors._format import index as index_format
-from pytree2safetensors._format.layout import in_order
-from pytree2safetensors._format.tensor import TensorInfo
 
 P: Any = PartitionSpec  # JAX gives its constructor no types
 STRUCT: Any = jax.ShapeDtypeStruct
-
-
-@given(st.lists(st.integers(0, 40), min_size=1, max_size=30), st.integers(1, 60))
-def test_shards_are_those_of_huggingface_hub(sizes: list[int], limit: int) -> None:
-    theirs = pytest.importorskip("huggingface_hub")
-    infos = {f"{i:03}": TensorInfo("U8", (size,), size) for i, size in enumerate(sizes)}
-    ordered = {name: infos[name].nbytes for name in in_order(infos)}
-    expected = theirs.split_state_dict_into_shards_factory(
-        ordered,
-        get_storage_size=lambda size: size,
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=limit,
-    )
-    assert index_format.into_shards(infos, limit, {}) == list(expected.filename_to_tensors.values())
-
-
-@pytest.mark.parametrize("size", ["5GB", "1.5MB", "2 TB", "0.5KB"])
-def test_sizes_are_those_of_huggingface_hub(size: str) -> None:
-    theirs = pytest.importorskip("huggingface_hub.serialization._base")
-    assert index_format.parse_size(size) == theirs.parse_size_to_int(size)
 
 
 def split_by(theirs: Any, tensors: dict[str, Any], folder: Path) -> None:

@@ -130,18 +130,6 @@ def test_a_file_object_for_the_other_direction_is_named(tmp_path: Path) -> None:
         load_pytree(file)
 
 
-def test_a_size_may_be_an_integer_of_numpy_and_no_bool(tmp_path: Path) -> None:
-    save_pytree({"a": TREE["a"], "b": TREE["a"]}, tmp_path, max_shard_size=np.int64(12))
-    assert len([*tmp_path.glob("model-*")]) == 2
-    flags: list[Any] = [True, np.True_]
-    for flag in flags:
-        for save in (save_pytree, save_pytree_async):
-            with pytest.raises(TypeError, match=r"not (numpy\.)?bool"):
-                save(TREE, tmp_path, max_shard_size=flag)
-    with pytest.raises(ValueError, match="max_shard_size is 0; a shard holds at least one byte"):
-        save_pytree(TREE, tmp_path, max_shard_size=np.int64(0))
-
-
 def test_a_stored_key_says_what_template_it_needs(tmp_path: Path) -> None:
     save_pytree({"k": jax.random.key(0)}, tmp_path / "m")
     with pytest.raises(
