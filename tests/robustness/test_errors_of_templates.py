@@ -403,3 +403,12 @@ def test_an_error_that_a_program_keeps_until_it_exits_prints_nothing(tmp_path: P
     command = [sys.executable, "-c", KEEPING, str(tmp_path / "model")]
     found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
     assert (found.stdout, found.stderr) == ("", "")
+
+
+def test_a_stored_key_says_what_template_it_needs(tmp_path: Path) -> None:
+    save_pytree({"k": jax.random.key(0)}, tmp_path / "m")
+    with pytest.raises(
+        WeightsMismatchError,
+        match=r"put a key in the template, such as jax\.random\.key\(0, impl='threefry2x32'\)",
+    ):
+        load_into_pytree({"k": np.zeros(2, np.uint32)}, tmp_path / "m")

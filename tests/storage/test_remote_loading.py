@@ -669,3 +669,15 @@ def test_a_server_that_reports_no_size_is_an_error(
     assert str(caught.value) == (
         f"the server of '{url}' does not report its size; copy the file, and load the copy"
     )
+
+
+def test_a_store_without_listings_is_explained() -> None:
+    class Unlisted(AbstractFileSystem):  # type: ignore[misc] # fsspec has no types
+        protocol = "unlisted"
+
+        def ls(self, path: str, detail: bool = True, **_: Any) -> Any:
+            raise NotImplementedError
+
+    fsspec.register_implementation("unlisted", Unlisted, clobber=True)
+    with pytest.raises(ValueError, match="'unlisted://run' is in a store that lists no folders; "):
+        load_pytree("unlisted://run")

@@ -367,3 +367,29 @@ def test_what_a_file_object_gives_is_bytes_of_any_type(
             return make(super().read(size + more))
 
     assert_same(load_pytree(Odd(saved())), TREE)
+
+
+def works(path: Any) -> list[Any]:
+    return [lambda: load_pytree(path), lambda: save_pytree(TREE, path)]
+
+
+def test_a_closed_file_object_is_named(tmp_path: Path) -> None:
+    with (tmp_path / "m").open("wb") as file:
+        save_pytree(TREE, file)
+    for work, purpose in zip(works(file), ("reading", "writing"), strict=True):
+        with pytest.raises(ValueError, match=f"m' is closed; open it for {purpose}"):
+            work()
+
+
+def test_a_file_object_for_the_other_direction_is_named(tmp_path: Path) -> None:
+    save_pytree(TREE, tmp_path / "m")
+    with (
+        (tmp_path / "m").open("rb") as file,
+        pytest.raises(io.UnsupportedOperation, match="is not open for writing; open it again"),
+    ):
+        save_pytree(TREE, file)
+    with (
+        (tmp_path / "m").open("ab") as file,
+        pytest.raises(io.UnsupportedOperation, match="is not open for reading; open it again"),
+    ):
+        load_pytree(file)

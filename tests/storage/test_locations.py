@@ -1,26 +1,18 @@
-"""Messages about paths, file objects and sizes that cannot be used."""
+"""What a caller may pass as a path, and where it leads."""
 
-import io
 import os
 import re
 import sys
 from pathlib import Path
 from typing import Any
 
-import fsspec
-import jax
 import numpy as np
 import pytest
-from fsspec import AbstractFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
+from upath import UPath
 
-from folders import is_same
-from pytree2safetensors import (
-    WeightsMismatchError,
-    load_into_pytree,
-    load_pytree,
-    save_pytree,
-    save_pytree_async,
-)
+from folders import is_same, tree_of
+from pytree2safetensors import load_pytree, save_pytree, save_pytree_async
 from pytree2safetensors._storage.locations import check_created, check_home
 
 TREE = {"a": np.zeros(3, np.float32)}
@@ -108,44 +100,62 @@ def test_a_colon_may_be_part_of_the_name_of_a_folder(
     assert is_same(TREE, load_pytree("s3:bucket"))
 
 
-def test_a_closed_file_object_is_named(tmp_path: Path) -> None:
-    with (tmp_path / "m").open("wb") as file:
-        save_pytree(TREE, file)
-    for work, purpose in zip(works(file), ("reading", "writing"), strict=True):
-        with pytest.raises(ValueError, match=f"m' is closed; open it for {purpose}"):
-            work()
+def test_a_file_url_is_a_local_path(tmp_path: Path) -> None:
+    path = tmp_path / "a b.safetensors"
+    save_pytree(tree_of(1), path.as_uri())
+    assert is_same(tree_of(1), load_pytree(path, mmap=True))
+    assert is_same(tree_of(1), load_pytree(path.as_uri(), mmap=True))
+    save_pytree(tree_of(2), UPath(f"file://{tmp_path}/model"))
+    assert is_same(tree_of(2), load_pytree(UPath(f"file://{tmp_path}/model")))
+    with pytest.raises(ValueError, match="is on another machine"):
+        load_pytree("file://server/model")
 
 
-def test_a_file_object_for_the_other_direction_is_named(tmp_path: Path) -> None:
-    save_pytree(TREE, tmp_path / "m")
-    with (
-        (tmp_path / "m").open("rb") as file,
-        pytest.raises(io.UnsupportedOperation, match="is not open for writing; open it again"),
+@pytest.fixture
+def memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MemoryFileSystem, "store", {})
+
+
+@pytest.mark.usefixtures("memory")
+def test_the_case_of_a_scheme_does_not_matter(tmp_path: Path) -> None:
+    save_pytree(tree_of(1), f"FILE://{tmp_path}/a")
+    assert is_same(tree_of(1), load_pytree(f"File://{tmp_path}/a", mmap=True))
+    save_pytree(tree_of(2), "MEMORY://Run/A")
+    assert is_same(tree_of(2), load_pytree("memory://Run/A"))
+
+
+@pytest.mark.usefixtures("memory")
+@pytest.mark.parametrize("url", ["memory://", "memory:///"])
+def test_a_url_without_a_path_is_named(url: str) -> None:
+    for work in (load_pytree, lambda path: save_pytree({"a": 1}, path)):
+        with pytest.raises(IsADirectoryError) as caught:
+            work(url)
+        assert str(caught.value) == f"'{url}': IsADirectoryError"
+
+
+def test_unknown_schemes_and_missing_packages_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    for url, text in (
+        ("foo://bucket/x", "'foo://bucket/x' cannot be opened with fsspec: Protocol not known"),
+        ("adl://bucket/x", "'adl://bucket/x' cannot be opened with fsspec: "),
     ):
-        save_pytree(TREE, file)
-    with (
-        (tmp_path / "m").open("ab") as file,
-        pytest.raises(io.UnsupportedOperation, match="is not open for reading; open it again"),
-    ):
-        load_pytree(file)
+        for work in (load_pytree, lambda path: save_pytree({"a": 1}, path)):
+            with pytest.raises(ValueError, match=text):
+                work(url)
+    text = (
+        "'https://example.com/x' is a URL, which is opened with fsspec; install fsspec (the extra "
+        "pytree2safetensors[remote]) and its package for this store"
+    )
+    monkeypatch.setitem(__import__("sys").modules, "fsspec.core", None)
+    with pytest.raises(ValueError, match=re.escape(text)):
+        load_pytree("https://example.com/x")
 
 
-def test_a_stored_key_says_what_template_it_needs(tmp_path: Path) -> None:
-    save_pytree({"k": jax.random.key(0)}, tmp_path / "m")
-    with pytest.raises(
-        WeightsMismatchError,
-        match=r"put a key in the template, such as jax\.random\.key\(0, impl='threefry2x32'\)",
-    ):
-        load_into_pytree({"k": np.zeros(2, np.uint32)}, tmp_path / "m")
-
-
-def test_a_store_without_listings_is_explained() -> None:
-    class Unlisted(AbstractFileSystem):  # type: ignore[misc] # fsspec has no types
-        protocol = "unlisted"
-
-        def ls(self, path: str, detail: bool = True, **_: Any) -> Any:
-            raise NotImplementedError
-
-    fsspec.register_implementation("unlisted", Unlisted, clobber=True)
-    with pytest.raises(ValueError, match="'unlisted://run' is in a store that lists no folders; "):
-        load_pytree("unlisted://run")
+@pytest.mark.parametrize("save", [save_pytree, save_pytree_async])
+@pytest.mark.parametrize("path", ["~", "~/run", "~other", "gs:/bucket/run", "s3:/run"])
+def test_a_path_that_looks_like_another_makes_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, save: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"begins with .~.|looks like a URL"):
+        save(tree_of(1), Path(path), max_shard_size=100)
+    assert not [*tmp_path.iterdir()]
