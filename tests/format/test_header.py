@@ -1,11 +1,12 @@
 """Headers of the usual form, which are read without a parser of JSON."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from pytree2safetensors import FileFormatError
+from pytree2safetensors import FileFormatError, load_pytree
 from pytree2safetensors._format import header
 from pytree2safetensors._format.header import Tensors
 from pytree2safetensors._format.tensor import TensorInfo
@@ -96,3 +97,21 @@ def can_have(dimensions: int) -> bool:
     except ValueError:
         return False
     return True
+
+
+@pytest.mark.parametrize(
+    "second",
+    [
+        '[["dtype","F32"],["shape",[]],["data_offsets",[4,8]]]',
+        '{"dtype":"F32","shape":"","data_offsets":[4,8]}',
+        '{"dtype":"F32","shape":{},"data_offsets":[4,8]}',
+        '{"dtype":"F32","shape":[],"data_offsets":[4,8.0]}',
+        '{"dtype":"F32","shape":[],"data_offsets":[true,8]}',
+    ],
+)
+def test_a_tensor_like_another_is_checked_as_strictly(second: str, tmp_path: Path) -> None:
+    first = '{"dtype":"F32","shape":[],"data_offsets":[0,4]}'
+    header = f'{{"@a":{first},"@b":{second}}}'.encode()
+    (tmp_path / "file").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    with pytest.raises(FileFormatError):
+        load_pytree(tmp_path / "file")

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pytree2safetensors import load_pytree, save_pytree
+from pytree2safetensors import UnsupportedLeafError, load_pytree, save_pytree
 from pytree2safetensors._format.tensor import TensorInfo
 from pytree2safetensors._leaves.describe import describe
 from pytree2safetensors._leaves.jax_versions import ShapeDtypeStruct, structs_are_weak
@@ -51,3 +51,12 @@ def test_a_weak_type_of_an_array_with_axes_is_not_noted() -> None:
 )
 def test_what_the_note_holds_has_no_tensor(leaf: Any, kind: list[str]) -> None:
     assert describe([leaf]) == [TensorInfo("", (), 0, kind)]
+
+
+def test_a_str_of_two_surrogate_halves_is_refused() -> None:
+    with pytest.raises(UnsupportedLeafError):
+        save_pytree("\ud83d\ude00", io.BytesIO())
+    file = io.BytesIO()
+    save_pytree(["\ud83d", "\U0001f600"], file)
+    file.seek(0)
+    assert load_pytree(file) == ["\ud83d", "\U0001f600"]

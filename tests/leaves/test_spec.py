@@ -2,16 +2,19 @@
 
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from oracle import assert_same
 from pytree2safetensors import (
     FileFormatError,
     WeightsMismatchError,
     load_into_pytree,
     load_pytree,
     save_pytree,
+    set_weights,
 )
 from pytree2safetensors._format.tensor import NUMPY
 from pytree2safetensors._leaves import spec
@@ -40,3 +43,12 @@ def test_a_dtype_that_an_older_ml_dtypes_lacks_is_reported(
 
 def test_an_array_is_strongly_typed_unless_something_else_is_said() -> None:
     assert not LeafSpec("array", np.dtype(np.float32), ()).weak
+
+
+def test_what_jax_holds_is_the_same_under_a_trace(tmp_path: Path) -> None:
+    template = {"w": jnp.zeros(3, jnp.bfloat16)}
+    save_pytree(template, tmp_path / "file")
+    spec._holds.cache_clear()
+    traced = jax.jit(lambda x: set_weights({"w": jnp.zeros(3, jnp.bfloat16)}, {"@w": x}, cast=True))
+    assert_same(traced(jnp.ones(3)), {"w": jnp.ones(3, jnp.bfloat16)})
+    assert isinstance(load_pytree(tmp_path / "file")["w"], jax.Array)

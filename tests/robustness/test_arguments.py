@@ -1,5 +1,6 @@
 """Wrong arguments of public functions raise a short TypeError, even if type checks are off."""
 
+import io
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 import pytree2safetensors as p2s
+from pytree2safetensors import PyTreeContainer, dict2pytree, save_pytree, set_weights
 
 BIG = {f"layer{number}": {"w": float(number)} for number in range(20_000)}
 BYTES = b"x" * 20_000_000
@@ -281,3 +283,14 @@ def test_wrong_arguments_are_found_with_and_without_type_checks(
 
 if __name__ == "__main__":
     print(json.dumps([message_of(work) for work, _ in [*WRONG, *UNDECORATED]]))
+
+
+def test_names_are_strs() -> None:
+    with pytest.raises(TypeError):
+        dict2pytree({"@a": 1, 2: 3})  # type: ignore[dict-item] # what is tested
+    with pytest.raises(TypeError):
+        set_weights({"a": 1}, {"@p@a": 1, 2: 3}, prefix="@p")  # type: ignore[dict-item] # what is tested
+    with pytest.raises(TypeError):
+        save_pytree({"a": 1}, io.BytesIO(), metadata={"a": "b", 3: "c"})  # type: ignore[dict-item] # what is tested
+    with pytest.raises(TypeError):
+        PyTreeContainer({"a": 1, 2: 3})  # type: ignore[dict-item] # what is tested

@@ -4,12 +4,20 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 import pytest
 
-from oracle import assert_loaded
-from pytree2safetensors import PyTreeContainer, UnkeyedContainer, load_pytree, save_pytree
+from oracle import assert_loaded, assert_same
+from pytree2safetensors import (
+    PyTreeContainer,
+    UnkeyedContainer,
+    UnsupportedLeafError,
+    load_pytree,
+    save_pytree,
+)
 
+Struct: Any = jax.ShapeDtypeStruct
 X, Y = np.array([1, 2], np.float32), np.array([3], np.int32)
 
 
@@ -51,3 +59,31 @@ def test_what_remains_is_a_tree(case: str, tmp_path: Path) -> None:
     tree, expected = CASES[case]
     save_pytree(tree, tmp_path / "file", unsupported="skip")
     assert_loaded(load_pytree(tmp_path / "file"), expected)
+
+
+@pytest.mark.parametrize(
+    ("tree", "found"),
+    [
+        ({"b": {"c": {"g": len}, "h": len}}, {"b": {"c": {}}}),
+        ({"a": [{"f": len}, 1], "f": len}, {"a": [{}, 1]}),
+        ({"a": [len, 1, len]}, {"a": [None, 1, None]}),
+        (PyTreeContainer({"f": len, "x": 1}), PyTreeContainer({"x": 1})),
+        (len, None),
+    ],
+)
+def test_what_is_left_after_skipping_is_a_tree(tree: Any, found: Any, tmp_path: Path) -> None:
+    save_pytree(tree, tmp_path / "file", unsupported="skip")
+    assert_same(load_pytree(tmp_path / "file"), found)
+
+
+def test_skipping_leaves_out_no_array(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedLeafError, match="concrete arrays"):
+        save_pytree([Struct((), np.int32), print], tmp_path / "file", unsupported="skip")
+
+    def save(x: Any) -> Any:
+        with pytest.raises(UnsupportedLeafError, match="a traced value"):
+            save_pytree([x, print], tmp_path / "file", unsupported="skip")
+        return x
+
+    jax.jit(save)(1.0)
+    assert not [*tmp_path.iterdir()]

@@ -159,3 +159,15 @@ def test_a_path_that_looks_like_another_makes_no_folder(
     with pytest.raises(ValueError, match=r"begins with .~.|looks like a URL"):
         save(tree_of(1), Path(path), max_shard_size=100)
     assert not [*tmp_path.iterdir()]
+
+
+def test_a_path_that_can_write_is_a_path(tmp_path: Path) -> None:
+    class WritablePath:
+        def __fspath__(self) -> str:
+            return str(tmp_path / "file")
+
+        def write(self, data: Any) -> None:
+            raise AssertionError("a path is written to as a file")
+
+    save_pytree({"a": 1}, WritablePath())
+    assert load_pytree(tmp_path / "file") == {"a": 1}

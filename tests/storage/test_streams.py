@@ -393,3 +393,19 @@ def test_a_file_object_for_the_other_direction_is_named(tmp_path: Path) -> None:
         pytest.raises(io.UnsupportedOperation, match="is not open for reading; open it again"),
     ):
         load_pytree(file)
+
+
+def test_a_file_object_that_writes_nothing_is_an_error() -> None:
+    class Nothing:
+        def write(self, data: Any) -> int:
+            return 0
+
+    with pytest.raises(OSError, match="wrote nothing"):
+        save_pytree({"a": 1}, Nothing())
+
+
+def test_a_stream_beyond_its_end_is_no_file() -> None:
+    file = io.BytesIO(b"abc")
+    file.seek(10)
+    with pytest.raises(FileFormatError, match="0 bytes"):
+        load_pytree(file)

@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from oracle import assert_same
 from pytree2safetensors import (
     Rule,
     WeightsMismatchError,
@@ -268,3 +269,18 @@ def test_a_number_fits_a_number_of_its_kind_that_holds_it(
     found = load({"a": leaf}, {"a": stored}, tmp_path / "file")["a"]
     assert type(found) is type(leaf)
     assert found == stored
+
+
+def test_cast_to_64_bits_never_narrows() -> None:
+    abstract = jax.ShapeDtypeStruct((2,), np.float64)  # type: ignore[no-untyped-call] # JAX gives it no types
+    found = set_weights({"w": abstract}, {"@w": jnp.ones(2)}, cast=True)
+    assert found["w"].dtype == np.float64
+
+
+def test_what_is_cast_is_as_weak_as_the_template(tmp_path: Path) -> None:
+    save_pytree({"w": jnp.asarray(3)}, tmp_path / "file")
+    template = {"w": jnp.zeros((), jnp.float32)}
+    found = load_into_pytree(template, tmp_path / "file", cast=True)
+    assert_same(found, {"w": jnp.float32(3)})
+    assert_same(found, set_weights(template, {"@w": jnp.asarray(3)}, cast=True))
+    assert_same(load_into_pytree({"w": jnp.int32(0)}, tmp_path / "file"), {"w": jnp.asarray(3)})
