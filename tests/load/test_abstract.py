@@ -21,7 +21,7 @@ from pytree2safetensors import (
     pytree2dict,
     save_pytree,
 )
-from pytree2safetensors._load.sharded import misplaced
+from pytree2safetensors._load.shardings import misplaced
 
 Spec: Any = jax.sharding.PartitionSpec
 Struct: Any = jax.ShapeDtypeStruct  # JAX gives its constructor no types

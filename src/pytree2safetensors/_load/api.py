@@ -15,7 +15,7 @@ from pytree2safetensors._leaves.spec import ARRAYS, LeafSpec, abstract
 from pytree2safetensors._load.checkpoint import OpenCheckpoint
 from pytree2safetensors._load.opening import again_if_replaced, open_checkpoint
 from pytree2safetensors._load.prefixes import names_below, nodes_below
-from pytree2safetensors._load.sharded import refusal
+from pytree2safetensors._load.shardings import refusal
 from pytree2safetensors._load.stored import load_stored, warn
 from pytree2safetensors._messages import joined, shorten, type_name
 from pytree2safetensors._storage.locations import PathLike, Readable

@@ -24,7 +24,7 @@ from pytree2safetensors._leaves.to_jax import many_to_jax, to_jax, wrap_key
 from pytree2safetensors._load.assembling import Assembler, rearranged
 from pytree2safetensors._load.checkpoint import OpenCheckpoint
 from pytree2safetensors._load.ranges import Place
-from pytree2safetensors._load.sharded import is_elsewhere, weakened, without_shards
+from pytree2safetensors._load.shardings import is_elsewhere, weakened, without_shards
 from pytree2safetensors._load.slots import Piece, Slot, Use, Wanted
 from pytree2safetensors._load.template import to_python
 

@@ -25,7 +25,7 @@ from pytree2safetensors._leaves.unstorable import (
     is_valueless,
 )
 from pytree2safetensors._leaves.views import View, leaf_of
-from pytree2safetensors._load.sharded import is_elsewhere, place
+from pytree2safetensors._load.shardings import is_elsewhere, place
 from pytree2safetensors._load.template import TemplateLeaf, to_python
 from pytree2safetensors._messages import type_name
 

@@ -19,7 +19,7 @@ from pytree2safetensors._load.given import fitted, given_spec, seen_through
 from pytree2safetensors._load.matching import Options
 from pytree2safetensors._load.opening import again_if_replaced, open_checkpoint
 from pytree2safetensors._load.reading import read_leaves
-from pytree2safetensors._load.sharded import concrete
+from pytree2safetensors._load.shardings import concrete
 from pytree2safetensors._load.slots import Wanted
 from pytree2safetensors._load.stored import scalar_reader, warn_foreign
 from pytree2safetensors._load.template import TemplateLeaf, template_leaves

@@ -14,7 +14,7 @@ from pytree2safetensors._leaves.routes import Route, Routes
 from pytree2safetensors._leaves.spec import LeafSpec, TracedSpec
 from pytree2safetensors._leaves.unstorable import is_of_other_library
 from pytree2safetensors._leaves.views import View
-from pytree2safetensors._load.sharded import misplaced
+from pytree2safetensors._load.shardings import misplaced
 from pytree2safetensors._load.template import TemplateLeaf, misfit, show
 from pytree2safetensors._messages import joined, shorten, type_name
 from pytree2safetensors._tree.paths import add_prefix

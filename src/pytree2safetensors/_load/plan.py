@@ -20,7 +20,7 @@ from pytree2safetensors._leaves.to_jax import TAKEN_OVER
 from pytree2safetensors._leaves.views import View, boxes_of, sources_of
 from pytree2safetensors._load.checkpoint import OpenCheckpoint
 from pytree2safetensors._load.groups import plan_groups
-from pytree2safetensors._load.sharded import is_ordinary, on_device
+from pytree2safetensors._load.shardings import is_ordinary, on_device
 from pytree2safetensors._load.slots import (
     Assembly,
     Batch,

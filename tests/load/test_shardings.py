@@ -37,7 +37,7 @@ from placed import (
 from pytree2safetensors._leaves import extents
 from pytree2safetensors._leaves.jax_versions import enable_x64
 from pytree2safetensors._leaves.spec import _holds
-from pytree2safetensors._load import eager, finishing, reading, sharded
+from pytree2safetensors._load import eager, finishing, reading, shardings
 
 # --- slices of every kind ---------------------------------------------------------------------
 
@@ -280,7 +280,7 @@ class Elsewhere(SingleDeviceSharding):
 def test_leaves_elsewhere_are_made_of_no_shards(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sharded, "has_empty_arrays", lambda: True)
+    monkeypatch.setattr(shardings, "has_empty_arrays", lambda: True)
     sharding = Elsewhere(jax.devices()[0])
     tree: dict[str, Any] = {"w": values_of((8, 8)), "key": jax.random.key(1)}
     tree["none"] = np.zeros((0, 2), np.int8)
@@ -313,7 +313,7 @@ def test_leaves_elsewhere_are_made_of_no_shards(
 def test_leaves_elsewhere_are_errors_if_jax_has_no_such_arrays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sharded, "has_empty_arrays", lambda: False)
+    monkeypatch.setattr(shardings, "has_empty_arrays", lambda: False)
     p2s.save_pytree([values_of((8, 16))], tmp_path / "file")
     with pytest.raises(
         p2s.WeightsMismatchError,
