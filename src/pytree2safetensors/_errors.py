@@ -33,6 +33,18 @@ class UnsupportedLeafError(Pytree2SafetensorsError, TypeError):
     __module__ = "pytree2safetensors"
 
 
+class DeletedLeaf(UnsupportedLeafError, RuntimeError):  # JAX raises this for it, too
+    """An array was deleted or donated."""
+
+    __module__, __qualname__ = "pytree2safetensors", "UnsupportedLeafError"  # for tracebacks
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return UnsupportedLeafError, self.args
+
+
+DeletedLeaf.__name__ = UnsupportedLeafError.__name__
+
+
 class FileFormatError(Pytree2SafetensorsError, ValueError):
     """A file violates the format, or the format cannot express the contents."""
 

@@ -36,7 +36,7 @@ from pytree2safetensors import (
     set_weights,
     string2keypath,
 )
-from pytree2safetensors._leaves.unstorable import DeletedLeaf
+from pytree2safetensors._errors import DeletedLeaf
 
 # --- the classes ------------------------------------------------------------------------------
 

@@ -8,21 +8,8 @@ from typing import Any, Final
 import jax
 import numpy as np
 
-from pytree2safetensors._errors import UnsupportedLeafError
 from pytree2safetensors._leaves.jax_versions import REFERENCE
 from pytree2safetensors._leaves.placement import is_concrete, is_unreduced
-
-
-class DeletedLeaf(UnsupportedLeafError, RuntimeError):  # JAX raises this for it, too
-    """An array was deleted or donated."""
-
-    __module__, __qualname__ = "pytree2safetensors", "UnsupportedLeafError"  # for tracebacks
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return UnsupportedLeafError, self.args
-
-
-DeletedLeaf.__name__ = UnsupportedLeafError.__name__
 
 
 def is_deleted(leaf: Any) -> bool:

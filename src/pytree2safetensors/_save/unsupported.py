@@ -10,12 +10,11 @@ from typing import Any, Final
 import jax
 import numpy as np
 
-from pytree2safetensors._errors import UnsupportedLeafError
+from pytree2safetensors._errors import DeletedLeaf, UnsupportedLeafError
 from pytree2safetensors._format.header import MAX_DIMENSIONS
 from pytree2safetensors._leaves.describe import PYTHON_SCALARS
 from pytree2safetensors._leaves.holders import holders_in, node_instead_of
 from pytree2safetensors._leaves.unstorable import (
-    DeletedLeaf,
     attribute_of,
     is_deleted,
     is_of_other_library,
