@@ -48,7 +48,7 @@ def test_an_array_is_strongly_typed_unless_something_else_is_said() -> None:
 def test_what_jax_holds_is_the_same_under_a_trace(tmp_path: Path) -> None:
     template = {"w": jnp.zeros(3, jnp.bfloat16)}
     save_pytree(template, tmp_path / "file")
-    spec._holds.cache_clear()
+    spec._jax_holds.cache_clear()
     traced = jax.jit(lambda x: set_weights({"w": jnp.zeros(3, jnp.bfloat16)}, {"@w": x}, cast=True))
     assert_same(traced(jnp.ones(3)), {"w": jnp.ones(3, jnp.bfloat16)})
     assert isinstance(load_pytree(tmp_path / "file")["w"], jax.Array)

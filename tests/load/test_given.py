@@ -13,7 +13,7 @@ from oracle import assert_same, assert_same_values
 from placed import P, raw
 from pytree2safetensors import Rule, set_weights
 from pytree2safetensors._leaves.jax_versions import structs_are_weak
-from pytree2safetensors._leaves.spec import holds
+from pytree2safetensors._leaves.spec import jax_holds
 from pytree2safetensors._leaves.to_jax import to_jax
 from pytree2safetensors._load import given
 
@@ -127,7 +127,7 @@ def test_entries_may_be_spread_over_explicit_axes(within: bool) -> None:
 
 @pytest.mark.parametrize("name", ["uint1", "float6_e2m3fn", "float6_e3m2fn", "float8_e5m2"])
 def test_arrays_are_cast_even_if_no_program_of_jax_can_do_it(name: str) -> None:
-    if not hasattr(ml_dtypes, name) or not holds(np.dtype(getattr(ml_dtypes, name))):
+    if not hasattr(ml_dtypes, name) or not jax_holds(np.dtype(getattr(ml_dtypes, name))):
         pytest.skip("this JAX has no such dtype")
     wide = jnp.arange(2, dtype=np.float32)
     narrow = jax.device_put(np.asarray(wide).astype(getattr(ml_dtypes, name)))

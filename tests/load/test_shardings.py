@@ -36,7 +36,7 @@ from placed import (
 )
 from pytree2safetensors._leaves import extents
 from pytree2safetensors._leaves.jax_versions import enable_x64
-from pytree2safetensors._leaves.spec import _holds
+from pytree2safetensors._leaves.spec import _jax_holds
 from pytree2safetensors._load import eager, finishing, reading, shardings
 
 # --- slices of every kind ---------------------------------------------------------------------
@@ -336,7 +336,7 @@ def test_types_of_arrays_are_templates(tmp_path: Path) -> None:
 def test_a_load_in_a_shard_map_needs_jit(tmp_path: Path, mesh: Mesh) -> None:
     values = np.ones((8, 16), ml_dtypes.bfloat16)
     p2s.save_pytree([values], tmp_path / "file")
-    _holds.cache_clear()
+    _jax_holds.cache_clear()
     placed = Struct((8, 16), values.dtype, sharding=NamedSharding(mesh, P("x")))
 
     def plain(array: Any) -> Any:

@@ -122,7 +122,7 @@ def test_a_passing_failure_says_nothing_of_a_dtype(
 ) -> None:
     tree = {"w": jnp.ones(2, jnp.bfloat16)}
     save_pytree(tree, tmp_path / "file")
-    spec._holds.cache_clear()
+    spec._jax_holds.cache_clear()
     with monkeypatch.context() as patch:
 
         def fail(*_: Any, **__: Any) -> Any:

@@ -143,7 +143,7 @@ def test_loads_in_traced_functions_return_values(mmap: bool, tmp_path: Path) -> 
 
 def test_a_guard_against_transfers_is_forgotten(tmp_path: Path) -> None:
     save_pytree({"w": np.zeros(3, ml_dtypes.bfloat16)}, tmp_path / "file")
-    spec._holds.cache_clear()
+    spec._jax_holds.cache_clear()
     with jax.transfer_guard("disallow_explicit"), suppress(Exception):
         load_pytree(tmp_path / "file")
     assert isinstance(load_pytree(tmp_path / "file")["w"], jax.Array)

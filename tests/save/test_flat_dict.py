@@ -19,7 +19,7 @@ from pytree2safetensors import (
     pytree2dict,
     set_weights,
 )
-from pytree2safetensors._leaves.spec import holds
+from pytree2safetensors._leaves.spec import jax_holds
 
 VALUES = np.arange(64, dtype=np.float32).reshape(8, 8)
 VALUES[3, 4] = np.nan
@@ -265,7 +265,7 @@ FORWARDS, BACKWARDS = [*range(8)], [*range(7, -1, -1)]
 @pytest.mark.parametrize("name", ["int2", "uint2", "int4", "uint4"])
 def test_integers_of_a_few_bits_are_joined_and_placed(name: str) -> None:
     kind = getattr(ml_dtypes, name, None)  # an old one has only some of them
-    if kind is None or not holds(np.dtype(kind)):
+    if kind is None or not jax_holds(np.dtype(kind)):
         pytest.skip("this JAX has no such dtype")
     values = (np.arange(3 * 33 * 17).reshape(3, 33, 17) % 2).astype(np.int8).astype(kind)
     rule = Rule("w", "#{p}", "(p a) b -> a b")

@@ -114,15 +114,15 @@ def rank_of(dtype: np.dtype[Any]) -> int:
     return 1 if dtype.name.startswith("uint") else 2 if dtype.name.startswith("int") else 3
 
 
-def holds(dtype: np.dtype[Any]) -> bool:
+def jax_holds(dtype: np.dtype[Any]) -> bool:
     """Return whether a jax.Array can have this dtype now."""
     if dtype.kind in "iufc" and dtype.itemsize == (16 if dtype.kind == "c" else 8):
         return bool(jax.config.jax_enable_x64)  # type: ignore[attr-defined] # JAX declares no options
-    return _holds(dtype)
+    return _jax_holds(dtype)
 
 
 @lru_cache(maxsize=64)
-def _holds(dtype: np.dtype[Any]) -> bool:
+def _jax_holds(dtype: np.dtype[Any]) -> bool:
     if dtype.kind != "V":  # one of NumPy's own
         return True
     try:

@@ -10,7 +10,7 @@ from types import FrameType
 from typing import Any
 
 from pytree2safetensors._collector import collector_paused
-from pytree2safetensors._leaves.spec import LeafSpec, holds, noted_value
+from pytree2safetensors._leaves.spec import LeafSpec, jax_holds, noted_value
 from pytree2safetensors._load.checkpoint import OpenCheckpoint
 from pytree2safetensors._load.reading import read_leaves
 from pytree2safetensors._load.slots import Wanted
@@ -64,7 +64,7 @@ def _leaf_as_stored(spec: LeafSpec) -> TemplateLeaf:
     """Describe a leaf as it is stored: a JAX array if JAX supports its dtype."""
     if spec.kind in PYTHON_NUMBERS:
         return TemplateLeaf(spec, "python")
-    foreign = spec.dtype is not None and not holds(spec.dtype)
+    foreign = spec.dtype is not None and not jax_holds(spec.dtype)
     return TemplateLeaf(spec, "foreign" if foreign else "jax")
 
 

@@ -13,7 +13,7 @@ from pytree2safetensors._leaves.cast import holds_value
 from pytree2safetensors._leaves.describe import PYTHON_SCALARS, info_of
 from pytree2safetensors._leaves.jax_versions import REFERENCE, explicit_format
 from pytree2safetensors._leaves.prng_keys import implementation_of, is_key_dtype, key_shape
-from pytree2safetensors._leaves.spec import ARRAYS, LeafSpec, holds, rank_of
+from pytree2safetensors._leaves.spec import ARRAYS, LeafSpec, jax_holds, rank_of
 from pytree2safetensors._leaves.unstorable import attribute_of, is_of_other_library
 from pytree2safetensors._messages import short_form
 from pytree2safetensors._tree.printing import array_text
@@ -139,7 +139,7 @@ def _leaf_of(look: _Look) -> TemplateLeaf | None:
         if impl is None:
             return None
         return TemplateLeaf(LeafSpec("key", None, shape, impl=impl), target, sharding, abstract)
-    target = "jax" if holds(dtype) else "foreign"
+    target = "jax" if jax_holds(dtype) else "foreign"
     spec = LeafSpec("array", dtype.newbyteorder("="), shape, weak)
     return TemplateLeaf(spec, target, sharding, abstract, layout)
 

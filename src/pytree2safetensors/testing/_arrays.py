@@ -12,7 +12,7 @@ from hypothesis.strategies import SearchStrategy
 from numpy.typing import NDArray
 
 from pytree2safetensors._leaves.describe import info_of
-from pytree2safetensors._leaves.spec import holds
+from pytree2safetensors._leaves.spec import jax_holds
 from pytree2safetensors.testing._arguments import checked
 from pytree2safetensors.testing._compare import VALUE_BITS
 
@@ -100,7 +100,7 @@ def _scalar(values: NDArray[Any]) -> Any:
 
 def _jax_array(values: NDArray[Any]) -> Any:
     native = values.dtype.newbyteorder("=")  # JAX has no other
-    return jax.device_put(values.astype(native)) if holds(native) else values
+    return jax.device_put(values.astype(native)) if jax_holds(native) else values
 
 
 _LAYOUTS: Final[tuple[Callable[[NDArray[Any]], Any], ...]] = (
