@@ -11,7 +11,7 @@ def test_a_tensor_without_any_leaf_here_is_left_out() -> None:
     first, second = np.zeros(3, np.float32), np.ones(3, np.float32)
     info = TensorInfo("F32", (3,), 12)
     tensors = {
-        name: Assembled(name, info, [Member(plain_view(name, (3,)), leaf)])
+        name: Assembled(name, info, [Member(plain_view(name, (3,)), 0, leaf)])
         for name, leaf in (("a", first), ("b", second))
     }
     copy = first.copy()

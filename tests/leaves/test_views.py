@@ -40,7 +40,7 @@ def test_a_region_writes_what_reads_as_it(case: tuple[View, Region]) -> None:
     values = np.arange(1, math.prod(view.shape) + 1).reshape(view.shape)
     tensors = {name: np.zeros(view.fine, int) for name in view.names}
     for source, part in file_parts(view, region, np.asarray(select(values, region))):
-        tensors[source.name][index_of(source.region)] = part
+        tensors[view.names[source.number]][index_of(source.region)] = part
     expected = np.zeros(view.shape, int)
     expected[index_of(region)] = select(values, region)
     assert leaf_of(view, tensors, np.stack).tolist() == expected.tolist()

@@ -108,6 +108,33 @@ def test_the_templates_own_object_is_a_fitting_value() -> None:
     assert set_weights(template, pytree2dict(template)) == template
 
 
+RENAMES: list[Any] = [[Rule("x", "model"), Rule("{=}", "{=}")], {"@model": "x"}]
+
+
+@pytest.mark.parametrize("rename", RENAMES)
+def test_the_templates_own_object_fits_under_another_name(rename: Any) -> None:
+    template = {"model": Model(ONES), "step": 0}
+    values = pytree2dict(template, rename=rename)
+    assert "x" in values
+    assert set_weights(template, values, rename=rename) == template
+
+
+@pytest.mark.parametrize("rename", [*RENAMES, [Rule("x", "model", "a -> a"), *RENAMES[0]]])
+def test_an_array_under_that_name_is_not_unexpected(rename: Any) -> None:
+    with pytest.raises(WeightsMismatchError, match="0 missing, 0 unexpected, 1 mismatched"):
+        set_weights({"model": Model(ONES), "step": 0}, {"x": ONES, "@step": 1}, rename=rename)
+
+
+def test_a_dotted_path_of_what_holds_arrays_must_be_the_only_one() -> None:
+    template = {"a.b": Model(ONES), "a": {"b": ONES}}
+    for function in (
+        lambda: set_weights(template, {}, rename=[Rule(None, "a.b")]),
+        lambda: pytree2dict(template, rename=[Rule(None, "a.b")]),
+    ):
+        with pytest.raises(ValueError, match=r"'@a@b'"):
+            function()
+
+
 def test_a_rule_keeps_what_holds_arrays(path: Path) -> None:
     template = {"model": Model(ONES), "step": 0}
     last = Rule("{=}", "{=}")

@@ -156,6 +156,24 @@ def test_a_device_layout_that_a_template_asks_for_is_given(tmp_path: Path) -> No
         assert np.asarray(found["w"]).tobytes() == values.tobytes()
 
 
+def test_an_empty_array_keeps_its_shards_whatever_its_device_layout(tmp_path: Path) -> None:
+    layouts = pytest.importorskip("jax.experimental.layout")
+    if not hasattr(getattr(layouts, "Format", None), "layout"):
+        pytest.skip("this JAX has no Format, or one of another kind")
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("x",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))  # type: ignore[no-untyped-call] # JAX gives it no types
+    layout = layouts.Format(layouts.Layout((1, 0)), sharding)
+    values = np.zeros((4, 0), np.float32)
+    save_pytree({"w": values}, tmp_path / "file")
+    template = {"w": Struct((4, 0), np.float32, sharding=layout)}
+    for found in (
+        load_into_pytree(template, tmp_path / "file"),
+        set_weights(template, {"@w": values}),
+    ):
+        assert found["w"].sharding == sharding
+        assert {shard.data.shape for shard in found["w"].addressable_shards} == {(1, 0)}
+
+
 SCALARS: list[tuple[Any, Any]] = [
     (3, np.float32(0)),
     (True, 0.0),

@@ -278,9 +278,15 @@ def test_names_without_escapes_are_explained() -> None:
             )
         texts.append(str(caught.value).splitlines()[-1])
     assert [("0.1.4" in text) for text in texts] == [True, True, False, False]
-    with pytest.raises(WeightsMismatchError) as caught:
-        set_weights({r"a\b": 1, "f": 2}, {"@f": 1, "@g": 2})
-    assert "0.1.4" not in str(caught.value)
+    # And not with names that other leaves have.
+    others: list[tuple[Any, Any]] = [
+        ({r"a\b": 1, "f": 2}, {"@f": 1, "@g": 2}),
+        ({"a@b": 1, "a": {"b": 2}}, {"@a@b": 5}),
+    ]
+    for template, stored in others:
+        with pytest.raises(WeightsMismatchError) as caught:
+            set_weights(template, stored)
+        assert "0.1.4" not in str(caught.value)
 
 
 def test_a_rule_is_offered_for_names_that_are_joined_with_dots() -> None:

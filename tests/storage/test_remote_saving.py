@@ -423,7 +423,9 @@ def test_a_save_to_memory_does_not_wait_for_the_end_of_a_transaction(
     with memory.transaction:
         save_pytree(tree_of(1), "memory://run/m")
         assert is_same(tree_of(1), load_pytree("memory://run/m"))
-    assert is_same(tree_of(1), load_pytree("memory://run/m"))
+        memory.mv("/run/m", "/run/n")
+    assert [*memory.store] == ["/run/n"]
+    assert is_same(tree_of(1), load_pytree("memory://run/n"))
 
 
 def test_memory_refuses_a_file_below_a_file(memory: MemoryFileSystem) -> None:

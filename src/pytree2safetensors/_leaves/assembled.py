@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from pytree2safetensors._format.tensor import TensorInfo
-from pytree2safetensors._leaves.views import View, only, plain_view
+from pytree2safetensors._leaves.views import View, plain_view
 from pytree2safetensors._tree.rule import Rule
 
 
@@ -17,6 +17,7 @@ class Member(NamedTuple):
     """A leaf that is a tensor or a part of one."""
 
     view: View
+    number: int  # of the tensor, among the names of the view
     leaf: Any
 
 
@@ -78,14 +79,11 @@ def assemble(placed: Iterable[Placed]) -> dict[str, list[Copy]]:
         nbytes = math.prod(view.stored) * info.itemsize
         stored = TensorInfo(info.dtype, view.stored, nbytes)
         parts: Counter[str] = Counter()  # of the leaf, by name
-        is_unique = len(view.names) == len(set(view.names))
         for number, name in enumerate(view.names):
             key = family, parts[name]
             parts[name] += 1
             copies = found.setdefault(name, {})
             if key not in copies:
                 copies[key] = Copy(Assembled(name, stored, []), path)
-            copies[key].tensor.members.append(
-                Member(view if is_unique else only(view, number), leaf)
-            )
+            copies[key].tensor.members.append(Member(view, number, leaf))
     return {name: [*copies.values()] for name, copies in found.items()}

@@ -65,10 +65,10 @@ def host_part(data: Any, index: tuple[slice, ...]) -> NDArray[Any]:
     """Return the values of a region of an array on one device. Only the region is copied from there."""
     if isinstance(data, jax.Array) and not is_in_place(data):
         return host_shard(part_of(data, index))
-    values = host_array(data)
+    if isinstance(data, jax.Array):
+        data = _fetched(_key_data(data) if is_key_dtype(data.dtype) else data)
     whole: Any = (*index, ...)  # always returns an array, never a scalar
-    part: NDArray[Any] = values[whole]
-    return part
+    return canonical_bools(data[whole])
 
 
 def part_of(data: jax.Array, index: tuple[slice, ...]) -> jax.Array:

@@ -110,16 +110,16 @@ def owned_chunks(part: Owned, info: TensorInfo) -> Iterator[Chunk]:
 
 def assembled_chunks(tensor: Assembled) -> Iterator[Chunk]:
     """Yield the bytes of an assembled tensor that this process owns, in order."""
-    name, info, members = tensor
+    _, info, members = tensor
     parts = []
-    for view, leaf in members:
-        needed = region_of_tensor(view, name)
+    for view, number, leaf in members:
+        needed = region_of_tensor(view, number)
         for region, data in _held(leaf):
             shared = common(region, needed)
             if shared is None:
                 continue
             for source, values in _parts_of(data, region, shared, view, info):
-                if source.name == name:
+                if source.number == number:
                     parts.append(Part(source.region, values))
     yield from gather(parts, members[0].view.fine, info.itemsize)
 
@@ -148,8 +148,11 @@ def _held(leaf: Any) -> list[tuple[Region, Any]]:
         return [(region, _with_axes(data, region)) for region, data in leaf.shards]
     if isinstance(leaf, jax.Array) and not (leaf.is_fully_replicated and leaf.is_fully_addressable):
         return _held(owned(leaf, leaf.shape))
-    values = leaf.addressable_data(0) if isinstance(leaf, jax.Array) else host_array(leaf)
-    return [(whole_region(values.shape), values)]
+    if isinstance(leaf, jax.Array):
+        leaf = leaf.addressable_data(0)
+    elif not isinstance(leaf, np.ndarray):
+        leaf = host_array(leaf)
+    return [(whole_region(leaf.shape), leaf)]
 
 
 def _with_axes(data: Any, region: Region) -> Any:

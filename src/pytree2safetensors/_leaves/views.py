@@ -72,7 +72,7 @@ class Box(NamedTuple):
 class Source(NamedTuple):
     """A region of a tensor, and where it belongs in the memory of a box."""
 
-    name: str
+    number: int  # of the tensor, among the names of the view
     region: Region  # of the tensor, reshaped to `fine`
     place: tuple[Any, ...]  # the index that selects its memory
 
@@ -81,14 +81,6 @@ def plain_view(name: str, shape: Shape) -> View:
     """Return the view of a leaf that is one whole tensor."""
     axes = tuple((axis,) for axis in range(len(shape)))
     return View((name,), shape, (), shape, whole_region(shape), axes)
-
-
-def only(view: View, number: int) -> View:
-    """Return a view in which no other tensor has the name of the one with this number."""
-    named = enumerate(view.names)
-    mine = view.names[number]
-    names = (name + "\0" if name == mine and n != number else name for n, name in named)
-    return view._replace(names=tuple(names))
 
 
 def boxes_of(view: View, region: Region) -> list[Box]:
@@ -149,7 +141,7 @@ def sources_of(view: View, box: Box) -> Iterator[Source]:
         for number, size in zip(numbers, view.stacked, strict=True):
             place = place * size + number
         index = [n - start for n, (start, _) in zip(numbers, stacked, strict=True)]
-        yield Source(view.names[place], region, (*index, ...))
+        yield Source(place, region, (*index, ...))
 
 
 def to_leaf(view: View, box: Box, memory: Any) -> Any:
@@ -168,11 +160,11 @@ def to_file(view: View, box: Box, values: Any) -> Any:
 
 
 def file_parts(
-    view: View, region: Region, values: Any, name: str | None = None
+    view: View, region: Region, values: Any, number: int | None = None
 ) -> Iterator[tuple[Source, Any]]:
     """Yield the parts of tensors that the values of a region of the leaf make.
 
-    `values` is a NumPy array, which is not copied, or a JAX array. With a name, only the parts of
+    `values` is a NumPy array, which is not copied, or a JAX array. With a number, only the parts of
     that tensor are made.
     """
     for box in boxes_of(view, region):
@@ -181,7 +173,7 @@ def file_parts(
             view, box, values if is_whole else _cut_out(values, within(box.region, region))
         )
         for source in sources_of(view, box):
-            if name in {None, source.name}:
+            if number in {None, source.number}:
                 yield source, _selected(shown, source.place)
 
 
@@ -205,14 +197,13 @@ def tiled(parts: Sequence[tuple[Region, Any]], axis: int = 0) -> Any:
     return made[0] if len(made) == 1 else concatenated(made, axis)
 
 
-def region_of_tensor(view: View, name: str) -> Region:
+def region_of_tensor(view: View, number: int) -> Region:
     """Return the smallest region of the leaf that contains the whole part of a tensor in it."""
-    place = view.names.index(name)
     region = []
     for merged, size in zip(view.axes, view.shape, strict=True):
         if len(merged) == 1 and merged[0] < len(view.stacked):
-            number = place // math.prod(view.stacked[merged[0] + 1 :]) % size
-            region.append((number, number + 1))
+            index = number // math.prod(view.stacked[merged[0] + 1 :]) % size
+            region.append((index, index + 1))
         else:
             region.append((0, size))
     return tuple(region)

@@ -139,7 +139,7 @@ def _old_names(outcome: Comparison, rename: Rename | None) -> list[str]:
     pairs = [
         f"{shorten(path)}: {shorten(name)}"
         for path, name in old.items()
-        if name in outcome.available
+        if name in outcome.available and name not in outcome.used
     ]
     shown = f"pytree2safetensors 0.1.4 escaped nothing: rename={{{_some(pairs)}}} loads its names."
     return [shown] if pairs else []

@@ -211,7 +211,7 @@ class Finisher:
             del self._parts[use.position]
             array = jax.make_array_from_single_device_arrays(spec.shape, sharding, ordered)
         array = self._weak(want, array, sharding)
-        if want.leaf.format is not None:
+        if want.leaf.format is not None and array.size:  # JAX makes wrong shards of no values
             array = jax.device_put(array, want.leaf.format)
         self.leaves[use.position] = array
 

@@ -164,6 +164,7 @@ def _placed(leaf: TemplateLeaf, value: Any) -> Any:
     if leaf.sharding is None or isinstance(value, jax.core.Tracer):
         return value  # JAX decides where a traced value is
     placed = place(value, leaf.sharding)
-    if leaf.format is None or is_elsewhere(leaf.sharding):
+    # JAX makes wrong shards of an array without values.
+    if leaf.format is None or not placed.size or is_elsewhere(leaf.sharding):
         return placed
     return jax.device_put(placed, leaf.format)

@@ -9,7 +9,7 @@ from typing import Any, Final, NamedTuple, TypeAlias
 import numpy as np
 
 from pytree2safetensors._leaves.families import Lost
-from pytree2safetensors._leaves.renaming import Rename, renamed, rules_in
+from pytree2safetensors._leaves.renaming import Rename, renamed
 from pytree2safetensors._leaves.routes import Route, Routes
 from pytree2safetensors._leaves.spec import LeafSpec, TracedSpec
 from pytree2safetensors._leaves.unstorable import is_of_other_library
@@ -80,14 +80,14 @@ class Comparison:
         return False
 
     def judge_other(self, position: int, name: str) -> None:
-        """Match a leaf that is not data, but may hold arrays."""
+        """Match a leaf that is not data, but may hold arrays; `name` is that of its path."""
         route, rule = self.routes.routes[position], self.routes.rules[position]
+        name = route if isinstance(route, str) else name
         if name in self.available and self.available[name] is None:
             self.used.add(name)
             self.unstorable.append((position, name))
         elif position in self.held and (rule is None or route is not None):
-            self.used.add(name)
-            self.used.update(route.names if isinstance(route, View) else ())
+            self.used.update(self._names_by_rule(position) if isinstance(route, Lost) else [name])
             self.mismatched.append((self.paths[position], self.held[position]))
 
     def judge_by_rule(self, position: int, leaf: TemplateLeaf, route: View | Lost | None) -> None:
@@ -102,15 +102,22 @@ class Comparison:
         elif rule is None:
             self.miss(position, None, leaf)
         else:
-            names = parse_rule(rule).names_among(self.available, route.binding)
+            names = self._names_by_rule(position)
             self.used.update(names)
             tensor = [f"the tensor {shorten(n)} {_predicate(self.available[n])}" for n in names[:1]]
             reasons = [f"the template has {show(leaf.spec)}", route.reason, *tensor]
             self.refuse(position, "; ".join(reasons), leaf)
 
+    def _names_by_rule(self, position: int) -> list[str]:
+        """Return which tensors there are for a leaf that does not fit its rule."""
+        route, rule = self.routes.routes[position], self.routes.rules[position]
+        if rule is None or not isinstance(route, Lost):
+            return []
+        return parse_rule(rule).names_among(self.available, route.binding)
+
     def judge_view(self, position: int, leaf: TemplateLeaf, view: View) -> None:
         """Match a leaf with the tensors of a view."""
-        missing = [name for name in view.names if name not in self.available]
+        missing = [name for name in dict.fromkeys(view.names) if name not in self.available]
         self.used.update(name for name in view.names if name in self.available)
         for name in missing:
             self.miss(position, name, leaf)
@@ -185,7 +192,6 @@ def compare(
     fitting: set[tuple[int, int]] = set()  # template leaves and stored leaves, by identity
     for position, leaf in enumerate(needs):
         if leaf is None:
-            # `rename` only has names for data.
             outcome.judge_other(position, add_prefix(options.prefix, paths[position]))
             continue
         route = routes[position]
@@ -221,12 +227,17 @@ def _routed(
     held: Collection[int],
     options: Options,
 ) -> Routes:
-    """Return where each leaf of the template is in the file.
+    """Return where each leaf of the template is in the file; other leaves than data are nowhere.
 
-    Leaves that are not data are nowhere, but a rule may say so of those that hold arrays.
+    Objects that hold arrays have a place, too, because a rule may say that they are not in the file.
+    But a function that gives names need not know them.
     """
-    data = [position for position, leaf in enumerate(needs) if leaf is not None]
-    shapes = [leaf.spec.shape if leaf.spec.kind == "array" else None for leaf in needs if leaf]
+    others = () if callable(options.rename) else held
+    data = [n for n, leaf in enumerate(needs) if leaf is not None or n in others]
+    shapes = [
+        leaf.spec.shape if leaf is not None and leaf.spec.kind == "array" else None
+        for leaf in map(needs.__getitem__, data)
+    ]
     found = renamed(
         options.rename,
         [paths[position] for position in data],
@@ -241,13 +252,7 @@ def _routed(
     families = [*range(len(needs))]
     for position, route, rule, family in zip(data, *found[:3], strict=True):
         routes[position], rules[position], families[position] = route, rule, data[family]
-    idle = found.idle
-    if held and rules_in(options.rename) is not None:
-        more = renamed(options.rename, [paths[n] for n in held], [None] * len(held), complete=False)
-        for position, route, rule in zip(held, more.routes, more.rules, strict=True):
-            routes[position], rules[position] = route, rule
-        idle = [rule for rule in idle if rule in more.idle]
-    return Routes(routes, rules, families, idle)
+    return Routes(routes, rules, families, found.idle)
 
 
 def _hint(leaf: TemplateLeaf, stored: LeafSpec | None, rule: Rule | None) -> str:

@@ -179,9 +179,10 @@ def _requests(
             keeps = not is_mixed and (keeps or (len(found) > 1 and not far))
             fine = whole_region(source.fine)
             for number, part in found:
+                name = source.names[part.number]
                 yield _Request(
-                    part.name,
-                    infos[part.name]._replace(shape=source.fine),
+                    name,
+                    infos[name]._replace(shape=source.fine),
                     None if part.region == fine else part.region,
                     [],
                     Piece(assembly, number, part.place),

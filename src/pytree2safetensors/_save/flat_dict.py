@@ -117,7 +117,7 @@ def _check_equal(one: Any, other: Any, places: tuple[str, str, str]) -> None:
 
 def _array_of(tensor: Assembled) -> Any:
     """Return the values of an assembled tensor: a JAX array if any of its leaves is one."""
-    leaves = [leaf for _, leaf in tensor.members]
+    leaves = [member.leaf for member in tensor.members]
     if any(isinstance(leaf, jax.Array) for leaf in leaves):
         return computed(lambda arrays: _joined_by_jax(tensor, arrays), leaves)
     values = np.zeros(tensor.members[0].view.fine, leaves[0].dtype)
@@ -134,9 +134,9 @@ def _joined_by_jax(tensor: Assembled, leaves: list[Any]) -> Any:
 
 def _parts(tensor: Assembled, leaves: Iterable[Any]) -> Iterator[tuple[Region, Any]]:
     """Yield the regions of a tensor, reshaped to `fine`, and what the leaves have there."""
-    for (view, _), leaf in zip(tensor.members, leaves, strict=True):
-        region = region_of_tensor(view, tensor.name)
+    for (view, number, _), leaf in zip(tensor.members, leaves, strict=True):
+        region = region_of_tensor(view, number)
         index = tuple(slice(*bounds) for bounds in region)
         cut = part_of(leaf, index) if isinstance(leaf, jax.Array) else leaf[index]
-        for source, part in file_parts(view, region, cut, tensor.name):
+        for source, part in file_parts(view, region, cut, number):
             yield source.region, part

@@ -126,7 +126,7 @@ def tensors_of(placed: Sequence[Placed]) -> tuple[dict[str, TensorInfo], dict[st
         check_name(name, copies[0].path)
         for other in copies[1:]:
             _check_equal(copies[0], other)
-        view, leaf = copies[0].tensor.members[0]
+        view, _, leaf = copies[0].tensor.members[0]
         made[name] = leaf if view.is_plain else copies[0].tensor
     return {name: copies[0].tensor.info for name, copies in found.items()}, made
 
@@ -151,7 +151,7 @@ def _check_equal(one: Copy, other: Copy) -> None:
         if not one.tensor.info.nbytes or _is_same(one.tensor, other.tensor):
             return
         members = [*one.tensor.members, *other.tensor.members]
-        if any(is_global(leaf) for _, leaf in members):
+        if any(is_global(member.leaf) for member in members):
             raise incomparable(one.path, other.path, one.tensor.name)
         if _have_same_bytes(assembled_chunks(one.tensor), assembled_chunks(other.tensor)):
             return
@@ -197,5 +197,5 @@ def _both(one: str, other: str) -> str:
 
 def _is_same(one: Assembled, other: Assembled) -> bool:
     """Return whether tensors are made of the same leaf objects in the same way."""
-    ours, others = ([(id(leaf), view) for view, leaf in t.members] for t in (one, other))
+    ours, others = ([(id(m.leaf), m.number, m.view) for m in t.members] for t in (one, other))
     return ours == others

@@ -59,9 +59,9 @@ def _size_of(part: Any, info: TensorInfo) -> int:
 
 def _size_of_member(member: Member, info: TensorInfo) -> int:
     """Return the size of a leaf's part of a tensor, as if each of its tensors had equally much."""
-    view, leaf = member
+    view = member.view
     whole = math.prod(view.shape) * info.itemsize
-    return _size_of(leaf, info._replace(nbytes=whole)) // len(view.names)
+    return _size_of(member.leaf, info._replace(nbytes=whole)) // len(view.names)
 
 
 def own_chunks(

@@ -50,7 +50,7 @@ def terms_of(
     terms |= {f"the node {name!r}": _kind(kind) for name, kind in note.nodes.items()}
     terms |= {repr(name): _kind(kind) for name, kind in note.leaves.items()}
     for name, leaf in contents.leaves.items():
-        terms[repr(name)] = _leaf(name, leaf, contents.infos[name])
+        terms[repr(name)] = _leaf(leaf, contents.infos[name])
     if plan.index_name:  # in a single file, process 0 decides where the data start
         terms[LAYOUT] = ", ".join(
             f"{file.name} ({len(file.head)} bytes of {file.size})" for file in plan.files
@@ -68,7 +68,7 @@ def _kind(kind: Kind) -> str:
     return str(kind)
 
 
-def _leaf(name: str, leaf: Any, info: TensorInfo) -> str:
+def _leaf(leaf: Any, info: TensorInfo) -> str:
     """Return what the processes must agree on about a leaf: in words, its devices, and its rule."""
     if type(leaf) in _SCALARS:
         return repr(leaf)
@@ -77,7 +77,7 @@ def _leaf(name: str, leaf: Any, info: TensorInfo) -> str:
     shards = [_shards(one.sharding, one.shape) if is_global(one) else ("", "") for one in leaves]
     kind = f" {_kind(info.kind)}" if info.kind else ""
     words = " and".join(filter(None, dict.fromkeys(words for words, _ in shards)))
-    views = [(view.names.index(name), *view[1:]) for view, _ in members]
+    views = [(number, *view[1:]) for view, number, _ in members]
     digests = " ".join(digest for _, digest in shards)
     return f"{info.dtype}{list(info.shape)}{kind}{words}\n{digests}\n{views}"
 

@@ -13,6 +13,22 @@ from pytree2safetensors._storage.remote_path import RemotePath
 from pytree2safetensors._types import Chunk
 
 
+def _opened(path: RemotePath, **options: Any) -> Any:
+    """Open a file that a transaction of the caller does not commit."""
+    try:
+        transaction = path.fs.transaction
+    except NotImplementedError:  # of the Hub, where closing a file commits it
+        transaction = None
+    if transaction is not None:
+        options["autocommit"] = False
+    with naming_url(path):
+        file = path.fs.open(path.path, "wb", **options)
+    if transaction is not None:
+        with suppress(ValueError):  # only this module commits it
+            path.fs.transaction.files.remove(file)
+    return file
+
+
 class _InMemory(io.BytesIO):
     """A file for fsspec's memory, which would give it its name as soon as it is opened."""
 
@@ -25,7 +41,7 @@ class _InMemory(io.BytesIO):
 
     def commit(self) -> None:
         """Give the store the whole file, also within a transaction of the caller."""
-        self._path.fs.open(self._path.path, "wb", data=self.getvalue()).commit()
+        _opened(self._path, data=self.getvalue()).commit()
 
 
 class Pending:
@@ -36,21 +52,7 @@ class Pending:
 
     def __init__(self, path: RemotePath) -> None:
         self.path = path
-        self._file: Any = _InMemory(path) if "memory" in path.protocols else self._opened()
-
-    def _opened(self) -> Any:
-        path = self.path
-        try:
-            transaction = path.fs.transaction
-        except NotImplementedError:  # of the Hub, where closing a file commits it
-            transaction = None
-        options = {} if transaction is None else {"autocommit": False}
-        with naming_url(path):
-            file = path.fs.open(path.path, "wb", **options)
-        if transaction is not None:
-            with suppress(ValueError):  # only this class commits it
-                path.fs.transaction.files.remove(file)
-        return file
+        self._file: Any = _InMemory(path) if "memory" in path.protocols else _opened(path)
 
     def write(self, piece: memoryview) -> None:
         """Write bytes."""

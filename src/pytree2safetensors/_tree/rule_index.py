@@ -70,7 +70,7 @@ def describe_idle(rule: Rule, paths: Collection[str]) -> str:
     for marker in () if is_dotted(path) else (ITEM, INDEX):
         if any(map(Alternatives({0: (marker, *side)}).match, paths)):
             return f"{rule!r} (a marker is missing at the beginning of its path: write {marker + path!r})"
-    numbers = _numbers_for_texts(side, [dotted(one) if is_dotted(path) else one for one in paths])
+    numbers = _numbers_for_texts(side, map(dotted, paths) if is_dotted(path) else paths)
     if not numbers:
         return repr(rule)
     shown = ", ".join(f"{{{text}}}" for text in numbers)
@@ -81,7 +81,8 @@ def _numbers_for_texts(side: Side, paths: Iterable[str]) -> list[str]:
     """Return which placeholders for numbers would have to stand for texts to match one of these paths."""
     holes = [hole for hole in holes_of(side) if hole.axis and not (hole.labels or hole.is_text)]
     numbers = [*dict.fromkeys(hole.text for hole in holes)]
-    for texts in [*([number] for number in numbers), numbers]:
+    paths = [*paths] if numbers else []
+    for texts in [*([number] for number in numbers), *([numbers] if len(numbers) > 1 else [])]:
         if any(map(Alternatives({0: with_texts(side, texts)}).match, paths)):
             return texts
     return []
