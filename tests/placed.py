@@ -10,8 +10,8 @@ from jax.sharding import PartitionSpec, Sharding
 from numpy.typing import NDArray
 
 import pytree2safetensors as p2s
-from pytree2safetensors._leaves import extents
-from pytree2safetensors._leaves.extents import Region
+from pytree2safetensors._leaves import regions
+from pytree2safetensors._leaves.regions import Region
 from pytree2safetensors._load import plan, slots
 
 P: Any = PartitionSpec  # JAX gives its constructor no types
@@ -36,7 +36,7 @@ def take_route(route: str, patch: pytest.MonkeyPatch) -> None:
     if route == "by JAX":
         return
     patch.setattr(plan, "_CUT_BY_JAX", 0)
-    patch.setattr(extents, "BAND", 256)
+    patch.setattr(regions, "BAND", 256)
     if route == "direct":
         patch.setattr(slots, "_LONG", 1)
 

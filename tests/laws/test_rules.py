@@ -25,7 +25,7 @@ from pytree2safetensors import (
     save_pytree_async,
     set_weights,
 )
-from pytree2safetensors._leaves.extents import Region, shape_of, within
+from pytree2safetensors._leaves.regions import Region, shape_of, within
 from pytree2safetensors._leaves.routes import Routes, routes_of
 from pytree2safetensors._leaves.views import (
     View,

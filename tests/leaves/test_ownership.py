@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from pytree2safetensors import UnsupportedLeafError
-from pytree2safetensors._leaves.extents import region_of
 from pytree2safetensors._leaves.ownership import ownership
+from pytree2safetensors._leaves.regions import region_of
 
 P: Any = PartitionSpec  # JAX gives its constructor no types
 

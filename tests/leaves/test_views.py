@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from placed import select
-from pytree2safetensors._leaves.extents import Region
+from pytree2safetensors._leaves.regions import Region
 from pytree2safetensors._leaves.views import View, boxes_of, file_parts, leaf_of, tiled
 
 axis_sizes = st.lists(st.integers(1, 3), max_size=3)

@@ -19,7 +19,7 @@ from pytree2safetensors import (
     save_pytree,
     set_weights,
 )
-from pytree2safetensors._leaves import extents
+from pytree2safetensors._leaves import regions
 from pytree2safetensors._load import plan, reading
 from pytree2safetensors._storage.byte_source import ByteSource
 
@@ -576,7 +576,7 @@ def test_a_part_of_a_tensor_with_digests_is_not_checked(
     path: Path, monkeypatch: pytest.MonkeyPatch, part: int
 ) -> None:
     """Its digest is of all its bytes. What is read whole is checked, and bands without it are not read."""
-    monkeypatch.setattr(extents, "BAND", 64)
+    monkeypatch.setattr(regions, "BAND", 64)
     stored = numbers(16, 12)
     save_pytree({"w": stored, "z": numbers(3)}, path, checksum=True)
     name = ("ac", "ad", "bc", "bd")[part]

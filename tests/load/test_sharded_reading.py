@@ -27,8 +27,9 @@ from placed import (
     take_route,
     values_of,
 )
-from pytree2safetensors._leaves import extents, staging
-from pytree2safetensors._leaves.extents import Region, runs_in
+from pytree2safetensors._leaves import regions as regions_module
+from pytree2safetensors._leaves import staging
+from pytree2safetensors._leaves.regions import Region, runs_in
 from pytree2safetensors._load import ahead, plan, reading, slots
 from pytree2safetensors._load.opening import open_checkpoint
 from pytree2safetensors._load.ranges import Place, plan_reads
@@ -216,7 +217,7 @@ def test_memory_is_that_of_the_data_once(
     found = into(tmp_path / "file", values.shape, values.dtype, sharding)
     assert_in_place(found, values, sharding)
     assert max(sizes) == values.nbytes
-    assert sum(sizes) <= values.nbytes + 4 * extents.BAND
+    assert sum(sizes) <= values.nbytes + 4 * regions_module.BAND
 
 
 def test_the_file_may_change_after_loading(tmp_path: Path, mesh: Mesh) -> None:

@@ -34,7 +34,7 @@ from placed import (
     take_route,
     values_of,
 )
-from pytree2safetensors._leaves import extents
+from pytree2safetensors._leaves import regions
 from pytree2safetensors._leaves.jax_versions import enable_x64
 from pytree2safetensors._leaves.spec import _jax_holds
 from pytree2safetensors._load import eager, finishing, reading, shardings
@@ -113,7 +113,7 @@ def test_loading_into_a_sharding_is_slicing(
     sharding = NamedSharding(mesh, spec)
     with pytest.MonkeyPatch.context() as patch:
         take_route(route, patch)
-        patch.setattr(extents, "BAND", band)
+        patch.setattr(regions, "BAND", band)
         found = into(path, shape, values.dtype, sharding, mmap=mmap)
     assert_in_place(found, values, sharding)
 

@@ -49,6 +49,7 @@ MODULES = [
     "_leaves/host.py",
     "_leaves/[defv]*.py",
     "_leaves/prng_keys.py",
+    "_leaves/regions.py",
     "_leaves/renaming.py",
     "_leaves/spec.py",
     "_leaves/unstorable.py",

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import NamedTuple, TypeAlias
 
-from pytree2safetensors._leaves.extents import Shape
+from pytree2safetensors._leaves.regions import Shape
 from pytree2safetensors._leaves.views import View
 from pytree2safetensors._messages import plural, shorten
 from pytree2safetensors._tree.placeholders import Binding, fill

@@ -9,8 +9,8 @@ from functools import lru_cache
 from typing import Any, Final, NamedTuple
 
 from pytree2safetensors._errors import UnsupportedLeafError
-from pytree2safetensors._leaves.extents import Region, Shape, region_of, shape_of
 from pytree2safetensors._leaves.placement import is_concrete
+from pytree2safetensors._leaves.regions import Region, Shape, region_of, shape_of
 
 _KNOWN: Final = 4096  # remembered shardings and shapes; a train state has few
 

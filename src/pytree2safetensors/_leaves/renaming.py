@@ -6,7 +6,7 @@ Specification: *Rules*.
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
-from pytree2safetensors._leaves.extents import Shape
+from pytree2safetensors._leaves.regions import Shape
 from pytree2safetensors._leaves.routes import Routes, routes_of
 from pytree2safetensors._messages import shorten
 from pytree2safetensors._tree.paths import add_prefix

@@ -6,8 +6,8 @@ Specification: *Rules*.
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
-from pytree2safetensors._leaves.extents import Shape
 from pytree2safetensors._leaves.families import Family, Lost
+from pytree2safetensors._leaves.regions import Shape
 from pytree2safetensors._leaves.views import View
 from pytree2safetensors._tree.placeholders import Binding, fill
 from pytree2safetensors._tree.rule import ParsedRule, Rule

@@ -16,7 +16,10 @@ from pytree2safetensors._format.tensor import TensorInfo
 from pytree2safetensors._leaves.as_bits import narrow_as_bits
 from pytree2safetensors._leaves.assembled import Assembled
 from pytree2safetensors._leaves.encode import pieces, to_bytes
-from pytree2safetensors._leaves.extents import (
+from pytree2safetensors._leaves.host import host_array, host_part, host_shard, part_of
+from pytree2safetensors._leaves.ownership import ownership
+from pytree2safetensors._leaves.placement import computes
+from pytree2safetensors._leaves.regions import (
     Part,
     Region,
     Shape,
@@ -29,9 +32,6 @@ from pytree2safetensors._leaves.extents import (
     whole_region,
     within,
 )
-from pytree2safetensors._leaves.host import host_array, host_part, host_shard, part_of
-from pytree2safetensors._leaves.ownership import ownership
-from pytree2safetensors._leaves.placement import computes
 from pytree2safetensors._leaves.to_jax import own_programs
 from pytree2safetensors._leaves.views import Source, View, file_parts, region_of_tensor
 from pytree2safetensors._types import Chunk

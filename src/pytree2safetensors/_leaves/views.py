@@ -14,8 +14,8 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 
-from pytree2safetensors._leaves.extents import Region, Shape, shape_of, whole_region, within
 from pytree2safetensors._leaves.jax_versions import concatenated
+from pytree2safetensors._leaves.regions import Region, Shape, shape_of, whole_region, within
 
 
 class View(NamedTuple):

@@ -16,7 +16,7 @@ from pytree2safetensors._errors import errors_of
 from pytree2safetensors._leaves.as_bits import moved_as_bits
 from pytree2safetensors._leaves.cast import cast_array
 from pytree2safetensors._leaves.decode import from_bytes
-from pytree2safetensors._leaves.extents import shape_of, within
+from pytree2safetensors._leaves.regions import shape_of, within
 from pytree2safetensors._leaves.staging import aligned
 from pytree2safetensors._leaves.to_jax import own_programs
 from pytree2safetensors._leaves.views import tiled, to_leaf

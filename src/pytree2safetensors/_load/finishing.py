@@ -17,7 +17,7 @@ from pytree2safetensors._collector import collector_paused
 from pytree2safetensors._errors import errors_of
 from pytree2safetensors._leaves.cast import cast_array
 from pytree2safetensors._leaves.decode import from_bytes, python_value, rows_of
-from pytree2safetensors._leaves.extents import shape_of
+from pytree2safetensors._leaves.regions import shape_of
 from pytree2safetensors._leaves.spec import abstract
 from pytree2safetensors._leaves.staging import aligned
 from pytree2safetensors._leaves.to_jax import many_to_jax, to_jax, wrap_key

@@ -14,7 +14,7 @@ from operator import attrgetter
 from typing import Final, NamedTuple
 
 from pytree2safetensors._format.tensor import TensorInfo
-from pytree2safetensors._leaves.extents import Region, Shape, region_of, whole_region
+from pytree2safetensors._leaves.regions import Region, Shape, region_of, whole_region
 from pytree2safetensors._leaves.staging import ALIGNMENT
 from pytree2safetensors._leaves.to_jax import TAKEN_OVER
 from pytree2safetensors._leaves.views import View, boxes_of, sources_of

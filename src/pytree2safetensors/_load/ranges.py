@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pytree2safetensors._leaves.extents import (
+from pytree2safetensors._leaves.regions import (
     Region,
     Shape,
     bands_of,

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Sharding
 
 from pytree2safetensors._format.tensor import TensorInfo
-from pytree2safetensors._leaves.extents import Region, runs_in, shape_of
+from pytree2safetensors._leaves.regions import Region, runs_in, shape_of
 from pytree2safetensors._leaves.views import Box, View
 from pytree2safetensors._load.template import TemplateLeaf
 

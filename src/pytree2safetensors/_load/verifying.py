@@ -9,7 +9,7 @@ from itertools import chain, groupby
 
 from pytree2safetensors._format.digests import ALONE, block_bounds, check_digest, hash_blocks
 from pytree2safetensors._format.tensor import TensorInfo
-from pytree2safetensors._leaves.extents import Part, gather
+from pytree2safetensors._leaves.regions import Part, gather
 from pytree2safetensors._load.checkpoint import OpenCheckpoint
 from pytree2safetensors._load.ranges import Place
 from pytree2safetensors._storage.read_pool import ReadPool

@@ -15,12 +15,12 @@ from pytree2safetensors._format.tensor import TensorInfo
 from pytree2safetensors._leaves.assembled import Assembled, Placed, assemble
 from pytree2safetensors._leaves.describe import describe
 from pytree2safetensors._leaves.encode import to_bytes
-from pytree2safetensors._leaves.extents import Region, Shape
 from pytree2safetensors._leaves.families import Lost
 from pytree2safetensors._leaves.host import host_array, part_of
 from pytree2safetensors._leaves.meshes import computed
 from pytree2safetensors._leaves.ownership import is_global
 from pytree2safetensors._leaves.prng_keys import is_key_dtype
+from pytree2safetensors._leaves.regions import Region, Shape
 from pytree2safetensors._leaves.renaming import Rename, renamed
 from pytree2safetensors._leaves.views import View, file_parts, region_of_tensor, tiled
 from pytree2safetensors._save.renamed import differ, incomparable, misfit_error, other_dtypes

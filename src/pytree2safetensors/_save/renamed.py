@@ -12,9 +12,9 @@ from pytree2safetensors._errors import FileFormatError, UnsupportedLeafError, We
 from pytree2safetensors._format.layout import check_name
 from pytree2safetensors._format.tensor import COMPLEX128, NOTED_DTYPES, SCALARS, WEAK, TensorInfo
 from pytree2safetensors._leaves.assembled import Assembled, Copy, Placed, assemble
-from pytree2safetensors._leaves.extents import Shape
 from pytree2safetensors._leaves.families import Lost
 from pytree2safetensors._leaves.ownership import is_global
+from pytree2safetensors._leaves.regions import Shape
 from pytree2safetensors._leaves.renaming import Rename, renamed
 from pytree2safetensors._leaves.routes import Routes, describe_unused
 from pytree2safetensors._leaves.spread import assembled_chunks

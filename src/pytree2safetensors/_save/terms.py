@@ -11,8 +11,8 @@ from pytree2safetensors._format.note import NOTE, read_note
 from pytree2safetensors._format.tensor import TensorInfo
 from pytree2safetensors._leaves.assembled import Assembled
 from pytree2safetensors._leaves.describe import PYTHON_SCALARS
-from pytree2safetensors._leaves.extents import Shape, region_of, shape_of
 from pytree2safetensors._leaves.ownership import is_global, ownership
+from pytree2safetensors._leaves.regions import Shape, region_of, shape_of
 from pytree2safetensors._messages import joined
 from pytree2safetensors._save.contents import Contents
 from pytree2safetensors._save.plan import SavePlan

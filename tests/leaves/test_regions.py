@@ -8,8 +8,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from placed import select
-from pytree2safetensors._leaves import extents
-from pytree2safetensors._leaves.extents import (
+from pytree2safetensors._leaves import regions as regions_module
+from pytree2safetensors._leaves.regions import (
     Part,
     Region,
     bands_of,
@@ -56,7 +56,7 @@ def test_bands_cut_a_tensor_into_runs(
 ) -> None:
     shape, _ = case
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(extents, "BAND", limit)
+        patch.setattr(regions_module, "BAND", limit)
         bands = list(bands_of(shape, itemsize))
     position = 0
     for band in bands:
@@ -86,7 +86,7 @@ def test_gather_gives_the_bytes_of_parts(
         expected[tuple(slice(*bounds) for bounds in part.region)] = part.values
     found = bytearray(expected.nbytes)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(extents, "BAND", limit)
+        patch.setattr(regions_module, "BAND", limit)
         end, size = -1, 0
         for offset, piece in gather(parts, shape, 2):
             assert offset > end or not offset or limit < 100  # neighbors within a band are one
