@@ -114,6 +114,7 @@ def test_a_file_url_is_a_local_path(tmp_path: Path) -> None:
 @pytest.fixture
 def memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MemoryFileSystem, "store", {})
+    monkeypatch.setattr(MemoryFileSystem, "pseudo_dirs", [""])
 
 
 @pytest.mark.usefixtures("memory")

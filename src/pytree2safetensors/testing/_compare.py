@@ -48,11 +48,12 @@ def assert_same(tree: Any, found: Any, how: str, *, same_kinds: bool = False) ->
 
 def _other_key(pairs: _Pairs, new_pairs: _Pairs) -> str | None:
     """Describe the first key that is another one, such as 1, 1.0 and True, which are equal."""
-    for (path, _), (new_path, _) in zip(pairs, new_pairs, strict=True):
-        old, new = spell_key(path[0]), _spelled(new_path[0])
-        if old != new:
-            return f"it had the key {shorten(old)}, and has {shorten(new)}"
-    return None
+    # In any order: old versions of JAX sort only the children of a defaultdict, not its keys.
+    keys = dict.fromkeys(spell_key(path[0]) for path, _ in pairs)
+    new_keys = dict.fromkeys(_spelled(path[0]) for path, _ in new_pairs)
+    gone = [key for key in keys if key not in new_keys]
+    came = [key for key in new_keys if key not in keys]
+    return f"it had the key {shorten(gone[0])}, and has {shorten(came[0])}" if gone else None
 
 
 def _spelled(key: Any) -> str:
