@@ -23,6 +23,7 @@ from pytree2safetensors import Rule
 TREE = {"a": np.zeros((3, 2), np.float32)}
 ONE = Rule("a.weight", "a", "o i -> i o")
 RULES = [ONE]
+EMPTY = None
 
 def template():
     return TREE
@@ -110,6 +111,16 @@ def test_without_rules_the_names_are_compared(run: Run, model: str) -> None:
     save_pytree({"a": np.ones((3, 2), np.float32)}, "own.safetensors")
     _, printed, _ = run("show", "own.safetensors", "--template", f"{model}:TREE")
     assert printed.startswith("'own.safetensors': 1 of 1 leaves fit\n")
+
+
+@pytest.mark.parametrize("options", [[], ["--rules", "RULES"]])
+def test_a_template_without_leaves_is_one(run: Run, model: str, options: list[str]) -> None:
+    options = [f"{model}:{option}" if option.isupper() else option for option in options]
+    code, printed, complaint = run(
+        "show", "model.safetensors", "--template", f"{model}:EMPTY", *options
+    )
+    assert (code, complaint) == (1, f"{COMPLAINT}\n")
+    assert "0 of 0 leaves fit" in printed
 
 
 def test_long_lists_are_cut_unless_asked(run: Run, model: str) -> None:

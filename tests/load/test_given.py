@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from oracle import assert_same, assert_same_values
 from placed import P, raw
 from pytree2safetensors import Rule, set_weights
-from pytree2safetensors._leaves.jax_versions import structs_are_weak
+from pytree2safetensors._leaves.jax_versions import enable_x64, structs_are_weak
 from pytree2safetensors._leaves.spec import jax_holds
 from pytree2safetensors._leaves.to_jax import to_jax
 from pytree2safetensors._load import given
@@ -157,3 +157,15 @@ def test_arrays_of_numpy_become_arrays_of_jax_in_few_calls(
         leaf[:] = -1  # the arrays of the caller are copied
     assert_same(found, expected)
     assert (len(sent), sum(sent)) == (calls, 1202)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_what_jax_cannot_hold_becomes_an_array_of_numpy(dtype: Any) -> None:
+    with enable_x64(True):
+        given = jnp.arange(3, dtype=dtype)
+    with enable_x64(False):
+        sharding = jnp.zeros(3).sharding
+        template = Struct((3,), np.float64, sharding=sharding)
+        [found] = set_weights([template], {"#0": given}, cast=True)
+    assert type(found) is np.ndarray
+    assert_same_values(found, np.arange(3, dtype=np.float64))

@@ -378,6 +378,9 @@ def test_a_prefix_that_is_not_there_gets_the_nearest(tmp_path: Path) -> None:
         with pytest.raises(WeightsMismatchError) as caught:
             load_pytree(tmp_path / "file", prefix=prefix)
         assert f"nothing at the prefix '{prefix}' (nearest: '{found}')" in str(caught.value)
+    save_pytree({"params": (), "opt": None}, tmp_path / "file")
+    with pytest.raises(WeightsMismatchError, match="at the prefix '@x'; it has no leaves"):
+        load_pytree(tmp_path / "file", prefix="@x")
 
 
 def test_the_nearest_names_are_looked_for_among_so_many_characters() -> None:

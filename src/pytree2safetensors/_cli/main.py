@@ -115,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
         "--template",
         metavar="MODULE:NAME",
         type=named_object,
+        default=argparse.SUPPRESS,
         help="a template, or a function that returns one: show how files fit it, and exit with 1 if "
         "a strict load would fail",
     )
@@ -159,7 +160,7 @@ def _ask_show(options: argparse.Namespace) -> _Questions:
     from pytree2safetensors._arguments import check_argument
     from pytree2safetensors._cli.show import show
 
-    if options.template is not None:
+    if "template" in options:  # which may be None
         try:
             check_argument("--rules", "rename", options.rules)
         except TypeError as error:

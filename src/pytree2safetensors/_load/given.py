@@ -121,7 +121,7 @@ def _copied(leaf: TemplateLeaf, value: Any) -> Any:
     if leaf.target == "python":
         return value if type(value) is str else to_python(value, leaf.spec)
     dtype = leaf.spec.dtype
-    copied = leaf.target in {"numpy", "scalar"} or not isinstance(value, jax.Array)
+    copied = leaf.target != "jax" or not isinstance(value, jax.Array)
     if copied or (value.dtype != dtype and not _is_cast_by_jax(leaf, value)):
         # A copy, because JAX would use the memory of the caller's array.
         host = np.array(to_host(value, dtype), order="C")

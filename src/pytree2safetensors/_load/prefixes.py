@@ -43,11 +43,16 @@ def names_below(
         near = "" if separator else _nearest_node(checkpoint, prefix)
         raise WeightsMismatchError(
             f"{checkpoint.label} has nothing at the prefix {shorten(prefix)}{near}; "
-            f"its names begin with "
-            f"{', '.join(map(shorten, sorted(checkpoint.infos)[:5])) or 'nothing, because it is empty'}",
+            f"{_beginning(checkpoint)}",
             missing=tuple(wanted),
         )
     return found
+
+
+def _beginning(checkpoint: OpenCheckpoint) -> str:
+    """Say what the names of a file begin with."""
+    names = ", ".join(map(shorten, sorted(checkpoint.infos)[:5]))
+    return f"its names begin with {names}" if names else "it has no leaves"
 
 
 def _nearest_node(checkpoint: OpenCheckpoint, prefix: str) -> str:
