@@ -14,9 +14,9 @@ from pytree2safetensors._leaves.views import View
 from pytree2safetensors._load.complaints import Misfits, misfits
 from pytree2safetensors._load.flat_template import flat_template, stored_for
 from pytree2safetensors._load.matching import Comparison, Options
+from pytree2safetensors._load.misfits import show
 from pytree2safetensors._load.opening import open_checkpoint
 from pytree2safetensors._load.stored import scalar_reader
-from pytree2safetensors._load.template import show
 from pytree2safetensors._messages import shorten
 from pytree2safetensors._storage.locations import PathLike, Readable
 from pytree2safetensors._tree.paths import dotted

@@ -12,11 +12,18 @@ from pytree2safetensors._leaves.families import Lost
 from pytree2safetensors._leaves.renaming import Rename, renamed
 from pytree2safetensors._leaves.routes import Route, Routes
 from pytree2safetensors._leaves.spec import LeafSpec, TracedSpec
-from pytree2safetensors._leaves.unstorable import is_of_other_library
 from pytree2safetensors._leaves.views import View
-from pytree2safetensors._load.shardings import misplaced
-from pytree2safetensors._load.template import TemplateLeaf, misfit, show
-from pytree2safetensors._messages import joined, shorten, type_name
+from pytree2safetensors._load.misfits import (
+    has_axes,
+    misfit,
+    needs_value,
+    origin_of,
+    predicate,
+    show,
+    transposed,
+)
+from pytree2safetensors._load.template import TemplateLeaf
+from pytree2safetensors._messages import shorten
 from pytree2safetensors._tree.paths import add_prefix
 from pytree2safetensors._tree.printing import array_text
 from pytree2safetensors._tree.rule import Rule, parse_rule
@@ -70,13 +77,13 @@ class Comparison:
         hint: str = "",
     ) -> bool:
         """Return whether a stored leaf fits a template leaf; `value` is that of a Python scalar."""
-        if _unfit(leaf, stored, value, self.cast) is None:
+        if misfit(leaf, stored, value, self.cast) is None:
             self.found.append((position, source, leaf))
             return True
-        origin = _origin(source, self.paths[position])
-        reason = _unfit(leaf, stored, value, self.cast, origin)
+        origin = origin_of(source, self.paths[position])
+        reason = misfit(leaf, stored, value, self.cast, origin)
         self.refuse(position, f"{reason}{hint}", leaf)
-        self.castable |= _unfit(leaf, stored, value, True) is None
+        self.castable |= misfit(leaf, stored, value, True) is None
         return False
 
     def judge_other(self, position: int, name: str) -> None:
@@ -104,7 +111,7 @@ class Comparison:
         else:
             names = self._names_by_rule(position)
             self.used.update(names)
-            tensor = [f"the tensor {shorten(n)} {_predicate(self.available[n])}" for n in names[:1]]
+            tensor = [f"the tensor {shorten(n)} {predicate(self.available[n])}" for n in names[:1]]
             reasons = [f"the template has {show(leaf.spec)}", route.reason, *tensor]
             self.refuse(position, "; ".join(reasons), leaf)
 
@@ -126,19 +133,19 @@ class Comparison:
         dtype = None if view.names else leaf.spec.dtype  # a stack of no tensors
         for name in view.names:
             stored = self.available[name]
-            if isinstance(stored, LeafSpec) and _has_axes(stored) and stored.shape == view.stored:
+            if isinstance(stored, LeafSpec) and has_axes(stored) and stored.shape == view.stored:
                 dtype = dtype or stored.dtype
                 if stored.dtype == dtype:
                     continue
                 seen = LeafSpec("array", stored.dtype, leaf.spec.shape)
-                is_convertible = _unfit(leaf, seen, None, True) is None
+                is_convertible = misfit(leaf, seen, None, True) is None
                 if self.cast and is_convertible:
                     continue
                 self.castable |= is_convertible
             expected = array_text("" if dtype is None else dtype, view.stored)
             reason = (
                 f"the template has {show(leaf.spec)}; under {self.routes.rules[position]!r}, the tensor "
-                f"{shorten(name)} would be {expected}, but it {_predicate(stored)}"
+                f"{shorten(name)} would be {expected}, but it {predicate(stored)}"
             )
             if stored is not None and not isinstance(stored, str) and stored.dtype == np.complex128:
                 reason += ", which no pattern can rearrange, because a file stores it as float64"
@@ -204,15 +211,15 @@ def compare(
         outcome.used.add(route)
         stored = available[route]
         if isinstance(stored, str):
-            origin = _origin(route, paths[position])
+            origin = origin_of(route, paths[position])
             reason = f"the template has {show(leaf.spec)}, but the stored leaf{origin} {stored}"
             outcome.refuse(position, reason, leaf)
         elif (id(leaf), id(stored)) in fitting:
             outcome.found.append((position, route, leaf))
-        elif stored is None or _needs_value(leaf, stored):
+        elif stored is None or needs_value(leaf, stored):
             waiting.append((position, route, leaf, stored))
         elif outcome.judge(
-            position, route, leaf, stored, hint=_hint(leaf, stored, rules[position])
+            position, route, leaf, stored, hint=transposed(leaf, stored, rules[position])
         ):
             fitting.add((id(leaf), id(stored)))
     scalars = values({name for _, name, _, _ in waiting})
@@ -253,64 +260,3 @@ def _routed(
     for position, route, rule, family in zip(data, *found[:3], strict=True):
         routes[position], rules[position], families[position] = route, rule, data[family]
     return Routes(routes, rules, families, found.idle)
-
-
-def _hint(leaf: TemplateLeaf, stored: LeafSpec | None, rule: Rule | None) -> str:
-    """Return a hint if a rule without a pattern finds a tensor with the reversed shape of the leaf."""
-    shape = leaf.spec.shape
-    if rule is None or stored is None or shape == stored.shape or shape != stored.shape[::-1]:
-        return ""
-    axes = "o i" if len(shape) == 2 else " ".join("abcdefghijklmnopqrstuvwxyz"[: len(shape)])
-    pattern = f"{axes} -> {' '.join(reversed(axes.split()))}"
-    return f"; this is the transpose, so give {rule!r} the pattern {pattern!r}"
-
-
-def _has_axes(stored: LeafSpec) -> bool:
-    """Return whether the axes of a tensor are those of its leaf."""
-    return stored.kind == "array" and stored.dtype != np.complex128
-
-
-def _predicate(stored: LeafSpec | str | None) -> str:
-    """Say what a stored leaf is, without its subject."""
-    if isinstance(stored, str):
-        return stored
-    return f"is {'not an array, or an array without values' if stored is None else show(stored)}"
-
-
-def _needs_value(leaf: TemplateLeaf, stored: LeafSpec) -> bool:
-    return (
-        stored.dtype is None
-        and stored.kind not in {"key", "str"}
-        and (
-            leaf.spec.dtype is not None
-            or (stored.kind == "int" and leaf.spec.kind in {"float", "complex"})
-        )
-    )
-
-
-def _not_an_array(value: Any) -> str:
-    kind = type(value)
-    converts = is_of_other_library(kind) and hasattr(kind, "__array__")
-    if converts or isinstance(value, list | tuple):
-        return f"the given value is of type {type_name(kind)}; convert it with np.asarray"
-    return "the given value is not an array, or is an array without values"
-
-
-def _origin(source: str | View, path: str) -> str:
-    """Say where the file has a leaf, if that is not its path."""
-    if isinstance(source, str):
-        return "" if source == path else f" {shorten(source)}"
-    return f" from {joined([*map(shorten, source.names)])}" if source.names else ""
-
-
-def _unfit(
-    leaf: TemplateLeaf, stored: LeafSpec | None, value: Any, cast: bool, origin: str = ""
-) -> str | None:
-    if stored is None:
-        return _not_an_array(value)
-    if isinstance(stored, TracedSpec) and leaf.target != "jax":
-        return "the given value is traced, so it can only replace a JAX array"
-    reason = misfit(leaf, stored, value, cast=cast, origin=origin)
-    if reason is None and leaf.sharding is not None and leaf.target == "jax":
-        reason = misplaced(leaf.sharding, leaf.spec.shape)
-    return reason

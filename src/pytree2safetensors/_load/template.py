@@ -9,18 +9,13 @@ from typing import Any, Final, Literal, NamedTuple, TypeAlias
 import jax
 import numpy as np
 
-from pytree2safetensors._leaves.cast import holds_value
 from pytree2safetensors._leaves.describe import PYTHON_SCALARS, info_of
 from pytree2safetensors._leaves.jax_versions import REFERENCE, explicit_format
-from pytree2safetensors._leaves.prng_keys import implementation_of, is_key_dtype, key_shape
-from pytree2safetensors._leaves.spec import ARRAYS, LeafSpec, jax_holds, rank_of
+from pytree2safetensors._leaves.prng_keys import implementation_of, is_key_dtype
+from pytree2safetensors._leaves.spec import LeafSpec, jax_holds
 from pytree2safetensors._leaves.unstorable import attribute_of, is_of_other_library
-from pytree2safetensors._messages import short_form
-from pytree2safetensors._tree.printing import array_text
 
 PYTHON_NUMBERS: Final = {"int": int, "float": float, "bool": bool, "complex": complex}
-_NO_NUMBERS: Final = frozenset({"key", "str"})
-_RANKS: Final = {"bool": 0, "int": 2, "float": 3, "complex": 4}
 
 # What a stored leaf becomes: a JAX array; a NumPy array because JAX does not support its dtype
 # here ("foreign") or because the template has one; a NumPy scalar; a Python scalar.
@@ -142,69 +137,6 @@ def _leaf_of(look: _Look) -> TemplateLeaf | None:
     target = "jax" if jax_holds(dtype) else "foreign"
     spec = LeafSpec("array", dtype.newbyteorder("="), shape, weak)
     return TemplateLeaf(spec, target, sharding, abstract, layout)
-
-
-def misfit(
-    leaf: TemplateLeaf, stored: LeafSpec, value: Any, *, cast: bool, origin: str
-) -> str | None:
-    """Return why a stored leaf does not fit a template leaf; None if it does.
-
-    `value` is the value of a stored Python scalar, and `origin` says which leaf this is.
-    """
-    wanted = leaf.spec
-    fits = False
-    if wanted.kind == "key" and stored.kind == "array":
-        data = (*wanted.shape, *key_shape(wanted.impl, ""))
-        fits = stored.dtype == np.uint32 and stored.shape == data
-    elif wanted.kind in _NO_NUMBERS or stored.kind in _NO_NUMBERS:
-        fits = (wanted.kind, wanted.impl, wanted.shape) == (stored.kind, stored.impl, stored.shape)
-    elif wanted.shape == stored.shape:
-        fits = _dtype_fits(wanted, stored, value, cast)
-    if fits:
-        return None
-    of = f" ({short_form(value)})" if value is not None else ""
-    why = _explanation(wanted, stored, value, cast)
-    return (
-        f"the template has {show(wanted)}, but the stored leaf{origin} is {show(stored)}{of}{why}"
-    )
-
-
-def _explanation(wanted: LeafSpec, stored: LeafSpec, value: Any, cast: bool) -> str:
-    """Say why a leaf does not fit, if its shape and kind do not show it."""
-    if stored.kind == "key" and wanted.dtype == np.uint32:
-        return f"; put a key in the template, such as jax.random.key(0, impl={stored.impl!r})"
-    if wanted.shape != stored.shape or not {wanted.kind, stored.kind}.isdisjoint(_NO_NUMBERS):
-        return ""
-    if value is not None and _dtype_fits(wanted, stored, None, cast):
-        holder = f"a Python {wanted.kind}" if wanted.dtype is None else wanted.dtype
-        return f", which {holder} cannot hold"
-    return ", which cast=True does not convert" if cast else ""
-
-
-def _dtype_fits(wanted: LeafSpec, stored: LeafSpec, value: Any, cast: bool) -> bool:
-    if wanted.dtype is not None and info_of(wanted.dtype, wanted.shape) is None:
-        return False  # an abstract leaf may have any dtype
-    ranks = _rank_of(wanted), _rank_of(stored)
-    converts = cast and ranks[1] <= ranks[0]
-    if wanted.dtype is not None and stored.dtype is not None:
-        return converts or wanted.dtype == stored.dtype
-    if not converts and ranks[0] != ranks[1] and {*ranks} != {1, 2}:  # signed and unsigned
-        return False
-    dtype = wanted.dtype
-    if dtype is None and wanted.kind in {"float", "complex"}:
-        dtype = np.dtype(wanted.kind)
-    return dtype is None or value is None or holds_value(dtype, value)
-
-
-def _rank_of(leaf: LeafSpec) -> int:
-    return _RANKS[leaf.kind] if leaf.dtype is None else rank_of(leaf.dtype)
-
-
-def show(leaf: LeafSpec) -> str:
-    """Write a leaf without its values for a message."""
-    if leaf.kind not in ARRAYS:
-        return f"a Python {leaf.kind}"
-    return array_text(f"key<{leaf.impl}>" if leaf.kind == "key" else leaf.dtype, leaf.shape)
 
 
 def to_python(values: Any, wanted: LeafSpec) -> Any:
