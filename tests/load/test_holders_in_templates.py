@@ -125,6 +125,18 @@ def test_an_array_under_that_name_is_not_unexpected(rename: Any) -> None:
         set_weights({"model": Model(ONES), "step": 0}, {"x": ONES, "@step": 1}, rename=rename)
 
 
+def test_what_holds_arrays_may_be_without_a_rule() -> None:
+    with pytest.raises(
+        WeightsMismatchError, match="0 missing, 1 unexpected, 1 mismatched"
+    ) as caught:
+        set_weights(
+            {"model": Model(ONES), "step": 0},
+            {"@model": ONES, "@step": 1},
+            rename=[Rule("@step", "@step")],
+        )
+    assert caught.value.unexpected == ("@model",)
+
+
 def test_a_dotted_path_of_what_holds_arrays_must_be_the_only_one() -> None:
     template = {"a.b": Model(ONES), "a": {"b": ONES}}
     for function in (

@@ -513,3 +513,12 @@ def test_numbers_may_be_far_apart(path: Path) -> None:
     tree = {0: KERNEL[0], 10**15: KERNEL[0]}
     with pytest.raises(WeightsMismatchError, match="its part '1' is not there"):
         save_pytree(tree, path, rename=[Rule("w", "{l}", "l a -> a")])
+
+
+@pytest.mark.parametrize("kind", [float, np.float32, np.array])
+def test_equal_scalars_may_have_one_name(kind: Any, path: Path) -> None:
+    assert saved({"a": kind(1.5), "b": kind(3 / 2)}, lambda _: "w", path)["w"] == 1.5
+    with pytest.raises(
+        FileFormatError, match="'@a' and '@b' are both stored as 'w', but they differ"
+    ):
+        save_pytree({"a": kind(1.5), "b": kind(2.5)}, path, rename=lambda _: "w")

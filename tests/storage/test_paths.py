@@ -349,9 +349,13 @@ def test_a_pipe_is_written_to(tmp_path: Path) -> None:
 
 
 @posix
-def test_a_pipe_without_a_name_is_written_to() -> None:
+@pytest.mark.parametrize("checksum", [False, True])
+def test_a_pipe_without_a_name_is_written_to(checksum: bool) -> None:
     reader, writer = os.pipe()
-    save_pytree(version(1), f"/dev/fd/{writer}")  # as /dev/stdout is, or >(a command) of a shell
+    path = f"/dev/fd/{writer}"
+    save_pytree(
+        version(1), path, checksum=checksum
+    )  # as /dev/stdout is, or >(a command) of a shell
     os.close(writer)
     with os.fdopen(reader, "rb") as file:
         assert_loaded(load_pytree(file), version(1))

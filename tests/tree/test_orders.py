@@ -48,6 +48,14 @@ class Listed(Node):
     """A node whose metadata are a tuple with keys, and a list without."""
 
 
+class Picky(Listed):
+    """Such a node that takes only numbers."""
+
+    def __init__(self, **attrs: float) -> None:
+        assert all(isinstance(value, float) for value in attrs.values())
+        super().__init__(**attrs)
+
+
 class Names(tuple[str, ...]):
     __slots__ = ()
 
@@ -78,6 +86,7 @@ register(Fewer, tuple, lambda names: tuple(names)[:1])
 register(Fresh, tuple, tuple, lambda node, name: np.array(getattr(node, name)))
 register(Odd, Names, Names)
 register(Listed, tuple, list)
+register(Picky, tuple, list)
 
 
 def refused(kind: type, place: str) -> Any:
@@ -118,6 +127,7 @@ def test_a_template_with_equal_leaves_has_one_order() -> None:
         Odd(w=1.0, b=1.0),
         Odd(w=1.0, b=2.0),
         Listed(w=1.0, b=1.0),
+        Picky(w=1.0, b=1.0),
     ],
 )
 def test_a_template_with_one_order_is_loaded(node: Any) -> None:

@@ -169,6 +169,8 @@ def _remedy(outcome: Comparison, options: Options, nothing: bool, is_larger: boo
 
 def _remedies(outcome: Comparison, options: Options, nothing: bool) -> list[str]:
     """Return what makes leaves of the template fit."""
+    if not outcome.available:
+        return [f"{options.label} has no leaves"]
     paths = [path for path, _ in outcome.missing]
     prefixed = _whole_names(outcome, options)
     cast = ["cast=True converts dtypes"] if outcome.castable else []
@@ -208,8 +210,6 @@ def _names_that_fit(paths: Sequence[str], names: Collection[str]) -> list[str]:
 
 def _tops(below: Collection[str], names: Collection[str]) -> str:
     """List where a tree with leaves at `names` has a subtree with all leaves at `below`."""
-    if not below:
-        return ""
     leaves, first = set(names), next(iter(below))
     starts = (name.removesuffix(first) for name in names)
     prefixes = [start.removesuffix(".") for start in starts if start not in leaves]

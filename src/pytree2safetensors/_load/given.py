@@ -131,8 +131,6 @@ def _copied(leaf: TemplateLeaf, value: Any) -> Any:
 
 def _is_cast_by_jax(leaf: TemplateLeaf, value: jax.Array) -> bool:
     """Return whether JAX converts an array for a leaf of another dtype."""
-    if leaf.target == "foreign":  # JAX would narrow it
-        return False
     if leaf.spec.dtype is None or isinstance(value, jax.core.Tracer):
         return True
     names = {value.dtype.name, leaf.spec.dtype.name}
