@@ -256,10 +256,11 @@ def test_subtrees_of_a_template_that_have_all_leaves_of_a_file_are_named(
 def test_a_source_without_leaves_is_named(tmp_path: Path) -> None:
     path = tmp_path / "file"
     save_pytree({}, path)
-    for label, load in (
-        ("the dictionary", lambda: set_weights({"a": 1}, {})),
-        (repr(str(path)), lambda: load_into_pytree({"a": 1}, path)),
-    ):
+    loads: dict[str, Any] = {
+        "the dictionary": lambda: set_weights({"a": 1}, {}),
+        repr(str(path)): lambda: load_into_pytree({"a": 1}, path),
+    }
+    for label, load in loads.items():
         with pytest.raises(WeightsMismatchError) as caught:
             load()
         last = f"No leaf fits, so strict=False does not help: {label} has no leaves."
