@@ -168,7 +168,7 @@ def test_a_file_without_a_command_is_shown(run: Run) -> None:
 
 
 def foreign() -> dict[str, np.ndarray[Any, Any]]:
-    """What PyTorch's users save, and a name that is no key path."""
+    """What PyTorch's users save, and a name that is not a key path."""
     shapes = {"mlp.up.weight": (4, 11), "mlp.down.weight": (11, 4), "norm.weight": (4,)}
     layers: dict[str, np.ndarray[Any, Any]] = {
         f"model.layers.{number}.{name}": np.zeros(shape, np.float16)

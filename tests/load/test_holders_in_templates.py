@@ -1,4 +1,4 @@
-"""Leaves of a template that hold arrays but are no pytree nodes: a load cannot give them values."""
+"""Template leaves that hold arrays but are not pytree nodes: a load cannot give them values."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -49,7 +49,7 @@ HOLDERS: list[tuple[Any, str]] = [
     (SimpleNamespace(inner=Model(ONES)), f"a types.SimpleNamespace{REGISTER}"),
     (partial(print, ONES), "a functools.partial, which holds arrays; a jax.tree_util.Partial is a pytree node"),
     (np.array([ONES, None, 1], object), "a numpy.ndarray, which holds arrays; leaf.tolist() is a pytree node"),
-    (Foreign(0), f"a {__name__}.Foreign, which is no array of JAX or NumPy; convert it with jnp.asarray(leaf)"),
+    (Foreign(0), f"a {__name__}.Foreign, not an array of JAX or NumPy; convert it with jnp.asarray(leaf)"),
 ]  # fmt: skip
 
 

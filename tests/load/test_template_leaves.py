@@ -62,7 +62,7 @@ def test_skip_leaves_out_no_array_of_another_library(method: str, tmp_path: Path
 
 
 class Variable:
-    """A mutable parameter that is no pytree node."""
+    """A mutable parameter that is not a pytree node."""
 
     def __init__(self, value: Any) -> None:
         self.value = value

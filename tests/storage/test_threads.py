@@ -109,7 +109,7 @@ def test_what_a_handler_raises_while_a_thread_starts_is_raised(
 
 
 def test_a_start_ends_with_an_interrupt() -> None:
-    """So that a save in an except clause is none of a signal handler."""
+    """Otherwise, a save in an except clause would count as one in a signal handler."""
     try:
         threads.starting(interrupt)
     except Interrupted:

@@ -65,10 +65,10 @@ def named_object(text: str) -> Any:
 
 
 def template_from(named: Any) -> Any:
-    """Return a template, or call what returns one: anything that can be called and is no tree.
+    """Return a template, or call the object to get one if it is callable and not a pytree node.
 
     Raises:
-        SystemExit: It raises an error, which is printed.
+        SystemExit: The call raises an error, which is printed.
     """
     import jax
 

@@ -1,4 +1,4 @@
-"""Leaves of a template that are or hold arrays, although a load cannot give them values.
+"""Template leaves that are or hold arrays, but that a load cannot give values.
 
 Specification: *Loading into a template*.
 """
@@ -17,16 +17,10 @@ from pytree2safetensors._messages import type_name
 
 def held_arrays(leaves: Sequence[Any], needs: Sequence[TemplateLeaf | None]) -> dict[int, str]:
     """Return why leaves that are not data do not fit, by position, if they are or hold arrays."""
-    others = [position for position, need in enumerate(needs) if need is None]
-    holding = holders_in([leaves[position] for position in others])
-    reasons = (
-        _reason(leaves[position], *one) for position, *one in zip(others, holding, strict=True)
-    )
-    return {
-        position: f"the template has {reason}"
-        for position, reason in zip(others, reasons, strict=True)
-        if reason
-    }
+    others = [n for n, need in enumerate(needs) if need is None]
+    holding = holders_in([leaves[n] for n in others])
+    reasons = {n: _reason(leaves[n], holds) for n, holds in zip(others, holding, strict=True)}
+    return {n: f"the template has {reason}" for n, reason in reasons.items() if reason}
 
 
 def _reason(leaf: Any, holds: bool) -> str:
@@ -37,7 +31,7 @@ def _reason(leaf: Any, holds: bool) -> str:
     if _is_reference(leaf):
         return "a reference to an array; put the array that it holds in its place, as ref[...]"
     if is_of_other_library(type(leaf)) and not isinstance(leaf, jax.core.Tracer):
-        return f"a {kind}, which is no array of JAX or NumPy; convert it with jnp.asarray(leaf)"
+        return f"a {kind}, not an array of JAX or NumPy; convert it with jnp.asarray(leaf)"
     return ""
 
 

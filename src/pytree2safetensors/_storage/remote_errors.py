@@ -80,7 +80,7 @@ def _code(cause: BaseException | None, status: int | None, is_web: bool) -> int:
 
 
 def _says_changed(error: Exception) -> bool:
-    """Return whether a request failed because the object is no longer the one that was opened."""
+    """Return whether a request failed because the object was replaced."""
     return getattr(error, "status", None) == 412 or type(error).__name__ == "FileExpired"
 
 
