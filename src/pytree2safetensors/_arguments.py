@@ -4,7 +4,7 @@ Specification: *Errors*.
 """
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import wraps
 from inspect import signature
 from numbers import Integral
@@ -66,6 +66,13 @@ def check_argument(where: str, name: str, value: object) -> None:
         raise TypeError(f"{where}: {name} must be {rule[1]}, not {_shown(value, rule[0])}{remedy}")
 
 
+def check_sizes(where: str, **sizes: int) -> None:
+    """Raise a ValueError that names a size if it is negative."""
+    for name, size in sizes.items():
+        if size < 0:
+            raise ValueError(f"{where}: {name} must be 0 or more, not {size}")
+
+
 def _shown(value: object, rule: object) -> str:
     kind = _type_name(value)
     if _is_rule(value):
@@ -106,6 +113,10 @@ def _is_path_or(method: str) -> Callable[[object], bool]:
 
 def _is_size(value: object) -> bool:
     return isinstance(value, Integral | str | None) and not isinstance(value, bool)
+
+
+def _is_strategy(value: object) -> bool:
+    return callable(getattr(value, "flatmap", None))  # without an import of Hypothesis
 
 
 def _has_names(value: object) -> bool:
@@ -165,6 +176,24 @@ _RULES: Final[Mapping[str, tuple[Callable[[object], bool], str]]] = {
     "prefix": (_is(str), "a spelled key path, which is a str"),
     "rename": (_is_rename, "a function, a mapping of strs to strs, or a sequence of Rules"),
     "dictionary": (_has_names, "a mapping of names, which are strs, to leaves"),
+    **{
+        where: (_is_strategy, f"a Hypothesis strategy, such as {example}")
+        for where, example in {
+            "arrays shapes": "hypothesis.strategies.just((2, 3))",
+            "leaves arrays": "arrays()",
+            "keypaths keys": "keys()",
+            "pytrees leaves": "leaves()",
+        }.items()
+    },
+    "arrays dtypes": (
+        lambda value: value is None or _is_strategy(value),
+        "a Hypothesis strategy, such as hypothesis.strategies.just('float32')",
+    ),
+    "nodes": (_is(Collection), "a collection of types, such as [dict, list]"),
+    **dict.fromkeys(
+        ("min_size", "max_size", "max_depth"),
+        (lambda value: isinstance(value, int) and not isinstance(value, bool), "an int"),
+    ),
     "attrs": (_has_names, "a mapping of names, which are strs, to values"),
     "children": (_is(Iterable), "an iterable"),
     **dict.fromkeys(

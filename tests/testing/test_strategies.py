@@ -439,7 +439,7 @@ REFUSED: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (
         lambda: keypaths("a"),  # type: ignore[arg-type]
         TypeError,
-        f"keypaths: keys {STRATEGY} keys(), not str",
+        f"keypaths: keys {STRATEGY} keys(), not 'a'",
     ),
     (
         lambda: pytrees(nodes=dict),  # type: ignore[arg-type]

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 from numpy.typing import NDArray
 
+from pytree2safetensors._arguments import checked
 from pytree2safetensors._leaves.describe import info_of
 from pytree2safetensors._leaves.spec import jax_holds
-from pytree2safetensors.testing._arguments import checked
 from pytree2safetensors.testing._compare import VALUE_BITS
 
 Draw: TypeAlias = Callable[..., Any]  # Hypothesis's own type cannot be checked at run time

@@ -6,6 +6,7 @@ from typing import Any, Final
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
+from pytree2safetensors._arguments import check_sizes, checked
 from pytree2safetensors._tree.keys import (
     MAX_INDEX,
     DictKey,
@@ -17,7 +18,6 @@ from pytree2safetensors._tree.keys import (
     item_key,
 )
 from pytree2safetensors._tree.literal import MAX_DIGITS
-from pytree2safetensors.testing._arguments import checked
 
 
 @cache
@@ -130,6 +130,7 @@ def keypaths(
     ...     assert len(path) <= 2
     >>> test_length()
     """
+    check_sizes("keypaths", min_size=min_size, max_size=max_size)
     if max_size < min_size:
         raise ValueError(f"keypaths: max_size must be min_size={min_size} or more, not {max_size}")
     return st.lists(keys, min_size=min_size, max_size=max_size).map(tuple)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes
 from hypothesis.strategies import SearchStrategy
 
-from pytree2safetensors.testing._arguments import checked
+from pytree2safetensors._arguments import checked
 from pytree2safetensors.testing._arrays import Draw, arrays, values_of
 from pytree2safetensors.testing._keys import limits
 

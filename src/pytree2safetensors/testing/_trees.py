@@ -8,10 +8,10 @@ from typing import Any, Final, TypeAlias
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
+from pytree2safetensors._arguments import check_sizes, checked
 from pytree2safetensors._tree.containers import PyTreeContainer, UnkeyedContainer
 from pytree2safetensors._tree.keys import DictKey
 from pytree2safetensors._tree.spelling import spell_key
-from pytree2safetensors.testing._arguments import checked
 from pytree2safetensors.testing._arrays import Draw
 from pytree2safetensors.testing._keys import keys, literals, numbers, texts
 from pytree2safetensors.testing._leaves import leaves
@@ -52,6 +52,7 @@ def pytrees(
     ...     assert type(tree) in (list, int)
     >>> test_tree()
     """
+    check_sizes("pytrees", min_size=min_size, max_depth=max_depth)
     unknown = [kind for kind in nodes if kind not in NODES]
     if unknown:
         raise ValueError(f"pytrees: nodes must be some of NODES, and these are not: {unknown}")
