@@ -78,9 +78,8 @@ class SafetensorsHandler(ocp.AsyncCheckpointHandler):
             )
         if template is None:
             _check_unused(asked)
-        if template is None and asked.sharding is None:
-            return load_pytree(path, prefix=asked.prefix)
-        if template is None:
+            if asked.sharding is None:
+                return load_pytree(path, prefix=asked.prefix)
             template = load_abstract(path, prefix=asked.prefix, sharding=asked.sharding)
         return load_into_pytree(
             template,

@@ -92,6 +92,8 @@ def test_a_reference_is_mismatched_traced_or_not() -> None:
             set_weights(template, {"@w": 2.0})
         assert caught.value.mismatched == (reason,)
         assert set_weights(template, {"@w": 2.0}, strict=False)["ref"] is template["ref"]
+        with pytest.raises(WeightsMismatchError, match="is not an array, or is an array without"):
+            set_weights({"w": jnp.ones(())}, {"@w": template["ref"]})
 
     check(jnp.ones(()))
     jax.jit(check)(1.0)

@@ -44,10 +44,12 @@ def host_array(leaf: Any) -> NDArray[Any]:
 
 def host_shard(data: jax.Array) -> NDArray[Any]:
     """Return the values of an array on one device. No large copy stays inside the array."""
-    return canonical_bools(_fetched(_key_data(data) if is_key_dtype(data.dtype) else data))
+    return canonical_bools(_fetched(data))
 
 
 def _fetched(data: jax.Array) -> NDArray[Any]:
+    if is_key_dtype(data.dtype):
+        data = _key_data(data)
     if is_in_place(data):
         try:
             return np.asarray(data)
@@ -66,7 +68,7 @@ def host_part(data: Any, index: tuple[slice, ...]) -> NDArray[Any]:
     if isinstance(data, jax.Array) and not is_in_place(data):
         return host_shard(part_of(data, index))
     if isinstance(data, jax.Array):
-        data = _fetched(_key_data(data) if is_key_dtype(data.dtype) else data)
+        data = _fetched(data)
     whole: Any = (*index, ...)  # always returns an array, never a scalar
     return canonical_bools(data[whole])
 

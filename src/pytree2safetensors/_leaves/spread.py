@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from pytree2safetensors._format.tensor import TensorInfo
 from pytree2safetensors._leaves.as_bits import narrow_as_bits
-from pytree2safetensors._leaves.assembled import Assembled
+from pytree2safetensors._leaves.assembled import Assembled, Member
 from pytree2safetensors._leaves.encode import pieces, to_bytes
 from pytree2safetensors._leaves.host import host_array, host_part, host_shard, part_of
 from pytree2safetensors._leaves.ownership import ownership
@@ -33,7 +33,7 @@ from pytree2safetensors._leaves.regions import (
     within,
 )
 from pytree2safetensors._leaves.to_jax import own_programs
-from pytree2safetensors._leaves.views import Source, View, file_parts, region_of_tensor
+from pytree2safetensors._leaves.views import file_parts, region_of_tensor
 from pytree2safetensors._types import Chunk
 
 _LARGE: Final = 1 << 16  # bytes: copying smaller arrays whole is faster
@@ -111,35 +111,35 @@ def owned_chunks(part: Owned, info: TensorInfo) -> Iterator[Chunk]:
 def assembled_chunks(tensor: Assembled) -> Iterator[Chunk]:
     """Yield the bytes of an assembled tensor that this process owns, in order."""
     _, info, members = tensor
-    parts = []
-    for view, number, leaf in members:
-        needed = region_of_tensor(view, number)
-        for region, data in _held(leaf):
+    parts: list[Part] = []
+    for member in members:
+        needed = region_of_tensor(member.view, member.number)
+        for region, data in _held(member.leaf):
             shared = common(region, needed)
-            if shared is None:
-                continue
-            for source, values in _parts_of(data, region, shared, view, info):
-                if source.number == number:
-                    parts.append(Part(source.region, values))
+            if shared is not None:
+                parts += _parts_of(data, region, shared, member, info)
     yield from gather(parts, members[0].view.fine, info.itemsize)
 
 
 def _parts_of(
-    data: Any, region: Region, shared: Region, view: View, info: TensorInfo
-) -> Iterator[tuple[Source, NDArray[Any]]]:
-    """Yield the parts of tensors that a region of a leaf makes, in units of one item."""
+    data: Any, region: Region, shared: Region, member: Member, info: TensorInfo
+) -> Iterator[Part]:
+    """Yield the parts of a tensor that a region of a leaf makes, in units of one item."""
+    view, number, _ = member
     unit = f"u{info.itemsize}"
     is_moved = view.order != tuple(range(len(view.order)))
     if is_moved and isinstance(data, jax.Array) and computes(data):
         with own_programs([data]):  # JAX moves axes faster than NumPy
             held = narrow_as_bits(part_of(data, within(shared, region)))
-            for source, moved in file_parts(view, shared, held):
+            for source, moved in file_parts(view, shared, held, number):
                 values = host_shard(moved)
-                yield source, np.ndarray(values.shape, unit, to_bytes(values, info))
+                raw = np.ndarray(values.shape, unit, to_bytes(values, info))
+                yield Part(source.region, raw)
     else:
         part = host_part(data, within(shared, region))
         raw = np.ndarray(shape_of(shared), unit, to_bytes(part, info))
-        yield from file_parts(view, shared, raw)
+        for source, values in file_parts(view, shared, raw, number):
+            yield Part(source.region, values)
 
 
 def _held(leaf: Any) -> list[tuple[Region, Any]]:

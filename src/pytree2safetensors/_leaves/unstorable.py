@@ -30,7 +30,7 @@ CONVERSIONS: Final = ("__array__", "__dlpack__", "__jax_array__")  # of arrays o
 
 def is_of_other_library(kind: type) -> bool:
     """Return whether objects of a type convert themselves to arrays, as arrays of other libraries do."""
-    own = issubclass(kind, np.ndarray | np.generic | jax.Array)
+    own = issubclass(kind, np.ndarray | np.generic | jax.Array | jax.core.Tracer)
     return not own and any(hasattr(kind, name) for name in CONVERSIONS)
 
 

@@ -30,7 +30,7 @@ def _reason(leaf: Any, holds: bool) -> str:
         return f"a {kind}, which holds arrays{f'; {node} is a pytree node' if node else _REGISTER}"
     if _is_reference(leaf):
         return "a reference to an array; put the array that it holds in its place, as ref[...]"
-    if is_of_other_library(type(leaf)) and not isinstance(leaf, jax.core.Tracer):
+    if is_of_other_library(type(leaf)):
         return f"a {kind}, not an array of JAX or NumPy; convert it with jnp.asarray(leaf)"
     return ""
 

@@ -74,7 +74,6 @@ class Comparison:
         leaf: TemplateLeaf,
         stored: LeafSpec | None,
         value: Any = None,
-        hint: str = "",
     ) -> bool:
         """Return whether a stored leaf fits a template leaf; `value` is that of a Python scalar."""
         if misfit(leaf, stored, value, self.cast) is None:
@@ -82,6 +81,7 @@ class Comparison:
             return True
         origin = origin_of(source, self.paths[position])
         reason = misfit(leaf, stored, value, self.cast, origin)
+        hint = transposed(leaf, stored, self.routes.rules[position])
         self.refuse(position, f"{reason}{hint}", leaf)
         self.castable |= misfit(leaf, stored, value, True) is None
         return False
@@ -94,7 +94,9 @@ class Comparison:
             self.used.add(name)
             self.unstorable.append((position, name))
         elif position in self.held and (rule is None or route is not None):
-            self.used.update(self._names_by_rule(position) if isinstance(route, Lost) else [name])
+            self.used.update(
+                self._names_by_rule(rule, route) if isinstance(route, Lost) else [name]
+            )
             self.mismatched.append((self.paths[position], self.held[position]))
 
     def judge_by_rule(self, position: int, leaf: TemplateLeaf, route: View | Lost | None) -> None:
@@ -109,18 +111,15 @@ class Comparison:
         elif rule is None:
             self.miss(position, None, leaf)
         else:
-            names = self._names_by_rule(position)
+            names = self._names_by_rule(rule, route)
             self.used.update(names)
             tensor = [f"the tensor {shorten(n)} {predicate(self.available[n])}" for n in names[:1]]
             reasons = [f"the template has {show(leaf.spec)}", route.reason, *tensor]
             self.refuse(position, "; ".join(reasons), leaf)
 
-    def _names_by_rule(self, position: int) -> list[str]:
+    def _names_by_rule(self, rule: Rule | None, lost: Lost) -> list[str]:
         """Return which tensors there are for a leaf that does not fit its rule."""
-        route, rule = self.routes.routes[position], self.routes.rules[position]
-        if rule is None or not isinstance(route, Lost):
-            return []
-        return parse_rule(rule).names_among(self.available, route.binding)
+        return parse_rule(rule).names_among(self.available, lost.binding) if rule else []
 
     def judge_view(self, position: int, leaf: TemplateLeaf, view: View) -> None:
         """Match a leaf with the tensors of a view."""
@@ -193,7 +192,7 @@ def compare(
         options: How to match.
     """
     outcome = Comparison(paths, needs, held, available, options)
-    routes, rules, *_ = outcome.routes
+    routes = outcome.routes.routes
     # Leaves that wait for the value of a Python scalar, or of what is not an array.
     waiting: list[tuple[int, str, TemplateLeaf, LeafSpec | None]] = []
     fitting: set[tuple[int, int]] = set()  # template leaves and stored leaves, by identity
@@ -218,9 +217,7 @@ def compare(
             outcome.found.append((position, route, leaf))
         elif stored is None or needs_value(leaf, stored):
             waiting.append((position, route, leaf, stored))
-        elif outcome.judge(
-            position, route, leaf, stored, hint=transposed(leaf, stored, rules[position])
-        ):
+        elif outcome.judge(position, route, leaf, stored):
             fitting.add((id(leaf), id(stored)))
     scalars = values({name for _, name, _, _ in waiting})
     for position, name, leaf, stored in waiting:
@@ -256,7 +253,6 @@ def _routed(
         return found
     routes: list[Route] = [None] * len(needs)
     rules: list[Rule | None] = [None] * len(needs)
-    families = [*range(len(needs))]
-    for position, route, rule, family in zip(data, *found[:3], strict=True):
-        routes[position], rules[position], families[position] = route, rule, data[family]
-    return Routes(routes, rules, families, found.idle)
+    for position, route, rule in zip(data, found.routes, found.rules, strict=True):
+        routes[position], rules[position] = route, rule
+    return found._replace(routes=routes, rules=rules, families=())  # which only saves need

@@ -20,7 +20,6 @@ from pytree2safetensors._tree.printing import array_text
 from pytree2safetensors._tree.rule import Rule
 
 _NO_NUMBERS: Final = frozenset({"key", "str"})
-_RANKS: Final = {"bool": 0, "int": 2, "float": 3, "complex": 4}
 
 
 def misfit(
@@ -90,7 +89,7 @@ def _dtype_fits(wanted: LeafSpec, stored: LeafSpec, value: Any, cast: bool) -> b
 
 
 def _rank_of(leaf: LeafSpec) -> int:
-    return _RANKS[leaf.kind] if leaf.dtype is None else rank_of(leaf.dtype)
+    return rank_of(np.dtype(leaf.kind) if leaf.dtype is None else leaf.dtype)
 
 
 def _not_an_array(value: Any) -> str:
@@ -105,7 +104,7 @@ def needs_value(leaf: TemplateLeaf, stored: LeafSpec) -> bool:
     """Return whether the fit depends on the value of a stored Python scalar."""
     return (
         stored.dtype is None
-        and stored.kind not in {"key", "str"}
+        and stored.kind not in _NO_NUMBERS
         and (
             leaf.spec.dtype is not None
             or (stored.kind == "int" and leaf.spec.kind in {"float", "complex"})

@@ -14,16 +14,22 @@ from pytree2safetensors._arguments import checked
 from pytree2safetensors._format.tensor import TensorInfo
 from pytree2safetensors._leaves.assembled import Assembled, Placed, assemble
 from pytree2safetensors._leaves.describe import describe
-from pytree2safetensors._leaves.encode import to_bytes
 from pytree2safetensors._leaves.families import Lost
-from pytree2safetensors._leaves.host import host_array, part_of
+from pytree2safetensors._leaves.host import part_of
 from pytree2safetensors._leaves.meshes import computed
 from pytree2safetensors._leaves.ownership import is_global
 from pytree2safetensors._leaves.prng_keys import is_key_dtype
 from pytree2safetensors._leaves.regions import Region, Shape
 from pytree2safetensors._leaves.renaming import Rename, renamed
+from pytree2safetensors._leaves.spread import tensor_chunks
 from pytree2safetensors._leaves.views import View, file_parts, region_of_tensor, tiled
-from pytree2safetensors._save.renamed import differ, incomparable, misfit_error, other_dtypes
+from pytree2safetensors._save.renamed import (
+    differ,
+    have_same_bytes,
+    incomparable,
+    misfit_error,
+    other_dtypes,
+)
 from pytree2safetensors._tree.flatten import flatten
 from pytree2safetensors._tree.pytree import PyTree
 from pytree2safetensors._tree.rule import Rule
@@ -110,8 +116,7 @@ def _check_equal(one: Any, other: Any, places: tuple[str, str, str]) -> None:
         return
     if is_global(one) or is_global(other):
         raise incomparable(*places)
-    first, second = (to_bytes(host_array(leaf), info) for leaf in (one, other))
-    if not np.array_equal(first, second):
+    if not have_same_bytes(tensor_chunks(one, info), tensor_chunks(other, info)):
         raise differ(*places)
 
 

@@ -153,12 +153,12 @@ def _check_equal(one: Copy, other: Copy) -> None:
         members = [*one.tensor.members, *other.tensor.members]
         if any(is_global(member.leaf) for member in members):
             raise incomparable(one.path, other.path, one.tensor.name)
-        if _have_same_bytes(assembled_chunks(one.tensor), assembled_chunks(other.tensor)):
+        if have_same_bytes(assembled_chunks(one.tensor), assembled_chunks(other.tensor)):
             return
     raise differ(one.path, other.path, one.tensor.name)
 
 
-def _have_same_bytes(one: Iterable[Chunk], other: Iterable[Chunk]) -> bool:
+def have_same_bytes(one: Iterable[Chunk], other: Iterable[Chunk]) -> bool:
     """Return whether adjacent chunks have the same bytes, wherever they are cut."""
     ones, others = (piece for _, piece in one), (piece for _, piece in other)
     first = second = _NOTHING

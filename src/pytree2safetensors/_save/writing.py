@@ -42,8 +42,6 @@ def write(
         OSError: The files cannot be written. The old files are unchanged.
     """
     hashing = Hashing(plan.infos) if plan.checksum else None
-    if isinstance(target, LocalTarget):
-        plan, target = replacing_shards(plan, target)
     with closing_bar(progress), hashing or nullcontext():
         if isinstance(target, LocalTarget):
             _write_locally(plan, leaves, target, hashing, durable, progress)
@@ -60,6 +58,7 @@ def _write_locally(
     progress: Progress | None,
 ) -> None:
     """Write one file, or files into their folder, where they replace those of an older save."""
+    plan, target = replacing_shards(plan, target)
     if target.folder is not None:
         files = _new_files(plan, plan.files, leaves, hashing)
         older = older_files(plan, target)

@@ -12,8 +12,23 @@ from pytree2safetensors._messages import shorten
 # Stores that give a file its name when it is complete; docs/guides/object-stores.md says how. Caches
 # in front of them do not wait for that, and `sshfs` does not have these schemes.
 _WHOLE: Final = frozenset(
-    ["s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hf", "sftp", "ftp", "smb", "webhdfs", "file"]
-) | {"memory"}
+    [
+        "s3",
+        "s3a",
+        "gs",
+        "gcs",
+        "az",
+        "abfs",
+        "abfss",
+        "hf",
+        "sftp",
+        "ftp",
+        "smb",
+        "webhdfs",
+        "file",
+        "memory",
+    ]
+)
 _USER: Final = re.compile(r"((?:https?|ftps?|sftp|ssh|webdavs?|smb|git|github)://)[^/@\s'\"]*@")
 _QUERY: Final = re.compile(r"(://[^\s?'\"]*)\?[^\s'\"]*")
 

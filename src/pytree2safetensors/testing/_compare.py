@@ -151,10 +151,9 @@ def _native(dtype: Any) -> Any:
 
 def _words(leaf: Any) -> _Words:
     """Return the bits of each element as a row of integers: of each part, if it has several."""
+    size = leaf.size
     if isinstance(leaf, jax.Array) and is_key_dtype(leaf.dtype):
-        leaf, size = jax.random.key_data(leaf), leaf.size
-    else:
-        size = leaf.size
+        leaf = jax.random.key_data(leaf)
     values = np.asarray(leaf)
     if not values.dtype.isnative:
         values = values.byteswap()
