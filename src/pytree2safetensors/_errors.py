@@ -55,10 +55,6 @@ class ReplacedError(FileFormatError):
     """Another file has taken the place of one that was not open. Loads start again."""
 
 
-class NoCheckpoint(FileFormatError):
-    """A folder has no checkpoint, or several."""
-
-
 class UnreadableLeaf(FileFormatError):
     """A stored leaf that cannot be loaded, although the others of its file can."""
 

@@ -12,7 +12,6 @@ from pytree2safetensors._cli.terminal import labelled, line, plain, size
 from pytree2safetensors._errors import (
     FileFormatError,
     KeyPathError,
-    NoCheckpoint,
     Pytree2SafetensorsError,
     TreeStructureError,
     UnknownHere,
@@ -20,9 +19,11 @@ from pytree2safetensors._errors import (
 from pytree2safetensors._format.digests import digest_tensor, hash_blocks
 from pytree2safetensors._leaves.spec import spec_of
 from pytree2safetensors._load.checkpoint import OpenCheckpoint
+from pytree2safetensors._load.locate import locate, locate_remotely
 from pytree2safetensors._load.opening import open_checkpoint
 from pytree2safetensors._messages import plural, shorten
-from pytree2safetensors._storage.locations import PathLike
+from pytree2safetensors._storage.locations import PathLike, resolve
+from pytree2safetensors._storage.remote_path import RemotePath
 from pytree2safetensors._tree.unflatten import build_tree
 
 
@@ -91,9 +92,12 @@ def verify_file(path: PathLike) -> Verdict:
     """
     try:
         checkpoint = open_checkpoint(path)
-    except NoCheckpoint:
-        raise
     except Pytree2SafetensorsError as error:
+        where = resolve(path)
+        if isinstance(where, RemotePath):
+            locate_remotely(where)
+        else:
+            locate(where)
         return Verdict(False, 0, 0, False, [str(error)], [])
     with checkpoint:
         problems: list[str] = []

@@ -8,7 +8,7 @@ import re
 from contextlib import closing, suppress
 from typing import Final
 
-from pytree2safetensors._errors import FileFormatError, NoCheckpoint
+from pytree2safetensors._errors import FileFormatError
 from pytree2safetensors._format.header import LENGTH_BYTES, MAX_HEADER
 from pytree2safetensors._format.index import (
     INDEX_NAME,
@@ -85,7 +85,7 @@ def _chosen(folder: str, names: list[str]) -> str:
         found = [name for name in _without_replaced(names) if name.endswith(SUFFIX)]
         check_not_cut_short(folder, list(filter(SHARD_NAME.fullmatch, found)))
     if len(found) > 1:
-        raise NoCheckpoint(
+        raise FileFormatError(
             f"the folder {shorten(folder)} has {joined([*map(shorten, found)], 5)}; "
             "pass the path of the one to load"
         )
@@ -99,7 +99,7 @@ def _chosen(folder: str, names: list[str]) -> str:
         )
         if not _OF_ORBAX.isdisjoint(names):
             hint = "; Orbax wrote it: restore it with Orbax, and save the result"
-        raise NoCheckpoint(
+        raise FileFormatError(
             f"the folder {shorten(folder)} has no safetensors file and no index{hint or present}"
         )
     return found[0]
@@ -155,7 +155,7 @@ def has_parts(path: str) -> bool:
 def check_not_cut_short(folder: str, shards: list[str]) -> None:
     """Raise an error if there are shards, finished or not, and no index."""
     if shards:
-        raise NoCheckpoint(
+        raise FileFormatError(
             f"the folder {shorten(folder)} has {shorten(shards[0])} but no index: a save was interrupted "
             "or is in progress, or the index was not copied; save or copy the folder again"
         )
