@@ -19,6 +19,7 @@ from pytree2safetensors import (
     pytree2dict,
     set_weights,
 )
+from pytree2safetensors._leaves.jax_versions import enable_x64
 from pytree2safetensors._leaves.spec import jax_holds
 
 VALUES = np.arange(64, dtype=np.float32).reshape(8, 8)
@@ -108,6 +109,19 @@ def test_a_rule_rearranges_only_arrays_with_values(leaf: Any, other: Any) -> Non
         pytree2dict([leaf, other], rename=[Rule("w", "#{p}", "p a -> a")])
     reason = "rearranges axes, and this leaf is not an array of numbers"
     assert any(line.startswith("'#0'") and reason in line for line in caught.value.mismatched)
+
+
+@pytest.mark.parametrize("order", "<>")
+def test_a_rule_rearranges_no_complex128(order: str) -> None:
+    rule, leaf = Rule("t", "@w", "a b -> b a"), np.ones((2, 3), f"{order}c16")
+    reason = "it is complex128, which no pattern can rearrange, because a file stores it as float64"
+    with pytest.raises(WeightsMismatchError) as caught:
+        pytree2dict({"w": leaf}, rename=[rule])
+    assert caught.value.mismatched == (f"'@w': {reason}",)
+    with enable_x64(True), pytest.raises(WeightsMismatchError) as caught:
+        pytree2dict({"w": jnp.ones((2, 3), complex)}, rename=[rule])
+    assert caught.value.mismatched == (f"'@w': {reason}",)
+    assert pytree2dict({"w": leaf}, rename=[Rule("t", "@w")])["t"] is leaf
 
 
 def test_no_setting_of_jax_stops_a_tensor_of_several_devices() -> None:

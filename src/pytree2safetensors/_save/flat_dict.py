@@ -35,6 +35,9 @@ from pytree2safetensors._tree.pytree import PyTree
 from pytree2safetensors._tree.rule import Rule
 
 _BYTES: Final = TensorInfo("U8", (), 1)  # for arrays whose dtype does not matter here
+_WIDE: Final = (
+    "it is complex128, which no pattern can rearrange, because a file stores it as float64"
+)
 
 
 @checked
@@ -78,6 +81,8 @@ def _renamed(paths: list[str], leaves: list[Any], rename: Rename) -> dict[str, A
     for (route, rule, family), path, leaf in zip(ways, paths, leaves, strict=True):
         if isinstance(route, Lost):
             lost.append((path, rule, route.reason))
+        elif isinstance(route, View) and leaf.dtype.newbyteorder("=") == np.complex128:
+            lost.append((path, rule, _WIDE))
         elif isinstance(route, View):
             placed.append(Placed(route, rule, family, path, leaf, _BYTES))
         elif route is not None:
