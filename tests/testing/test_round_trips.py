@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections import OrderedDict
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -223,6 +224,29 @@ def test_a_tree_of_plain_nodes_must_load_without_a_template(
     assert_round_trips(Keyed({"@a": 1, ".a": 2}))
     with pytest.raises(pytree2safetensors.TreeStructureError):
         assert_round_trips({"a": 1})
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ("@a", ".a"),  # of two kinds
+        (r"#\(1)", r"#\(3)"),  # a gap between children without keys
+        (r"@\(1)", r"@\(True)"),  # equal in Python
+        (r"@\(1)", "@a"),  # cannot be sorted
+        ("#2000000",),  # too many gaps
+    ],
+)
+def test_nodes_whose_key_paths_form_no_tree_are_loaded_into_the_template(
+    keys: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    node = Keyed(dict.fromkeys(keys, 1))
+    assert_round_trips(node)
+    pytree2safetensors.save_pytree(node, tmp_path / "file")
+    with pytest.raises(pytree2safetensors.TreeStructureError):
+        pytree2safetensors.load_pytree(tmp_path / "file")
+    monkeypatch.setattr(_round_trips, "load_into_pytree", lambda template, path: template)
+    with pytest.raises(AssertionError, match="different when loaded into a template: "):
+        assert_round_trips(node)
 
 
 def test_what_cannot_be_saved_says_why() -> None:

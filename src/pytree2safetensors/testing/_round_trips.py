@@ -28,8 +28,8 @@ def assert_round_trips(tree: Any) -> None:
     types, dtypes, shapes and bits must be the same. In place of a NumPy array of a subclass or in
     another byte order, a plain array must come back. Without a template, this must also be true if
     the tree consists of dicts, lists, tuples, `None`s and containers. For other trees, only the
-    leaves and their key paths must be the same. If the keys of a node are of different kinds, the
-    tree is only loaded into the template.
+    leaves and their key paths must be the same. If the key paths do not form a tree, for example
+    because the keys of a node are of different kinds, the tree is only loaded into the template.
 
     Args:
         tree: Any pytree that can be saved.
@@ -59,7 +59,7 @@ def assert_round_trips(tree: Any) -> None:
         try:
             loaded = load_pytree(path)
         except TreeStructureError:
-            return  # the keys of a node are of different kinds
+            return  # the key paths do not form a tree
         assert_same_leaves(pytree2dict(tree), pytree2dict(loaded), "without a template")
 
 
