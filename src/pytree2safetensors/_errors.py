@@ -76,7 +76,7 @@ class WeightsMismatchError(Pytree2SafetensorsError, ValueError):
     Attributes:
         missing: Spelled key paths that only the template has.
         unexpected: Names that only the file or dictionary has.
-        mismatched: One line for each leaf that does not fit: its spelled key path, and why.
+        mismatched: A line for each leaf that does not fit: the `repr` of its spelled key path, and why.
     """
 
     __module__ = "pytree2safetensors"

@@ -13,6 +13,7 @@ import pytest
 
 from oracle import assert_same
 from pytree2safetensors import (
+    Rule,
     UnsupportedLeafError,
     WeightsMismatchError,
     load_into_pytree,
@@ -87,6 +88,29 @@ def test_a_logger_gets_what_did_not_fit(
         "the dictionary does not fit the template: 1 missing, 1 unexpected, 1 mis"
     )
     assert (text in capfd.readouterr().err) == verbose
+
+
+def test_entries_have_the_whole_path_and_the_message_a_short_one(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    name = "k" * 300
+    template, given = {name: np.zeros(2), "a": 0}, {f"@{name}": np.zeros(3), "@a": 1}
+    why = "the template has float64[2], but the stored leaf is float64[3]"
+    with pytest.raises(WeightsMismatchError) as caught:
+        set_weights(template, given)
+    assert caught.value.mismatched == (f"'@{name}': {why}",)
+    short = f"    '@{'k' * 99}'...'{'k' * 100}' (301 characters): {why}"
+    assert short in str(caught.value).splitlines()
+    with caplog.at_level("INFO", "pytree2safetensors"):
+        set_weights(template, given, strict=False)
+    [record] = caplog.records
+    assert vars(record)["mismatched"] == [f"'@{name}': {why}"]
+    assert short in record.getMessage().splitlines()
+    rule = Rule("w", f"@{name}", "a b -> b a")
+    with pytest.raises(WeightsMismatchError) as caught:
+        pytree2dict({name: np.zeros(2)}, rename=[rule])
+    assert caught.value.mismatched[0].startswith(f"'@{name}': it has 1 axis")
+    assert name not in str(caught.value).splitlines()[1].partition(": ")[0]
 
 
 def test_verbose_says_nothing_where_all_fits(capfd: pytest.CaptureFixture[str]) -> None:

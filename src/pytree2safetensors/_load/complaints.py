@@ -42,7 +42,7 @@ def misfits(outcome: Comparison, options: Options) -> Misfits:
     return Misfits(
         [*dict.fromkeys(path for path, _ in outcome.missing)],
         unused if options.unexpected == "raise" else [],
-        [f"{shorten(path)}: {reason}" for path, reason in outcome.mismatched],
+        [f"{path!r}: {reason}" for path, reason in outcome.mismatched],
     )
 
 
@@ -62,6 +62,7 @@ def check(outcome: Comparison, options: Options) -> None:
     counts = f"{len(missing)} missing, {len(unexpected)} unexpected, {len(mismatched)} mismatched"
     candidates = _up_to(_COMPARED, _unexpected_names(outcome, options))
     missing_lines = (_missing_line(*pair, candidates) for pair in missing)
+    mismatched_lines = (f"{shorten(path)}: {reason}" for path, reason in outcome.mismatched)
     parts = [
         f"{options.label} does not fit the template: {counts}",
         *_section("missing (the template has them)", missing_lines, len(missing)),
@@ -70,7 +71,7 @@ def check(outcome: Comparison, options: Options) -> None:
             (shorten(name) + _kept(name, outcome, options) for name in unexpected),
             len(unexpected),
         ),
-        *_section("mismatched", mismatched, len(mismatched)),
+        *_section("mismatched", mismatched_lines, len(mismatched)),
         *_useless(options.rename, outcome.paths),
         *_section("rules that no leaf of the template uses", idle, len(outcome.routes.idle)),
     ]

@@ -107,7 +107,7 @@ def misfit_error(
         if missing
         else "Change the rule, or put Rule(None, path) before it to leave the leaf out."
     )
-    mismatched = [f"{shorten(path)}: {reason}" for path, rule, reason in lost if rule is not None]
+    mismatched = [f"{path!r}: {reason}" for path, rule, reason in lost if rule is not None]
     return WeightsMismatchError("\n".join(parts), missing, (), mismatched)
 
 
