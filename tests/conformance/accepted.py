@@ -149,6 +149,11 @@ def add_by_others(kit: Kit) -> None:
         # Members that a reader ignores: a long integer, and lists down to level 100.
         (with_member(b"9" * 5000), {"a": array}),
         (with_member(b"[" * 98 + b"]" * 98), {"a": array}),
+        # As doubles, these keys would be equal.
+        (
+            hostile.names(r"@\(9007199254740993)", r"@\(9007199254740992\.0)"),
+            {2.0**53: array, 2**53 + 1: array},
+        ),
         (
             hostile.file(
                 {"__metadata__": {f"{hostile.NOTE}.future": "[]"}, "@a": hostile.byte()}, b"\0"
@@ -265,6 +270,15 @@ def add_folders_by_others(kit: Kit) -> None:
     save_pytree(tree, folder, max_shard_size=30, checksum=True)
     rewrite(lambda i: {**i, "metadata": {**i["metadata"], "total_size": "608"}})(folder)
     kit.accept("index-total-size", tree, {}, "others")
+    folder = kit.folder / "accepted" / "index-digests-and-numbers"
+    save_pytree(tree, folder, max_shard_size=30, checksum=True)
+    rewrite(lambda i: {**i, "metadata": {**i["metadata"], "n": [0.5]}})(folder)
+    kit.accept("index-digests-and-numbers", tree, {}, "others")
+    folder = kit.folder / "accepted" / "index-beside-another-and-its-file"
+    save_pytree(tree, folder, max_shard_size=30)
+    (folder / "a.safetensors.index.json").write_text('{"weight_map": {}}')
+    (folder / "a.safetensors").write_bytes(hostile.file({}))
+    kit.accept("index-beside-another-and-its-file", tree, {}, "others")
     folder = kit.folder / "accepted" / "index-empty"
     folder.mkdir()
     (folder / INDEX).write_text('{"weight_map": {}}')

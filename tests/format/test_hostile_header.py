@@ -2,6 +2,7 @@
 
 import inspect
 import io
+import json
 import sys
 from pathlib import Path
 
@@ -56,6 +57,29 @@ def test_a_file_on_disk_cut_anywhere_is_refused(tmp_path: Path, mmap: bool) -> N
 @pytest.mark.parametrize("more", [b"\0", b"x" * 4096, WHOLE, b"extra bytes of another format"])
 def test_bytes_after_the_data_are_refused(more: bytes) -> None:
     refused(WHOLE + more, FileFormatError, "has bytes after its data: its header describes 8 bytes")
+
+
+def shapes_of_equal_hashes(number: int) -> list[list[int]]:
+    """Shapes of empty tensors. CPython gives their tuples the same hash, which it does not randomize."""
+    sizes = np.random.default_rng(0).integers(0, 2, (20 * number, 31), np.uint64)
+    sizes[:, 0] = 0
+    factor, other = np.uint64(14029467366897019727), np.uint64(11400714785074694791)
+    state = np.full(len(sizes), np.uint64(2870177450012600261))
+    for column in sizes.T:
+        state += column * factor
+        state = (state << np.uint64(31) | state >> np.uint64(33)) * other
+    last = -state * np.uint64(pow(int(factor), -1, 2**64))  # so that the last sum is 0
+    return np.column_stack([sizes, last])[last < 2**60][:number].tolist()  # type: ignore[no-any-return] # NumPy gives `tolist` no type
+
+
+def test_shapes_of_equal_hashes_cost_no_more_than_others() -> None:
+    shapes = shapes_of_equal_hashes(30_000)
+    if sys.implementation.name == "cpython" and sys.maxsize > 2**32:
+        assert len({hash(tuple(shape)) for shape in shapes}) == 1
+    header = {f"@{n}": tensor("U8", shape, 0, 0) for n, shape in enumerate(shapes)}
+    content = file(json.dumps(header).encode())  # with spaces, so that it is not the usual form
+    with no_hang(15):
+        assert load_metadata(io.BytesIO(content)) == {}
 
 
 @pytest.mark.parametrize("length", range(1, len(WHOLE)))

@@ -77,6 +77,7 @@ BAD_INDEXES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "a note of nothing": (said(pytree2safetensors="{}"), "has no version"),
     "surrogates": (said(run="\udc00"), "holds a lone surrogate"),
     "surrogates in a key": (said(**{"\udc00": "1"}), "holds a lone surrogate"),
+    "a surrogate that stands for a byte": (replaced("@a", "\udcff"), NOT_PLAIN),
 }
 
 

@@ -156,13 +156,14 @@ def test_folders_may_have_relative_paths(tmp_path: Path, monkeypatch: pytest.Mon
 
 @pytest.mark.skipif(os.sep == "\\", reason="a backslash separates folders there")
 @pytest.mark.parametrize("limit", [100, 10**6])
-def test_a_stem_that_no_index_can_name_is_refused(tmp_path: Path, limit: int) -> None:
+@pytest.mark.parametrize("stem", [r"a\b", os.fsdecode(b"\xff")])
+def test_a_stem_that_no_index_can_name_is_refused(tmp_path: Path, stem: str, limit: int) -> None:
     message = (
-        r"shards cannot have the stem 'a\\b', because an index names files in a way that every system "
-        "understands; choose a name without a backslash"
+        f"shards cannot have the stem {stem!r}, because an index names files in a way that every system "
+        "understands; choose a name of Unicode characters without a backslash"
     )
     with pytest.raises(FileFormatError, match=f"^{re.escape(message)}$"):
-        save_pytree(tree_of(1), tmp_path / "run" / r"a\b.safetensors", max_shard_size=limit)
+        save_pytree(tree_of(1), tmp_path / "run" / f"{stem}.safetensors", max_shard_size=limit)
     assert names_in(tmp_path) == []
 
 

@@ -76,6 +76,29 @@ def test_what_is_left_after_skipping_is_a_tree(tree: Any, found: Any, tmp_path: 
     assert_same(load_pytree(tmp_path / "file"), found)
 
 
+@jax.tree_util.register_pytree_with_keys_class
+class Mixed:
+    """A node with children of any keys."""
+
+    def __init__(self, keys: list[Any]) -> None:
+        self.keys = keys
+
+    def tree_flatten_with_keys(self) -> tuple[list[tuple[Any, Any]], None]:
+        return [(key, print) for key in self.keys], None
+
+    @classmethod
+    def tree_unflatten(cls, _: None, children: Any) -> Any:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("number", range(16))  # the order of a set of other names is another one
+def test_a_node_that_lost_a_dict_key_is_a_dict(tmp_path: Path, number: int) -> None:
+    keys = [jax.tree_util.GetAttrKey(f"a{number}"), jax.tree_util.DictKey(f"b{number}")]
+    for order in keys, keys[::-1]:
+        save_pytree([Mixed(order)], tmp_path / "file", unsupported="skip")
+        assert_same(load_pytree(tmp_path / "file"), [{}])
+
+
 def test_skipping_leaves_out_no_array(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedLeafError, match="concrete arrays"):
         save_pytree([Struct((), np.int32), print], tmp_path / "file", unsupported="skip")

@@ -192,13 +192,15 @@ def _read(text: str, file: str) -> tuple[Tensors, dict[str, str]]:
     pairs = read_json(text, f"the header of {file}", keep_pairs=True, fractions=True)
     metadata = _metadata(next((value for name, value in pairs if name == METADATA), None), file)
     tensors = Tensors([], [], [])
-    known: dict[TensorInfo, TensorInfo] = {}  # one object for equal tensors
+    # One object for equal tensors. Text is the key: with tuples of integers, a file could make all
+    # hashes equal.
+    known: dict[str, TensorInfo] = {}
     for name, content in pairs:
         if name != METADATA:
             fields = dict(content) if type(content) is tuple else {}
             info = _entry(name, fields, file)
             tensors.names.append(name)
-            tensors.infos.append(known.setdefault(info, info))
+            tensors.infos.append(known.setdefault(f"{info.dtype}{info.shape}", info))
             tensors.starts.append(fields["data_offsets"][0])
     return tensors, metadata
 

@@ -12,7 +12,7 @@ from operator import index
 from typing import Any, Final, SupportsIndex
 
 from pytree2safetensors._errors import FileFormatError
-from pytree2safetensors._format.header import MAX_HEADER
+from pytree2safetensors._format.header import MAX_HEADER, SURROGATE
 from pytree2safetensors._format.layout import (
     MAX_SHARD_HEADER,
     empty_length,
@@ -109,7 +109,7 @@ def check_stem(stem: str) -> None:
     if not _is_plain(stem + SUFFIX):
         raise FileFormatError(
             f"shards cannot have the stem {shorten(stem)}, because an index names files in a way that "
-            "every system understands; choose a name without a backslash"
+            "every system understands; choose a name of Unicode characters without a backslash"
         )
 
 
@@ -140,11 +140,12 @@ def read_weight_map(content: Any, label: str) -> dict[str, set[str]]:
 
 def _is_plain(name: str) -> bool:
     """Return whether a name can only be that of a file in the same folder, on every system."""
-    try:
-        os.fsencode(name)
-    except UnicodeEncodeError:
-        return False
-    return not (name in {"", ".", ".."} or _LEADS_AWAY.search(name) or os.path.splitdrive(name)[0])
+    return not (
+        name in {"", ".", ".."}
+        or _LEADS_AWAY.search(name)
+        or SURROGATE.search(name)
+        or os.path.splitdrive(name)[0]
+    )
 
 
 def read_index_metadata(content: dict[str, Any], label: str) -> dict[str, str]:

@@ -95,7 +95,7 @@ def _leave_out(names: Iterable[str], flat: Flat) -> None:
         kind = flat.kinds.get(parent)
         if isinstance(kind, list):
             removed.setdefault(parent, set()).add(segment)
-        elif parent not in parents:
+        elif parent not in parents and kind != "dict":  # a dict key decides
             flat.kinds[parent] = "dict" if segment[0] == ITEM else "PyTreeContainer"
             parents |= _ancestors([parent])
     for parent, gone in removed.items():
