@@ -60,7 +60,12 @@ REASONS = (  # what a message says, and the word for it
     ("", "header"),
 )
 # Messages about files that the format lets a reader refuse or load.
-OPTIONAL = ("what memory can address", "dimensions, and", "the tree would have more", "a packed dtype")
+OPTIONAL = (
+    "what memory can address",
+    "dimensions, and",
+    "the tree would have more",
+    "a packed dtype",
+)
 
 
 class Seen:

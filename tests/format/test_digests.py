@@ -69,21 +69,26 @@ def test_malformed_digests_are_refused(entry: str) -> None:
         digests.read_digests(metadata, ["a"], "x")
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype", "shape", "digest"),
-    [
-        ("@w", "U8", [0], "81ab5a336114976310eda419ba689144"),
-        ("@w", "F32", [2, 3], "9ea16bfa2db40567ffa47a8d5f0a94a4"),
-        ("a.b", "I64", [], "a6ecca406e49eedd327118ba9f48ff49"),
-        ("@é\\.x", "U8", [3, 5], "b259f72b8a0990c94059a4811dd750f7"),
-        ("@big", "U8", [16_777_216], "de875d494355bf31e49a79d9d5a20473"),
-        ("@big", "U8", [16_777_217], "e4102e2e8f842eeccc8dcc97f08e8c09"),
-        ("@big", "F32", [3, 4_000_000], "d11ee4917352250ef1998441ad1de195"),
-    ],
-)
-def test_the_vectors_of_the_format_page(
-    name: str, dtype: str, shape: list[int], digest: str
-) -> None:
+def test_digests_that_name_a_tensor_twice_are_refused() -> None:
+    metadata = {digests.DIGESTS: '{"a":"1","a":"2"}'}
+    metadata[digests.METADATA_DIGEST] = digests.digest_metadata(metadata)
+    with pytest.raises(FileFormatError, match=r"^the table of digests of x has 'a' twice"):
+        digests.read_digests(metadata, ["a"], "x")
+
+
+VECTORS = [
+    ("@w", "U8", [0], "81ab5a336114976310eda419ba689144"),
+    ("@w", "F32", [2, 3], "9ea16bfa2db40567ffa47a8d5f0a94a4"),
+    ("a.b", "I64", [], "a6ecca406e49eedd327118ba9f48ff49"),
+    ("@é\\.x", "U8", [3, 5], "b259f72b8a0990c94059a4811dd750f7"),
+    ("@big", "U8", [16_777_216], "de875d494355bf31e49a79d9d5a20473"),
+    ("@big", "U8", [16_777_217], "e4102e2e8f842eeccc8dcc97f08e8c09"),
+    ("@big", "F32", [3, 4_000_000], "d11ee4917352250ef1998441ad1de195"),
+]
+
+
+@pytest.mark.parametrize(("name", "dtype", "shape", "digest"), VECTORS)
+def test_the_digest_of_a_vector(name: str, dtype: str, shape: list[int], digest: str) -> None:
     size = int(np.prod(shape)) * {"U8": 1, "F32": 4, "I64": 8}[dtype]
     data = bytes(i % 251 for i in range(251)) * (size // 251 + 1)
     assert digest_of(name, dtype, shape, data[:size]) == digest

@@ -89,6 +89,17 @@ def test_the_length_of_a_header_is_known_without_its_text(
     assert len(planned.head) == 8 + layout.padded_length(length, planned.size)
 
 
+@given(st.dictionaries(st.text(min_size=1), st.text(), max_size=5), st.text(min_size=1))
+def test_a_header_is_written_as_python_writes_compact_json(
+    metadata: dict[str, str], name: str
+) -> None:
+    planned = layout.lay_out({name: TensorInfo("U8", (3,), 3)}, metadata)
+    entry = {"dtype": "U8", "shape": [3], "data_offsets": [0, 3]}
+    content = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    text = json.dumps({**content, name: entry}, separators=(",", ":"))
+    assert planned.head[8:].decode("ascii").rstrip(" ") == text
+
+
 @given(
     st.lists(st.integers(1, 2000), min_size=1, max_size=30),
     st.dictionaries(st.text(max_size=5), st.text(max_size=50), max_size=2),

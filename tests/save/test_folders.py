@@ -77,6 +77,11 @@ def test_one_shard_is_a_plain_file(tmp_path: Path, tree: Any) -> None:
     assert is_same(tree, load_pytree(tmp_path / "m"))
 
 
+def test_one_tensor_beyond_the_limit_is_a_plain_file(tmp_path: Path) -> None:
+    save_pytree({"a": np.zeros(5)}, tmp_path, max_shard_size=3)
+    assert names_in(tmp_path) == ["model.safetensors"]
+
+
 def test_a_single_file_may_have_a_longer_header_than_a_shard(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -81,7 +81,7 @@ def read_digests(
             f"the metadata of {file} does not match its digest: the file is damaged; "
             "restore it from a copy"
         )
-    tensors = read_json(metadata[DIGESTS], f"the digests of {file}")
+    tensors = read_json(metadata[DIGESTS], f"the table of digests of {file}")
     if not isinstance(tensors, dict) or not all(isinstance(d, str) for d in tensors.values()):
         raise FileFormatError(f"the digests of {file} do not map names to digests")
     differing = sorted(set(tensors) ^ set(names))
