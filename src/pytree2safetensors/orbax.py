@@ -32,7 +32,7 @@ class SafetensorsHandler(ocp.AsyncCheckpointHandler):
     """A handler that saves and restores items with this library.
 
     The folder of an item has the file `model.safetensors`, or shards and their index. Each function
-    that loads a file takes the path of this folder, too.
+    that loads a file, except `load_file`, takes the path of this folder, too.
 
     Several processes save global arrays together. If a tree has none, only process 0 saves it.
     """

@@ -4,11 +4,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import pytest
+from flax import nnx
+from flax.serialization import msgpack_restore, to_bytes
 
 from oracle import assert_same, canonical, identity
 from pytree2safetensors import (
     PyTreeContainer,
+    Rule,
     UnsupportedLeafError,
     load_into_pytree,
     load_pytree,
@@ -70,3 +74,22 @@ def test_what_was_loaded_saves_to_the_same_bytes(name: str, tmp_path: Path) -> N
 def test_containers_stand_for_modules(tmp_path: Path) -> None:
     save(TREES["equinox_mlp"](1), tmp_path / "tree.safetensors")
     assert isinstance(load_pytree(tmp_path / "tree.safetensors"), PyTreeContainer)
+
+
+def test_a_pure_dict_of_nnx_with_the_data_of_keys_loads_into_a_state(tmp_path: Path) -> None:
+    def state(seed: int) -> Any:
+        return nnx.state(nnx.Dropout(0.5, rngs=nnx.Rngs(seed)))
+
+    saved, fresh = state(0), state(1)
+    assert any(is_key(leaf) for leaf in jax.tree.leaves(saved))
+    pure = jax.tree.map(
+        lambda leaf: jax.random.key_data(leaf) if is_key(leaf) else leaf, nnx.to_pure_dict(saved)
+    )
+    untyped = msgpack_restore(to_bytes(pure))
+    save_pytree(untyped, tmp_path / "file", rename=[Rule("{*}", "{*}")])
+    found = load_into_pytree(fresh, tmp_path / "file", rename=[Rule("{*}", "{*}.value")])
+    assert_same(found, saved)
+
+
+def is_key(leaf: Any) -> bool:
+    return bool(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key))

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from oracle import assert_same
+from oracle import assert_same, assert_same_values
 from pytree2safetensors import (
     KeyPathError,
     PyTreeContainer,
+    Rule,
     TreeStructureError,
     WeightsMismatchError,
     load_abstract,
@@ -107,6 +108,16 @@ def test_a_file_loads_sharded_without_a_model(tmp_path: Path) -> None:
     assert {leaf.sharding for leaf in arrays} == {whole}
     below = load_abstract(path, prefix="@layer", sharding=lambda name, _: {"w": rows}[name])
     assert load_into_pytree(below, path, prefix="@layer").w.sharding == rows
+
+
+def test_names_that_are_split_load_sharded_by_a_rule(tmp_path: Path) -> None:
+    tree = {"a.0.w": np.ones(2, np.float32), "a.1.w": np.zeros(2, np.float32)}
+    save_file(tree, tmp_path / "file")
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[1])
+    template = load_abstract(tmp_path / "file", separator=".", sharding=place)
+    found = load_into_pytree(template, tmp_path / "file", rename=[Rule("{*}", "{*}")])
+    assert [leaf.sharding for leaf in jax.tree_util.tree_leaves(found)] == [place, place]
+    assert_same_values(np.asarray(found["a"][1]["w"]), tree["a.1.w"])
 
 
 @pytest.mark.parametrize(

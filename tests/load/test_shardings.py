@@ -391,9 +391,13 @@ def test_indivisible_shardings_of_all_leaves_are_listed_by_key_path(
 def test_uncommitted_stays_uncommitted(tmp_path: Path) -> None:
     values = values_of((8, 16))
     p2s.save_pytree([values], tmp_path / "file")
-    found = p2s.load_into_pytree([jnp.asarray(values)], tmp_path / "file")[0]
-    assert not is_committed(found)
-    assert raw(found) == raw(values)
+    with jax.default_device(jax.devices()[1]):
+        elsewhere = jnp.zeros((8, 16), jnp.float32)
+    for template in jnp.asarray(values), elsewhere:
+        found = p2s.load_into_pytree([template], tmp_path / "file")[0]
+        assert not is_committed(found)
+        assert found.devices() == {jax.devices()[0]}
+        assert raw(found) == raw(values)
 
 
 def test_a_traced_value_has_no_place_of_its_own(mesh: Mesh) -> None:

@@ -303,6 +303,18 @@ def test_a_file_beside_shards_is_replaced_without_them(tmp_path: Path) -> None:
         load_pytree(tmp_path)
 
 
+def test_shards_without_an_index_stay_unless_shards_are_saved(tmp_path: Path) -> None:
+    """They may be a download in progress."""
+    save_pytree(tree_of(1), tmp_path, max_shard_size=100)
+    (tmp_path / INDEX).unlink()
+    before = {name: (tmp_path / name).read_bytes() for name in names_in(tmp_path)}
+    save_pytree(tree_of(2), tmp_path / "model.safetensors")
+    assert names_in(tmp_path) == [*before, "model.safetensors"]
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+    save_pytree(tree_of(3), tmp_path, max_shard_size="5GB")
+    assert names_in(tmp_path) == ["model.safetensors"]
+
+
 def test_symbolic_links_are_replaced_and_not_followed(tmp_path: Path) -> None:
     """A hub's cache has links to files that other revisions share."""
     folder, shared = tmp_path / "m", tmp_path / "shared"

@@ -51,9 +51,9 @@ def explain(
         rename: As for `load_into_pytree`. An empty list (`[]`) shows all dotted paths and names.
 
     Returns:
-        Text to print. A line for each leaf of the template says whether the leaf fits, and shows its
-        path, its dotted path, its shape, its tensors with their shapes, and the pattern. Then come
-        unused tensors and rules, and which earlier rules hide those.
+        Text to print. A line for each leaf of the template, except functions and settings, says
+        whether the leaf fits, and shows its path, its dotted path, its shape, its tensors with their
+        shapes, and the pattern. Then come unused tensors and rules, and which earlier rules hide those.
 
     Raises:
         WeightsMismatchError: The file has nothing at `prefix`.

@@ -124,7 +124,8 @@ def load_into_pytree(
 
     Args:
         module: The template. Its leaves are arrays, `jax.ShapeDtypeStruct`s, NumPy arrays, Python
-            scalars, strs and PRNG keys. If a leaf has a sharding, the loaded array has it, too.
+            scalars, strs and PRNG keys. A loaded array has the sharding of a committed array, or of
+            a `jax.ShapeDtypeStruct` that has one.
         path: The path or URL of a file, a folder of shards or its index; or a binary file object.
         verbose: Print on stderr what did not fit with `strict=False`.
         strict: Raise if any leaf is missing, unexpected or mismatched. If False, keep the leaves of
