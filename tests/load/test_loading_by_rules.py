@@ -1,5 +1,6 @@
 """Loading by rules: errors, their messages, and what is read. The law is in laws/test_rules."""
 
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,24 @@ def refusal(
     with pytest.raises(WeightsMismatchError) as caught:
         set_weights(template, file, rename=rules, **options)
     return caught.value
+
+
+@pytest.mark.parametrize(("pattern", "times"), [("o i -> i o", 2), ("o i -> o i", 1)])
+def test_a_leaf_that_is_reordered_takes_twice_its_size(
+    path: Path, pattern: str, times: int
+) -> None:
+    stored = numbers(2048, 1024)
+    save_pytree({"w": stored}, path)
+    template = {"w": zeros(*stored.shape[:: -1 if times == 2 else 1])}
+    rules = [Rule("@w", "w", pattern)]
+    load_into_pytree(template, path, rename=rules)  # what the first load keeps does not count
+    tracemalloc.start()
+    try:
+        load_into_pytree(template, path, rename=rules)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert times <= peak / stored.nbytes < times + 0.5
 
 
 NO_LAYERS = np.zeros((0, 3, 2), np.float32)

@@ -15,10 +15,11 @@ import subprocess
 import sys
 import types
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -256,12 +257,45 @@ def test_every_module_says_what_it_is() -> None:
         assert ast.get_docstring(ast.parse(path.read_text("utf-8"))), path
 
 
-def test_the_drawing_names_functions_that_exist() -> None:
-    text = (DOCS / "_ext" / "diagram.py").read_text("utf-8")
-    found = re.findall(r'"(_\w+\.\w+)\.(\w+)"', text)
-    assert found
-    for module, function in found:
-        assert callable(getattr(importlib.import_module(f"pytree2safetensors.{module}"), function))
+def called(drawn: set[str], act: Callable[[], object]) -> set[str]:
+    """Return which of the functions of a drawing are called."""
+    found: set[str] = set()
+
+    def recorded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            found.add(name)
+            return function(*arguments, **options)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in drawn:
+            home, _, function = name.rpartition(".")
+            module = importlib.import_module(f"pytree2safetensors.{home}")
+            original = getattr(module, function)
+            recording = recorded(name, original)
+            ours = [m for key, m in sys.modules.items() if key.startswith("pytree2safetensors.")]
+            for importer in ours:
+                if vars(importer).get(function) is original:
+                    patch.setattr(importer, function, recording)
+        act()
+    return found
+
+
+def test_a_save_and_a_load_take_the_steps_of_the_drawings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pytree2safetensors as p2s
+
+    monkeypatch.syspath_prepend(DOCS / "_ext")
+    diagram = importlib.import_module("diagram")
+    save, load = ({step[0] for step in steps[1:]} for steps in (diagram.SAVE, diagram.LOAD))
+    file, tree = tmp_path / "file", {"layers": [(jnp.ones((2, 3)), 1.5)], "step": 7}
+    assert called(save, lambda: p2s.save_pytree(tree, file)) == save
+    compare, build = "_load.matching.compare", "_tree.unflatten.build"
+    assert {compare, build} < load
+    assert called(load, lambda: p2s.load_pytree(file)) == load - {compare}
+    assert called(load, lambda: p2s.load_into_pytree(tree, file)) == load - {build}
 
 
 def test_docstrings_name_sections_that_exist() -> None:

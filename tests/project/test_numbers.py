@@ -1,5 +1,6 @@
 """The limits that the pages state are those of the code."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -7,16 +8,20 @@ import pytest
 from pytree2safetensors._format.digests import BLOCK
 from pytree2safetensors._format.header import MAX_HEADER
 from pytree2safetensors._format.layout import MAX_SHARD_HEADER
-from pytree2safetensors._leaves.to_jax import TAKEN_OVER
-from pytree2safetensors._load.reading import _BATCH
+from pytree2safetensors._leaves.to_jax import _MANY, TAKEN_OVER
+from pytree2safetensors._load.reading import _BATCH, _STAGED_READERS
 from pytree2safetensors._messages import _LISTED
 from pytree2safetensors._save.meeting import _PATIENCE as LATE
+from pytree2safetensors._save.work import _READERS
 from pytree2safetensors._storage.folder import _DAY, _PATIENCE
+from pytree2safetensors._storage.remote_file import RemoteSource
+from pytree2safetensors._storage.threads import workers
 from pytree2safetensors._tree.keys import MAX_INDEX
 from pytree2safetensors._tree.literal import MAX_DIGITS
 from pytree2safetensors._tree.unflatten import MAX_GAPS
 
 DOCS = Path(__file__).parents[2] / "docs"
+MOST = 4  # threads that hash, on a machine with at least as many cores
 
 STATED = {
     "format": [
@@ -36,7 +41,18 @@ STATED = {
         f"the first {_LISTED}, and the number of the others",
     ],
     "guides/multi-host": [f"within {'ten' if LATE == 600 else LATE / 60} minutes"],
+    "measurements": [f"sends up to {RemoteSource.in_flight} requests at a time"],
+    "performance": [
+        f"at least {_MANY:,} arrays of the same dtype and shape, of less than {TAKEN_OVER:,} bytes",
+        f"{'Twelve' if _STAGED_READERS == 12 else _STAGED_READERS} threads read into pinned memory",
+    ],
+    "scale": [f"blocks of {BLOCK >> 20} MiB", f"{MOST * BLOCK >> 20} MiB at a time"],
 }
+
+
+@pytest.mark.skipif(not hasattr(os, "preadv"), reason="one thread hashes without this call")
+def test_no_more_threads_hash() -> None:
+    assert workers(MOST) == _READERS
 
 
 @pytest.mark.parametrize("page", STATED)

@@ -18,6 +18,7 @@ from pytree2safetensors._leaves.jax_versions import has_empty_arrays
 from pytree2safetensors._save import calls
 from pytree2safetensors._storage import file_source as _source
 from pytree2safetensors._storage.naming import temporary_prefix
+from system_calls import Call, watched
 from together import (
     SPECS,
     Group,
@@ -340,6 +341,28 @@ def test_loading_reads_local_slices_only(pair: Group, tmp_path: Path) -> None:
     for counts in pair.run(count_bytes, tmp_path):
         for count in counts:
             assert 256 * 65536 // 2 <= count <= 256 * 65536 // 2 + head
+
+
+def count_opened(folder: str) -> int:
+    """How many temporary files this process opens during a save."""
+    values = values_of((8, 16))
+    tree = {"everywhere": spread(values, P()), "rows": spread(values, P("x"))}
+    opened = set()
+
+    def act(call: Call) -> Any:
+        if call.name == "open" and ".pytree2safetensors-" in str(call.args[0]):
+            opened.add(Path(call.args[0]).name)
+        return call.run()
+
+    with watched(act):
+        p2s.save_pytree(tree, folder, max_shard_size=100)
+    return len(opened)
+
+
+def test_a_process_opens_only_files_that_contain_its_shards(pair: Group, tmp_path: Path) -> None:
+    # Process 0 writes both files and the index, and it has the shards of the replicated array.
+    assert pair.run(count_opened, tmp_path / "m") == [3, 1]
+    assert len(list((tmp_path / "m").glob("*.safetensors"))) == 2
 
 
 def measure_memory(folder: str) -> list[int]:

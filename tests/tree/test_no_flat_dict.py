@@ -113,6 +113,14 @@ def test_trees_may_be_as_deep_as_jax_takes(tmp_path: Path) -> None:
     assert (result.returncode, result.stderr) == (0, "")
 
 
+def test_how_deep_a_tree_may_be_depends_on_python() -> None:
+    most = limits._most_lists()
+    if sys.version_info < (3, 12):
+        assert 950 < most < 1000
+    else:
+        assert most > 1000
+
+
 def works(function: Callable[..., object], *arguments: Any) -> bool:
     try:
         function(*arguments)
