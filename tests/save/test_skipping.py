@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -97,6 +98,21 @@ def test_a_node_that_lost_a_dict_key_is_a_dict(tmp_path: Path, number: int) -> N
     for order in keys, keys[::-1]:
         save_pytree([Mixed(order)], tmp_path / "file", unsupported="skip")
         assert_same(load_pytree(tmp_path / "file"), [{}])
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.ma.masked_array(X, [True, False]),
+        np.array(["text"]),
+        np.array(["2026-11-28"], "datetime64[D]"),
+    ],
+    ids=["masked", "strings", "dates"],
+)
+def test_arrays_that_no_file_can_hold_are_left_out(array: Any, tmp_path: Path) -> None:
+    tree = {"a": X, "alone": array, "held": SimpleNamespace(array=array)}
+    save_pytree(tree, tmp_path / "file", unsupported="skip")
+    assert_loaded(load_pytree(tmp_path / "file"), {"a": X})
 
 
 def test_skipping_leaves_out_no_array(tmp_path: Path) -> None:
