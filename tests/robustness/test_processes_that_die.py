@@ -27,7 +27,7 @@ VISIBLE: list[tuple[Any, str]] = [
     (coordination.CoordinationKeys, "set"),
     (coordination.CoordinationKeys, "wait"),
     (work, "write_at"),
-    (work, "reserve"),
+    (work, "set_size"),
     (work, "flush"),
     (os, "replace"),
     (os, "unlink"),

@@ -15,7 +15,9 @@ import pytest
 
 from folders import names_in, outcome, tree_of
 from pytree2safetensors import load_pytree, save_pytree, save_pytree_async
-from pytree2safetensors._storage.descriptor import Held
+from pytree2safetensors._storage.atomic_file import joining
+from pytree2safetensors._storage.atomic_folder import _missing
+from pytree2safetensors._storage.descriptor import Held, set_size
 from pytree2safetensors._storage.file_source import descriptors_to_keep
 from pytree2safetensors._storage.folder import Folder
 from pytree2safetensors._storage.naming import temporary_name
@@ -238,6 +240,56 @@ def test_what_a_saver_is_still_writing_stays(
         held.close()
         save_pytree(version(1), tmp_path / "model")
         assert not litter(tmp_path)
+
+
+@posix
+def test_what_another_process_writes_with_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = left_behind(tmp_path, "model")
+    later(monkeypatch, 25)
+    with joining(tmp_path / "model", left.name):
+        save_pytree(version(1), tmp_path / "model")
+        assert litter(tmp_path) == [left]
+    save_pytree(version(1), tmp_path / "model")
+    assert not litter(tmp_path)
+
+
+@posix
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_what_a_killed_save_left_is_removed_from_a_file_system_without_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    left_behind(tmp_path, "model")
+    later(monkeypatch, 25)
+
+    def refuse(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    save_pytree(version(1), tmp_path / "model")
+    assert not litter(tmp_path)
+
+
+@posix
+def test_a_file_of_several_processes_gets_its_size_without_being_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(os, "posix_fallocate", raising=False)
+    with (tmp_path / "file").open("wb") as file:
+        set_size(file.fileno(), 1 << 30)
+        status = os.fstat(file.fileno())
+    assert status.st_size == 1 << 30
+    assert status.st_blocks < 1000
+
+
+def test_folders_on_a_missing_drive_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing(path: str) -> None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+
+    monkeypatch.setattr(os, "stat", nothing)
+    assert _missing("/a/b") == ["/a/b", "/a", "/"]
+    assert _missing("a") == ["a", os.curdir]
 
 
 @posix

@@ -362,7 +362,16 @@ def test_a_pipe_without_a_name_is_written_to(checksum: bool) -> None:
 
 
 @posix
-def test_a_file_without_a_name_is_written_to(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_link", [True, False], ids=["linux", "macos"])
+def test_a_file_without_a_name_is_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_link: bool
+) -> None:
+    if not is_link:
+
+        def readlink(path: str) -> str:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), path)
+
+        monkeypatch.setattr(os, "readlink", readlink)
     with (tmp_path / "file").open("w+b") as file:
         file.write(b"longer than what takes its place" * 1000)
         file.flush()

@@ -1,5 +1,6 @@
 """Text for terminals: escaped, in columns, in colors, for a screen of any width."""
 
+import errno
 import os
 import shutil
 import sys
@@ -148,7 +149,11 @@ def write(lines: Iterable[str]) -> None:
     except OSError as error:
         # Python flushes stdout once more when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
-        if not isinstance(error, BrokenPipeError):
+        # Windows says of a closed pipe that the call is invalid.
+        is_closed = isinstance(error, BrokenPipeError) or (
+            sys.platform == "win32" and error.errno == errno.EINVAL
+        )
+        if not is_closed:
             raise
 
 

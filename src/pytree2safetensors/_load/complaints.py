@@ -76,7 +76,7 @@ def check(outcome: Comparison, options: Options) -> None:
         *_section("rules that no leaf of the template uses", idle, len(outcome.routes.idle)),
     ]
     if not fails:
-        if options.verbose:
+        if options.verbose and sys.stderr is not None:  # or else `print` uses stdout
             print(*parts, sep="\n", file=sys.stderr)  # noqa: T201 - `verbose` asks for it
         _LOGGER.info("%s", "\n".join(parts), extra=lists._asdict())
         return

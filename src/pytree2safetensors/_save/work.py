@@ -32,7 +32,7 @@ from pytree2safetensors._save.target import LocalTarget, label_of, older_files, 
 from pytree2safetensors._save.words import Terms
 from pytree2safetensors._storage.atomic_file import followed, joining, replacing
 from pytree2safetensors._storage.atomic_folder import replacing_together
-from pytree2safetensors._storage.descriptor import flush, read_at, reserve, write_at
+from pytree2safetensors._storage.descriptor import flush, read_at, set_size, write_at
 from pytree2safetensors._storage.naming import naming, not_naming, temporary_name
 from pytree2safetensors._storage.progress import Progress, Report, closing_bar
 from pytree2safetensors._storage.threads import start, workers
@@ -89,7 +89,7 @@ class Work:
             descriptor = stack.enter_context(
                 replacing(self.target.path, durable=durable, name=name)
             )
-            reserve(descriptor, plan.files[0].size)
+            set_size(descriptor, plan.files[0].size)
             return
         names = [file.name for file in plan.files]
         names += [plan.index_name] if plan.index_name else []
@@ -100,7 +100,7 @@ class Work:
         )
         for file in plan.files:
             with self.create(file.name, False) as descriptor:
-                reserve(descriptor, file.size)
+                set_size(descriptor, file.size)
 
     # --- the rest, on process 0 and on the others ---
 

@@ -76,7 +76,7 @@ def joining(path: LocalPath, name: str) -> Iterator[int]:
     with naming(path), Held() as held:
         parent, _ = _split(os.fsdecode(path))
         with Folder(parent, listed=False) as folder:
-            descriptor = folder.open(held, name, os.O_RDWR)
+            descriptor = folder.join(held, name)
         yield descriptor
         held.close()
 
@@ -94,8 +94,11 @@ def _opened(held: Held, path: str) -> int:
     """Open something that cannot be replaced."""
     try:
         return held.open(path, os.O_WRONLY | os.O_TRUNC)
-    except IsADirectoryError as error:
-        raise IsADirectoryError(error.errno, f"{error.strerror}{_REMEDY}", path) from None
+    except (IsADirectoryError, PermissionError):
+        if not os.path.isdir(path):  # for which Windows gives no permission
+            raise
+        text = os.strerror(errno.EISDIR) + _REMEDY
+        raise IsADirectoryError(errno.EISDIR, text, path) from None
 
 
 @contextmanager
@@ -117,8 +120,9 @@ def is_special(path: LocalPath) -> bool:
     if not stat.S_ISREG(mode):  # a device, a pipe, a folder
         return True
     target = followed(os.fsdecode(path))
-    # Linux shows a file without a name like this, for links such as /dev/fd/3.
-    return target.endswith(" (deleted)") and not os.path.lexists(target)
+    # On Linux, /dev/fd/3 is a link, and a file without a name looks like this. On macOS, it is no link.
+    is_unnamed = target.endswith(" (deleted)") and not os.path.lexists(target)
+    return is_unnamed or os.path.dirname(target) == "/dev/fd"
 
 
 def followed(path: str) -> str:
@@ -130,6 +134,8 @@ def followed(path: str) -> str:
             if error.errno in {errno.EINVAL, errno.ENOENT}:  # not a link, or nothing
                 return path
             raise
+        except ValueError:  # on Windows: another kind of reparse point
+            return path
         path = os.path.join(os.path.dirname(path), link)
     # Before, `os.stat` raises the same, unless the links change.
     raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)  # pragma: no cover - as above

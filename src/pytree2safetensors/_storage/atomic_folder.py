@@ -156,8 +156,8 @@ def _is_index(name: str) -> bool:
 
 def _missing(path: str) -> list[str]:
     """Return the folders to make, the deepest first."""
-    found = []
-    while not _is_there(path):
+    found: list[str] = []
+    while not _is_there(path) and path not in found:  # a drive may be missing
         found.append(path)
         path = os.path.dirname(path) or os.curdir
     return found

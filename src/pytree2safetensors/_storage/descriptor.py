@@ -136,9 +136,12 @@ def read_at(descriptor: int, size: int, offset: int) -> bytearray:
     return found
 
 
-def reserve(descriptor: int, size: int) -> None:
-    """Set the size of a new file, and reserve its space if the file system can."""
-    _preallocate(descriptor, size)
+def set_size(descriptor: int, size: int) -> None:
+    """Set the size of a new file that other processes write to.
+
+    This reserves no space. Where a file system cannot, the C library writes zeros instead, and a
+    network file system could send them after the bytes of the other processes.
+    """
     os.ftruncate(descriptor, size)
 
 

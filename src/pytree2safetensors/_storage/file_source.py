@@ -30,8 +30,9 @@ from pytree2safetensors._storage.stream import ForwardSource
 if sys.platform != "win32":
     import resource
 
-# Before Python 3.13 a map keeps a descriptor of its own.
-_UNTRACKED: Final[dict[str, Any]] = {} if sys.version_info < (3, 13) else {"trackfd": False}
+# Before Python 3.13, and on Windows, a map keeps a descriptor of its own.
+_IS_TRACKED: Final = sys.version_info < (3, 13) or sys.platform == "win32"
+_UNTRACKED: Final[dict[str, Any]] = {} if _IS_TRACKED else {"trackfd": False}
 
 
 class FileSource(ByteSource):
@@ -98,8 +99,6 @@ class FileSource(ByteSource):
         return ReplacedError(f"{self.label} was replaced while it was read; load it again")
 
     def check(self) -> None:
-        if self._is_shut and self._mapped is None:  # each read has checked it
-            return
         with suppress(OSError):  # it is gone, and what was read is complete
             status = os.stat(self.path) if self._is_shut else os.fstat(self._descriptor)
             if identity(status)[:2] == self.identity[:2]:  # or else another file has the path now
@@ -143,11 +142,16 @@ def open_source(path: LocalPath | RemotePath, *, regular: bool = False) -> ByteS
     label = shorten(where)
     try:
         waiting = getattr(os, "O_NONBLOCK", 0) if regular else 0
-        descriptor = held.open(where, os.O_RDONLY | waiting)
+        try:
+            descriptor = held.open(where, os.O_RDONLY | waiting)
+        except PermissionError:
+            if os.path.isdir(where):  # which Windows does not open
+                raise _is_folder(where) from None
+            raise
         with naming(where):
             status = os.fstat(descriptor)
         if stat.S_ISDIR(status.st_mode):
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), where)
+            raise _is_folder(where)
         if stat.S_ISREG(status.st_mode):
             return FileSource(label, where, held, status)
         if regular:
@@ -156,6 +160,10 @@ def open_source(path: LocalPath | RemotePath, *, regular: bool = False) -> ByteS
     except BaseException:
         held.__exit__()
         raise
+
+
+def _is_folder(path: str) -> IsADirectoryError:
+    return IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
 
 
 def identity(status: os.stat_result) -> tuple[int, ...]:

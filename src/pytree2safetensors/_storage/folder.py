@@ -6,13 +6,14 @@ Specification: *Saving*.
 import errno
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Final
 
 from pytree2safetensors._messages import shorten
-from pytree2safetensors._storage.descriptor import Held
+from pytree2safetensors._storage.descriptor import Held, flush
 from pytree2safetensors._storage.naming import temporary_prefix
 from pytree2safetensors._storage.permissions import keep_permissions
 
@@ -23,6 +24,7 @@ _PATIENCE: Final = 30.0  # seconds to wait for a lock, which a save holds during
 # How file systems say that they cannot flush folders.
 _CANNOT_FLUSH: Final = frozenset({errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.ENOSYS})
 _DAY: Final = 86_400.0  # seconds that an unfinished file is kept
+_HERE: Final = threading.Lock()  # of folders that cannot be locked
 
 
 class Folder:
@@ -41,6 +43,7 @@ class Folder:
     def __enter__(self) -> "Folder":
         if not hasattr(os, "O_DIRECTORY"):  # Windows
             self.path = absolute(self.path)
+            os.stat(self.path)  # which says that it is missing
             return self
         try:
             self._descriptor = self._held.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
@@ -78,12 +81,15 @@ class Folder:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
         # Nobody else may open it before it has its permissions.
         descriptor = self.open(held, name, flags, 0o666 if old is None else 0o600)
-        if sys.platform != "win32":
-            with suppress(OSError):  # the file system has no locks
-                # Shows that this save has not ended.
-                fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        _mark(descriptor)
         if old is not None:
             keep_permissions(descriptor, old, self._from_root(model))
+        return descriptor
+
+    def join(self, held: Held, name: str) -> int:
+        """Open a file that another process has created, to read and write parts of it."""
+        descriptor = self.open(held, name, os.O_RDWR)
+        _mark(descriptor)
         return descriptor
 
     def status(self, name: str) -> os.stat_result | None:
@@ -127,7 +133,7 @@ class Folder:
         """Flush renames to the disk if the system can."""
         if self._descriptor is not None:
             try:
-                os.fsync(self._descriptor)
+                flush(self._descriptor)
             except OSError as error:
                 if error.errno not in _CANNOT_FLUSH:
                     raise
@@ -139,12 +145,17 @@ class Folder:
         Raises:
             TimeoutError: Another program keeps the lock.
         """
-        if self._descriptor is not None:
+        if self._descriptor is None:  # Windows: at least the threads of this process wait
+            if not _HERE.acquire(timeout=_PATIENCE):
+                raise _locked_by(self.path)
+        else:
             _lock(self._descriptor, self.path, for_load)
         try:
             yield
         finally:  # closing is not enough: a process forked in between has it open, too
-            if self._descriptor is not None:
+            if self._descriptor is None:
+                _HERE.release()
+            else:
                 _unlock(self._descriptor)
 
     def remove_abandoned(self, target: str) -> None:
@@ -168,7 +179,12 @@ class Folder:
             except PermissionError:  # it is to replace a file that is only read
                 descriptor = self.open(held, name, os.O_RDONLY | no_wait)
             if sys.platform != "win32":
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails if a save has it
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except (BlockingIOError, PermissionError):  # a save has it
+                    return
+                except OSError:  # the file system has no locks
+                    pass
         self.unlink(name)
 
 
@@ -207,19 +223,32 @@ def _lock(descriptor: int, path: str, shared: bool) -> None:
                 fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
             except BlockingIOError:
                 if time.monotonic() > end:
-                    raise TimeoutError(
-                        errno.ETIMEDOUT,
-                        f"another program has locked the folder {shorten(path)} for more than "
-                        f"{_PATIENCE:.0f} s (a save that hangs, or one that runs under flock); "
-                        "save again when it has ended",
-                        path,
-                    ) from None
+                    raise _locked_by(path) from None
                 time.sleep(pause)
                 pause = min(2 * pause, 0.05)
             except OSError:  # the file system has no locks
                 return
             else:
                 return
+
+
+def _locked_by(path: str) -> TimeoutError:
+    text = (
+        f"another program has locked the folder {shorten(path)} for more than {_PATIENCE:.0f} s (a save "
+        "that hangs, or one that runs under flock); save again when it has ended"
+    )
+    return TimeoutError(errno.ETIMEDOUT, text, path)
+
+
+def _mark(descriptor: int) -> None:
+    """Show that the save of an unfinished file has not ended.
+
+    A file that is locked is also safe to write in parts: NFS then sends no whole pages, which could
+    replace what other hosts wrote beside this part.
+    """
+    if sys.platform != "win32":
+        with suppress(OSError):  # the file system has no locks
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
 
 
 def _unlock(descriptor: int) -> None:

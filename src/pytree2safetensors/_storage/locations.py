@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import sys
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias, TypeVar, runtime_checkable
 from urllib.parse import unquote, urlsplit
 
@@ -88,6 +89,10 @@ def _resolved(text: str) -> str | RemotePath:
         parts = urlsplit(text)
         if parts.netloc not in {"", "localhost"}:
             raise ValueError(f"{shorten(text)} is on another machine; mount its file system")
+        if sys.platform == "win32":
+            from urllib.request import url2pathname  # a drive is after the first "/"
+
+            return url2pathname(parts.path)
         return unquote(parts.path)
     return path_of_url(text)
 
