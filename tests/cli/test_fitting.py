@@ -220,6 +220,28 @@ def test_a_module_that_is_no_python_is_named(run: Run, model: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        ("    raise ValueError('mesh')", "the function of --rules raised ValueError: mesh"),
+        ("    raise TypeError", "the function of --rules raised TypeError"),
+        ("    return 1", "the function of --rules gave int for '@a', not str"),
+    ],
+)
+def test_an_error_of_a_rules_function_is_shown(
+    run: Run, model: str, function: str, said: str
+) -> None:
+    Path(f"names_{model}.py").write_text(f"def names(path):\n{function}\n", "utf-8")
+    options = ["--template", f"{model}:TREE", "--rules", f"names_{model}:names"]
+    code, printed, complaint = run("show", "model.safetensors", *options)
+    assert (code, printed) == (1, "")
+    *before, last = complaint.splitlines()
+    assert last == f"pytree2safetensors: {said}"
+    frames = [line for line in before if line.startswith("  File ")]
+    assert ("line 2, in names" in "".join(frames)) == ("raise" in function)
+    assert len(frames) < 2
+
+
+@pytest.mark.parametrize(
     ("name", "raised"),
     [
         ("needs_mesh", "ValueError: mesh of 8 devices"),

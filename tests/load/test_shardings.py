@@ -261,9 +261,28 @@ def test_abstract_meshes_mean_the_mesh_in_force(tmp_path: Path) -> None:
     with pytest.raises(
         p2s.WeightsMismatchError,
         match=r"'#0': the sharding that the template has for it names no devices, because its mesh is "
-        r"abstract; load under jax\.set_mesh, or give the template concrete shardings",
+        r"abstract; load under jax\.set_mesh and outside of jax\.jit, or give the template concrete shardings",
     ):
         p2s.load_into_pytree(template, tmp_path / "file")
+
+
+@pytest.mark.skipif(
+    not hasattr(jax, "set_mesh") or not hasattr(jax.sharding, "get_mesh"),
+    reason="this JAX has no mesh in force",
+)
+def test_abstract_meshes_within_jit(tmp_path: Path) -> None:
+    explicit: Any = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
+    template = [Struct((8,), np.float32, sharding=NamedSharding(explicit.abstract_mesh, P("x")))]
+    p2s.save_pytree([np.ones(8, np.float32)], tmp_path / "file")
+    with jax.set_mesh(explicit):
+
+        @jax.jit
+        def traced(value: Any) -> Any:
+            with pytest.raises(p2s.WeightsMismatchError, match=r"load under jax\.set_mesh"):
+                p2s.load_into_pytree(template, tmp_path / "file")
+            return p2s.set_weights(template, {"#0": value})
+
+        assert_same(np.asarray(traced(jnp.arange(8.0))[0]), np.arange(8, dtype=np.float32))
 
 
 class Elsewhere(SingleDeviceSharding):

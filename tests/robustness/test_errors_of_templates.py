@@ -267,6 +267,14 @@ def test_a_source_without_leaves_is_named(tmp_path: Path) -> None:
         assert str(caught.value).splitlines()[-1] == last
 
 
+def test_a_prefix_without_leaves_is_named() -> None:
+    for rename in (None, lambda path: path):
+        with pytest.raises(WeightsMismatchError) as caught:
+            set_weights({"w": 1}, {"@params@w": 1}, prefix="@param", rename=rename)
+        last = "No leaf fits, so strict=False does not help: the dictionary has no leaves below '@param'."
+        assert str(caught.value).splitlines()[-1] == last
+
+
 def test_names_without_escapes_are_explained() -> None:
     """Version 0.1.4 escaped nothing."""
     template = {"a\\b": 1, "c.d": {"e#": 2}, "f": 3, "@": 4, "#": 5}

@@ -8,7 +8,7 @@ import importlib
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import reduce
 from itertools import groupby
 from types import TracebackType
@@ -16,13 +16,15 @@ from typing import Any, Final
 
 from pytree2safetensors._cli.answer import DIFFERENT, MOST_LINES, Answer, left_out
 from pytree2safetensors._cli.terminal import complain, plain
+from pytree2safetensors._messages import shorten
 
 
 def fitting(file: str, prefix: str, template: Any, rules: Any, *, everything: bool) -> Answer:
     """Explain what loading a file into a template would do."""
     from pytree2safetensors._load.explaining import explanation
 
-    lines, misfits = explanation(template, file, prefix=prefix, rename=rules)
+    renaming = _reporting(rules) if callable(rules) else rules
+    lines, misfits = explanation(template, file, prefix=prefix, rename=renaming)
     fits = not any(misfits)
     return Answer(
         lambda: lines if everything else _cut(lines),
@@ -75,11 +77,29 @@ def template_from(named: Any) -> Any:
     # A module of Equinox can be called, too, but JAX can flatten it.
     if not callable(named) or not jax.tree_util.all_leaves([named]):
         return named
+    return _result_of("--template", named)
+
+
+def _reporting(rules: Callable[[str], Any]) -> Callable[[str], str]:
+    """Return a function that gives the same names, and prints errors of the function."""
+
+    def name_of(path: str) -> str:
+        name = _result_of("--rules", rules, path)
+        if isinstance(name, str):
+            return name
+        complain(f"the function of --rules gave {type(name).__name__} for {shorten(path)}, not str")
+        raise SystemExit(DIFFERENT)
+
+    return name_of
+
+
+def _result_of(option: str, function: Callable[..., Any], *arguments: str) -> Any:
+    """Call the function of an option. If it raises an error, print this and exit."""
     try:
-        return named()
+        return function(*arguments)
     except Exception as error:  # noqa: BLE001 - it is printed
         _print_traceback(error)
-        complain(f"the function of --template raised {_described(error)}")
+        complain(f"the function of {option} raised {_described(error)}")
         raise SystemExit(DIFFERENT) from None
 
 

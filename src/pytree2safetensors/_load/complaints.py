@@ -171,7 +171,8 @@ def _remedy(outcome: Comparison, options: Options, nothing: bool, is_larger: boo
 def _remedies(outcome: Comparison, options: Options, nothing: bool) -> list[str]:
     """Return what makes leaves of the template fit."""
     if not outcome.available:
-        return [f"{options.label} has no leaves"]
+        below = f" below {shorten(options.prefix)}" if options.prefix else ""
+        return [f"{options.label} has no leaves{below}"]
     paths = [path for path, _ in outcome.missing]
     prefixed = _whole_names(outcome, options)
     cast = ["cast=True converts dtypes"] if outcome.castable else []

@@ -32,10 +32,11 @@ def misfit(
     """
     if stored is None:
         return _not_an_array(value)
-    if isinstance(stored, TracedSpec) and leaf.target != "jax":
+    is_traced = isinstance(stored, TracedSpec)  # then JAX decides where it is
+    if is_traced and leaf.target != "jax":
         return "the given value is traced, so it can only replace a JAX array"
     reason = _difference(leaf, stored, value, cast=cast, origin=origin)
-    if reason is None and leaf.sharding is not None and leaf.target == "jax":
+    if reason is None and leaf.sharding is not None and leaf.target == "jax" and not is_traced:
         reason = misplaced(leaf.sharding, leaf.spec.shape)
     return reason
 

@@ -3,6 +3,7 @@
 Specification: *Loading into a template*.
 """
 
+from contextlib import suppress
 from typing import Any, Final
 
 import jax
@@ -23,7 +24,9 @@ def concrete(sharding: Sharding) -> Sharding | None:
     mesh = getattr(sharding, "mesh", None)
     if not isinstance(mesh, _ANY_MESH):
         return sharding
-    current: Any = getattr(jax.sharding, "get_mesh", lambda: None)()
+    current: Any = None
+    with suppress(ValueError):  # JAX gives none within `jax.jit`
+        current = getattr(jax.sharding, "get_mesh", lambda: None)()
     if current is None or current.empty or current.shape_tuple != mesh.shape_tuple:
         return None
     found: Any = sharding  # a sharding with a mesh also has a spec
@@ -36,7 +39,7 @@ def misplaced(sharding: Sharding, shape: tuple[int, ...]) -> str | None:
     if found is None:
         return (
             "the sharding that the template has for it names no devices, because its mesh is abstract; "
-            "load under jax.set_mesh, or give the template concrete shardings"
+            "load under jax.set_mesh and outside of jax.jit, or give the template concrete shardings"
         )
     if is_unreduced(found):
         return "its template has an unreduced sharding; give it one that holds whole values"
