@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from pytree2safetensors import (
     TreeStructureError,
@@ -19,6 +21,11 @@ from pytree2safetensors import (
 
 # Since JAX 0.4.36, a treedef says in which order keys come.
 _HAS_KEYED_TREEDEFS = hasattr(jax.tree_util.default_registry, "flatten_one_level_with_keys")
+_needs_keyed_treedefs = pytest.mark.skipif(
+    not _HAS_KEYED_TREEDEFS, reason="JAX makes the same treedef with keys"
+)
+_KEY = jax.random.key(0)
+_ZERO = np.zeros(1, np.float32)
 
 
 class Node:
@@ -40,12 +47,40 @@ class Fresh(Node):
     """A node that makes its children whenever it is flattened."""
 
 
+class FreshSorted(Node):
+    """Such a node whose attributes are in order only without keys."""
+
+
+class FreshFewer(Node):
+    """Such a node that has only its first attribute without keys."""
+
+
+class Strict(Node):
+    """Such a node, whose attributes are in order only without keys, of lists of strs."""
+
+    def __init__(self, **attrs: list[str]) -> None:
+        assert all(isinstance(one, str) for value in attrs.values() for one in value)
+        super().__init__(**attrs)
+
+
+class Turned(Node):
+    """Such a node, whose metadata do not say that its attributes are in another order without keys."""
+
+
 class Odd(Node):
     """A node whose metadata do not compare."""
 
 
+class OddSorted(Node):
+    """A node whose metadata do not compare, and whose attributes are in order only without keys."""
+
+
 class Listed(Node):
     """A node whose metadata are a tuple with keys, and a list without."""
+
+
+class FreshListed(Node):
+    """Such a node that makes its children whenever it is flattened."""
 
 
 class Picky(Listed):
@@ -54,6 +89,16 @@ class Picky(Listed):
     def __init__(self, **attrs: float) -> None:
         assert all(isinstance(value, float) for value in attrs.values())
         super().__init__(**attrs)
+
+
+class Drawn:
+    """A node with an order of its children without keys, and a function that makes them."""
+
+    def __init__(self, attrs: dict[str, Any], order: tuple[str, ...], make: Any) -> None:
+        self.attrs, self.order, self.make = attrs, order, make
+
+    def __repr__(self) -> str:
+        return f"Drawn({self.attrs}, {self.order}, {self.make.__name__})"
 
 
 class Names(tuple[str, ...]):
@@ -80,13 +125,62 @@ def register(kind: type, names: Any, plain_names: Any, child: Any = getattr) -> 
     jax.tree_util.register_pytree_with_keys(kind, with_keys, unflatten, plain)
 
 
+def copied(child: Any) -> Any:
+    """Return another list, dict or tuple of the same children, or another array."""
+    return type(child)(child) if isinstance(child, list | dict) else np.array(child)
+
+
+def remade(child: Any) -> Any:
+    """Return new nodes with the same leaves."""
+    return jax.tree_util.tree_map(lambda leaf: leaf, child)
+
+
+def recomputed(child: Any) -> Any:
+    """Return new nodes with new leaves."""
+    return jax.tree_util.tree_map(np.array, child)
+
+
+def copied_attribute(node: Any, name: str) -> Any:
+    return copied(getattr(node, name))
+
+
+def in_order(names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(sorted(names))
+
+
 register(Node, tuple, tuple)
-register(Sorted, tuple, lambda names: tuple(sorted(names)))
+register(Sorted, tuple, in_order)
 register(Fewer, tuple, lambda names: tuple(names)[:1])
-register(Fresh, tuple, tuple, lambda node, name: np.array(getattr(node, name)))
+register(Fresh, tuple, tuple, copied_attribute)
+register(FreshSorted, tuple, in_order, copied_attribute)
+register(FreshFewer, tuple, lambda names: tuple(names)[:1], copied_attribute)
+register(Strict, tuple, in_order, copied_attribute)
 register(Odd, Names, Names)
+register(OddSorted, Names, lambda names: Names(in_order(names)), copied_attribute)
 register(Listed, tuple, list)
+register(FreshListed, tuple, list, copied_attribute)
 register(Picky, tuple, list)
+jax.tree_util.register_pytree_with_keys(
+    Turned,
+    lambda node: (
+        [(jax.tree_util.GetAttrKey(name), copied_attribute(node, name)) for name in ("w", "b")],
+        None,
+    ),
+    lambda _, children: Turned(**dict(zip(("b", "w"), children, strict=True))),
+    lambda node: ([copied_attribute(node, name) for name in ("b", "w")], None),
+)
+jax.tree_util.register_pytree_with_keys(
+    Drawn,
+    lambda node: (
+        [(jax.tree_util.GetAttrKey(key), node.make(child)) for key, child in node.attrs.items()],
+        (tuple(node.attrs), node.order, node.make),
+    ),
+    lambda data, children: Drawn(dict(zip(data[0], children, strict=True)), *data[1:]),
+    lambda node: (
+        [node.make(node.attrs[key]) for key in node.order],
+        (node.order, node.order, node.make),
+    ),
+)
 
 
 def refused(kind: type, place: str) -> Any:
@@ -99,7 +193,19 @@ def refused(kind: type, place: str) -> Any:
 
 
 @pytest.mark.parametrize(
-    "node", [Sorted(w=1.0, b=2.0), Sorted(w=[1.0], b=[1.0]), Fewer(w=1.0, b=2.0)]
+    "node",
+    [
+        Sorted(w=1.0, b=2.0),
+        Sorted(w=[1.0], b=[1.0]),
+        Fewer(w=1.0, b=2.0),
+        FreshSorted(w=[1.0], b=[2.0]),
+        FreshSorted(w={"x": [1.0, 2.0]}, b=[3.0], c=_ZERO),
+        FreshFewer(w=[1.0], b=[2.0]),
+        Strict(w=["w"], b=["b"]),
+        Strict(w=["w", "w"], b=["w"]),
+        Turned(w=_ZERO, b=_ZERO),
+        Turned(w=[0.0], b=[0.0]),
+    ],
 )
 def test_a_template_has_one_order(node: Any, tmp_path: Any) -> None:
     save_pytree(node, tmp_path / "file")
@@ -110,11 +216,26 @@ def test_a_template_has_one_order(node: Any, tmp_path: Any) -> None:
         set_weights({"a": [0, node]}, pytree2dict({"a": [0, node]}))
 
 
-@pytest.mark.skipif(not _HAS_KEYED_TREEDEFS, reason="JAX makes the same treedef with keys")
-def test_a_template_with_equal_leaves_has_one_order() -> None:
-    zero = np.zeros(1)
-    with refused(Sorted, "the root"):
-        set_weights(Sorted(w=zero, b=zero), {"w": zero + 1, "b": zero + 2})
+@_needs_keyed_treedefs
+@pytest.mark.parametrize(
+    "node",
+    [
+        Sorted(w=_ZERO, b=_ZERO),
+        FreshSorted(w=_ZERO, b=_ZERO),
+        FreshSorted(w=1.0, b=2.0),
+        FreshSorted(w=np.array(1, np.int8), b=np.zeros((2, 3), np.int8)),
+        FreshSorted(w=[_ZERO], b=[_ZERO]),
+        FreshSorted(w=[[_ZERO]], b=[[_ZERO]]),
+        FreshSorted(w={"x": 0}, b={"y": 0}, c=np.zeros(0)),
+        FreshSorted(w=["text"], b=["text"]),
+        FreshSorted(w=[_KEY], b=[_KEY]),
+        FreshSorted(w=np.ones(1, bool), a=1.0, b=np.ones(1, bool)),
+        OddSorted(w=_ZERO, b=_ZERO),
+    ],
+)
+def test_a_template_whose_leaves_do_not_show_an_order_has_one(node: Any) -> None:
+    with refused(type(node), "the root"):
+        set_weights(node, pytree2dict(node))
 
 
 @pytest.mark.parametrize(
@@ -124,8 +245,15 @@ def test_a_template_with_equal_leaves_has_one_order() -> None:
         Sorted(b=None, c=None, w=1.0),
         Node(w=1.0, b=1.0),
         Fresh(w=1.0, b=2.0),
+        Fresh(w=[1.0], b=[1.0], c={"x": 1.0, "y": 2.0}, d=1.0),
+        FreshSorted(b=1.0, w=2.0),
+        FreshSorted(b=[1.0], w=[1.0]),
+        FreshListed(w=1.0, b=1.0),
+        FreshListed(w=[1.0], b=[2.0]),
+        Strict(b=["b"], w=["w"]),
         Odd(w=1.0, b=1.0),
         Odd(w=1.0, b=2.0),
+        OddSorted(b=1.0, w=2.0),
         Listed(w=1.0, b=1.0),
         Picky(w=1.0, b=1.0),
     ],
@@ -134,3 +262,50 @@ def test_a_template_with_one_order_is_loaded(node: Any) -> None:
     given = pytree2dict(node)
     loaded = set_weights(node, {name: 3 * value for name, value in given.items()})
     assert {name: 3 * value for name, value in given.items()} == pytree2dict(loaded)
+
+
+def test_the_error_of_a_child_is_raised() -> None:
+    with pytest.raises(TreeStructureError, match=r"^JAX cannot sort the keys of the dict at 'a',"):
+        set_weights(Fresh(a={1: 0.0, "b": 0.0}, b=0.0), {})
+
+
+@_needs_keyed_treedefs
+def test_a_node_may_have_a_child_that_is_its_own_child() -> None:
+    cycle: list[Any] = []
+    cycle.append(cycle)
+    with refused(Sorted, "the root"):
+        set_weights(Sorted(w=cycle, b=cycle), {})
+    assert jax.tree_util.tree_leaves([[0]]) == [0]  # JAX does not count the cycle as its stack
+
+
+def children() -> st.SearchStrategy[Any]:
+    leaves = st.sampled_from([0.0, 1, _ZERO, np.zeros((2, 3), np.int8), np.zeros(0)])
+    return leaves | st.lists(leaves, max_size=2) | st.dictionaries(st.sampled_from("xy"), leaves)
+
+
+@_needs_keyed_treedefs
+@example([("w", _ZERO), ("b", _ZERO)], ["b", "w"], recomputed)
+@example([("w", [_ZERO]), ("b", [_ZERO])], ["b", "w"], remade)
+@example([("c", _ZERO), ("b", {}), ("a", _ZERO)], ["a", "b", "c"], lambda child: child)
+@given(
+    st.lists(st.tuples(st.sampled_from("abcd"), children()), unique_by=lambda pair: pair[0]),
+    st.permutations("abcd"),
+    st.sampled_from([lambda child: child, copied, remade, recomputed]),
+)
+def test_a_template_gets_the_leaves_of_its_names(
+    attrs: list[tuple[str, Any]], order: list[str], make: Any
+) -> None:
+    names = [name for name, _ in attrs]
+    plain = tuple(name for name in order if name in names)
+    node = Drawn(dict(attrs), plain, make)
+    flat = {
+        name: np.full_like(leaf, index)
+        for index, (name, leaf) in enumerate(pytree2dict(node).items())
+    }
+    try:
+        loaded = pytree2dict(set_weights(node, flat))
+    except TreeStructureError:
+        assert plain != tuple(names)
+    else:
+        assert {*loaded} == {*flat}
+        assert all(np.array_equal(loaded[name], leaf) for name, leaf in flat.items())
