@@ -420,6 +420,42 @@ def test_which_values_are_rearranged_on_their_device(
     assert [shape for shape in shapes if len(shape) == 2] == [moved]
 
 
+HAS_KINDS = jax_versions.pinned_sharding(SingleDeviceSharding(jax.devices()[0])) is not None
+
+
+@pytest.mark.skipif(not HAS_KINDS, reason="the CPU devices of this JAX have one kind of memory")
+@pytest.mark.parametrize("kind", ["device", "pinned_host", "unpinned_host"])
+@pytest.mark.parametrize("spec", [None, P("x")])
+@pytest.mark.parametrize("cut", [False, True])
+def test_leaves_that_rules_make_are_in_the_memory_of_their_template(
+    link: Link, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, spec: Any, cut: bool
+) -> None:
+    """Programs of a device make arrays in its own memory."""
+    if not cut:
+        monkeypatch.setattr(plan, "_CUT_BY_JAX", 0)
+    devices = jax.devices()[:2]
+    sharding = (
+        SingleDeviceSharding(devices[1], memory_kind=kind)
+        if spec is None
+        else NamedSharding(Mesh(np.array(devices), ("x",)), spec, memory_kind=kind)
+    )
+    values = np.arange(4 * 6 * 8, dtype=np.float32).reshape(4, 6, 8)
+    file = {f"@w.{n}": layer for n, layer in enumerate(values)} | {"@t": values[0]}
+    save_pytree(file, tmp_path / "file", rename=[Rule("{*}", "{*}")])
+    template = {
+        "w": Struct((4, 8, 6), np.float32, sharding=sharding),
+        "t": Struct((8, 6), np.float32, sharding=sharding),
+    }
+    rules = [Rule("@w.{l}", "@w", "a b -> l b a"), Rule("@t", "@t", "a b -> b a")]
+    found = load_into_pytree(template, tmp_path / "file", rename=rules)
+    link.finish()
+    expected = {"w": values.transpose(0, 2, 1), "t": values[0].T}
+    for name, leaf in found.items():
+        assert leaf.sharding == sharding
+        assert leaf.addressable_data(0).sharding.memory_kind == kind
+        assert np.asarray(leaf).tobytes() == expected[name].tobytes()
+
+
 @pytest.mark.parametrize("sharding", [on for on, *_ in REARRANGED.values()], ids=REARRANGED)
 def test_tensors_of_several_dtypes_are_converted_before_they_are_joined(
     link: Link, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sharding: Any

@@ -26,6 +26,7 @@ from pytree2safetensors._load.eager import check_interrupt, eagerly
 from pytree2safetensors._load.finishing import Finisher
 from pytree2safetensors._load.plan import plan_batches
 from pytree2safetensors._load.ranges import Place, mapped
+from pytree2safetensors._load.shardings import other_memory
 from pytree2safetensors._load.slots import Batch, Use, Wanted
 from pytree2safetensors._load.template import TemplateLeaf
 from pytree2safetensors._load.verifying import check_digests
@@ -99,14 +100,16 @@ def _devices_of(sharding: Sharding | None) -> Iterable[jax.Device]:
 
 def _far(staged: bool) -> Callable[[Use], bool]:
     """Return a function that says whether a device moves the axes of a use faster than the host."""
-    known: dict[jax.Device | None, bool] = {}
+    known: dict[Sharding | None, bool] = {}
 
     def is_far(use: Use) -> bool:
         if not staged or (use.device is None and use.sharding is not None):  # JAX cuts these
             return False
-        if use.device not in known:
-            known[use.device] = not is_on_host(use.device or default_device())
-        return known[use.device]
+        if use.sharding not in known:
+            # Programs of a device make arrays in its own memory.
+            is_own = use.sharding is None or other_memory(use.sharding) is None
+            known[use.sharding] = is_own and not is_on_host(use.device or default_device())
+        return known[use.sharding]
 
     return is_far
 

@@ -114,10 +114,21 @@ def _moved(value: jax.Array, sharding: Sharding) -> jax.Array:
 
 def _in_default_memory(sharding: Sharding) -> Sharding:
     """Return a sharding whose arrays are in the default memory of its devices."""
-    device: Any = next(iter(sharding.device_set))
-    kind = device.default_memory().kind
     # An old JAX refuses any kind on CPUs, and changes the shape of a PositionalSharding.
-    return sharding if sharding.memory_kind in {None, kind} else sharding.with_memory_kind(kind)
+    if other_memory(sharding) is None:
+        return sharding
+    return sharding.with_memory_kind(_default_kind(sharding))
+
+
+def other_memory(sharding: Sharding) -> str | None:
+    """Return the kind of memory of a sharding's arrays; None for the default one of its devices."""
+    kind = getattr(sharding, "memory_kind", None)
+    return None if kind is None or kind == _default_kind(sharding) else str(kind)
+
+
+def _default_kind(sharding: Sharding) -> str:
+    device: Any = next(iter(sharding.device_set))
+    return str(device.default_memory().kind)
 
 
 def is_elsewhere(sharding: Sharding) -> bool:
