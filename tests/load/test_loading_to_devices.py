@@ -23,6 +23,7 @@ from pytree2safetensors._storage.file_source import FileSource
 P: Any = PartitionSpec  # JAX gives its constructor no types
 Struct: Any = jax.ShapeDtypeStruct
 RING, BATCH = (16 << 10, 48 << 10), 16 << 10
+HAS_KINDS = jax_versions.pinned_sharding(SingleDeviceSharding(jax.devices()[0])) is not None
 
 
 class Link:
@@ -265,6 +266,37 @@ def test_arrays_on_the_host_are_never_made_of_the_ring(
             assert raw(one) == raw(expected.astype(asked.dtype) if name == "cast" else expected)
 
 
+@pytest.mark.skipif(not HAS_KINDS, reason="the CPU devices of this JAX have one kind of memory")
+@pytest.mark.parametrize(
+    ("kind", "is_shared"), [("device", True), ("pinned_host", True), ("unpinned_host", False)]
+)
+def test_arrays_in_other_memory_of_the_host_are_never_made_of_the_ring(
+    link: Link, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, is_shared: bool
+) -> None:
+    """A backend might take over memory for them."""
+    tree = tree_of(20, 1500)
+    save_pytree(tree, tmp_path / "file")
+    link.reset()
+    shared: set[bool] = set()
+    put = jax.device_put
+
+    def device_put(values: Any, *arguments: Any) -> Any:
+        rings = [found for memory, _ in link.memory if (found := memory()) is not None]
+        if isinstance(values, list):
+            shared.update(any(np.may_share_memory(v, ring) for ring in rings) for v in values)
+        return put(values, *arguments)
+
+    monkeypatch.setattr(jax, "device_put", device_put)
+    sharding = SingleDeviceSharding(jax.devices()[1], memory_kind=kind)
+    template = {n: Struct(v.shape, v.dtype, sharding=sharding) for n, v in tree.items()}
+    found = load_into_pytree(template, tmp_path / "file")
+    link.finish()
+    assert shared == {is_shared}
+    for name, leaf in tree.items():
+        assert found[name].sharding == sharding
+        assert raw(found[name]) == raw(leaf)
+
+
 def test_a_load_that_a_smaller_ring_holds_has_no_larger_one(link: Link, tmp_path: Path) -> None:
     sizes: list[tuple[int, ...]] = []
 
@@ -418,9 +450,6 @@ def test_which_values_are_rearranged_on_their_device(
     link.finish()
     assert np.array_equal(found["w"], values.T)
     assert [shape for shape in shapes if len(shape) == 2] == [moved]
-
-
-HAS_KINDS = jax_versions.pinned_sharding(SingleDeviceSharding(jax.devices()[0])) is not None
 
 
 @pytest.mark.skipif(not HAS_KINDS, reason="the CPU devices of this JAX have one kind of memory")

@@ -24,7 +24,12 @@ from pytree2safetensors._leaves.to_jax import many_to_jax, to_jax, wrap_key
 from pytree2safetensors._load.assembling import Assembler, rearranged
 from pytree2safetensors._load.checkpoint import OpenCheckpoint
 from pytree2safetensors._load.ranges import Place
-from pytree2safetensors._load.shardings import is_elsewhere, weakened, without_shards
+from pytree2safetensors._load.shardings import (
+    is_elsewhere,
+    other_memory,
+    weakened,
+    without_shards,
+)
 from pytree2safetensors._load.slots import Piece, Slot, Use, Wanted
 from pytree2safetensors._load.template import to_python
 
@@ -136,7 +141,11 @@ class Finisher:
 
     def _to_jax(self, pending: Sequence[_Pending], is_staged: bool) -> list[jax.Array]:
         shardings = [use.sharding for use, *_ in pending]
-        hosts = [host for _, host, _ in pending]
+        hosts = [
+            # A backend might make such an array of the memory itself, which is used again.
+            host.copy() if is_staged and other_memory(use.sharding) == "unpinned_host" else host
+            for use, host, _ in pending
+        ]
         arrays = to_jax(hosts, shardings, keeps_memory=not is_staged)
         for (use, _, rearrange), array in zip(pending, arrays, strict=True):
             made = array if rearrange is None else rearrange(array)

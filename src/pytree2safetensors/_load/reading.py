@@ -107,8 +107,8 @@ def _far(staged: bool) -> Callable[[Use], bool]:
             return False
         if use.sharding not in known:
             # Programs of a device make arrays in its own memory.
-            is_own = use.sharding is None or other_memory(use.sharding) is None
-            known[use.sharding] = is_own and not is_on_host(use.device or default_device())
+            there = other_memory(use.sharding) is None
+            known[use.sharding] = there and not is_on_host(use.device or default_device())
         return known[use.sharding]
 
     return is_far

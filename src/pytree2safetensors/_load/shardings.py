@@ -120,10 +120,10 @@ def _in_default_memory(sharding: Sharding) -> Sharding:
     return sharding.with_memory_kind(_default_kind(sharding))
 
 
-def other_memory(sharding: Sharding) -> str | None:
+def other_memory(sharding: Sharding | None) -> str | None:
     """Return the kind of memory of a sharding's arrays; None for the default one of its devices."""
-    kind = getattr(sharding, "memory_kind", None)
-    return None if kind is None or kind == _default_kind(sharding) else str(kind)
+    kind: str | None = getattr(sharding, "memory_kind", None)
+    return None if sharding is None or kind is None or kind == _default_kind(sharding) else kind
 
 
 def _default_kind(sharding: Sharding) -> str:
