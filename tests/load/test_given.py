@@ -7,12 +7,16 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
 from oracle import assert_same, assert_same_values
-from placed import P, raw
+from placed import P, assert_in_place, raw
 from pytree2safetensors import Rule, set_weights
-from pytree2safetensors._leaves.jax_versions import enable_x64, structs_are_weak
+from pytree2safetensors._leaves.jax_versions import (
+    enable_x64,
+    pinned_sharding,
+    structs_are_weak,
+)
 from pytree2safetensors._leaves.spec import jax_holds
 from pytree2safetensors._leaves.to_jax import to_jax
 from pytree2safetensors._load import given
@@ -134,6 +138,92 @@ def test_arrays_are_cast_even_if_no_program_of_jax_can_do_it(name: str) -> None:
     assert_same(set_weights([wide], {"#0": narrow}, cast=True), [wide])
     if "float" in name:
         assert_same(set_weights([narrow], {"#0": wide}, cast=True), [narrow])
+
+
+HERE = jax.devices()[4:]  # the default device is not among these
+ROWS = NamedSharding(Mesh(np.array(HERE), ("x",)), P("x"))
+PLACES = {
+    "a device": SingleDeviceSharding(HERE[1]),
+    "parts": ROWS,
+    "copies": NamedSharding(ROWS.mesh, P()),
+    "pinned memory": pinned_sharding(SingleDeviceSharding(HERE[1])),
+    "parts in pinned memory": pinned_sharding(ROWS),
+}
+
+
+@pytest.mark.parametrize("sharding", PLACES.values(), ids=PLACES)
+@pytest.mark.parametrize(
+    ("dictionary", "options"),
+    [
+        ({"@w": np.arange(64.0, dtype=np.float32).reshape(8, 8)}, {}),
+        ({"@w": np.arange(64, dtype=np.int8).reshape(8, 8)}, {}),
+        ({"@w": np.arange(64.0).reshape(8, 8)}, {"cast": True}),
+        ({"@w": np.arange(64).astype(ml_dtypes.bfloat16).reshape(8, 8)}, {}),
+        ({"@w": np.arange(64).astype(ml_dtypes.int4).reshape(8, 8)}, {}),
+        ({"@w": np.zeros((0, 8), np.float32)}, {}),
+        ({"@w": np.arange(64).reshape(8, 8)}, {"cast": True, "rename": MOVED}),
+        (
+            {f"w.{n}": np.arange(n, n + 8, dtype=np.float32).reshape(1, 8) for n in range(8)},
+            {"rename": [Rule("w.{l}", "@w", "a b -> (l a) b", a=1)]},
+        ),
+        (
+            {f"w.{n}": np.arange(n, n + 8).astype("f2" if n % 2 else "f4") for n in range(8)},
+            {"cast": True, "rename": [Rule("w.{l}", "@w", "a -> l a")]},
+        ),
+    ],
+)
+def test_arrays_of_numpy_are_put_only_on_the_devices_of_their_leaves(
+    sharding: Any, dictionary: Any, options: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another device may be too small for them."""
+    if sharding is None:
+        pytest.skip("the CPU devices of this JAX have no pinned memory")
+    given = dictionary.get("@w", np.zeros((8, 8), np.float32))
+    dtype = given.dtype if not options.get("cast") else np.dtype(np.float32)
+    template = {"w": Struct(given.shape, dtype, sharding=sharding)}
+    plain = set_weights({"w": np.zeros(given.shape, dtype)}, dictionary, **options)["w"]
+    used: set[Any] = set()
+    put: Any = jax.device_put
+
+    def device_put(values: Any, *arguments: Any) -> Any:
+        made = put(values, *arguments)
+        arrays = made if isinstance(made, list) else [made]
+        used.update(device for array in arrays if array.shape for device in array.devices())
+        return made
+
+    monkeypatch.setattr(jax, "device_put", device_put)
+    found = set_weights(template, dictionary, **options)["w"]
+    monkeypatch.undo()
+    assert used <= sharding.device_set
+    assert_in_place(found, plain, sharding)
+    for values in dictionary.values():
+        values[:] = 1  # the arrays of the caller are copied
+    assert raw(found) == raw(plain)
+
+
+def test_joined_values_that_jax_cannot_hold_are_not_narrowed() -> None:
+    thirds = np.arange(3) / 3
+    dictionary = {"w.0": jnp.arange(3, dtype=np.float32), "w.1": thirds}
+    rules = [Rule("w.{l}", "@w", "a -> l a")]
+    template = {"w": np.zeros((2, 3), np.float64)}
+    found = set_weights(template, dictionary, rename=rules, cast=True)["w"]
+    assert_same_values(found, np.stack([np.arange(3.0), thirds]))
+
+
+def test_a_trace_decides_where_arrays_of_numpy_are() -> None:
+    values = np.arange(8, dtype=np.float32)
+    for sharding in (SingleDeviceSharding(HERE[1]), ROWS):
+        for template in (
+            jax.device_put(jnp.zeros(8), sharding),
+            Struct((8,), np.float32, sharding=sharding),
+        ):
+
+            def total(scale: Any, template: Any = template) -> Any:
+                return scale * set_weights({"x": template}, {"@x": values})["x"].sum()
+
+            for one in (jnp.float32(2), jax.device_put(jnp.float32(2), jax.devices()[0])):
+                assert jax.jit(total)(one) == 56
+                assert jax.eval_shape(total, one).shape == ()
 
 
 @pytest.mark.parametrize(("batch", "calls"), [(1 << 26, 1), (1 << 14, 3)])

@@ -148,10 +148,15 @@ def _is_too_wide(leaf: Any) -> bool:
     return bool(jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype)
 
 
+def is_traced() -> bool:
+    """Return whether JAX makes tracers of values here; for use within `own_programs`."""
+    return isinstance(jax.device_put(np.zeros((), np.uint8)), jax.core.Tracer)
+
+
 def is_mapped() -> bool:
-    """Return whether JAX makes tracers of values here, as in a shard_map that is not compiled."""
+    """Return whether JAX makes tracers even of constants here, as in a shard_map without jit."""
     with jax.ensure_compile_time_eval(), own_programs():
-        return isinstance(jax.device_put(np.zeros((), np.uint8)), jax.core.Tracer)
+        return is_traced()
 
 
 def weaken(array: jax.Array) -> jax.Array:

@@ -17,7 +17,7 @@ from pytree2safetensors._leaves.host import host_array
 from pytree2safetensors._leaves.jax_versions import WITHOUT_PROGRAMS
 from pytree2safetensors._leaves.meshes import computed
 from pytree2safetensors._leaves.spec import LeafSpec, TracedSpec
-from pytree2safetensors._leaves.to_jax import own_programs, to_jax, weaken, wrap_key
+from pytree2safetensors._leaves.to_jax import is_traced, own_programs, to_jax, weaken, wrap_key
 from pytree2safetensors._leaves.unstorable import (
     is_deleted,
     is_of_other_library,
@@ -104,10 +104,16 @@ def seen_through(view: View, dictionary: Mapping[str, Any], leaf: TemplateLeaf) 
     values = [dictionary[name] for name in view.names]
     if len({value.dtype for value in values}) > 1:  # each is converted, not to a common dtype first
         unplaced = leaf._replace(sharding=None, format=None)
+        if leaf.target == "jax" and not _has_jax(values):  # they are joined on the host
+            unplaced = unplaced._replace(target="numpy")
         values = fitted((unplaced, value) for value in values)
-    if any(isinstance(value, jax.Array) for value in values):
+    if _has_jax(values):
         return computed(lambda found: _made_of(view, found, jnp.stack), values)
     return _made_of(view, map(host_array, values), np.stack)
+
+
+def _has_jax(values: Iterable[Any]) -> bool:
+    return any(isinstance(value, jax.Array) for value in values)
 
 
 def _made_of(view: View, arrays: Iterable[Any], stack: Any) -> Any:
@@ -138,22 +144,35 @@ def _is_cast_by_jax(leaf: TemplateLeaf, value: jax.Array) -> bool:
 
 
 def _finished(batch: Sequence[tuple[TemplateLeaf, Any]]) -> list[Any]:
-    """Make JAX arrays of arrays on the host, in one call, and convert and place all JAX arrays."""
-    hosts = {
-        position: value
-        for position, (leaf, value) in enumerate(batch)
-        if leaf.target == "jax" and isinstance(value, np.ndarray)
-    }
-    found = [value for _, value in batch]
+    """Make JAX arrays of arrays on the host, and convert and place all JAX arrays."""
     with own_programs():
+        traced = any(leaf.sharding is not None for leaf, _ in batch) and is_traced()
+        hosts = {
+            position: value
+            for position, (leaf, value) in enumerate(batch)
+            if isinstance(value, np.ndarray) and _is_unplaced(leaf, traced)
+        }
+        found = [value for _, value in batch]
         for position, made in zip(hosts, to_jax([*hosts.values()]), strict=True):
-            is_weak = batch[position][0].spec.weak and not made.shape
-            found[position] = weaken(made) if is_weak else made
+            found[position] = weaken(made) if _is_weak(batch[position][0]) else made
         return [_placed(leaf, value) for (leaf, _), value in zip(batch, found, strict=True)]
 
 
+def _is_unplaced(leaf: TemplateLeaf, traced: bool) -> bool:
+    """Return whether values become an array on the default device, where programs may follow.
+
+    It may be too small for other arrays. JAX decides where traced ones are.
+    """
+    unplaced = traced or leaf.sharding is None or leaf.spec.kind == "key" or _is_weak(leaf)
+    return leaf.target == "jax" and unplaced
+
+
+def _is_weak(leaf: TemplateLeaf) -> bool:
+    return leaf.spec.weak and not leaf.spec.shape
+
+
 def _placed(leaf: TemplateLeaf, value: Any) -> Any:
-    if not isinstance(value, jax.Array):
+    if leaf.target != "jax":
         return value
     if leaf.spec.dtype is not None and value.dtype != leaf.spec.dtype:
         value = value.astype(leaf.spec.dtype)

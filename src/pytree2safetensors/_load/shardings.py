@@ -64,13 +64,14 @@ def refusal(sharding: Sharding, shape: tuple[int, ...]) -> str | None:
 
 
 def place(value: Any, sharding: Sharding) -> jax.Array:
-    """Place the values of an array in a sharding that may span several processes.
+    """Place the values of an array, of JAX or NumPy, in a sharding that may span several processes.
 
     For use within `own_programs`.
     """
     with x64_for([value]):
         placed = _placed(value, sharding)
-        is_lost = value.aval.weak_type and not (value.shape or placed.aval.weak_type)
+        is_weak = isinstance(value, jax.Array) and value.aval.weak_type
+        is_lost = is_weak and not (value.shape or placed.aval.weak_type)
         return weakened(placed, sharding) if is_lost else placed
 
 
@@ -78,7 +79,8 @@ def _placed(value: Any, sharding: Sharding) -> jax.Array:
     is_global = not getattr(value, "is_fully_addressable", True)
     has_programs = value.dtype.name not in WITHOUT_PROGRAMS
     if is_global or (has_programs and is_ordinary(sharding, value.shape)):
-        return _moved(value, sharding)
+        is_moved = isinstance(value, jax.Array)
+        return _moved(value, sharding) if is_moved else jax.device_put(value, sharding)
     if is_elsewhere(sharding):
         return without_shards(value, sharding)
     if is_key_dtype(value.dtype):
