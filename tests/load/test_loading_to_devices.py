@@ -36,9 +36,10 @@ class Link:
         self.fails_at = -1
         self.memory: list[tuple[weakref.ref[Any], int]] = []  # of the ring, and of large tensors
         self.most_memory = 0  # bytes at once
-        real_put, real_wait, real_aligned = (
+        real_put, real_wait, real_ready, real_aligned = (
             jax.device_put,
             jax_versions.block_until_ready,
+            ahead._are_ready,
             staging.aligned,
         )
 
@@ -62,6 +63,10 @@ class Link:
                 self.arrive(moving)
             return real_wait(arrays)
 
+        def are_ready(arrays: Any) -> bool:
+            moving = {id(array) for group, *_ in self.moving for array in group}
+            return real_ready(arrays) and moving.isdisjoint(map(id, arrays))
+
         def aligned(size: int) -> Any:
             memory = real_aligned(size)
             self.memory.append((weakref.ref(memory.base), size))  # which views of it keep alive
@@ -73,6 +78,7 @@ class Link:
         patch.setattr(staging, "_start_pinning", lambda *_: None)
         patch.setattr(staging, "aligned", aligned)
         patch.setattr(ahead, "block_until_ready", block_until_ready)
+        patch.setattr(ahead, "_are_ready", are_ready)
         patch.setattr(reading, "is_on_host", lambda _: False)
         patch.setattr(placement, "is_on_host", lambda _: False)
         patch.setattr(ahead, "RING", RING)
@@ -171,6 +177,46 @@ def test_a_tensor_larger_than_the_ring_has_memory_of_its_own(link: Link, tmp_pat
     link.finish()
     assert_same(found, tree)
     assert 120_000 <= link.most_memory <= 120_000 + sum(RING)  # one at a time
+
+
+@pytest.mark.parametrize(
+    ("names", "freed_at"),
+    # The put at which the array that was transferred first is free: after the put during which its
+    # transfer ends, or as soon as another large tensor takes its turn.
+    [("abbbbbbbb", 2), ("aabbbbbb", 1)],
+)
+def test_what_a_large_leaf_was_made_of_is_freed_after_its_transfer(
+    link: Link, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: str, freed_at: int
+) -> None:
+    large = np.arange(30_000, dtype=np.float32).reshape(300, 100)
+    small = np.arange(4000, dtype=np.float32).reshape(40, 100)  # a batch of its own
+    tree = {f"{kind}{n}": large if kind == "a" else small for n, kind in enumerate(names)}
+    save_pytree(tree, tmp_path / "file")
+    link.reset()
+    put: Any = jax.device_put
+    first: list[weakref.ref[Any]] = []
+    alive: list[bool] = []  # at each later put
+
+    def device_put(values: Any, *arguments: Any) -> Any:
+        made = put(values, *arguments)
+        if not isinstance(values, list):
+            return made
+        if first:
+            alive.append(first[0]() is not None)
+            link.finish()
+        else:
+            first.append(weakref.ref(made[0]))
+        return made
+
+    monkeypatch.setattr(jax, "device_put", device_put)
+    template = {name: Struct(leaf.shape[::-1], np.float32) for name, leaf in tree.items()}
+    rules = [Rule("{=}", "{=}", "x y -> y x")]
+    found = load_into_pytree(template, tmp_path / "file", rename=rules)
+    link.finish()
+    assert len(alive) == len(names) - 1
+    assert alive[freed_at - 1 :] == [False] * (len(names) - freed_at)
+    for name, leaf in tree.items():
+        assert raw(found[name]) == raw(np.ascontiguousarray(leaf.T))
 
 
 @pytest.mark.parametrize("fails_at", [1, 2, 5])

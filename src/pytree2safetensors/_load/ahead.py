@@ -100,6 +100,7 @@ class Staged(Ahead):
             while self.window:
                 self.finish()
             block_until_ready(self.large)  # only one of these is in memory
+            self.large = []
             return StartedMemory(self.device, size).get()
         while (memory := self.ring.take(size)) is None:
             # Finished batches are handed over first, so that the link is always busy.
@@ -117,11 +118,17 @@ class Staged(Ahead):
     def finish(self) -> list[Any]:
         is_staged = self.window[0].is_staged
         arrays = super().finish()
-        if is_staged:
-            self.ring.transferred(arrays)
-        else:
+        if not is_staged:
             self.large = arrays
+            return arrays
+        self.ring.transferred(arrays)
+        if _are_ready(self.large):  # a leaf by rules is another array
+            self.large = []
         return arrays
+
+
+def _are_ready(arrays: Sequence[Any]) -> bool:
+    return all(array.is_ready() for array in arrays)
 
 
 def _ring_sizes(batches: Sequence[Batch]) -> Sequence[int]:
