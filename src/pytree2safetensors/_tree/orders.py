@@ -121,7 +121,7 @@ def _marked(child: Any, number: int) -> Any:
 def _mark(leaf: Any, number: int) -> Any:
     if type(leaf) in (int, float, complex):
         return type(leaf)(number)
-    dtype = getattr(leaf, "dtype", np.bool_)
+    dtype = getattr(leaf, "dtype", np.bool_)  # bools are too few to be marks
     try:
         value = np.asarray(number).astype("float32" if dtype == np.bool_ else dtype)
     except TypeError:  # the dtype of a key
