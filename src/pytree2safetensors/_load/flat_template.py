@@ -19,6 +19,7 @@ from pytree2safetensors._load.prefixes import names_below
 from pytree2safetensors._load.template import TemplateLeaf, template_leaves
 from pytree2safetensors._tree.depth import deep_structure
 from pytree2safetensors._tree.flatten import flatten
+from pytree2safetensors._tree.orders import keyed_structure
 
 
 class FlatTemplate(NamedTuple):
@@ -67,7 +68,8 @@ class FlatTemplate(NamedTuple):
 def flat_template(module: Any) -> FlatTemplate:
     """Flatten a template."""
     flat = flatten(module, is_template=True)
-    treedef = (deep_structure if flat.is_deep else jax.tree_util.tree_structure)(module)
+    structure = keyed_structure if flat.is_keyed else jax.tree_util.tree_structure
+    treedef = deep_structure(module, structure) if flat.is_deep else structure(module)
     needs = template_leaves(flat.leaves)
     return FlatTemplate(treedef, flat.names, flat.leaves, needs, held_arrays(flat.leaves, needs))
 

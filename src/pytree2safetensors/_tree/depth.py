@@ -5,7 +5,7 @@ Specification: *Trees and flat dicts*.
 
 from _thread import allocate_lock, start_new_thread
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 import jax
@@ -44,7 +44,9 @@ class DepthCheck:
             raise too_deep(name)
 
 
-def deep_structure(tree: Any) -> Any:
+def deep_structure(
+    tree: Any, structure: Callable[[Any], Any] = jax.tree_util.tree_structure
+) -> Any:
     """Return the treedef of a tree that is as deep as JAX can flatten, with an empty stack.
 
     The thread does not come from `threading`, because such threads have frames of their own.
@@ -55,7 +57,7 @@ def deep_structure(tree: Any) -> Any:
 
     def work() -> None:  # pragma: no cover - coverage sees only the threads of `threading`
         try:
-            result.append(jax.tree_util.tree_structure(tree))
+            result.append(structure(tree))
         except BaseException as error:  # noqa: BLE001 - the caller raises it
             result.append(error)
         finally:

@@ -14,7 +14,7 @@ from pytree2safetensors._errors import KeyPathError
 from pytree2safetensors._messages import shorten, type_name
 from pytree2safetensors._tree.containers import PyTreeContainer, UnkeyedContainer, attrs_of
 from pytree2safetensors._tree.depth import DEEP, DepthCheck, too_deep, unsortable
-from pytree2safetensors._tree.orders import check_order
+from pytree2safetensors._tree.orders import is_order_known
 from pytree2safetensors._tree.spelling import (
     join,
     located,
@@ -33,13 +33,14 @@ class Flat(NamedTuple):
     leaves: list[Any]
     kinds: dict[str, Kind]
     is_deep: bool = False  # too deep for JAX where the stack already has many frames
+    is_keyed: bool = False  # only a treedef with keys certainly has the leaves in this order
 
 
 def flatten(tree: Any, *, is_template: bool = False) -> Flat:
-    """Walk a tree as JAX does, and spell the names. For a template, check the order of the treedef."""
+    """Walk a tree as JAX does, and spell the names. For a template, find out about its treedef."""
     walk = _Walk(is_template)
     walk.run(tree)
-    return walk.flat._replace(is_deep=walk.depth.limit > 0)
+    return walk.flat._replace(is_deep=walk.depth.limit > 0, is_keyed=walk.is_keyed)
 
 
 def open_once(node: Any) -> list[tuple[Any, Any]]:
@@ -70,7 +71,7 @@ class _Walk:
     """One flattening, which remembers the types of leaves and the spelling of keys."""
 
     def __init__(self, is_template: bool) -> None:
-        self.is_template = is_template
+        self.is_template, self.is_keyed = is_template, False
         self.flat = Flat([], [], {})
         self.leaf_types: set[type] = {int, float, bool, complex, str, np.ndarray}
         self.items: dict[str, str] = {}
@@ -178,8 +179,8 @@ class _Walk:
             raise too_deep(name) from None
         if not pairs:
             self.flat.kinds[name] = "PyTreeContainer"
-        if self.is_template:
-            check_order(node, [child for _, child in pairs], name)
+        if self.is_template and not is_order_known(node, [child for _, child in pairs], name):
+            self.is_keyed = True
         children = [(_spelled(spell_key, key, name), child) for (key,), child in pairs]
         if len(dict(children)) != len(children):
             raise _repeated(type(node), [segment for segment, _ in children], name)
