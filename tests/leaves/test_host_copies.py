@@ -1,7 +1,8 @@
 """Copies of device arrays. CPU devices replace other devices here."""
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -331,8 +332,29 @@ def test_memory_without_a_pinned_kind_is_copied_as_it_is(
     assert load_pytree(tmp_path / "file")["step"] == 3
 
 
+def no_setting() -> AbstractContextManager[Any]:
+    return nullcontext()
+
+
+def guarded() -> AbstractContextManager[Any]:
+    return jax.transfer_guard("disallow")
+
+
+def under_a_mesh() -> AbstractContextManager[Any]:
+    enter = getattr(jax, "set_mesh", None) or getattr(jax.sharding, "use_mesh", None)
+    if enter is None:
+        pytest.skip("this JAX sets no mesh")
+    found: AbstractContextManager[Any] = enter(Mesh(np.array(jax.devices()), ("x",)))
+    return found
+
+
+@pytest.mark.parametrize("setting", [no_setting, guarded, under_a_mesh])
+@pytest.mark.parametrize("background", [False, True])
 def test_parts_of_device_arrays_are_saved_by_rules(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    background: bool,
+    setting: Callable[[], AbstractContextManager[Any]],
 ) -> None:
     mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("x", "y"))
     values = jnp.arange(8 * 64 * 3, dtype=jnp.float32).reshape(8, 64, 3)
@@ -340,5 +362,9 @@ def test_parts_of_device_arrays_are_saved_by_rules(
     rules = [Rule("w.{l}", "w", "a b -> l a b"), Rule("k.{l}", "k", "a b -> l a b")]
     save_pytree(tree, tmp_path / "plain", rename=rules)
     Link(monkeypatch)
-    save_pytree(tree, tmp_path / "copied", rename=rules)
+    with setting():
+        if background:
+            save_pytree_async(tree, tmp_path / "copied", rename=rules).result()
+        else:
+            save_pytree(tree, tmp_path / "copied", rename=rules)
     assert (tmp_path / "copied").read_bytes() == (tmp_path / "plain").read_bytes()

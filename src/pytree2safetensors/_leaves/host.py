@@ -15,7 +15,7 @@ from pytree2safetensors._leaves.as_bits import moved_as_bits
 from pytree2safetensors._leaves.describe import PYTHON_SCALARS
 from pytree2safetensors._leaves.placement import is_in_place
 from pytree2safetensors._leaves.prng_keys import is_key_dtype
-from pytree2safetensors._leaves.to_jax import TAKEN_OVER
+from pytree2safetensors._leaves.to_jax import TAKEN_OVER, own_programs
 
 
 def host_array(leaf: Any) -> NDArray[Any]:
@@ -66,7 +66,8 @@ def _fetched(data: jax.Array) -> NDArray[Any]:
 def host_part(data: Any, index: tuple[slice, ...]) -> NDArray[Any]:
     """Return the values of a region of an array on one device. Only the region is copied from there."""
     if isinstance(data, jax.Array) and not is_in_place(data):
-        return host_shard(part_of(data, index))
+        with own_programs([data]):
+            return host_shard(part_of(data, index))
     if isinstance(data, jax.Array):
         data = _fetched(data)
     whole: Any = (*index, ...)  # always returns an array, never a scalar
