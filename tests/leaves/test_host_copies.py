@@ -14,8 +14,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pytree2safetensors import Rule, load_pytree, save_pytree, save_pytree_async
 from pytree2safetensors._leaves import host_copies, placement
-from pytree2safetensors._leaves.jax_versions import pinned_sharding
-from pytree2safetensors._save import share
+from pytree2safetensors._leaves.jax_versions import enable_x64, pinned_sharding
+from pytree2safetensors._save import parts, share
 from pytree2safetensors._save.contents import collect
 from pytree2safetensors._save.plan import plan_file
 
@@ -38,8 +38,15 @@ class Link:
 
     def device_put(self, values: Any, *arguments: Any) -> Any:
         if isinstance(values, list):
-            self.calls.append(sum(value.nbytes for value in values))
+            self.calls.append(sum(map(in_memory, values)))
         return self.real(values, *arguments)
+
+
+def in_memory(value: Any) -> int:
+    """Return the bytes of all copies of an array."""
+    if not isinstance(value, jax.Array):
+        return int(value.nbytes)
+    return sum(shard.data.nbytes for shard in value.addressable_shards)
 
 
 @pytest.fixture
@@ -237,6 +244,64 @@ def test_a_background_save_lets_arrays_be_donated_at_once(link: Link, tmp_path: 
     assert link.calls == [40_000]
     [found] = load_pytree(tmp_path / "file")
     assert np.asarray(found).tobytes() == expected
+
+
+def contents_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+LAYERS = Rule("{*}.{l}", "{*}", "a b -> l a b")
+SWAPPED = Rule("{*}", "{*}", "a b c -> c b a")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "complex128", "int4", "bool"])
+@pytest.mark.parametrize("rules", [None, [LAYERS], [SWAPPED]])
+@pytest.mark.parametrize("limit", [None, 100_000])
+def test_a_background_save_copies_each_region_once(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: str,
+    rules: list[Rule] | None,
+    limit: int | None,
+) -> None:
+    """Also if several devices hold the same region."""
+    if rules and dtype in {"complex128", "int4"}:
+        pytest.skip("no rule applies to arrays that need a note")
+    devices = jax.devices()
+    meshes = [Mesh(np.array(d).reshape(4, 2), ("x", "y")) for d in (devices, devices[::-1])]
+    values = np.arange(1 << 19).reshape(8, 256, 256).astype(np.int8).astype(dtype)
+    specs = [P("x"), P("y"), P(None, "y"), P(None, None, "x"), P("y", "x"), P()]
+    with enable_x64(True):
+        tree = {
+            f"{name}{number}": jax.device_put(values, NamedSharding(mesh, spec))
+            for number, spec in enumerate(specs)
+            for name, mesh in zip("ab", meshes, strict=True)
+        }
+        tree["tied"] = tree["a0"]
+    options: Any = {"rename": rules, "max_shard_size": limit, "checksum": True}
+    plain, copied = (tmp_path / name for name in ("plain", "copied"))
+    for folder in (plain, copied):
+        folder.mkdir()
+    save_pytree(tree, plain / "model.safetensors", **options)
+    link = Link(monkeypatch)
+    future = save_pytree_async(tree, copied / "model.safetensors", **options)
+    assert link.calls == [sum(array.nbytes for array in tree.values()) - tree["tied"].nbytes]
+    for array in tree.values():
+        array.delete()  # as a donation does
+    future.result()
+    assert len(link.calls) == 1
+    assert contents_of(copied) == contents_of(plain)
+
+
+def test_parts_of_small_arrays_are_not_joined_with_whole_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = tree_of_arrays()
+    save_pytree(tree, tmp_path / "plain", checksum=True)
+    monkeypatch.setattr(parts, "_SMALL", 0)
+    Link(monkeypatch)
+    save_pytree_async(tree, tmp_path / "copied", checksum=True).result()
+    assert (tmp_path / "copied").read_bytes() == (tmp_path / "plain").read_bytes()
 
 
 @pytest.mark.parametrize("axes", [None, (), ("x",)])

@@ -36,7 +36,7 @@ _MANY: Final = 4096  # equal arrays that are worth compiling for
 
 def copied_ahead(leaves: Sequence[Any]) -> Iterator[Any]:
     """Yield leaves in order. Copies of device arrays to the host start while others are used."""
-    return _copied_ahead(leaves) if _has_device_arrays(leaves) else iter(leaves)
+    return _copied_ahead(leaves) if has_device_arrays(leaves) else iter(leaves)
 
 
 def _copied_ahead(leaves: Sequence[Any]) -> Iterator[Any]:
@@ -60,7 +60,7 @@ def _size(leaf: Any) -> int:
     return leaf.nbytes if isinstance(leaf, jax.Array) and not is_key_dtype(leaf.dtype) else 0
 
 
-def _has_device_arrays(leaves: Sequence[Any]) -> bool:
+def has_device_arrays(leaves: Sequence[Any]) -> bool:
     """Return whether some arrays may be on other devices; fast if the host is the only one."""
     # Asking for devices starts them, which a tree of NumPy arrays does not need.
     return any(map(is_array_type, map(type, leaves))) and has_other_devices()
@@ -87,7 +87,7 @@ def start_host_copies(leaves: Sequence[Any]) -> list[Any]:
     stay as they are.
     """
     found = list(leaves)
-    if not _has_device_arrays(leaves):
+    if not has_device_arrays(leaves):
         return found
     # The pool of pinned memory is limited, and backends and versions differ in what they raise.
     with suppress(RuntimeError, ValueError), own_programs(leaves):

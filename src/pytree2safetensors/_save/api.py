@@ -13,10 +13,10 @@ import jax
 from pytree2safetensors._arguments import checked
 from pytree2safetensors._collector import collector_paused
 from pytree2safetensors._leaves.assembled import whole_leaves, with_leaves
-from pytree2safetensors._leaves.host_copies import snapshot
 from pytree2safetensors._leaves.renaming import Rename
 from pytree2safetensors._save.calls import counted, is_joint
 from pytree2safetensors._save.contents import collect
+from pytree2safetensors._save.parts import copied
 from pytree2safetensors._save.processes import save_jointly
 from pytree2safetensors._save.saver import submit, wait_for_earlier
 from pytree2safetensors._save.target import LocalTarget, label_of, plan_save, settled, target_of
@@ -162,7 +162,7 @@ def save_pytree_async(
         plan = plan_save(contents, target, checksum=checksum)
         # Each leaf once, because rules may make several tensors from it.
         unique = {id(leaf): leaf for leaf in whole_leaves(contents.leaves.values())}
-        copies = dict(zip(unique, snapshot([*unique.values()]), strict=True))
+        copies = dict(zip(unique, copied([*unique.values()]), strict=True))
         leaves = with_leaves(contents.leaves, copies)
     save = partial(write, plan, leaves, target, durable=durable, progress=report)
     return submit(save, label_of(target))

@@ -11,12 +11,14 @@ from pytree2safetensors._format.tensor import TensorInfo
 from pytree2safetensors._leaves.assembled import Assembled
 from pytree2safetensors._leaves.encode import joined_bytes
 from pytree2safetensors._leaves.host_copies import copied_ahead
+from pytree2safetensors._leaves.spread import Owned
 from pytree2safetensors._save.parts import arrays_of, chunks_of, parts_of, with_arrays
 from pytree2safetensors._save.plan import FilePlan
 from pytree2safetensors._types import Chunk
 
 _SMALL: Final = 1 << 16  # bytes: smaller tensors are joined
 _JOINED: Final = 4 << 20  # bytes to write together
+_IN_PARTS: Final = frozenset({Assembled, Owned})  # what is not one array
 
 
 def data_chunks(
@@ -50,7 +52,7 @@ def _groups(infos: Sequence[TensorInfo], leaves: Sequence[Any]) -> Iterator[tupl
     """Yield the start and the stop of each group, and whether its tensors are small, to be joined."""
     first = size = 0
     for position, (info, leaf) in enumerate(zip(infos, leaves, strict=True)):
-        if info.nbytes < _SMALL and type(leaf) is not Assembled:
+        if info.nbytes < _SMALL and type(leaf) not in _IN_PARTS:
             size += info.nbytes
             if size < _JOINED:
                 continue

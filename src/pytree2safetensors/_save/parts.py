@@ -3,15 +3,20 @@
 Specification: *Saving*.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final
 
 import jax
 
 from pytree2safetensors._format.tensor import TensorInfo
+from pytree2safetensors._leaves.describe import describe
+from pytree2safetensors._leaves.host_copies import has_device_arrays, snapshot
+from pytree2safetensors._leaves.placement import is_in_place
+from pytree2safetensors._leaves.prng_keys import is_key_dtype
 from pytree2safetensors._leaves.spread import Owned, owned, owned_chunks, tensor_chunks
 from pytree2safetensors._types import Chunk
 
+_SMALL: Final = 1 << 16  # bytes: smaller tensors are joined
 _WHOLE: Final = 1 << 20  # bytes: smaller tensors are copied whole, which takes fewer calls
 
 
@@ -47,3 +52,23 @@ def with_arrays(part: Any, arrays: Iterator[Any]) -> Any:
 def chunks_of(part: Any, info: TensorInfo) -> Iterator[Chunk]:
     """Yield the bytes of a part in order. A piece is valid until the next one."""
     return owned_chunks(part, info) if isinstance(part, Owned) else tensor_chunks(part, info)
+
+
+def copied(leaves: Sequence[Any]) -> list[Any]:
+    """Copy leaves as `snapshot` does, but only once what several devices hold."""
+    if not has_device_arrays(leaves):
+        return snapshot(leaves)
+    parts = [*map(_without_replicas, leaves)]
+    copies = iter(snapshot(arrays_of(parts)))
+    return [with_arrays(part, copies) for part in parts]
+
+
+def _without_replicas(leaf: Any) -> Any:
+    """Return the shards of a large array that are saved, if other devices hold the same regions."""
+    if not isinstance(leaf, jax.Array) or leaf.is_fully_replicated or is_key_dtype(leaf.dtype):
+        return leaf
+    [info] = describe([leaf])
+    if info is None or info.nbytes < _SMALL or is_in_place(leaf):
+        return leaf
+    part = owned(leaf, info.shape)
+    return part if len(part.shards) < len(leaf.sharding.device_set) else leaf
