@@ -331,6 +331,43 @@ def test_a_save_leaves_no_copy_inside_the_arrays(link: Link, tmp_path: Path) -> 
     assert array._npy_value is None
 
 
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("spec", [None, P(), P("x")])
+def test_no_copy_stays_inside_arrays_in_host_memory_of_another_layout(
+    link: Link, tmp_path: Path, spec: Any, background: bool
+) -> None:
+    """As the pinned memory of TPUs, which NumPy cannot read in place."""
+    layouts = pytest.importorskip("jax.experimental.layout")
+    if getattr(layouts, "Format", None) in {None, layouts.Layout}:
+        pytest.skip("this JAX gives layouts other names")
+    real, moved = link.real, list[Any]()
+
+    def device_put(values: Any, places: Any) -> Any:
+        formats = [layouts.Format(layouts.Layout(major_to_minor=(1, 0)), s) for s in places]
+        found = real(values, formats)
+        moved.extend(shard.data for array in found for shard in array.addressable_shards)
+        return found
+
+    devices = jax.devices()
+    sharding = (
+        jax.sharding.SingleDeviceSharding(devices[0])
+        if spec is None
+        else NamedSharding(Mesh(np.array(devices), ("x",)), spec)
+    )
+    values = np.arange(512 * 64, dtype=np.float32).reshape(512, 64)
+    arrays = [real(values, sharding), *device_put([values], [pinned_sharding(sharding)])]
+    link.real = device_put
+    if background:
+        save_pytree_async(arrays, tmp_path / "file").result()
+    else:
+        save_pytree(arrays, tmp_path / "file")
+    assert moved
+    assert all(data._npy_value is None for data in moved)
+    link.real = real
+    for found in load_pytree(tmp_path / "file"):
+        assert np.array_equal(found, values)
+
+
 @pytest.mark.parametrize("level", ["disallow", "disallow_explicit"])
 def test_saves_go_on_where_transfers_are_watched_for(
     link: Link, tmp_path: Path, level: str

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pytree2safetensors._format.tensor import NUMPY, SCALARS
 from pytree2safetensors._leaves.as_bits import moved_as_bits
 from pytree2safetensors._leaves.describe import PYTHON_SCALARS
-from pytree2safetensors._leaves.placement import is_in_place
+from pytree2safetensors._leaves.placement import is_in_numpys_layout, is_in_place
 from pytree2safetensors._leaves.prng_keys import is_key_dtype
 from pytree2safetensors._leaves.to_jax import TAKEN_OVER, own_programs
 
@@ -47,17 +47,18 @@ def host_shard(data: jax.Array) -> NDArray[Any]:
     return canonical_bools(_fetched(data))
 
 
-def _fetched(data: jax.Array) -> NDArray[Any]:
+def _fetched(data: jax.Array, *, again: bool = False) -> NDArray[Any]:
+    """Return values. A copy may stay inside the array if they are asked for again."""
     if is_key_dtype(data.dtype):
         data = _key_data(data)
-    if is_in_place(data):
+    if is_in_numpys_layout(data):
         try:
             return np.asarray(data)
         except RuntimeError:  # in another layout, it is copied, which a guard may forbid
             if data.is_deleted():
                 raise
     with jax.transfer_guard("allow"):  # users guard the transfers of programs, not those of saves
-        if data.nbytes >= TAKEN_OVER:
+        if data.nbytes >= TAKEN_OVER and not again:
             # Another array with the same memory, which keeps the copy instead.
             data = jax.make_array_from_single_device_arrays(data.shape, data.sharding, [data])
         return np.asarray(data)
@@ -69,7 +70,7 @@ def host_part(data: Any, index: tuple[slice, ...]) -> NDArray[Any]:
         with own_programs([data]):
             return host_shard(part_of(data, index))
     if isinstance(data, jax.Array):
-        data = _fetched(data)
+        data = _fetched(data, again=True)  # for other regions
     whole: Any = (*index, ...)  # always returns an array, never a scalar
     return canonical_bools(data[whole])
 

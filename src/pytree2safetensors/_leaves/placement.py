@@ -38,13 +38,18 @@ def is_packed(dtype: Any) -> bool:
 
 
 def is_in_place(array: jax.Array) -> bool:
-    """Return whether the host reads an array in place."""
+    """Return whether an array is in host memory. Other devices may lay it out in their own way there."""
     if is_packed(array.dtype):
         return False
     sharding: Any = array.sharding
-    if sharding.memory_kind in _HOST_MEMORY:
-        return True
-    return is_on_host(next(iter(sharding.device_set)))
+    return sharding.memory_kind in _HOST_MEMORY or is_on_host(next(iter(sharding.device_set)))
+
+
+def is_in_numpys_layout(array: jax.Array) -> bool:
+    """Return whether NumPy reads an array in place, unless the user asked JAX for another layout."""
+    if is_packed(array.dtype):
+        return False
+    return is_on_host(next(iter(array.sharding.device_set)))
 
 
 def is_unreduced(sharding: Any) -> bool:
