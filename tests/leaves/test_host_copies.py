@@ -4,6 +4,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from threading import current_thread, main_thread
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pytree2safetensors import Rule, load_pytree, save_pytree, save_pytree_async
 from pytree2safetensors._leaves import host_copies, placement
+from pytree2safetensors._leaves.host import host_array
 from pytree2safetensors._leaves.jax_versions import enable_x64, pinned_sharding
 from pytree2safetensors._save import parts, share
 from pytree2safetensors._save.contents import collect
@@ -246,6 +248,47 @@ def test_a_background_save_lets_arrays_be_donated_at_once(link: Link, tmp_path: 
     assert np.asarray(found).tobytes() == expected
 
 
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
+def test_a_background_save_waits_for_no_array(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, impl: str
+) -> None:
+    """A program that is still running may make the keys, or the arrays that are copied as one."""
+    mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("x", "y"))
+    keys = jax.random.split(jax.random.key(0, impl=impl), 8)
+    large = jax.random.split(jax.random.key(1, impl=impl), 1 << 13)
+    tree: dict[str, Any] = {
+        "key": jax.random.key(3, impl=impl),
+        "spread": [
+            jax.device_put(values, NamedSharding(mesh, spec))
+            for values in (keys, large)
+            for spec in (P(), P("x"), P(("x", "y")))
+        ],
+        "many keys": [jax.random.key(i, impl=impl) for i in range(70)],
+        "many arrays": [jnp.full(3, i) for i in range(70)],
+        "many bools": [jnp.asarray(i > 9) for i in range(70)],
+    }
+    save_pytree(tree, tmp_path / "plain", checksum=True)
+    link = Link(monkeypatch)
+    monkeypatch.setattr(host_copies, "_MANY", 64)
+    read: list[Any] = []
+    real: Any = np.asarray
+
+    def asarray(values: Any, *arguments: Any) -> Any:
+        if isinstance(values, jax.Array) and current_thread() is main_thread():
+            read.append(values)
+        return real(values, *arguments)
+
+    monkeypatch.setattr(np, "asarray", asarray)
+    future = save_pytree_async(tree, tmp_path / "copied", checksum=True)
+    assert not read
+    assert len(link.calls) == 1
+    for leaf in jax.tree.leaves(tree):
+        is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        (jax.random.key_data(leaf) if is_key else leaf).delete()  # as a donation does
+    future.result()
+    assert (tmp_path / "copied").read_bytes() == (tmp_path / "plain").read_bytes()
+
+
 def contents_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
@@ -388,13 +431,15 @@ def test_stacks_are_read_where_transfers_are_allowed(
     class Stack:
         def __array__(self, *_: Any, **__: Any) -> Any:
             levels.append(jax.config.jax_transfer_guard_device_to_host)  # type: ignore[attr-defined] # JAX gives it no type
-            return np.zeros((64, 3))
+            return np.arange(64 * 3).reshape(64, 3)
 
     monkeypatch.setattr(host_copies, "_MANY", 64)
     monkeypatch.setattr(jax, "device_put", lambda values, *_: [Stack() for _ in values])
     with jax.transfer_guard("disallow"):
-        host_copies.start_host_copies([jnp.arange(3) for _ in range(64)])
+        copies = host_copies.start_host_copies([jnp.arange(3) for _ in range(64)])
+        rows = [host_array(copy) for copy in copies]
     assert levels == ["allow"]
+    assert np.array_equal(rows, np.arange(64 * 3).reshape(64, 3))
 
 
 @pytest.mark.parametrize("error", [RuntimeError, ValueError, NotImplementedError])

@@ -3,8 +3,8 @@
 Specification: *Leaves*.
 """
 
-from functools import partial
-from typing import Any
+from functools import cached_property, partial
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -18,9 +18,30 @@ from pytree2safetensors._leaves.prng_keys import is_key_dtype
 from pytree2safetensors._leaves.to_jax import TAKEN_OVER, own_programs
 
 
+class Stack:
+    """Several arrays that are copied to the host as one. The copy may still be under way."""
+
+    def __init__(self, copy: Any) -> None:
+        self._copy = copy
+
+    @cached_property
+    def values(self) -> NDArray[Any]:
+        with jax.transfer_guard("allow"):
+            return np.asarray(self._copy)
+
+
+class Row(NamedTuple):
+    """One of the arrays in a stack, as a leaf."""
+
+    stack: Stack
+    number: int
+
+
 def host_array(leaf: Any) -> NDArray[Any]:
     """Return the values of a leaf with a tensor, without a copy if they are on the host."""
     kind = type(leaf)
+    if kind is Row:
+        return canonical_bools(leaf.stack.values[leaf.number, ...])
     if kind is complex:
         return np.array([leaf.real, leaf.imag])
     if kind in PYTHON_SCALARS:
@@ -90,6 +111,11 @@ def part_of(data: jax.Array, index: tuple[slice, ...]) -> jax.Array:
 @partial(jax.jit, static_argnums=2)
 def _cut(data: jax.Array, starts: list[Any], sizes: tuple[int, ...]) -> Any:
     return moved_as_bits(lambda found: jax.lax.dynamic_slice(found[0], starts, sizes), [data])
+
+
+def without_key(leaf: Any) -> Any:
+    """Return the array with the data of typed keys; other leaves as they are. No program runs."""
+    return _key_data(leaf) if isinstance(leaf, jax.Array) and is_key_dtype(leaf.dtype) else leaf
 
 
 def _key_data(keys: jax.Array) -> jax.Array:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pytree2safetensors._leaves.as_bits import moved_as_bits
-from pytree2safetensors._leaves.host import host_array
+from pytree2safetensors._leaves.host import Row, Stack, host_array, without_key
 from pytree2safetensors._leaves.jax_versions import pinned_sharding
 from pytree2safetensors._leaves.placement import (
     has_other_devices,
@@ -21,7 +21,6 @@ from pytree2safetensors._leaves.placement import (
     is_in_place,
     is_packed,
 )
-from pytree2safetensors._leaves.prng_keys import is_key_dtype
 from pytree2safetensors._leaves.to_jax import own_programs
 
 # Measured on an H100: copies of 128 MiB at a time reach the speed of the link, which is ten times the
@@ -36,7 +35,9 @@ _MANY: Final = 4096  # equal arrays that are worth compiling for
 
 def copied_ahead(leaves: Sequence[Any]) -> Iterator[Any]:
     """Yield leaves in order. Copies of device arrays to the host start while others are used."""
-    return _copied_ahead(leaves) if has_device_arrays(leaves) else iter(leaves)
+    if not has_device_arrays(leaves):
+        return iter(leaves)
+    return _copied_ahead([*map(without_key, leaves)])
 
 
 def _copied_ahead(leaves: Sequence[Any]) -> Iterator[Any]:
@@ -56,8 +57,7 @@ def _nbytes(batch: Sequence[Any]) -> int:
 
 
 def _size(leaf: Any) -> int:
-    """Return the bytes of an array. Keys count as small: not every version of JAX has their size."""
-    return leaf.nbytes if isinstance(leaf, jax.Array) and not is_key_dtype(leaf.dtype) else 0
+    return leaf.nbytes if isinstance(leaf, jax.Array) else 0
 
 
 def has_device_arrays(leaves: Sequence[Any]) -> bool:
@@ -82,9 +82,9 @@ def _batches(leaves: Sequence[Any]) -> Iterator[list[Any]]:
 def start_host_copies(leaves: Sequence[Any]) -> list[Any]:
     """Start to copy all device arrays to the host in one call. Other leaves stay as they are.
 
-    The arrays may be donated as soon as this returns. The copies are JAX arrays in host memory, or
-    NumPy arrays where many small arrays are copied together. If JAX refuses the memory, all leaves
-    stay as they are.
+    The arrays may be donated as soon as this returns. It does not wait for the programs that make
+    them. The copies are JAX arrays in host memory, with the data of keys, and rows of stacks for many
+    equal small arrays. If JAX refuses the memory, all leaves stay as they are.
     """
     found = list(leaves)
     if not has_device_arrays(leaves):
@@ -96,9 +96,12 @@ def start_host_copies(leaves: Sequence[Any]) -> list[Any]:
             return found
         copies = jax.device_put([m.array for m in moves], [m.pinned for m in moves])
         for (positions, *_), copy in zip(moves, copies, strict=True):
-            parts = np.asarray(copy) if len(positions) > 1 else [copy]
-            for position, part in zip(positions, parts, strict=True):
-                found[position] = part
+            if len(positions) == 1:
+                found[positions[0]] = copy
+                continue
+            stack = Stack(copy)
+            for number, position in enumerate(positions):
+                found[position] = Row(stack, number)
     return found
 
 
@@ -111,16 +114,16 @@ class _Move(NamedTuple):
 
 
 def _moves(leaves: Sequence[Any]) -> list[_Move]:
-    """Return what to copy: first the stacks of many small arrays, because a save waits for them."""
+    """Return what to copy: arrays and, of many small arrays, stacks."""
+    leaves = [*map(without_key, leaves)]
+    moves: list[_Move] = []
     kinds: dict[tuple[Any, ...], list[int]] = {}  # the positions of equal arrays
     for position, leaf in enumerate(leaves):
         if isinstance(leaf, jax.Array):
             kinds.setdefault((leaf.sharding, leaf.dtype, leaf.shape), []).append(position)
-    stacked: list[_Move] = []
-    alone: list[_Move] = []
     for (sharding, dtype, _), positions in kinds.items():
         first = leaves[positions[0]]
-        if is_key_dtype(dtype) or is_in_place(first):
+        if is_in_place(first):
             continue
         whole = first.is_fully_replicated
         pinned = pinned_sharding(first.addressable_data(0).sharding if whole else sharding)
@@ -132,10 +135,10 @@ def _moves(leaves: Sequence[Any]) -> list[_Move]:
         stop = len(positions) - len(positions) % _STACK if many else 0
         for start in range(0, stop, _STACK):
             chunk = slice(start, start + _STACK)
-            stacked.append(_Move(positions[chunk], _stack(arrays[chunk]), pinned))
+            moves.append(_Move(positions[chunk], _stack(arrays[chunk]), pinned))
         rest = zip(positions[stop:], arrays[stop:], strict=True)
-        alone += [_Move([position], array, pinned) for position, array in rest]
-    return stacked + alone
+        moves += [_Move([position], array, pinned) for position, array in rest]
+    return moves
 
 
 @jax.jit

@@ -10,9 +10,9 @@ import jax
 
 from pytree2safetensors._format.tensor import TensorInfo
 from pytree2safetensors._leaves.describe import describe
+from pytree2safetensors._leaves.host import without_key
 from pytree2safetensors._leaves.host_copies import has_device_arrays, snapshot
 from pytree2safetensors._leaves.placement import is_in_place
-from pytree2safetensors._leaves.prng_keys import is_key_dtype
 from pytree2safetensors._leaves.spread import Owned, owned, owned_chunks, tensor_chunks
 from pytree2safetensors._types import Chunk
 
@@ -65,7 +65,8 @@ def copied(leaves: Sequence[Any]) -> list[Any]:
 
 def _without_replicas(leaf: Any) -> Any:
     """Return the shards of a large array that are saved, if other devices hold the same regions."""
-    if not isinstance(leaf, jax.Array) or leaf.is_fully_replicated or is_key_dtype(leaf.dtype):
+    leaf = without_key(leaf)
+    if not isinstance(leaf, jax.Array) or leaf.is_fully_replicated:
         return leaf
     [info] = describe([leaf])
     if info is None or info.nbytes < _SMALL or is_in_place(leaf):
