@@ -248,6 +248,31 @@ def test_a_background_save_lets_arrays_be_donated_at_once(link: Link, tmp_path: 
     assert np.asarray(found).tobytes() == expected
 
 
+@pytest.mark.parametrize("background", [False, True])
+def test_arrays_are_copied_together_from_devices_that_are_not_the_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, background: bool
+) -> None:
+    """With JAX_PLATFORMS=cpu,cuda, the default devices are those of the CPU."""
+    devices = jax.devices()
+    values = np.arange(100_000, dtype=np.float32)
+    tree = [jax.device_put(values + number, device) for number, device in enumerate(devices)]
+    save_pytree(tree, tmp_path / "plain")
+    link = Link(monkeypatch)
+    monkeypatch.setattr(placement, "is_on_host", lambda device: device.id < 4)
+    monkeypatch.setattr(jax, "local_devices", lambda: devices[:4])
+    set_platforms: Any = jax.config.update
+    set_platforms("jax_platforms", "cpu,cuda")
+    try:
+        if background:
+            save_pytree_async(tree, tmp_path / "copied").result()
+        else:
+            save_pytree(tree, tmp_path / "copied")
+    finally:
+        set_platforms("jax_platforms", "cpu")
+    assert link.calls == [4 * values.nbytes]
+    assert (tmp_path / "copied").read_bytes() == (tmp_path / "plain").read_bytes()
+
+
 @pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
 def test_a_background_save_waits_for_no_array(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, impl: str

@@ -23,8 +23,10 @@ def is_on_host(device: jax.Device) -> bool:
 
 
 def has_other_devices() -> bool:
-    """Return whether this process has devices whose arrays are not host memory."""
-    return not all(map(is_on_host, jax.local_devices()))
+    """Return whether this process may have devices whose arrays are not host memory."""
+    # JAX lists the devices of the first platform in JAX_PLATFORMS only.
+    platforms: str | None = jax.config.jax_platforms  # type: ignore[attr-defined] # JAX gives it no type
+    return "," in (platforms or "") or not all(map(is_on_host, jax.local_devices()))
 
 
 def is_concrete(leaf: Any) -> TypeGuard[jax.Array]:
