@@ -31,7 +31,7 @@ from pytree2safetensors import (
     save_pytree,
     save_pytree_async,
 )
-from pytree2safetensors._save import saver
+from pytree2safetensors._save import parts, saver
 from pytree2safetensors._save.saver import _End
 
 
@@ -590,6 +590,33 @@ def test_without_a_thread_the_call_leaves_a_save_to_the_thread_that_has_begun_it
     saver.wait_for_earlier()
     assert len(steps) == 1
     assert steps[0] != threading.get_ident()
+
+
+def test_a_snapshot_is_freed_before_the_callbacks_of_its_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They may start the next save, which makes another one."""
+    copies, alive = list[weakref.ref[Any]](), list[bool]()
+
+    def copied(leaves: Any) -> list[Any]:
+        found = parts.copied(leaves)
+        copies.extend(weakref.ref(copy) for copy in found if isinstance(copy, np.ndarray))
+        return found
+
+    release = threading.Event()
+    earlier = save_pytree_async({"a": 1}, tmp_path / "a", progress=lambda *_: release.wait(20))
+    monkeypatch.setattr("pytree2safetensors._save.api.copied", copied)
+    gc.disable()
+    try:
+        future = save_pytree_async({"a": np.ones(9), "b": jnp.ones(9)}, tmp_path / "b")
+        future.add_done_callback(lambda _: alive.extend(copy() is not None for copy in copies))
+        release.set()
+        earlier.result(20)
+        future.result(20)
+    finally:
+        gc.enable()
+    save_pytree_async({}, tmp_path / "c").result(20)  # the callbacks have run
+    assert alive == [False, False]
 
 
 def test_a_save_that_failed_is_freed_with_its_future(tmp_path: Path) -> None:

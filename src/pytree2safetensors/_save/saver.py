@@ -201,6 +201,7 @@ def _run(waiting: _Waiting) -> None:
         future.set_exception(error)
         del save, future  # the traceback would keep them alive
     else:
+        del save  # with its snapshot, since callbacks of the future may start the next save
         ended()
         future.set_result(None)
 
