@@ -185,3 +185,17 @@ def test_what_holds_no_arrays_is_kept_in_silence(
     found = load_into_pytree({"leaves": leaves, "w": 0.0}, path, verbose=True)
     assert found == {"leaves": leaves, "w": 1.0}
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("leaf", [print, *(leaf for leaf, _ in HOLDERS)])
+@pytest.mark.parametrize(
+    "rename", [None, {"@w": "x"}, [Rule("{*}", "{*}")], lambda path: path[1:].upper()]
+)
+def test_a_flat_dict_of_the_template_fits_it(leaf: Any, rename: Any) -> None:
+    template = {"w": ONES, "model": leaf}
+    found = set_weights(template, pytree2dict(template, rename=rename), rename=rename)
+    assert found["model"] is leaf
+    found = set_weights(
+        template, {"any name": leaf, **pytree2dict({"w": ONES}, rename=rename)}, rename=rename
+    )
+    assert found["model"] is leaf

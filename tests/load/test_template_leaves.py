@@ -156,6 +156,31 @@ def test_a_device_layout_that_a_template_asks_for_is_given(tmp_path: Path) -> No
         assert np.asarray(found["w"]).tobytes() == values.tobytes()
 
 
+@pytest.mark.skipif(
+    not hasattr(jax, "set_mesh") or not hasattr(jax.sharding, "get_mesh"),
+    reason="this JAX has no mesh in force",
+)
+def test_a_device_layout_may_be_on_an_abstract_mesh(tmp_path: Path) -> None:
+    layouts = pytest.importorskip("jax.experimental.layout")
+    kinds = (jax.sharding.AxisType.Explicit,) * 2
+    mesh: Any = jax.make_mesh((4, 2), ("a", "b"), axis_types=kinds)
+    spec = jax.sharding.PartitionSpec("a", "b")  # type: ignore[no-untyped-call] # JAX gives it no types
+    layout = layouts.Format(
+        layouts.Layout((1, 0)), jax.sharding.NamedSharding(mesh.abstract_mesh, spec)
+    )
+    values = np.arange(32, dtype=np.float32).reshape(8, 4)
+    save_pytree({"w": values}, tmp_path / "file")
+    template = {"w": Struct((8, 4), np.float32, sharding=layout)}
+    with jax.set_mesh(mesh):
+        for found in (
+            load_into_pytree(template, tmp_path / "file"),
+            set_weights(template, {"@w": values}),
+        ):
+            assert found["w"].sharding == jax.sharding.NamedSharding(mesh, spec)
+            assert found["w"].format.layout.major_to_minor == (1, 0)
+            assert np.asarray(found["w"]).tobytes() == values.tobytes()
+
+
 def test_an_empty_array_keeps_its_shards_whatever_its_device_layout(tmp_path: Path) -> None:
     layouts = pytest.importorskip("jax.experimental.layout")
     if not hasattr(getattr(layouts, "Format", None), "layout"):

@@ -70,6 +70,14 @@ def explicit_format(leaf: Any) -> Any:
     return None if layout is None else found
 
 
+def with_sharding(format_: Any, sharding: Any) -> Any:
+    """Return the device layout of a format with another sharding; None stays None."""
+    if format_ is None:
+        return None
+    layout = getattr(format_, "layout", None) or format_.device_local_layout  # as above
+    return type(format_)(layout, sharding)
+
+
 def pinned_sharding(sharding: Any) -> Any:
     """Return the sharding in pinned host memory, or None."""
     try:

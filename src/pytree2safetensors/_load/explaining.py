@@ -59,8 +59,8 @@ def explain(
         WeightsMismatchError: The file has nothing at `prefix`.
         FileFormatError: The file is damaged, or is not a safetensors file.
         KeyPathError: A key path of `module` cannot be spelled, or `prefix` is not a key path.
-        TreeStructureError: JAX cannot flatten `module`, or gives the children of a node another order
-            with their keys than without.
+        TreeStructureError: JAX cannot flatten `module`; or, before JAX 0.4.36, gives the children of a
+            node another order with their keys than without.
         ValueError: The path of a rule is ambiguous in `module`.
         OSError: The file cannot be read.
 

@@ -35,6 +35,20 @@ class FlatTemplate(NamedTuple):
         """Return the names of leaves that are data."""
         return (name for name, need in zip(self.names, self.needs, strict=True) if need)
 
+    def keeping(self, values: Mapping[str, Any]) -> tuple["FlatTemplate", list[str]]:
+        """Keep leaves that are not data, where they are also values, under any name.
+
+        Returns:
+            The template without complaints about these leaves, and their names.
+        """
+        others = {
+            id(leaf) for leaf, need in zip(self.leaves, self.needs, strict=True) if need is None
+        }
+        own = {name: id(value) for name, value in values.items() if id(value) in others}
+        kept = {*own.values()}
+        held = {n: why for n, why in self.held.items() if id(self.leaves[n]) not in kept}
+        return self._replace(held=held), [*own]
+
     def compared(
         self,
         available: Mapping[str, Any],

@@ -10,6 +10,7 @@ import jax
 
 from pytree2safetensors._arguments import checked
 from pytree2safetensors._collector import collector_paused
+from pytree2safetensors._leaves.jax_versions import with_sharding
 from pytree2safetensors._leaves.renaming import Rename, rules_in
 from pytree2safetensors._leaves.spec import ARRAYS
 from pytree2safetensors._leaves.views import View
@@ -69,8 +70,8 @@ def set_weights(
         WeightsMismatchError: Leaves are missing, unexpected or mismatched. Its attributes list all of
             them, and the message lists the first 20 of each kind.
         KeyPathError: A key path of `module` cannot be spelled, or `prefix` is not a key path.
-        TreeStructureError: JAX cannot flatten `module`, or gives the children of a node another order
-            with their keys than without.
+        TreeStructureError: JAX cannot flatten `module`; or, before JAX 0.4.36, gives the children of a
+            node another order with their keys than without.
         ValueError: The path of a rule is ambiguous in `module`.
 
     Specification: *Loading into a template*.
@@ -87,6 +88,11 @@ def set_weights(
     available = {
         name: given_spec(leaf, dictionary[name]) for name, leaf in zip(names, given, strict=True)
     }
+    template, own = template.keeping(
+        {name: dictionary[name] for name, spec in available.items() if spec is None}
+    )
+    for name in own:
+        del available[name]
     options = Options("the dictionary", strict, verbose, cast, prefix, rename, unexpected)
     matches = template.match(available, lambda _: dictionary, options)
     leaves = list(template.leaves)
@@ -151,8 +157,8 @@ def load_into_pytree(
         FileFormatError: The file is damaged, is not a safetensors file, or changes during the load; or
             the folder has no checkpoint, or none of several takes precedence.
         KeyPathError: A key path of `module` cannot be spelled, or `prefix` is not a key path.
-        TreeStructureError: JAX cannot flatten `module`, or gives the children of a node another order
-            with their keys than without.
+        TreeStructureError: JAX cannot flatten `module`; or, before JAX 0.4.36, gives the children of a
+            node another order with their keys than without.
         ValueError: `mmap` is True, and `path` is a file object or a URL; or the path of a rule is
             ambiguous in `module`.
         RuntimeError: A function that `jax.shard_map` runs without `jax.jit` cannot load.
@@ -199,4 +205,6 @@ def _placed(leaf: TemplateLeaf) -> TemplateLeaf:
     if leaf.sharding is None:
         return leaf
     sharding = concrete(leaf.sharding)
-    return leaf if sharding is leaf.sharding else leaf._replace(sharding=sharding)
+    if sharding is leaf.sharding:
+        return leaf
+    return leaf._replace(sharding=sharding, format=with_sharding(leaf.format, sharding))
