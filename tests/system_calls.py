@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import BuiltinFunctionType
 from typing import Any, NamedTuple
+from unittest import mock
 
 # The modules whose calls count: the package, and modules of the standard library that it uses.
 _OURS = {"pytree2safetensors", "posixpath", "genericpath", "os"}
@@ -29,6 +30,8 @@ class Call(NamedTuple):
 @contextmanager
 def watched(act: Callable[[Call], Any], *, flushing: bool = True) -> Iterator[None]:
     """Ask `act` for the result of every call to the operating system that the package makes.
+
+    Files are flushed by `fsync` on every system.
 
     Args:
         act: Calls `run`, or fails; calls that it makes itself are not watched.
@@ -56,10 +59,30 @@ def watched(act: Callable[[Call], Any], *, flushing: bool = True) -> Iterator[No
         for name, function in originals.items():
             real = function if flushing or name != "fsync" else lambda _: None
             setattr(os, name, watch(name, real))
-        yield
+        with _flushing_by_fsync():
+            yield
     finally:
         for name, function in originals.items():
             setattr(os, name, function)
+
+
+@contextmanager
+def _flushing_by_fsync() -> Iterator[None]:
+    """Let macOS refuse `F_FULLFSYNC`, a call of `fcntl`: then the package calls `os.fsync`."""
+    if sys.platform != "darwin":
+        yield
+        return
+    import fcntl
+
+    control = fcntl.fcntl
+
+    def refuse(descriptor: Any, command: int, *arguments: Any) -> Any:
+        if command == fcntl.F_FULLFSYNC:
+            raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+        return control(descriptor, command, *arguments)
+
+    with mock.patch.object(fcntl, "fcntl", refuse):
+        yield
 
 
 class Fault(NamedTuple):
@@ -73,7 +96,9 @@ class Fault(NamedTuple):
         # A descriptor is gone when closing it fails.
         if self.after or call.name == "close":
             with suppress(OSError):
-                call.run()
+                result = call.run()
+                if call.name == "open" and os.name == "nt":
+                    os.close(result)  # or nothing could remove the file
         error = self.error()
         if isinstance(error, OSError) and call.args and isinstance(call.args[0], str):
             error.filename = call.args[0]  # as the system's own errors have it

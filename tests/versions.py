@@ -2,6 +2,7 @@
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,14 @@ from pytree2safetensors import load_pytree
 TEMPORARY = ".pytree2safetensors-*"
 
 posix = pytest.mark.skipif(os.name != "posix", reason="needs a POSIX system")
+replaces_open_files = pytest.mark.skipif(
+    os.name == "nt", reason="Windows neither replaces nor removes a file that is open or mapped"
+)
+
+
+def unmapped(path: Path) -> Path:
+    """The path, but on Windows one in a new folder: the file may still be mapped, and not be replaced."""
+    return Path(tempfile.mkdtemp(dir=path.parent), path.name) if os.name == "nt" else path
 
 
 def version(number: int, size: int = 300) -> Any:

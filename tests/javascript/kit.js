@@ -2,10 +2,11 @@
 
 import { readFileSync, readdirSync, statSync } from "node:fs";
 import { basename, join } from "node:path";
+import { fileURLToPath } from "node:url";
 
 import { Key, Leaf, blobSource, openFile, openFolder } from "../../docs/_static/pytree2safetensors.js";
 
-const KIT = new URL("../conformance/kit/", import.meta.url).pathname;
+const KIT = fileURLToPath(new URL("../conformance/kit/", import.meta.url));
 
 export const readCases = (name) => JSON.parse(readFileSync(join(KIT, name), "utf8"));
 

@@ -33,7 +33,7 @@ from pytree2safetensors._load.opening import open_checkpoint
 from pytree2safetensors._load.shard_index import Index
 from pytree2safetensors._storage import file_source
 from pytree2safetensors.testing import pytrees
-from versions import posix
+from versions import posix, replaces_open_files
 
 # --- loading ----------------------------------------------------------------------------------
 
@@ -331,6 +331,7 @@ def test_a_load_checks_the_headers_of_shards_that_it_does_not_need(tmp_path: Pat
         load_metadata(tmp_path)
 
 
+@replaces_open_files
 def test_a_shard_that_is_replaced_before_it_is_read_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -439,6 +440,7 @@ def test_a_link_to_nothing_is_a_missing_file(tmp_path: Path, name: str) -> None:
         assert caught.value.filename == str(tmp_path / name)
 
 
+@replaces_open_files
 def test_a_shard_that_is_gone_before_it_is_read_was_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -89,13 +89,16 @@ def test_an_index_is_not_trusted(tmp_path: Path, case: str) -> None:
     (folder / "sub").mkdir()
     shutil.copy(folder / FIRST, folder / "sub" / FIRST)
     (folder / "junk").write_bytes(b"\xff" * 100)
-    os.mkfifo(folder / "pipe")
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(folder / "pipe")
+    elif case == "a pipe":
+        pytest.skip("a system without pipes that have names")
     index = json.loads((folder / INDEX).read_text())
     (folder / INDEX).write_text(json.dumps(change(index)))
     with pytest.raises(FileFormatError) as caught:
         load_pytree(folder)
     assert message in str(caught.value)
-    assert str(folder) in str(caught.value)
+    assert repr(str(folder))[1:-1] in str(caught.value)
 
 
 def test_an_index_with_other_members_has_metadata(tmp_path: Path) -> None:

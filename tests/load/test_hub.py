@@ -3,6 +3,7 @@
 import functools
 import http.server
 import json
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,7 @@ class Hub(http.server.SimpleHTTPRequestHandler):
         pass
 
 
+@pytest.mark.filterwarnings("ignore:`huggingface_hub` cache-system uses symlinks")  # on Windows
 def test_huggingface_hub_reads_the_folder_and_its_cache_loads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -128,6 +130,6 @@ def test_huggingface_hub_reads_the_folder_and_its_cache_loads(
     assert sorted(found.files_metadata) == shard_names(3)
     assert found.files_metadata[shard_names(3)[0]].tensors["@a"].shape == [16]
     assert names_in(path.parent) == [*shard_names(3), INDEX]
-    assert path.is_symlink()
+    assert path.is_symlink() or os.name == "nt"  # where few users may make links
     assert is_same(tree_of(1), load_pytree(path.parent))
     assert is_same(tree_of(1), load_pytree(path))

@@ -88,7 +88,7 @@ def test_a_stack_may_have_no_tensors(path: Path, leaf: Any, cast: bool) -> None:
         assert isinstance(found["w"], np.ndarray if leaf is NO_LAYERS else jax.Array)
         assert_same({**found, "w": np.asarray(found["w"])}, tree)
     lines = explain(template, path, rename=rules).splitlines()
-    assert lines[0] == f"'{path}': 2 of 2 leaves fit"
+    assert lines[0] == f"{str(path)!r}: 2 of 2 leaves fit"
     assert "  fits  '@w' = 'w'  float32[0,3,2]  no tensors  'o i -> l i o'" in lines
 
 

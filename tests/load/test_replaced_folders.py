@@ -26,6 +26,7 @@ from pytree2safetensors._storage.file_source import FileSource
 from pytree2safetensors._storage.folder import Folder
 from pytree2safetensors._storage.naming import temporary_name
 from system_calls import Call, watched
+from versions import replaces_open_files
 
 # --- loading ----------------------------------------------------------------------------------
 
@@ -49,6 +50,7 @@ def replaced_while_opened(folder: Path, patch: pytest.MonkeyPatch, times: int) -
 MODEL = "model.safetensors"
 
 
+@replaces_open_files
 def test_a_damaged_file_that_is_replaced_while_it_is_opened_is_not_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -56,6 +58,7 @@ def test_a_damaged_file_that_is_replaced_while_it_is_opened_is_not_reported(
     assert is_same(tree_of(1), load_pytree(tmp_path))
 
 
+@replaces_open_files
 def test_a_file_that_is_replaced_whenever_it_is_opened_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -170,6 +173,7 @@ def test_a_listing_that_lacks_the_only_file_is_not_believed(
     assert not listings
 
 
+@replaces_open_files
 @pytest.mark.parametrize("limit", [100, 40])
 def test_a_reader_whose_index_is_replaced_starts_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
@@ -194,6 +198,7 @@ def test_a_reader_whose_index_is_replaced_starts_again(
     assert is_same(tree_of(2), load_pytree(tmp_path))
 
 
+@replaces_open_files
 @pytest.mark.parametrize("times", [1, 9])
 @pytest.mark.parametrize(
     "load",

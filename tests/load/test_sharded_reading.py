@@ -274,9 +274,9 @@ def test_digests_are_checked(
     assert_in_place(found, values, sharding)
     content = bytearray((tmp_path / "file").read_bytes())
     content[-100] ^= 1
-    (tmp_path / "file").write_bytes(content)
+    (tmp_path / "damaged").write_bytes(content)
     with pytest.raises(p2s.FileFormatError, match="does not match its digest"):
-        into(tmp_path / "file", (8, 16), np.float32, sharding, mmap=mmap)
+        into(tmp_path / "damaged", (8, 16), np.float32, sharding, mmap=mmap)
 
 
 @pytest.mark.parametrize("route", ROUTES)

@@ -108,6 +108,9 @@ def run_command(command: str, folder: Path, environment: dict[str, str]) -> str:
             return process.communicate()[0] + "\nand took too long"
 
 
+has_shell = os.name == "posix"  # elsewhere, `bash` may be that of another system on this machine
+
+
 def run_console(page: Path, block: Block, folder: Path) -> None:
     """Run the commands after `$`, and compare what they print."""
     environment = dict(os.environ, PYTHONWARNINGS="ignore", JAX_PLATFORMS="cpu")
@@ -147,6 +150,8 @@ def run(page: Path, block: Block, namespace: dict[str, object], folder: Path) ->
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = list(blocks_of(page))
+    if not has_shell and any(block.info == "console" for block in blocks):
+        pytest.skip("a page with commands for a POSIX shell")
     for block in blocks:
         if block.info == "python":
             needed = imports_of(block) & OPTIONAL
@@ -179,6 +184,8 @@ def test_a_wrong_block_is_noticed(tmp_path: Path) -> None:
         "pycon": ">>> 1\n2\n",
         "console": "$ python -c 'print(1)'\n2\n",
     }
+    if not has_shell:
+        del wrong["console"]
     for info, text in wrong.items():
         page.write_text(f"# Page\n\n```{info}\n{text}```\n", "utf-8")
         (block,) = blocks_of(page)

@@ -61,7 +61,9 @@ PATHS: list[tuple[str, type[Exception], str]] = [
     ("", FileNotFoundError, "[Errno 2] No such file or directory: ''"),
     ("folder", FileFormatError, "the folder 'folder' has no safetensors file and no index"),
     ("empty", FileFormatError, "'empty' has 0 bytes and is not a safetensors file"),
-    ("empty/model", NotADirectoryError, "[Errno 20] Not a directory: 'empty/model'"),
+    ("empty/model", FileNotFoundError, "[Errno 2] No such file or directory: 'empty/model'")
+    if os.name == "nt"
+    else ("empty/model", NotADirectoryError, "[Errno 20] Not a directory: 'empty/model'"),
     ("short", FileFormatError, "'short' has 3 bytes and is not a safetensors file"),
     (
         "pickle",

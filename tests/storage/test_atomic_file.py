@@ -97,6 +97,11 @@ def test_the_temporary_file_is_in_the_folder_of_the_file(tmp_path: Path) -> None
 
 def test_a_name_may_be_as_long_as_the_system_allows(tmp_path: Path) -> None:
     path = tmp_path / ("m" * 255)
+    if os.name == "nt":
+        try:
+            path.touch()
+        except OSError:
+            pytest.skip("this Windows allows no long paths")
     save_pytree(version(1), path)
     assert_holds(path, 1)
 
@@ -154,7 +159,8 @@ def test_a_save_that_fails_at_any_call_changes_nothing(
     clean = Recorder()
     assert recorded(path, existing, clean) is None
     names = [call.name for call in clean.calls]
-    assert {"readlink", "stat", "open", "posix_fallocate", "write", "fsync", "close"} < set(names)
+    assert {"readlink", "stat", "open", "write", "fsync", "close"} < set(names)
+    assert "posix_fallocate" in names or not hasattr(os, "posix_fallocate")  # as on macOS
     assert "fchmod" in names or not existing
     assert names.count("write") > 1
     rename = names.index("replace")
@@ -174,7 +180,7 @@ def test_a_save_that_fails_at_any_call_changes_nothing(
         assert not litter(tmp_path), call
         # If an interrupt takes a descriptor from `os.open`, it cannot be closed.
         lost = fault.after and call.name == "open"
-        held += lost
+        held += lost and held > 0  # where they can be counted
         assert open_descriptors() == held, call
 
 

@@ -19,6 +19,7 @@ from folders import INDEX, is_same, names_in, outcome, shard_names, tree_of
 from pytree2safetensors import load_pytree, save_pytree
 from pytree2safetensors._storage.folder import Folder
 from system_calls import FAULTS, Call, Fault, failing
+from versions import posix, replaces_open_files
 
 # --- whole or not at all ----------------------------------------------------------------------
 
@@ -319,6 +320,8 @@ def test_files_reach_the_disk_before_their_names(tmp_path: Path, durable: bool) 
     for shard in shard_names(3):
         expected += [f"aside {shard}", f"name {shard}"]
     expected += ["flush folder", f"name {INDEX}", "flush folder"]
+    if os.name == "nt":  # which cannot flush folders
+        expected = [step for step in expected if step != "flush folder"]
     assert steps == [step for step in expected if durable or "flush" not in step]
 
 
@@ -334,6 +337,7 @@ def test_the_rival_goes_just_before_the_last_rename(tmp_path: Path) -> None:
     assert steps_of(lambda: save("5GB")) == [f"aside {INDEX}", f"name {single}", *removed]
 
 
+@posix
 def test_new_folders_reach_the_disk(tmp_path: Path) -> None:
     flushed: set[int] = set()
 
@@ -412,6 +416,7 @@ def test_two_savers_never_make_a_mixture(
     assert outcome(tmp_path) in {"old", "new"}
 
 
+@replaces_open_files
 @pytest.mark.parametrize("waits", [True, False])
 def test_a_reader_beside_a_saver_never_finds_a_mixture(waits: bool, tmp_path: Path) -> None:
     save_pytree(tree_of(1), tmp_path, max_shard_size=100)

@@ -18,7 +18,7 @@ from folders import names_in
 from oracle import assert_loaded
 from pytree2safetensors import load_pytree, save_pytree
 from pytree2safetensors._load.opening import open_checkpoint
-from versions import assert_holds, litter, posix, version
+from versions import assert_holds, litter, posix, replaces_open_files, version
 
 # --- killed -----------------------------------------------------------------------------------
 
@@ -125,6 +125,7 @@ def test_of_two_savers_the_last_wins_whole(tmp_path: Path) -> None:
     assert not litter(tmp_path)
 
 
+@replaces_open_files
 def test_savers_in_threads_and_readers_never_mix(tmp_path: Path) -> None:
     path = tmp_path / "model"
     save_pytree(version(0), path)
@@ -191,6 +192,7 @@ def test_savers_in_processes_and_a_reader_never_mix(tmp_path: Path, saver: Saver
     assert seen == {False, True}
 
 
+@replaces_open_files
 def test_a_reader_that_began_before_a_save_reads_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "model"
     save_pytree(version(1, 100_000), path)
@@ -206,7 +208,13 @@ def test_a_reader_that_began_before_a_save_reads_the_old_file(tmp_path: Path) ->
 # --- over the file itself ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mmap", [False, True], ids=["read", "mapped"])
+READ_OR_MAPPED = [
+    pytest.param(False, id="read"),
+    pytest.param(True, id="mapped", marks=replaces_open_files),
+]
+
+
+@pytest.mark.parametrize("mmap", READ_OR_MAPPED)
 def test_a_tree_can_be_saved_over_the_file_that_it_came_from(tmp_path: Path, mmap: bool) -> None:
     path = tmp_path / "model"
     save_pytree(version(3, 1 << 18), path)
@@ -219,7 +227,7 @@ def test_a_tree_can_be_saved_over_the_file_that_it_came_from(tmp_path: Path, mma
     assert np.asarray(load_pytree(path)["data"] == 4).all()
 
 
-@pytest.mark.parametrize("mmap", [False, True], ids=["read", "mapped"])
+@pytest.mark.parametrize("mmap", READ_OR_MAPPED)
 def test_what_was_loaded_outlives_the_file(tmp_path: Path, mmap: bool) -> None:
     path = tmp_path / "model"
     save_pytree(version(3, 1 << 18), path)

@@ -68,7 +68,7 @@ def test_a_file_that_changes_in_place_during_a_load_is_an_error(
     loads = before_a_load_ends(lambda: os.utime(file, ns=(1, 1)), monkeypatch)
     with pytest.raises(FileFormatError) as caught:
         load(tmp_path)
-    assert str(caught.value) == f"'{file}' was changed while it was read; load it again"
+    assert str(caught.value) == f"{str(file)!r} was changed while it was read; load it again"
     assert len(loads) == 1  # a program that goes on writing does not make it load again and again
 
 

@@ -38,10 +38,10 @@ def test_a_path_may_be_as_long_as_open_allows(
     limit = os.pathconf(tmp_path, "PC_PATH_MAX")
     monkeypatch.chdir(tmp_path)
     size = len(str(tmp_path))
-    while size < limit - 300:
-        Path("d" * 200).mkdir()
-        os.chdir("d" * 200)
-        size += 201
+    while size < limit - 260:  # the last name may have at most 255 characters
+        Path("d" * 100).mkdir()
+        os.chdir("d" * 100)
+        size += 101
     Path("e" * (limit - size - beyond)).mkdir()
     os.chdir("e" * (limit - size - beyond))
     Path("plain").write_bytes(b"")

@@ -22,7 +22,16 @@ def works(path: Any) -> list[Any]:
     return [lambda: load_pytree(path), lambda: save_pytree(TREE, path)]
 
 
-@pytest.mark.parametrize("path", ["a\0b", "a\ud800b"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "a\0b",
+        pytest.param(
+            "a\ud800b",
+            marks=pytest.mark.skipif(os.name == "nt", reason="a file can have such a name there"),
+        ),
+    ],
+)
 def test_a_path_with_an_impossible_character_is_named(path: str) -> None:
     for work in works(path):
         with pytest.raises(ValueError, match="has a character that no path can have") as caught:
@@ -105,8 +114,8 @@ def test_a_file_url_is_a_local_path(tmp_path: Path) -> None:
     save_pytree(tree_of(1), path.as_uri())
     assert is_same(tree_of(1), load_pytree(path, mmap=True))
     assert is_same(tree_of(1), load_pytree(path.as_uri(), mmap=True))
-    save_pytree(tree_of(2), UPath(f"file://{tmp_path}/model"))
-    assert is_same(tree_of(2), load_pytree(UPath(f"file://{tmp_path}/model")))
+    save_pytree(tree_of(2), UPath(f"{tmp_path.as_uri()}/model"))
+    assert is_same(tree_of(2), load_pytree(UPath(f"{tmp_path.as_uri()}/model")))
     with pytest.raises(ValueError, match="is on another machine"):
         load_pytree("file://server/model")
 
@@ -119,8 +128,9 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("memory")
 def test_the_case_of_a_scheme_does_not_matter(tmp_path: Path) -> None:
-    save_pytree(tree_of(1), f"FILE://{tmp_path}/a")
-    assert is_same(tree_of(1), load_pytree(f"File://{tmp_path}/a", mmap=True))
+    where = tmp_path.as_uri().removeprefix("file://")
+    save_pytree(tree_of(1), f"FILE://{where}/a")
+    assert is_same(tree_of(1), load_pytree(f"File://{where}/a", mmap=True))
     save_pytree(tree_of(2), "MEMORY://Run/A")
     assert is_same(tree_of(2), load_pytree("memory://Run/A"))
 

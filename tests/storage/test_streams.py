@@ -299,13 +299,16 @@ def test_a_text_file_is_not_written_to(tmp_path: Path) -> None:
 TEXT_FILES: dict[str, Callable[[], Any]] = {
     "_TemporaryFileWrapper": partial(tempfile.NamedTemporaryFile, "w+", encoding="utf-8"),
     "SpooledTemporaryFile": partial(tempfile.SpooledTemporaryFile, mode="w+", encoding="utf-8"),
-    "StreamReaderWriter": partial(codecs.open, os.devnull, "r+", "utf-8"),
+    "StreamReaderWriter": partial(codecs.open, "file", "w+", "utf-8"),
 }
 
 
 @pytest.mark.filterwarnings("ignore:codecs.open:DeprecationWarning")  # since Python 3.14
 @pytest.mark.parametrize("kind", TEXT_FILES)
-def test_a_text_file_that_something_else_wraps_is_refused(kind: str) -> None:
+def test_a_text_file_that_something_else_wraps_is_refused(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     with TEXT_FILES[kind]() as file:
         with pytest.raises(TypeError) as caught:
             save_pytree(TREE, file)

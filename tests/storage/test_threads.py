@@ -20,6 +20,7 @@ from pytree2safetensors._storage import threads
 from versions import posix
 
 
+@posix
 @pytest.mark.parametrize("delay", [0, 0.1], ids=["at the start", "while waiting"])
 def test_what_a_handler_raises_is_raised_after_the_interrupted_work(delay: float) -> None:
     steps: list[str] = []
