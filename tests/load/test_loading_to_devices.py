@@ -449,6 +449,27 @@ def test_which_leaves_have_memory_of_their_own(
         assert made.count(4 * size) == own * (10 if beside_others else 20)
 
 
+@pytest.mark.parametrize("make", [OWN["NumPy"][0], OWN["host"][0]], ids=["NumPy", "host"])
+def test_values_that_are_converted_wait_for_a_few_batches(
+    link: Link, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Any
+) -> None:
+    monkeypatch.setattr(reading, "is_on_host", lambda device: device == jax.devices()[HOST])
+    monkeypatch.setattr(ahead, "_AHEAD", 2)
+    monkeypatch.setattr(ahead._Reading, "is_read", lambda _: False)  # the reads are slow
+    monkeypatch.setattr(finishing, "aligned", lambda size: staging.aligned(size))
+    tree = tree_of(60, 1500)
+    save_pytree(tree, tmp_path / "file")
+    link.reset()
+    wide = {n: Struct(v.shape, np.complex64) for n, v in tree.items()}
+    template = {n: make(leaf) for n, leaf in wide.items()} | {"w0": on(wide["w0"], OTHER)}
+    found = load_into_pytree(template, tmp_path / "file", cast=True)
+    link.finish()
+    # One batch is converted, and three are read meanwhile.
+    assert BATCH < link.most_memory <= sum(RING) + 4 * BATCH
+    for name, leaf in tree.items():
+        assert raw(found[name]) == raw(np.asarray(leaf).astype(np.complex64))
+
+
 def test_arrays_that_jax_cannot_hold_keep_no_reused_memory(link: Link, tmp_path: Path) -> None:
     tree = tree_of(60, 1500)
     tree |= {name: np.full(900, n, np.int64) for n, name in enumerate([*tree][::2])}

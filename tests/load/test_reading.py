@@ -388,3 +388,28 @@ def test_pieces_that_arrays_share_are_bounded(
     load_pytree(tmp_path / "file")
     assert max(sizes) == 200_000  # alone
     assert all(size <= 1 << 16 for size in sorted(sizes)[:-1])
+
+
+@pytest.mark.parametrize("mmap", [False, True])
+def test_arrays_of_numpy_are_converted_in_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mmap: bool
+) -> None:
+    memory: list[tuple[weakref.ref[Any], int]] = []
+    most = 0
+
+    def aligned(size: int) -> Any:
+        nonlocal most
+        made = staging.aligned(size)
+        memory.append((weakref.ref(made.base), size))  # which views of it keep alive
+        most = max(most, sum(size for base, size in memory if base() is not None))
+        return made
+
+    monkeypatch.setattr(ahead, "_AHEAD", 2)
+    monkeypatch.setattr(reading, "_BATCH", 1 << 16)
+    monkeypatch.setattr(finishing, "aligned", aligned)
+    tree = [np.full(8000, n, np.float16) for n in range(40)]
+    save_pytree(tree, tmp_path / "file")
+    template = [np.zeros(8000, np.float32)] * len(tree)
+    found = load_into_pytree(template, tmp_path / "file", mmap=mmap, cast=True)
+    assert 4 * 16_000 <= most <= 4 << 16  # one batch is converted, and three are read meanwhile
+    assert_same(found, [leaf.astype(np.float32) for leaf in tree])

@@ -102,6 +102,8 @@ class Staged(Ahead):
             block_until_ready(self.large)  # only one of these is in memory
             self.large = []
             return StartedMemory(self.device, size).get()
+        while len(self.window) > _AHEAD:  # what has memory of its own takes little of the ring
+            self.finish()
         while (memory := self.ring.take(size)) is None:
             # Finished batches are handed over first, so that the link is always busy.
             if self.window and (self.window[0].is_read() or not self.ring.moving):

@@ -75,6 +75,7 @@ class _Request(NamedTuple):
         uses: The uses of the region.
         piece: What it is a part of, by a rule.
         keeps: Whether it needs memory of its own.
+        is_cast: Whether it is converted to another dtype, which frees memory of its own.
     """
 
     name: str
@@ -83,18 +84,19 @@ class _Request(NamedTuple):
     uses: list[Use]
     piece: Piece | None
     keeps: bool
+    is_cast: bool = False
 
 
 def _batches_of(requests: Sequence[_Request], limit: int, digested: bool) -> Iterator[Batch]:
     """Divide regions, in the order of the file. `digested` is whether whole tensors are hashed."""
     slots: list[Slot] = []
-    size = own = 0  # bytes of the memory that slots share, and of the memory of assemblies
+    size = own = 0  # bytes of the memory that slots share, and of their own that leaves do not keep
     for _, group in groupby(requests, key=attrgetter("name")):
         of_tensor = list(group)
         shared: dict[Region | None, Slot] = {}  # regions that JAX arrays share
         # How large a batch may become with the first region.
         room = limit - (_bytes_together(of_tensor, digested) if len(of_tensor) > 1 else 0)
-        for name, info, region, uses, piece, keeps in of_tensor:
+        for name, info, region, uses, piece, keeps, is_cast in of_tensor:
             if region in shared and piece is None and not keeps:
                 shared[region].uses.extend(uses)
                 continue
@@ -112,7 +114,7 @@ def _batches_of(requests: Sequence[_Request], limit: int, digested: bool) -> Ite
                 size = offset + nbytes
                 if piece is None:
                     shared[region] = slot
-            elif piece is not None:
+            elif piece is not None or is_cast:
                 own += nbytes
     if slots:
         yield Batch(slots, size)
@@ -152,8 +154,9 @@ def _requests(
         if isinstance(source, str):
             info = checkpoint.infos[source]
             keeps = keeps_memory(leaf)
+            is_cast = keeps and leaf.spec.dtype not in {None, checkpoint.spec_of(source).dtype}
             for region, use in _uses(leaf, info.shape, info.nbytes, position):
-                yield _Request(source, info, region, [use], None, keeps)
+                yield _Request(source, info, region, [use], None, keeps, is_cast)
             continue
         if 0 in source.shape:
             continue  # it may be a stack of no tensors
