@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 
 from placed import select
 from pytree2safetensors._leaves.regions import Region
-from pytree2safetensors._leaves.views import View, boxes_of, file_parts, leaf_of, tiled
+from pytree2safetensors._leaves.views import (
+    View,
+    boxes_of,
+    file_parts,
+    leaf_of,
+    region_of_tensor,
+    tiled,
+)
 
 axis_sizes = st.lists(st.integers(1, 3), max_size=3)
 
@@ -44,6 +51,31 @@ def test_a_region_writes_what_reads_as_it(case: tuple[View, Region]) -> None:
     expected = np.zeros(view.shape, int)
     expected[index_of(region)] = select(values, region)
     assert leaf_of(view, tensors, np.stack).tolist() == expected.tolist()
+
+
+@given(views_and_regions())
+def test_the_region_of_a_tensor_has_all_of_it(case: tuple[View, Region]) -> None:
+    view, _ = case
+    values = np.arange(math.prod(view.shape)).reshape(view.shape)
+    for number, name in enumerate(view.names):
+        region = region_of_tensor(view, number)
+        tensors = {other: np.full(view.fine, other == name) for other in view.names}
+        outside = np.array(leaf_of(view, tensors, np.stack))
+        outside[index_of(region)] = False
+        assert not outside.any()
+        parts = file_parts(view, region, values[index_of(region)], number)
+        assert sum(part.size for _, part in parts) == math.prod(view.fine)
+
+
+def test_tensors_that_are_stacked_outside_of_another_axis_have_small_regions() -> None:
+    view = View(
+        ("0", "1", "2", "3", "4", "5"), (4, 5), (3, 2), (4, 5), ((0, 4), (0, 5)), ((0, 1, 2), (3,))
+    )
+    assert [region_of_tensor(view, number) for number in range(6)] == [
+        ((4 * number, 4 * number + 4), (0, 5)) for number in range(6)
+    ]
+    view = view._replace(axes=((2, 0), (1, 3)))
+    assert region_of_tensor(view, 3) == ((0, 12), (5, 10))
 
 
 @settings(max_examples=30)  # JAX compiles a program for each shape

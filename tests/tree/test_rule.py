@@ -6,8 +6,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from pytree2safetensors._tree.placeholders import Binding, fill
+from pytree2safetensors._tree.placeholders import Alternatives, Binding, Match, fill, read_side
 from pytree2safetensors._tree.rule import Rule, parse_rule
 from pytree2safetensors._tree.rule_index import RuleIndex, describe_idle
 
@@ -266,6 +268,39 @@ def test_texts_differ_in_rules_with_one_side_and_are_the_same_in_others() -> Non
     index = RuleIndex([Rule(None, "{*}.rngs.{*}"), Rule("{*}.x", "{*}.y.{*}")])
     matches = index.match_paths(["a.rngs.b", "a.y.a", "a.y.b"])
     assert [None if match is None else match.number for match in matches] == [0, 1, None]
+
+
+@pytest.mark.parametrize("count", [*range(45, 56), 99, 100, 199, 200])
+def test_a_rule_matches_the_same_paths_behind_many_others(count: int) -> None:
+    others = [Rule(f"f{number}.{{l}}", f"m{number}.{{l}}") for number in range(count)]
+    rules = RuleIndex([*others, Rule("t.{l}.{*}", "n.{l}.{*}.{l}.{*}")])
+    last = Match(count, Binding({"l": 3}, "x.y"))
+    for path, expected in {
+        "n.3.x.y.3.x.y": last,
+        "n.3.x.y.3.x.z": None,
+        "n.3.x.y.4.x.y": None,
+        "m0.12": Match(0, Binding({"l": 12})),
+        f"m{count - 1}.0": Match(count - 1, Binding({"l": 0})),
+        "n.3.A.3.B": None,
+    }.items():
+        assert rules.match_paths([path]) == [expected], path
+
+
+SIDES = st.lists(
+    st.sampled_from(["a", "b", ".", "{l}", "{m}", "{*}", "{l:a,b}", "{m:,a}"]),
+    min_size=1,
+    max_size=6,
+).map("".join)
+
+
+@given(st.lists(SIDES, min_size=1, max_size=60), st.lists(st.sampled_from("ab.01"), max_size=8))
+def test_the_first_rule_that_matches_alone_matches_among_others(
+    written: list[str], characters: list[str]
+) -> None:
+    sides = dict(enumerate(map(read_side, written)))
+    text = "".join(characters)
+    alone = (Alternatives({number: side}).match(text) for number, side in sides.items())
+    assert Alternatives(sides).match(text) == next(filter(None, alone), None)
 
 
 def test_two_leaves_of_one_dotted_path_are_refused() -> None:

@@ -9,7 +9,7 @@ Specification: *Rules*.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import product
+from itertools import product, takewhile
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -201,11 +201,12 @@ def region_of_tensor(view: View, number: int) -> Region:
     """Return the smallest region of the leaf that contains the whole part of a tensor in it."""
     region = []
     for merged, size in zip(view.axes, view.shape, strict=True):
-        if len(merged) == 1 and merged[0] < len(view.stacked):
-            index = number // math.prod(view.stacked[merged[0] + 1 :]) % size
-            region.append((index, index + 1))
-        else:
-            region.append((0, size))
+        index, step = 0, size  # of the leading axes that are stacked, together
+        for axis in takewhile(lambda axis: axis < len(view.stacked), merged):
+            count = view.stacked[axis]
+            index = index * count + number // math.prod(view.stacked[axis + 1 :]) % count
+            step //= count
+        region.append((index * step, (index + 1) * step))
     return tuple(region)
 
 

@@ -9,6 +9,7 @@ import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import partial
+from itertools import chain
 from typing import NamedTuple
 
 from pytree2safetensors._messages import shorten
@@ -93,11 +94,12 @@ def replacing_together(
         there = set(folder.names())
         replaced = [name for name in (*temporaries, older.rival) if name in there]
         replaced += older.stale(there)
+        others, indexes = (sorted(replaced, key=_is_index, reverse=last) for last in (False, True))
+        alike = {False: others, True: indexes}  # by whether a new file is an index
 
         @contextmanager
         def creating(name: str, flushed: bool) -> Iterator[int]:
-            alike = sorted(replaced, key=lambda other: _is_index(other) != _is_index(name))
-            model, old = _first_replaced(folder, [name, *alike])
+            model, old = _first_replaced(folder, name, alike[_is_index(name)])
             with Held() as held:
                 descriptor = folder.create(held, temporaries[name], model, old)
                 yield descriptor
@@ -187,13 +189,15 @@ def _replaced(folder: Folder, name: str) -> os.stat_result | None:
     return status
 
 
-def _first_replaced(folder: Folder, names: list[str]) -> tuple[str, os.stat_result | None]:
+def _first_replaced(
+    folder: Folder, name: str, others: Iterable[str]
+) -> tuple[str, os.stat_result | None]:
     """Return the first of the files that exists, and its status."""
-    for name in names:
-        status = _replaced(folder, name)
+    for found in chain([name], others):
+        status = _replaced(folder, found)
         if status is not None:
-            return name, status
-    return names[0], None
+            return found, status
+    return name, None
 
 
 def _check_there(folder: Folder, temporary: str) -> None:

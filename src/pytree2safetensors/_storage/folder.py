@@ -163,8 +163,9 @@ class Folder:
         names: list[str] = []
         with suppress(OSError):  # files that stay do no harm
             names += self.names()
+        unfinished = temporary_prefix(target)
         for name in names:
-            if name.startswith(temporary_prefix(target)):
+            if name.startswith(unfinished):
                 with suppress(OSError):
                     self._remove_if_abandoned(name)
 

@@ -3,7 +3,7 @@
 Specification: *Trees and flat dicts*, *The note*.
 """
 
-from collections import OrderedDict, defaultdict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final, NamedTuple, TypeAlias, cast
 
@@ -220,7 +220,7 @@ def _is_plain_namedtuple(node: Any) -> bool:
 
 
 def _repeated(kind: type, segments: list[str], name: str) -> KeyPathError:
-    twice = next(segment for segment in segments if segments.count(segment) > 1)
+    twice = next(segment for segment, count in Counter(segments).items() if count > 1)
     return KeyPathError(
         f"two children of one node have the key path {shorten(join(name, twice))}: "
         f"the node type {type_name(kind)} gives both one key"

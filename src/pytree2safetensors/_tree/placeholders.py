@@ -165,25 +165,32 @@ class Alternatives:
     """Numbered sides. One regular expression finds the first side that matches a text."""
 
     def __init__(self, sides: Mapping[int, Side]) -> None:
+        self._plain: dict[str, int] = {}  # the numbers of sides without placeholders
         self._found: dict[int, tuple[int, list[Hole]]] = {}  # by the number of a group
         branches = []
         group = 1
-        for number, side in sides.items():
-            pattern, holes = _regex(side, group + 1)
-            branches.append(f"({pattern})")
-            self._found[group] = number, holes
-            group += 1 + len(holes)
+        for number, side in sorted(sides.items()):
+            if not any(holes_of(side)):
+                self._plain.setdefault("".join(map(str, side)), number)
+                continue
+            pattern, holes = _regex(side, group)
+            branches.append(f"{pattern}()")
+            group += len(holes) + 1
+            self._found[group - 1] = number, holes
         self._regex = re.compile("|".join(branches), re.DOTALL) if branches else None
 
     def match(self, text: str) -> Match | None:
         """Return the first side that matches; None if none does."""
+        plain = self._plain.get(text)
         found = self._regex.fullmatch(text) if self._regex else None
         if found is None or found.lastindex is None:
-            return None
-        group = found.lastindex  # the group around the branch, which is closed last
+            return None if plain is None else Match(plain, Binding({}))
+        group = found.lastindex  # the empty group at the end of the branch
         number, holes = self._found[group]
+        if plain is not None and plain < number:
+            return Match(plain, Binding({}))
         indices, rest = {}, ""
-        for place, hole in enumerate(holes, group + 1):
+        for place, hole in enumerate(holes, group - len(holes)):
             value = found[place]
             if hole.is_text:
                 rest = value
@@ -197,17 +204,17 @@ def _regex(side: Side, group: int) -> tuple[str, list[Hole]]:
     """Return a regular expression for a side whose first group has a number, and the hole of each group."""
     parts: list[str] = []
     holes: list[Hole] = []
-    groups: dict[str, int] = {}
+    groups: dict[str, str] = {}
     for part in side:
         if isinstance(part, str):
             parts.append(re.escape(part))
             continue
         axis = part.terms[0].axis
         if axis in groups:
-            parts.append(rf"(?:\{groups[axis]})")
+            parts.append(f"(?P={groups[axis]})")  # a number above 99 would be a character
             continue
-        groups[axis] = group + len(holes)
+        name = groups[axis] = f"g{group + len(holes)}"
         holes.append(part)
         text = "|".join(map(re.escape, part.labels)) if part.labels else _NUMBER
-        parts.append(f"({'.*' if part.is_text else text})")
+        parts.append(f"(?P<{name}>{'.*' if part.is_text else text})")
     return "".join(parts), holes
