@@ -26,6 +26,7 @@ from pytree2safetensors._load.shardings import misplaced
 
 Spec: Any = jax.sharding.PartitionSpec
 Struct: Any = jax.ShapeDtypeStruct  # JAX gives its constructor no types
+HINT = "; pass a function that returns a sharding for each array"
 
 
 def test_a_function_that_gives_no_sharding_is_named_with_the_leaf(tmp_path: Path) -> None:
@@ -120,26 +121,40 @@ def test_names_that_are_split_load_sharded_by_a_rule(tmp_path: Path) -> None:
     assert_same_values(np.asarray(found["a"][1]["w"]), tree["a.1.w"])
 
 
-@pytest.mark.parametrize(
-    ("shape", "reason"), [((3,), "(Named)?Sharding"), ((), "the sharding has more axes: ")]
-)
-def test_a_sharding_that_does_not_fit_is_named_with_the_leaf(
-    shape: tuple[int, ...], reason: str, tmp_path: Path
-) -> None:
+def test_a_sharding_that_does_not_fit_is_named_with_the_leaf(tmp_path: Path) -> None:
     path = tmp_path / "file"
-    save_pytree({"w": jnp.ones((8, 2)), "b": jnp.ones(shape)}, path)
-    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("x",))
-    rows = jax.sharding.NamedSharding(mesh, Spec("x"))
-    with pytest.raises(ValueError, match=f"load_abstract: sharding= does not fit '@b': {reason}"):
+    save_pytree({"w": jnp.ones((8, 2)), "b": jnp.ones(3)}, path)
+    rows = jax.sharding.NamedSharding(_mesh(), Spec("x"))
+    found = f"load_abstract: sharding= does not fit '@b': (Named)?Sharding.*{HINT}$"
+    with pytest.raises(ValueError, match=found):
         load_abstract(path, sharding=rows)
 
 
-def test_a_sharding_with_more_axes_than_the_array_does_not_fit() -> None:
-    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("x",))
-    rows = jax.sharding.NamedSharding(mesh, Spec(None, "x"))
-    reason = f"the sharding has more axes: {rows}"
-    assert misplaced(rows, (2,)) == f"it does not fit the sharding of its template: {reason}"
-    assert misplaced(rows, (2, len(jax.devices()))) is None
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize(
+    ("shape", "spec"),
+    [((), ("x",)), ((), (None,)), ((8,), ("x", None)), ((8,), (None, "x"))],
+)
+def test_a_sharding_with_more_axes_than_the_array_does_not_fit(
+    shape: tuple[int, ...], spec: tuple[str | None, ...], devices: int, tmp_path: Path
+) -> None:
+    place = jax.sharding.NamedSharding(_mesh(devices), Spec(*spec))
+    keys = jax.random.wrap_key_data(jnp.zeros((*shape, 2), jnp.uint32))
+    reason = f"the sharding has more axes: {place}"
+    for number, leaf in enumerate((np.ones(shape, np.float32), keys)):
+        path = tmp_path / str(number)
+        save_pytree({"w": np.ones((8, 8), np.float32), "b": leaf}, path)
+        for sharding, hint in ((place, HINT), (lambda *_: place, "")):
+            with pytest.raises(ValueError, match="does not fit '@b'") as caught:
+                load_abstract(path, sharding=sharding)
+            found = f"load_abstract: sharding= does not fit '@b': {reason}{hint}"
+            assert str(caught.value) == found
+    assert misplaced(place, shape) == f"it does not fit the sharding of its template: {reason}"
+    assert misplaced(place, (8, 8)) is None
+
+
+def _mesh(devices: int | None = None) -> jax.sharding.Mesh:
+    return jax.sharding.Mesh(np.array(jax.devices()[:devices]), ("x",))
 
 
 def test_what_a_function_of_shardings_is_called_with(tmp_path: Path) -> None:

@@ -196,8 +196,9 @@ def _specs(
 
 
 def _sharded(name: str, leaf: LeafSpec, sharding: Shardings | None) -> jax.ShapeDtypeStruct:
+    hint = "; pass a function that returns a sharding for each array"
     if callable(sharding):
-        sharding = sharding(name, abstract(leaf))
+        sharding, hint = sharding(name, abstract(leaf)), ""
         if sharding is not None and not isinstance(sharding, jax.sharding.Sharding):
             kind = type_name(type(sharding))
             raise TypeError(
@@ -206,7 +207,7 @@ def _sharded(name: str, leaf: LeafSpec, sharding: Shardings | None) -> jax.Shape
             )
     reason = None if sharding is None else refusal(sharding, leaf.shape)
     if reason is not None:
-        raise ValueError(f"load_abstract: sharding= does not fit {shorten(name)}: {reason}")
+        raise ValueError(f"load_abstract: sharding= does not fit {shorten(name)}: {reason}{hint}")
     return abstract(leaf, sharding)
 
 

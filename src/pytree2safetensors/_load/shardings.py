@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import Any, Final
 
 import jax
-from jax.sharding import Sharding, SingleDeviceSharding
+from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding
 
 from pytree2safetensors._leaves.as_bits import moved_as_bits
 from pytree2safetensors._leaves.host import host_array
@@ -30,7 +30,7 @@ def concrete(sharding: Sharding) -> Sharding | None:
     if current is None or current.empty or current.shape_tuple != mesh.shape_tuple:
         return None
     found: Any = sharding  # a sharding with a mesh also has a spec
-    return jax.sharding.NamedSharding(current, found.spec, memory_kind=found.memory_kind)
+    return NamedSharding(current, found.spec, memory_kind=found.memory_kind)
 
 
 def misplaced(sharding: Sharding, shape: tuple[int, ...]) -> str | None:
@@ -54,12 +54,13 @@ def misplaced(sharding: Sharding, shape: tuple[int, ...]) -> str | None:
 
 def refusal(sharding: Sharding, shape: tuple[int, ...]) -> str | None:
     """Return why JAX refuses to split this shape by a sharding; None if it does not."""
+    # `shard_shape` accepts some shapes with fewer axes, and its error for others says nothing.
+    if isinstance(sharding, NamedSharding) and len(sharding.spec) > len(shape):
+        return f"the sharding has more axes: {sharding}"
     try:
         sharding.shard_shape(shape)
     except ValueError as error:
         return str(error)
-    except IndexError:  # JAX's, which says nothing
-        return f"the sharding has more axes: {sharding}"
     return None
 
 
