@@ -1,5 +1,6 @@
 """Names of other programs as trees: `load_pytree` and `load_abstract` with a separator."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -141,8 +142,19 @@ def test_two_names_at_one_place_are_refused(path: Path, separator: str) -> None:
     message = rf"do not form a tree: 'a' and 'a{separator}' are at the same place in the tree; load_abstract"
     with pytest.raises(TreeStructureError, match=message):
         load_abstract(path, separator=separator)
-    with pytest.raises(TreeStructureError, match=f"'a' and 'a{separator}' are at the same place"):
-        load_abstract(path, separator=separator, prefix="a")
+    below: list[Callable[[], Any]] = [
+        lambda: load_abstract(path, separator=separator, prefix="a"),
+        lambda: load_abstract(path, separator=separator, prefix="a", flat=True),
+        lambda: load_pytree(path, separator=separator, prefix="a"),
+    ]
+    for load in below:
+        with pytest.raises(TreeStructureError, match="are at the same place") as caught:
+            load()
+        assert str(caught.value) == (
+            f"in {str(path)!r}, 'a' and 'a{separator}' are at the same place below the prefix 'a'; "
+            "load_abstract(..., flat=True) without a prefix lists them"
+        )
+    assert [*load_abstract(path, separator=separator, flat=True)] == names
 
 
 def test_gaps_and_depth_are_limited() -> None:

@@ -8,12 +8,11 @@ from contextlib import suppress
 from itertools import islice
 from typing import Final
 
-from pytree2safetensors._errors import KeyPathError, WeightsMismatchError
+from pytree2safetensors._errors import KeyPathError, TreeStructureError, WeightsMismatchError
 from pytree2safetensors._load.checkpoint import OpenCheckpoint
 from pytree2safetensors._messages import nearest, shorten
 from pytree2safetensors._tree.keypath import split, string2keypath
 from pytree2safetensors._tree.paths import strip_prefix
-from pytree2safetensors._tree.separated import names_with
 from pytree2safetensors._tree.spelling import join
 from pytree2safetensors._types import Kind
 
@@ -32,7 +31,7 @@ def names_below(
         return {name: name for name in sorted(checkpoint.infos)}
     found = {}
     if separator:
-        found = names_with(prefix, separator, sorted(checkpoint.infos))
+        found = _names_after(prefix, separator, checkpoint)
     else:
         string2keypath(prefix)
         for name in sorted(checkpoint.infos):
@@ -47,6 +46,18 @@ def names_below(
             missing=tuple(wanted),
         )
     return found
+
+
+def _names_after(prefix: str, separator: str, checkpoint: OpenCheckpoint) -> dict[str, str]:
+    """Map what follows `prefix` and a separator to the names that begin with them."""
+    start = prefix + separator
+    if {prefix, start} <= checkpoint.infos.keys():
+        raise TreeStructureError(
+            f"in {checkpoint.label}, {shorten(prefix)} and {shorten(start)} are at the same place below "
+            f"the prefix {shorten(prefix)}; load_abstract(..., flat=True) without a prefix lists them"
+        )
+    names = (name for name in sorted(checkpoint.infos) if name == prefix or name.startswith(start))
+    return {name[len(start) :]: name for name in names}
 
 
 def _beginning(checkpoint: OpenCheckpoint) -> str:

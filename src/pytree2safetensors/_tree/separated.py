@@ -4,7 +4,7 @@ Specification: *Loading*.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Final
 
 from pytree2safetensors._errors import TreeStructureError
@@ -20,18 +20,6 @@ def natural(text: str) -> list[tuple[int, str]]:
     """Return a sort key for text: the numbers in it compare by value."""
     parts = _DIGITS.split(text)
     return [(int(part), part) if place % 2 else (0, part) for place, part in enumerate(parts)]
-
-
-def names_with(prefix: str, separator: str, names: Iterable[str]) -> dict[str, str]:
-    """Map what follows `prefix` and a separator to the names that begin with them."""
-    start = prefix + separator
-    found: dict[str, str] = {}
-    for name in names:
-        if name == prefix or name.startswith(start):
-            other = found.setdefault(name[len(start) :], name)
-            if other != name:
-                raise _taken(other, name)
-    return found
 
 
 def build_separated(leaves: Mapping[str, Any], separator: str, file: str) -> Any:
@@ -66,15 +54,12 @@ def _build(leaves: Mapping[str, Any], separator: str) -> Any:
                 nodes.append(node[key])
             node = node[key]
         if keys[-1] in node:
-            raise _taken(separator.join(keys[:-1]), names[keys])
+            above = separator.join(keys[:-1])
+            raise TreeStructureError(
+                f"{shorten(above)} and {shorten(names[keys])} are at the same place in the tree"
+            )
         node[keys[-1]] = leaves[names[keys]]
     return _with_lists(nodes)
-
-
-def _taken(name: str, other: str) -> TreeStructureError:
-    return TreeStructureError(
-        f"{shorten(name)} and {shorten(other)} are at the same place in the tree"
-    )
 
 
 def _with_lists(nodes: list[dict[str, Any]]) -> Any:
