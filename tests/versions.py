@@ -22,7 +22,7 @@ replaces_open_files = pytest.mark.skipif(
 
 def unmapped(path: Path) -> Path:
     """The path, but on Windows one in a new folder: the file may still be mapped, and not be replaced."""
-    return Path(tempfile.mkdtemp(dir=path.parent), path.name) if os.name == "nt" else path
+    return Path(tempfile.mkdtemp(dir=path.parents[1]), path.name) if os.name == "nt" else path
 
 
 def version(number: int, size: int = 300) -> Any:

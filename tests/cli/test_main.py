@@ -151,7 +151,6 @@ def test_an_interrupt_ends_quietly(run: Run, monkeypatch: pytest.MonkeyPatch) ->
     assert run("verify", "file") == (130, "", "")
 
 
-@posix
 def test_a_closed_pipe_ends_the_command_quietly(tmp_path: Path) -> None:
     path = tmp_path / "many.safetensors"
     save_pytree({f"{number}x": np.zeros(1, np.int8) for number in range(20_000)}, path)

@@ -1,5 +1,6 @@
 """Loading by rules: errors, their messages, and what is read. The law is in laws/test_rules."""
 
+import os
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,9 @@ def test_a_leaf_that_is_reordered_takes_twice_its_size(
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert times <= peak / stored.nbytes < times + 0.5
+    # Windows has no positioned reads: what is read there is copied.
+    copied = 0 if hasattr(os, "preadv") else 1
+    assert times <= peak / stored.nbytes < times + copied + 0.5
 
 
 NO_LAYERS = np.zeros((0, 3, 2), np.float32)

@@ -376,6 +376,9 @@ def test_a_file_without_a_name_is_written_to(
         file.write(b"longer than what takes its place" * 1000)
         file.flush()
         (tmp_path / "file").unlink()
+        if sys.platform == "darwin":  # which opens it at its position, and never cuts it
+            file.seek(0)
+            file.truncate()
         save_pytree(version(1), f"/dev/fd/{file.fileno()}")
         file.seek(0)
         assert_loaded(load_pytree(file), version(1))
