@@ -236,7 +236,7 @@ function identity(value) {
   if (isNumber(value)) return typeof value === "number" && !Number.isInteger(value) ? `${value}` : `${BigInt(value)}`;
   if (typeof value === "string") return JSON.stringify(value);
   if (Array.isArray(value)) return `(${value.map(identity).join()})`;
-  return value === null ? "None" : `b${value.join()}`;
+  return value === null ? "None" : `b[${value.join()}]`;
 }
 
 // --- JSON ----------------------------------------------------------------------------------------

@@ -176,6 +176,11 @@ def add_by_others(kit: Kit) -> None:
                 "c": np.zeros(0, np.float32),
             },
         ),
+        # Written without an end to the bytes, these keys would be equal.
+        (
+            hostile.names(r"@\((b'\\x01', 2))", r"@\((b'\\x01\\x02',))"),
+            {(b"\x01", 2): array, (b"\x01\x02",): array},
+        ),
     ]
     for number, (content, tree) in enumerate(headers, 50):
         add_bytes(kit, f"header-{number}.safetensors", content, tree, "others")
