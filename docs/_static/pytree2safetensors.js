@@ -25,6 +25,7 @@ const MAX_INDEX = 2 ** 31 - 1;
 const MAX_GAPS = 2 ** 20;
 const MAX_DEPTH = 1000; // of nodes in a tree, and of values in JSON
 const BLOCK = 16 * 2 ** 20; // bytes that one SHA-256 covers
+const AT_ONCE = 24; // shards whose headers are read
 const NOTE = "pytree2safetensors";
 const DIGESTS = "pytree2safetensors.sha256";
 const METADATA_DIGEST = "pytree2safetensors.sha256.metadata";
@@ -423,34 +424,41 @@ const readInt = (literal) => (literal[0] === "-" ? -BigInt(literal.slice(1)) : B
 /** Make a source of bytes from a Blob or a File. */
 export function blobSource(blob, label = blob.name ?? "the file") {
   const read = async (start, stop) => new Uint8Array(await blob.slice(start, stop).arrayBuffer());
-  return { label, size: async () => blob.size, read };
+  return { label, size: blob.size, read };
 }
 
 /** Make a source of bytes from an address, read by HTTP range requests. */
 export function urlSource(url) {
   let whole; // a small file from a server that ignores ranges
-  let size;
+  const known = {}; // the version and the size, as far as a server tells them: across origins, browsers hide headers
   const read = async (start, stop) => {
     if (whole) return whole.read(start, stop);
     if (start >= stop) return new Uint8Array();
     const response = await fetch(url, { headers: { Range: `bytes=${start}-${stop - 1}` } });
     if (response.status === 416) return new Uint8Array(); // nothing begins there
     if (!response.ok) throw new Error(`${url} answers with status ${response.status}`);
-    if (response.status === 206) {
-      size ??= Number(response.headers.get("Content-Range")?.split("/")[1]) || undefined;
-      return new Uint8Array(await response.arrayBuffer());
+    const { headers } = response;
+    const [, first = start, size] = /^bytes (\d+)-\d+\/(\d+)?/.exec(headers.get("Content-Range")) ?? [];
+    const told = { version: headers.get("ETag") ?? headers.get("Last-Modified"), size };
+    for (const name of Object.keys(told).filter((name) => told[name])) {
+      known[name] ??= told[name];
+      if (known[name] !== told[name]) throw new FileFormatError(`${url} was replaced while it was read: open it again`);
     }
-    whole = blobSource(await readSmall(response, url));
-    return whole.read(start, stop);
+    if (response.status !== 206) {
+      whole = blobSource(await readSmall(response, url));
+      return whole.read(start, stop);
+    }
+    const found = new Uint8Array(await response.arrayBuffer());
+    if (Number(first) === start && found.length <= stop - start) return found;
+    throw new Error(`${url} answers with another part of the file`);
   };
-  const measure = async () => {
-    if (whole) return whole.size();
-    if (size) return size;
-    // Across origins a browser may hide Content-Range, but not the length that HEAD gives. Some servers refuse HEAD.
-    const response = await fetch(url, { method: "HEAD" }).catch(() => undefined);
-    return response?.ok ? Number(response.headers.get("Content-Length")) || undefined : undefined;
+  return {
+    label: String(url),
+    get size() {
+      return whole?.size ?? (known.size && Number(known.size));
+    },
+    read,
   };
-  return { label: String(url), size: measure, read };
 }
 
 /** Read all of a response, up to 64 MiB. */
@@ -504,9 +512,11 @@ async function readHeader(source) {
     position = tensor.stop;
     Object.assign(tensor, { source, start: dataStart + tensor.start, stop: dataStart + tensor.stop });
   }
-  const size = await source.size();
-  if (size !== undefined && size !== dataStart + position) {
-    const problem = size < dataStart + position ? "is cut short" : "has bytes after its data";
+  const end = dataStart + position;
+  // Without a known size: one byte where two are asked for is the last one.
+  const size = source.size ?? end - 1 + (await source.read(end - 1, end + 1)).length;
+  if (size !== end) {
+    const problem = size < end ? "is cut short" : "has bytes after its data";
     refuse(`${problem}: its header describes ${position} bytes of data`);
   }
   return { metadata, tensors: new Map(tensors.map((tensor) => [tensor.name, tensor])) };
@@ -859,8 +869,12 @@ export async function openIndex(source, find) {
     if (!plain) refuse(`names ${show(shard)}, which is no plain name of a file`);
     shards.set(shard, find(shard) ?? refuse(`names the shard ${show(shard)}, which is missing`));
   }
-  const headers = await Promise.all([...shards].map(async ([shard, found]) => [shard, await readHeader(found)]));
-  const read = new Map(headers);
+  const read = new Map();
+  const waiting = shards.entries(); // shared by all that read
+  const readSome = async () => {
+    for (const [shard, found] of waiting) read.set(shard, await readHeader(found));
+  };
+  await Promise.all(Array.from({ length: AT_ONCE }, readSome));
   const tensors = new Map();
   for (const [name, shard] of places) {
     const tensor = read.get(shard).tensors.get(name);
@@ -898,9 +912,10 @@ export async function openFolder(files) {
   return openFile(folder.get(single) ?? refuse("has no safetensors file and no index"));
 }
 
-/** Open an address: that of a safetensors file, or of an index. */
+/** Open an address: that of a safetensors file, or of an index, whose query goes with its shards. */
 export function openUrl(url) {
   const source = urlSource(url);
-  const sibling = (name) => urlSource(new URL(encodeURIComponent(name), url));
-  return new URL(url).pathname.endsWith(".json") ? openIndex(source, sibling) : openFile(source);
+  const { pathname, search } = new URL(url);
+  const sibling = (name) => urlSource(new URL(encodeURIComponent(name) + search, url));
+  return pathname.endsWith(".json") ? openIndex(source, sibling) : openFile(source);
 }

@@ -15,6 +15,7 @@ import {
   compareText,
   openFile,
   openFolder,
+  openIndex,
   openUrl,
   spellKey,
 } from "../../docs/_static/pytree2safetensors.js";
@@ -42,18 +43,26 @@ FILES["/c.safetensors"] = makeFile({ "@small": small });
 
 const ALL = ["whole", "chunked", "huge"]; // modes in which the server ignores ranges
 let requests = [];
+let queries = [];
+let versions = {}; // headers of all answers
 const server = createServer(async ({ url, method, headers }, response) => {
-  const [, mode, path] = /^\/(\w+)(\/.*)$/.exec(decodeURIComponent(url));
+  const { pathname, search } = new URL(url, "http://localhost");
+  const [, mode, path] = /^\/(\w+)(\/.*)$/.exec(decodeURIComponent(pathname));
   requests.push(`${method} ${headers.range ?? ""}`);
+  queries.push(search);
   const blob = FILES[path];
-  if (!blob) return response.writeHead(404).end();
-  if (mode === "refusing" && method === "HEAD") return response.writeHead(403, { "Content-Length": 5 }).end();
-  const [, start, stop] = (!ALL.includes(mode) && /^bytes=(\d+)-(\d+)$/.exec(headers.range)) || [];
-  const part = start ? blob.slice(Number(start), Number(stop) + 1) : blob;
+  if (!blob || method !== "GET") return response.writeHead(blob ? 405 : 404).end();
+  const [, from, to] = (!ALL.includes(mode) && /^bytes=(\d+)-(\d+)$/.exec(headers.range)) || [];
+  if (Number(from) >= blob.size) return response.writeHead(416).end();
+  const start = mode === "shifted" && from > 0 ? Number(from) - 1 : Number(from);
+  const stop = mode === "longer" && from > 0 ? Number(to) + 2 : Number(to) + 1;
+  const part = from ? blob.slice(start, stop) : blob;
   if (mode !== "chunked") response.setHeader("Content-Length", mode === "huge" ? 2 ** 27 : part.size);
-  if (start && mode === "parts") response.setHeader("Content-Range", `bytes ${start}-${stop}/${blob.size}`);
-  response.writeHead(start ? 206 : 200);
-  return response.end(method === "HEAD" ? undefined : Buffer.from(await part.arrayBuffer()));
+  if (from && mode !== "hidden") {
+    response.setHeader("Content-Range", `bytes ${start}-${start + part.size - 1}/${blob.size}`);
+  }
+  response.writeHead(from ? 206 : 200, versions);
+  return response.end(Buffer.from(await part.arrayBuffer()));
 });
 let origin;
 before(async () => {
@@ -70,16 +79,43 @@ test("a file at an address is read by ranges", async () => {
   assert.equal(requests.length, 2);
 });
 
-test("the size is asked for where the answer does not tell it", async () => {
+test("the end of a file is asked for where the answer does not tell the size", async () => {
   requests = [];
+  const { size } = FILES["/model.safetensors"];
   await openUrl(`${origin}/hidden/model.safetensors`);
-  assert.deepEqual(requests, ["GET bytes=0-131071", "HEAD "]);
+  assert.deepEqual(requests, ["GET bytes=0-131071", `GET bytes=${size - 1}-${size}`]);
 });
 
-test("a server that refuses to tell the size is believed", async () => {
-  const file = await openUrl(`${origin}/refusing/model.safetensors`);
-  assert.deepEqual([...(await file.values("@small"))], [1, 2, 3, 4]);
-});
+for (const [change, reason] of [[1, /has bytes after its data/], [-1, /is cut short/], [-500_000, /is cut short/]]) {
+  test(`a file whose size is not told, and which is ${change} bytes too long, is refused`, async () => {
+    const sound = FILES["/model.safetensors"];
+    FILES["/odd.safetensors"] = new Blob([sound.slice(0, sound.size + change), "x".repeat(Math.max(change, 0))]);
+    await assert.rejects(openUrl(`${origin}/hidden/odd.safetensors`), reason);
+  });
+}
+
+const other = makeFile({ "@large": large, "@small": { ...small, bytes: new Uint8Array(16) } });
+const CHANGES = {
+  "its tag": [{ ETag: '"1"' }, { ETag: '"2"' }],
+  "its time": [{ "Last-Modified": "Sat, 28 Nov 2026 01:00:00 GMT" }, { "Last-Modified": "Sat, 28 Nov 2026 01:00:01 GMT" }],
+  "its size": [{}, {}, new Blob([other, "x"])],
+};
+for (const [what, [before, after, content = other]] of Object.entries(CHANGES)) {
+  test(`a file that is replaced while it is read is refused: ${what}`, async () => {
+    [FILES["/replaced.safetensors"], versions] = [FILES["/model.safetensors"], before];
+    const file = await openUrl(`${origin}/parts/replaced.safetensors`);
+    [FILES["/replaced.safetensors"], versions] = [content, after];
+    const reading = file.values("@small");
+    await assert.rejects(reading, /was replaced while it was read: open it again$/).finally(() => (versions = {}));
+  });
+}
+
+for (const mode of ["shifted", "longer"]) {
+  test(`an answer with another range is refused: ${mode}`, async () => {
+    const file = await openUrl(`${origin}/${mode}/model.safetensors`);
+    await assert.rejects(file.values("@large", 0, 2), /answers with another part of the file$/);
+  });
+}
 
 for (const mode of ["whole", "chunked"]) {
   test(`a server without ranges sends a small file once: ${mode}`, async () => {
@@ -98,6 +134,31 @@ test("an index at an address leads to its shards", async () => {
   const file = await openUrl(`${origin}/parts/model.safetensors.index.json`);
   assert.deepEqual([...file.tensors.keys()], ["@large", "@small"]);
   assert.deepEqual([...(await file.values("@small", 1))], [3, 4]);
+});
+
+test("the shards of an index are asked for with its query", async () => {
+  queries = [];
+  await openUrl(`${origin}/parts/model.safetensors.index.json?key=a%2Fb`);
+  assert.deepEqual(queries, ["?key=a%2Fb", "?key=a%2Fb", "?key=a%2Fb"]);
+});
+
+test("the headers of many shards are read a few at a time", async () => {
+  const names = Array.from({ length: 100 }, (_, i) => `${i}.safetensors`);
+  const index = { weight_map: Object.fromEntries(names.map((name, i) => [`@${i}`, name])) };
+  let [reading, most] = [0, 0];
+  const find = (name) => {
+    const source = blobSource(makeFile({ [`@${parseInt(name)}`]: small }));
+    const read = async (start, stop) => {
+      most = Math.max(most, ++reading);
+      await new Promise(setImmediate);
+      reading--;
+      return source.read(start, stop);
+    };
+    return { ...source, read };
+  };
+  const file = await openIndex(blobSource(new Blob([JSON.stringify(index)])), find);
+  assert.equal(file.tensors.size, 100);
+  assert.equal(most, 24);
 });
 
 test("a missing address is an error with its status", async () => {
