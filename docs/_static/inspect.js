@@ -1,37 +1,15 @@
-/** The page "Look inside a file": opens files in the browser, and shows their trees, values and metadata. */
+/** The page "Look inside a file": opens files in the browser, and shows what inspect_model.js tells of them. */
 
 import {
-  Key, Leaf, Node, Pytree2SafetensorsError, blobSource, openFile, openFolder, openUrl, spellKey,
-} from "./pytree2safetensors.js";
+  countOf, describe, describeStatistics, formatCount, formatElement, formatSize, grouped, openFiles, openFirst, parts,
+  plural, rawAddress, rowsOf, shorten, statistics, visible,
+} from "./inspect_model.js";
+import { Leaf, openUrl } from "./pytree2safetensors.js";
 
 const STATISTICS = { local: 2 ** 24, remote: 2 ** 20 }; // bytes that are read without being asked for
-const STEP = 2 ** 22; // bytes that are read at once
 const SHOWN = 10; // rows and columns of values
 const MOST = 100_000; // characters of one text
-const DEEPEST = 100; // dots that cut a name
-
-// --- Text -------------------------------------------------------------------------------------------
-
-const grouped = new Intl.NumberFormat("en");
-const plural = (count, word, many = `${word}s`) => `${grouped.format(count)} ${count === 1 ? word : many}`;
-
-function readable(count, units, base) {
-  let power = 0;
-  while (count >= base && power < units.length - 1) {
-    count /= base;
-    power += 1;
-  }
-  return `${power ? count.toPrecision(3).replace(/e\+3$/, "") : count}${units[power]}`;
-}
-
-const formatSize = (bytes) => readable(bytes, [" B", " kB", " MB", " GB", " TB", " PB"], 999.5);
-const formatCount = (count) => readable(count, ["", " K", " M", " B", " T"], 999.5);
-
-/** Show characters that cannot be seen, or that change the order of others, as escapes. */
-const visible = (text) => text.replace(/[\p{Cc}\p{Cf}\p{Zl}\p{Zp}\p{Cs}]/gu, escape);
-const escape = (character) => `\\u${character.codePointAt(0).toString(16).padStart(4, "0")}`;
-
-const shorten = (text, most) => (text.length > most ? `${text.slice(0, most)}…` : text);
+const ENTRIES = 300; // of the metadata
 
 /** Make an element. Text goes in as text, never as markup. */
 function make(tag, attributes = {}, ...children) {
@@ -46,163 +24,6 @@ function make(tag, attributes = {}, ...children) {
 
 function makeList(pairs) {
   return make("dl", {}, ...pairs.flatMap(([term, text]) => [make("dt", {}, term), make("dd", {}, text)]));
-}
-
-// --- The rows of a tree -----------------------------------------------------------------------------
-
-/** A line of the tree: a node, a leaf, or a fold of siblings that are like the one before. */
-class Row {
-  constructor(label, content, children = []) {
-    this.label = label;
-    this.content = content; // a Node, a Leaf, or undefined
-    this.children = children;
-    this.parent = undefined;
-    this.folded = false;
-    this.open = false;
-    this.level = 1;
-  }
-}
-
-const TOTALS = ["bytes", "count"];
-
-const countOf = (shape) => shape.reduce((product, size) => product * Number(size), 1);
-const isText = (key) => typeof key === "string";
-
-/** The label of a child: its index or name, or its dict key as Python writes it. */
-function labelOf(key, { kind }) {
-  if (isText(key)) return key === "" ? '""' : visible(shorten(key, 300));
-  if (kind !== "dict" && kind !== "OrderedDict") return String(key);
-  const spelled = spellKey(new Key("item", key)).slice(3, -1); // between @\( and )
-  return shorten(spelled.replace(/\\(.)/gs, "$1"), 300);
-}
-
-/** Make the rows of an open file: from its tree, or from the dots in its names. */
-function rowsOf(file) {
-  let tree;
-  let problem;
-  try {
-    tree = file.tree();
-  } catch (error) {
-    if (!(error instanceof Pytree2SafetensorsError)) throw error;
-    problem = error;
-    tree = cutAtDots(file);
-  }
-  const root = rowOf(file, tree, "(root)");
-  summarize(root, new Map());
-  return { root, problem };
-}
-
-function rowOf(file, content, label, level = 1) {
-  if (content instanceof Leaf) {
-    const row = new Row(label, content);
-    const tensor = file.tensors.get(content.name);
-    row.bytes = tensor ? tensor.stop - tensor.start : 0;
-    row.count = tensor && content.kind !== "key" ? countOf(content.shape) : 0;
-    row.level = level;
-    return row;
-  }
-  const fixed = content.kind === "OrderedDict" || content.items.every(([key]) => !isText(key));
-  const items = fixed ? content.items : inNaturalOrder(content.items);
-  const row = new Row(label, content);
-  row.level = level;
-  row.children = items.map(([key, child]) => rowOf(file, child, labelOf(key, content), level + 1));
-  return row;
-}
-
-/** Sort names so that layer 10 comes after layer 2. */
-function inNaturalOrder(items) {
-  const cut = (key) => /^(.*?)(\d{0,15})$/s.exec(isText(key) ? key : "");
-  const keyed = items.map((item) => [item, cut(item[0])]);
-  keyed.sort(([, a], [, b]) => (a[1] === b[1] ? Number(a[2]) - Number(b[2]) : a[1] < b[1] ? -1 : 1));
-  return keyed.map(([item]) => item);
-}
-
-/** Split names at their dots, for names that do not form a tree. A name may be both a leaf and a node here. */
-function cutAtDots(file) {
-  const root = { children: new Map() };
-  for (const [name, leaf] of file.leaves) {
-    let place = root;
-    const names = name.split(".");
-    if (names.length > DEEPEST) names.push(names.splice(DEEPEST).join("."));
-    for (const part of names) {
-      if (!place.children.has(part)) place.children.set(part, { children: new Map() });
-      place = place.children.get(part);
-    }
-    place.leaf = leaf;
-  }
-  const finish = (place) => {
-    const items = [...place.children].map(([part, child]) => [part, finish(child)]);
-    if (!place.leaf) return new Node("names", items);
-    return items.length ? new Node("names", [["", place.leaf], ...items]) : place.leaf;
-  };
-  return finish(root);
-}
-
-/** Add the totals of each node, and fold siblings that are alike. */
-function summarize(row, known) {
-  for (const child of row.children) summarize(child, known);
-  const { content } = row;
-  if (content instanceof Node) {
-    for (const total of TOTALS) row[total] = row.children.reduce((sum, child) => sum + child[total], 0);
-  }
-  const look = content instanceof Leaf
-    ? describe(content)
-    : `${content.kind}{${row.children.map((child) => `${JSON.stringify(child.label)}:${child.look}`)}}`;
-  if (!known.has(look)) known.set(look, known.size);
-  row.look = known.get(look);
-  row.children = fold(row);
-  adopt(row);
-}
-
-function adopt(row) {
-  row.children.forEach((child, i) => Object.assign(child, { parent: row, position: i + 1 }));
-}
-
-const numberless = (label) => label.replace(/\d+/g, "#");
-
-function fold(row) {
-  const found = [];
-  for (let start = 0; start < row.children.length; ) {
-    const first = row.children[start];
-    const least = first.content instanceof Leaf ? 20 : 3;
-    const pattern = numberless(first.label);
-    let stop = start + 1;
-    const isAlike = (other) => other && other.look === first.look && numberless(other.label) === pattern;
-    if (pattern !== first.label) while (isAlike(row.children[stop])) stop++;
-    found.push(first);
-    if (stop - start >= least) found.push(foldOf(row.children.slice(start + 1, stop), first));
-    else found.push(...row.children.slice(start + 1, stop));
-    start = stop;
-  }
-  return found;
-}
-
-function foldOf(rows, first) {
-  const range = `${rows[0].label} … ${rows.at(-1).label}`;
-  const row = new Row(`${range}: ${grouped.format(rows.length)} more like ${first.label}`, undefined, rows);
-  for (const total of TOTALS) row[total] = rows.length * first[total];
-  row.folded = true;
-  row.level = first.level;
-  const deepen = (child) => {
-    child.level += 1;
-    child.children.forEach(deepen);
-  };
-  rows.forEach(deepen);
-  adopt(row);
-  return row;
-}
-
-/** Describe a leaf or a node in few words, as `float32[2,3]`. */
-function describe(content) {
-  if (content instanceof Node) {
-    if (content.kind === "None") return "None";
-    return content.items.length ? `${content.kind}, ${grouped.format(content.items.length)}` : `empty ${content.kind}`;
-  }
-  const { kind, dtype, shape, weak, impl, value } = content;
-  if (kind === "str") return `str ${visible(JSON.stringify(value.slice(0, 60)))}`;
-  if (kind !== "array" && kind !== "key") return kind;
-  if (kind === "key") return `key<${visible(impl)}>[${shape.slice(0, -1)}]`;
-  return `${weak ? "weak " : ""}${dtype ?? "packed"}[${shape}]`;
 }
 
 // --- The tree -----------------------------------------------------------------------------------------
@@ -246,7 +67,8 @@ class TreeView {
     const drawn = [];
     for (let i = first; i < last; i++) drawn.push(this.drawRow(i));
     this.space.replaceChildren(...drawn);
-    this.element.setAttribute("aria-activedescendant", this.rows.length ? `row-${this.active}` : "");
+    const isDrawn = first <= this.active && this.active < last;
+    this.element.setAttribute("aria-activedescendant", isDrawn ? `row-${this.active}` : "");
   }
 
   drawRow(index) {
@@ -319,7 +141,7 @@ class TreeView {
     else if (event.key === "ArrowRight" && row.open) this.active += 1;
     else if (event.key === "ArrowRight") this.toggle(this.active, true);
     else if (event.key === "ArrowLeft" && row.open) this.toggle(this.active, false);
-    else if (event.key === "ArrowLeft") this.active = Math.max(0, this.rows.indexOf(row.parent));
+    else if (event.key === "ArrowLeft") this.active = row.alone ? this.active : this.rows.indexOf(row.parent);
     else if (event.key === "Enter" || event.key === " ") this.choose(this.active);
     else return;
     event.preventDefault();
@@ -337,37 +159,7 @@ class TreeView {
   }
 }
 
-/** Open the first levels of a tree, as far as they are short. */
-function openFirst(root) {
-  let budget = 40;
-  for (let level = [root]; level.length && budget > 0; ) {
-    let next = [];
-    for (const row of level) {
-      const { length } = row.children;
-      if (!length || row.folded || (length > budget && row !== root)) continue;
-      row.open = true;
-      budget -= length;
-      next = next.concat(row.children);
-    }
-    level = next;
-  }
-}
-
 // --- Values -------------------------------------------------------------------------------------------
-
-const parts = (leaf) => (leaf.dtype.startsWith("complex") ? 2 : 1);
-
-function formatValue(value) {
-  if (typeof value === "bigint" || Number.isInteger(value)) return Object.is(value, -0) ? "-0" : String(value);
-  return Number.isFinite(value) ? String(Number(value.toPrecision(6))) : String(value).replace("Infinity", "inf");
-}
-
-function formatElement(leaf, values, i) {
-  if (leaf.dtype === "bool") return values[i] ? "True" : "False";
-  if (parts(leaf) === 1) return formatValue(values[i]);
-  const imaginary = formatValue(values[2 * i + 1]);
-  return `${formatValue(values[2 * i])}${imaginary.startsWith("-") ? "" : "+"}${imaginary}j`;
-}
 
 /** Show the first values: a row of them, or the corner of the first matrix. */
 async function makeValues(file, leaf) {
@@ -389,55 +181,11 @@ async function makeValues(file, leaf) {
   return make("div", { class: "values", tabindex: "0", role: "region", "aria-label": "the first values" }, table);
 }
 
-/** Go through values a step at a time; undefined if `isCurrent` says that nobody waits any more. */
-async function statistics(file, leaf, limit, isCurrent) {
-  const tensor = file.tensors.get(leaf.name);
-  const width = (tensor.stop - tensor.start) / Math.max(1, leaf.count);
-  const found = { count: 0, zeros: 0, nan: 0, infinite: 0, finite: 0 };
-  Object.assign(found, { least: Infinity, most: -Infinity, mean: 0, squares: 0 });
-  const stop = Math.min(leaf.count, Math.ceil(limit / width));
-  for (let at = 0; at < stop; at += Math.ceil(STEP / width)) {
-    const values = await file.values(leaf.name, at, Math.min(stop, at + Math.ceil(STEP / width)));
-    if (!isCurrent()) return undefined;
-    for (let i = 0; i < values.length; i++) add(found, Number(values[i]));
-    found.count += values.length / parts(leaf);
-  }
-  return found;
-}
-
-function add(found, value) {
-  if (value === 0) found.zeros++;
-  if (Number.isNaN(value)) found.nan++;
-  else if (!Number.isFinite(value)) found.infinite++;
-  if (!Number.isFinite(value)) return;
-  if (value < found.least) found.least = value;
-  if (value > found.most) found.most = value;
-  found.finite++;
-  const change = value - found.mean;
-  found.mean += change / found.finite;
-  found.squares += change * (value - found.mean);
-}
-
-function describeStatistics(leaf, found) {
-  const pairs = [];
-  if (found.finite) {
-    const deviation = Math.sqrt(found.squares / found.finite);
-    const named = { min: found.least, max: found.most, mean: found.mean, std: deviation };
-    for (const [name, value] of Object.entries(named)) pairs.push([name, formatValue(value)]);
-  }
-  pairs.push(["zeros", grouped.format(found.zeros)]);
-  if (found.nan) pairs.push(["NaN", grouped.format(found.nan)]);
-  if (found.infinite) pairs.push(["infinite", grouped.format(found.infinite)]);
-  const which = found.count === leaf.count ? "all" : `the first ${grouped.format(found.count)} of`;
-  const what = parts(leaf) === 2 ? " (real and imaginary parts)" : "";
-  return [["statistics of", `${which} ${grouped.format(leaf.count)} values${what}`], ...pairs];
-}
-
 /** Fill the panel of a leaf. */
 async function showLeaf(panel, file, row, remote) {
   const leaf = Object.assign(row.content, { count: row.count });
   const token = (panel.token = {});
-  const isCurrent = () => panel.token === token;
+  const isCurrent = () => panel.token === token && panel.isConnected; // no other leaf or file was opened
   const tensor = file.tensors.get(leaf.name);
   const pairs = [["type", describe(leaf)]];
   if (tensor) {
@@ -445,7 +193,7 @@ async function showLeaf(panel, file, row, remote) {
     const place = `bytes ${grouped.format(tensor.start)} to ${grouped.format(tensor.stop)}`;
     pairs.push(["place", `${place} of ${visible(tensor.source.label)}`]);
   }
-  const title = make("h3", {}, make("bdi", {}, leaf.name ? visible(leaf.name) : "the root"));
+  const title = make("h3", {}, make("bdi", {}, leaf.name ? visible(shorten(leaf.name, 3000)) : "the root"));
   const more = make("div", { "aria-live": "polite" });
   panel.replaceChildren(title, makeList(pairs), more);
   panel.hidden = false;
@@ -464,13 +212,15 @@ async function showLeaf(panel, file, row, remote) {
     if (isCurrent()) more.append(values);
     const limit = STATISTICS[remote ? "remote" : "local"];
     if (leaf.count > 1) await showStatistics(more, file, leaf, limit, isCurrent);
-    if (isCurrent() && file.digests && row.bytes <= limit) {
-      await file.check(leaf.name);
-      if (isCurrent()) more.append(makeList([["digest", "matches"]]));
-    }
+    if (isCurrent() && row.bytes <= limit) more.append(...(await checkDigest(file, leaf, isCurrent)));
   } catch (error) {
     if (isCurrent()) more.append(makeError(error));
   }
+}
+
+/** Check the digest of a tensor, and tell that it matches; without digests, tell nothing. */
+async function checkDigest(file, leaf, isCurrent) {
+  return (await file.check(leaf.name, isCurrent)) ? [makeList([["digest", "matches"]])] : [];
 }
 
 async function showStatistics(place, file, leaf, limit, isCurrent) {
@@ -482,8 +232,13 @@ async function showStatistics(place, file, leaf, limit, isCurrent) {
   const { start, stop } = file.tensors.get(leaf.name);
   const readAll = async () => {
     box.replaceChildren(make("p", { class: "status" }, "reading …"));
-    const whole = await statistics(file, leaf, Infinity, isCurrent).catch(makeError);
-    if (whole) box.replaceChildren(whole instanceof Element ? whole : makeList(describeStatistics(leaf, whole)));
+    try {
+      const whole = await statistics(file, leaf, Infinity, isCurrent);
+      const digest = await checkDigest(file, leaf, isCurrent);
+      if (isCurrent()) box.replaceChildren(makeList(describeStatistics(leaf, whole)), ...digest);
+    } catch (error) {
+      box.replaceChildren(makeError(error));
+    }
   };
   box.append(make("button", { type: "button", onclick: readAll }, `Read all ${formatSize(stop - start)}`));
 }
@@ -543,15 +298,18 @@ function showFile(place, file, label, remote) {
     const shown = (name) => Object.assign(leaves.get(name), { alone: visible(shorten(name, 300)) || '""' });
     return view.show(found.map(shown));
   };
-  const entries = [...file.metadata].map(([key, value]) => [visible(shorten(key, 300)), shorten(value, MOST)]);
-  const summary = make("summary", {}, `Metadata: ${plural(entries.length, "entry", "entries")}`);
+  const { size } = file.metadata;
+  const first = [...file.metadata].slice(0, ENTRIES);
+  const entries = first.map(([key, value]) => [visible(shorten(key, 300)), shorten(value, MOST)]);
+  if (size > ENTRIES) entries.push(["…", `${grouped.format(size - ENTRIES)} more`]);
+  const summary = make("summary", {}, `Metadata: ${plural(size, "entry", "entries")}`);
   const remark = `The names do not form a tree, so they are split at their dots: ${visible(problem?.message ?? "")}`;
   const title = make("h2", { tabindex: "-1" }, make("bdi", {}, visible(label)));
   place.replaceChildren(
     title,
     makeList(totals),
     problem ? make("p", { class: "status" }, remark) : "",
-    entries.length ? make("details", {}, summary, makeList(entries)) : "",
+    size ? make("details", {}, summary, makeList(entries)) : "",
     make("div", { class: "search" }, search, status),
     view.element,
     panel,
@@ -560,17 +318,11 @@ function showFile(place, file, label, remote) {
   title.focus(); // a screen reader tells that the file is open
 }
 
-/** Take what was dropped or chosen: one file, or the files of a folder. */
-async function openFiles(files) {
-  if (files.length === 1 && !files[0].name.endsWith(".json")) return openFile(blobSource(files[0]));
-  return openFolder(files.map((file) => [file.name, blobSource(file)]));
-}
-
-/** List the files of a dropped folder, not those of folders in it. */
-async function filesOf(transfer) {
+/** Open what was dropped: files, or the files of a folder, not those of folders in it. */
+async function openDropped(transfer) {
   const entries = [...transfer.items].map((item) => item.webkitGetAsEntry?.()).filter(Boolean);
   const folder = entries.find((entry) => entry.isDirectory);
-  if (!folder) return [...transfer.files];
+  if (!folder) return openFiles([...transfer.files], false);
   const reader = folder.createReader();
   const found = [];
   for (;;) {
@@ -578,11 +330,8 @@ async function filesOf(transfer) {
     if (!some.length) break;
     found.push(...some.filter((entry) => entry.isFile));
   }
-  return Promise.all(found.map((entry) => new Promise((done, fail) => entry.file(done, fail))));
+  return openFiles(await Promise.all(found.map((entry) => new Promise((done, fail) => entry.file(done, fail)))), true);
 }
-
-/** The address of a file on the Hub, from that of its page. */
-const rawAddress = (address) => address.replace(/^(https:\/\/huggingface\.co\/.+)\/blob\//, "$1/resolve/");
 
 function start(page) {
   const result = make("div");
@@ -599,11 +348,11 @@ function start(page) {
     }
   };
   const choose = (input) => {
-    const inside = (file) => file.webkitRelativePath.split("/").length <= 2;
-    const files = [...input.files].filter(inside);
+    const files = [...input.files];
     if (!files.length) return;
-    const label = files[0].webkitRelativePath.split("/")[0] || files[0].name;
-    open(label, false, () => openFiles(files));
+    const [folder] = files[0].webkitRelativePath.split("/");
+    const inside = (file) => file.webkitRelativePath.split("/").length <= 2;
+    open(folder || files[0].name, false, () => openFiles(files.filter(inside), Boolean(folder)));
     input.value = "";
   };
   const makeInput = (option) => {
@@ -642,9 +391,8 @@ function start(page) {
   document.addEventListener("dragleave", mark(false));
   document.addEventListener("drop", (event) => {
     if (!mark(false)(event)) return;
-    const dropped = filesOf(event.dataTransfer); // now, as the items go with the event
     const name = event.dataTransfer.files[0]?.name ?? "what was dropped";
-    open(name, false, async () => openFiles(await dropped));
+    open(name, false, () => openDropped(event.dataTransfer)); // at once, as the items go with the event
   });
   // The documentation turns its pages with the arrow keys.
   page.addEventListener("keydown", (event) => event.stopPropagation());

@@ -355,8 +355,8 @@ const FLOATS = {
   float6_e3m2fn: [3, 2, 3, "finite"], float4_e2m1fn: [2, 1, 1, "finite"],
 };
 const ARRAYS = {
-  bool: Uint8Array, uint8: Uint8Array, int8: Int8Array, uint16: Uint16Array, int16: Int16Array, uint32: Uint32Array,
-  int32: Int32Array, float32: Float32Array, complex64: Float32Array, uint64: BigUint64Array, int64: BigInt64Array,
+  uint8: Uint8Array, int8: Int8Array, uint16: Uint16Array, int16: Int16Array, uint32: Uint32Array, int32: Int32Array,
+  float32: Float32Array, complex64: Float32Array, uint64: BigUint64Array, int64: BigInt64Array,
   float64: Float64Array, complex128: Float64Array,
 };
 
@@ -376,9 +376,10 @@ function decodeFloat(code, [exponentBits, mantissaBits, bias, kind]) {
 export function decodeValues(bytes, dtype) {
   const Typed = ARRAYS[dtype];
   const Codes = dtype === "float16" || dtype === "bfloat16" ? Uint16Array : Uint8Array;
-  // A copy starts at a multiple of every item size. JavaScript runs on little-endian machines.
-  if (Typed) return new Typed(bytes.slice().buffer).map((value) => (dtype === "bool" ? Number(value !== 0) : value));
-  const codes = new Codes(bytes.slice().buffer);
+  if (dtype === "bool") return Uint8Array.from(bytes, (value) => Number(value !== 0));
+  const { buffer } = new Uint8Array(bytes); // a copy, which starts at a multiple of every item size
+  if (Typed) return new Typed(buffer); // JavaScript runs on little-endian machines
+  const codes = new Codes(buffer);
   if (dtype === "bfloat16") return new Float32Array(Uint32Array.from(codes, (code) => code * 65536).buffer);
   if (dtype === "float8_e8m0fnu") return Float32Array.from(codes, (code) => (code === 255 ? NaN : 2 ** (code - 127)));
   const format = FLOATS[dtype];
@@ -408,7 +409,7 @@ function describeLeaf(name, noted, tensor) {
   const { dtype, shape } = tensor;
   const wide = word === "complex" || word?.endsWith("complex128"); // an axis of 2 for the parts
   const weak = word === "weak" || word === "weak complex128";
-  const outer = wide ? shape.slice(0, -1) : shape;
+  const outer = (wide ? shape.slice(0, -1) : shape).map(Number); // BigInts are beside a 0 only
   const dtypes = wide ? ["F64"] : word === "weak" ? WEAK : [STORED[word] ?? dtype];
   const scalar = word in SCALARS || weak;
   if (!dtypes.includes(dtype) || (wide && shape.at(-1) !== 2) || (scalar && outer.length)) return undefined;
@@ -620,19 +621,20 @@ class Trie {
     return { segment, parent, children: NO_CHILDREN, leaf: undefined, kind: undefined };
   }
 
-  /** Add a name; return its place. */
+  /** Add a name; return its place. Of a name that is too deep, add as much as `build` takes to refuse it. */
   add(name, leaf) {
     let place = this.root;
     const segments = splitKeyPath(name);
     for (const segment of segments) {
       if (!this.keys.has(segment)) this.keys.set(segment, readSegment(segment));
     }
-    for (const segment of segments) {
+    for (const segment of segments.slice(0, MAX_DEPTH + 1)) {
       if (place.children === NO_CHILDREN) place.children = new Map();
       let next = place.children.get(segment);
       if (!next) place.children.set(segment, (next = this.node(segment, place)));
       place = next;
     }
+    if (segments.length > MAX_DEPTH) return undefined;
     if (leaf !== undefined) place.leaf = leaf;
     return place;
   }
@@ -645,7 +647,7 @@ class Trie {
 
   /** Give places the kinds of a note; throw what contradicts the tensors, or itself. */
   note(kinds, refuse) {
-    const places = [...kinds].map(([name, kind]) => [this.add(name), kind, name]);
+    const places = [...kinds].map(([name, kind]) => [this.add(name), kind, name]).filter(([place]) => place);
     for (const [place, kind, name] of places) {
       place.kind = kind;
       for (let above = place; above; above = above.parent) {
@@ -761,12 +763,15 @@ export class Checkpoint {
     return this.trie({ lenient: false }).build();
   }
 
-  /** Read the bytes of a tensor, or some of them. */
-  async bytes(name, start = 0, stop = Infinity) {
+  /** Read the bytes of a tensor, or those from `start` to `stop`, which count items of `width` bytes. */
+  async bytes(name, start = 0, stop = Infinity, width = 1) {
     const tensor = this.tensors.get(name);
-    const end = Math.min(tensor.stop, tensor.start + stop);
-    const found = await tensor.source.read(tensor.start + start, end);
-    if (found.length !== end - tensor.start - start) this.refuse(`is cut short in the data of ${show(name)}`);
+    const end = Math.min((tensor.stop - tensor.start) / width, stop);
+    if (![start, end, end - start].every((count) => Number.isInteger(count) && count >= 0)) {
+      throw new RangeError(`${show(name)} has no range from ${start} to ${stop}`);
+    }
+    const found = await tensor.source.read(tensor.start + start * width, tensor.start + end * width);
+    if (found.length !== (end - start) * width) this.refuse(`is cut short in the data of ${show(name)}`);
     return found;
   }
 
@@ -777,7 +782,7 @@ export class Checkpoint {
     if (!leaf.dtype) this.refuse(`has ${show(name)} in a packed dtype, which this reader does not unpack`);
     if (leaf.kind === "key") this.keyShape(leaf);
     const width = leaf.dtype === "complex128" ? 16 : BITS[this.tensors.get(name).dtype] / 8;
-    return decodeValues(await this.bytes(name, start * width, stop * width), leaf.dtype);
+    return decodeValues(await this.bytes(name, start, stop, width), leaf.dtype);
   }
 
   /** Tell the shape of an array of keys: that of its data without the words of each key. */
@@ -788,12 +793,16 @@ export class Checkpoint {
     return shape.slice(0, -1);
   }
 
-  /** Check a tensor against its digest, reading a block at a time; return false if the file has no digests. */
-  async check(name) {
+  /**
+   * Check a tensor against its digest, reading a block at a time; return false if the file has no digests, or if
+   * `isWanted` says that nobody waits any more.
+   */
+  async check(name, isWanted = () => true) {
     if (!this.digests) return false;
     const { dtype, shape, start, stop } = this.tensors.get(name);
     const parts = [`${compactJSON([name, dtype]).slice(0, -1)},[${shape}]]`];
     for (let at = 0; at < stop - start; at += BLOCK) {
+      if (!isWanted()) return false;
       parts.push(new Uint8Array(await crypto.subtle.digest("SHA-256", await this.bytes(name, at, at + BLOCK))));
     }
     if ((await digest(new Blob(parts))) !== this.digests.get(name)) {

@@ -241,6 +241,26 @@ def test_a_damaged_tensor_is_reported(page: Page, tmp_path: Path) -> None:
     assert "does not match its digest" in page.one(".leaf .error").text
 
 
+def test_all_of_a_large_tensor_is_checked_when_it_is_read(page: Page, tmp_path: Path) -> None:
+    path = tmp_path / "damaged.safetensors"
+    save_pytree({"w": np.zeros(17 << 20, np.uint8)}, path, checksum=True)
+    with path.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\1")
+    page.open(path)
+    assert "Read all" in page.show("w uint8")
+    page.one(".leaf button").click()
+    assert "does not match its digest" in page.one(".leaf .error").text
+
+
+def test_many_entries_of_metadata_are_counted(page: Page, tmp_path: Path) -> None:
+    metadata = {f"k{i}": "v" for i in range(100_000)}
+    page.open(write(tmp_path / "entries.safetensors", {"__metadata__": metadata}))
+    page.one("summary").send_keys(Keys.ENTER)
+    assert page.one("summary").text == "Metadata: 100,000 entries"
+    assert page.one("details").text.endswith("99,700 more")
+
+
 def test_a_foreign_file_shows_the_parts_of_its_names(page: Page, tmp_path: Path) -> None:
     names = [f"model.layers.{i}.{part}.weight" for i in range(12) for part in ("norm", "mlp")]
     header = tensors({name: [2, 2] for name in [*names, "head"]})
@@ -294,6 +314,17 @@ def test_a_folder_without_its_index_shows_an_error(page: Page, tmp_path: Path) -
     (folder / "model.safetensors.index.json").unlink()
     page.open(folder)
     assert "and no index" in page.one("[role=alert]").text
+    for path in sorted(folder.iterdir())[1:]:
+        path.unlink()
+    page.open(folder)
+    assert "and no index" in page.one("[role=alert]").text
+
+
+def test_a_folder_of_folders_shows_an_error(page: Page, tmp_path: Path) -> None:
+    (tmp_path / "outer" / "inner").mkdir(parents=True)
+    write(tmp_path / "outer" / "inner" / "a.safetensors", tensors({"w": [2]}), bytes(8))
+    page.open(tmp_path / "outer")
+    assert "has no safetensors file and no index" in page.one("[role=alert]").text
 
 
 def test_a_hundred_thousand_tensors_are_drawn_as_they_come_into_view(
@@ -401,6 +432,10 @@ def test_the_keyboard_moves_through_the_tree(page: Page, tmp_path: Path) -> None
     page.press(Keys.END, Keys.ENTER)
     assert active().get_attribute("aria-selected") == "true"
     page.wait(lambda: "max\n2" in page.one("section.leaf").text, "statistics")
+    page.one("[type=search]").send_keys("a")
+    page.wait(lambda: page.one("[role=status]").text == "2 of 3 leaves", "two matches")
+    page.press(Keys.END, Keys.ARROW_LEFT)
+    assert active().text.startswith("@a#1")
 
 
 def test_what_is_for_screen_readers_has_its_role_and_its_name(page: Page, tmp_path: Path) -> None:

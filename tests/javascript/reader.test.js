@@ -13,6 +13,7 @@ import {
   Node,
   blobSource,
   compareText,
+  decodeValues,
   openFile,
   openFolder,
   openIndex,
@@ -170,6 +171,42 @@ test("parts of a tensor are read, and nothing beyond its end", async () => {
   assert.deepEqual([...(await file.values("@small", 1, 100))], [3, 4]);
   assert.equal((await file.values("@large")).length, 500_000);
   assert.equal(await file.check("@small"), false); // no digests
+});
+
+test("values outside of a tensor are refused", async () => {
+  const file = await openFile(blobSource(FILES["/model.safetensors"]));
+  for (const [start, stop] of [[-1], [0.5], [NaN], [3], [2, 1]]) {
+    await assert.rejects(file.values("@small", start, stop), { name: "RangeError", message: /"@small"/ });
+  }
+  assert.equal((await file.values("@small", 2)).length, 0);
+  assert.equal((await file.values("@small", 1, 1)).length, 0);
+});
+
+test("values keep their bits, and are a copy", () => {
+  const signalling = Buffer.from("0100807f", "hex"); // a part of a larger pool
+  assert.equal(Buffer.from(decodeValues(signalling, "float32").buffer).toString("hex"), "0100807f");
+  assert.deepEqual(decodeValues(Buffer.from([0, 2]), "bool"), Uint8Array.of(0, 1));
+  assert.equal(decodeValues(Buffer.from([0, 2]), "float16").length, 1);
+  const bytes = Uint8Array.of(1);
+  decodeValues(bytes, "uint8")[0] = 2;
+  assert.equal(bytes[0], 1);
+});
+
+test("the sizes of a leaf are numbers, and those of a tensor are exact", async () => {
+  const text = '{"@a":{"dtype":"U8","shape":[0,9007199254740993],"data_offsets":[0,0]}}';
+  const file = await openFile(blobSource(new Blob([new BigUint64Array([BigInt(text.length)]), text])));
+  assert.deepEqual(file.leaves.get("@a").shape, [0, 2 ** 53]);
+  assert.deepEqual(file.tensors.get("@a").shape, [0, 9007199254740993n]);
+});
+
+test("names that are too deep take no tree's memory", async () => {
+  const name = "@".repeat(300_000);
+  for (const metadata of [{}, { pytree2safetensors: JSON.stringify({ version: 1, nodes: { [`${name}@`]: "tuple" } }) }]) {
+    const before = process.memoryUsage().heapUsed;
+    const file = await openFile(blobSource(makeFile({ [name]: small }, metadata)));
+    assert.throws(() => file.tree(), { name: "TreeStructureError", message: /is nested too deep$/ });
+    assert.ok(process.memoryUsage().heapUsed - before < 60e6);
+  }
 });
 
 test("a tensor of several blocks is checked by its blocks", async () => {
