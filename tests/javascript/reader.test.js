@@ -224,6 +224,7 @@ test("a tensor of several blocks is checked by its blocks", async () => {
   own["pytree2safetensors.sha256.metadata"] = digest(JSON.stringify(own));
   const make = () => openFile(blobSource(makeFile({ "@w": { dtype: "U8", shape: [bytes.length], bytes } }, own)));
   assert.equal(await (await make()).check("@w"), true);
+  assert.equal(await (await make()).check("@w", () => false), false); // nobody waits
   bytes[35 * 2 ** 20] ^= 1;
   await assert.rejects((await make()).check("@w"), FileFormatError);
 });
