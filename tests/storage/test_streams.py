@@ -7,6 +7,7 @@ import os
 import tarfile
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -27,6 +29,8 @@ from pytree2safetensors import (
     load_pytree,
     save_pytree,
 )
+from pytree2safetensors._format.digests import hash_blocks
+from pytree2safetensors._load import reading, verifying
 from versions import posix
 
 TREE = {"w": jnp.arange(70_000, dtype=jnp.float32), "steps": (1, None), "run": "seventeen"}
@@ -127,6 +131,79 @@ def test_a_file_in_an_archive_that_is_streamed_loads() -> None:
             stored = files.extractfile(member)
             assert stored is not None
             assert_same(load_pytree(stored), TREE)
+
+
+class Slow(io.BytesIO):
+    """A file object that must begin again to seek backwards, as one that decompresses."""
+
+    def __init__(self, content: bytes) -> None:
+        super().__init__(content)
+        self.places = list[int]()
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self.places.append(self.tell())
+        time.sleep(0.001)
+        return super().read(size)
+
+
+@pytest.mark.parametrize("is_sharded", [False, True])
+@pytest.mark.parametrize("checksum", [False, True])
+def test_a_file_object_is_read_in_order(
+    monkeypatch: pytest.MonkeyPatch, checksum: bool, is_sharded: bool
+) -> None:
+    """Arrays that are read by other threads alternate with those that the caller would read."""
+    monkeypatch.setattr(reading, "_BATCH", 1 << 20)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    sizes = [9 << 18, 1 << 14] * 4
+    tree = {f"{n}": np.full(size, n, np.float32) for n, size in enumerate(sizes)}
+    file = io.BytesIO()
+    save_pytree(tree, file, checksum=checksum)
+    file = Slow(file.getvalue())
+    template: dict[str, Any] = {name: jnp.asarray(array) for name, array in tree.items()}
+    if is_sharded:
+        mesh = jax.sharding.Mesh(np.array(jax.devices()[::-1]), ("x",))
+        spec = jax.sharding.PartitionSpec("x")  # type: ignore[no-untyped-call] # JAX leaves it untyped
+        template = jax.device_put(template, jax.sharding.NamedSharding(mesh, spec))
+    loaded = load_into_pytree(template, file)
+    assert file.places == sorted(file.places)
+    assert len(file.places) >= len(tree)
+    assert_same(jax.tree.map(np.asarray, loaded), tree)
+
+
+def test_a_compressed_file_is_read_three_times(tmp_path: Path) -> None:
+    """To find its size, for its small arrays, and for the others."""
+    rewinds = list[int]()
+
+    class Counted(io.BytesIO):
+        def seek(self, offset: int, whence: int = 0, /) -> int:
+            rewinds.extend([offset] if not (offset or whence) else [])
+            return super().seek(offset, whence)
+
+    small = {f"small{n}": np.full(9, n, np.float32) for n in range(9)}
+    tree = small | {f"{n}": np.full(1 << 20, n, np.float32) for n in range(9)}
+    with gzip.open(tmp_path / "file", "wb", 1) as file:
+        save_pytree(tree, file)
+    with gzip.GzipFile(fileobj=Counted((tmp_path / "file").read_bytes())) as file:
+        assert_same(jax.tree.map(np.asarray, load_pytree(file)), tree)
+    assert len(rewinds) <= 2
+
+
+def test_digests_of_a_file_object_are_checked_in_several_threads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    together = threading.Barrier(2)
+
+    def hashed(pieces: Any) -> list[bytes]:
+        together.wait(20)
+        return hash_blocks(pieces)
+
+    monkeypatch.setattr(verifying, "hash_blocks", hashed)
+    tree = {"a": np.zeros(8 << 20, np.float32)}
+    file = io.BytesIO()
+    save_pytree(tree, file, checksum=True)
+    file.seek(0)
+    assert_same(load_into_pytree(tree, file), tree)
 
 
 class Endless:

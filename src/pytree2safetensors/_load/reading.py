@@ -7,7 +7,9 @@ Specification: *Loading*, *Loading into a template*.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Final
+from concurrent.futures import Future
+from functools import partial
+from typing import Any, Final, TypeVar
 
 import jax
 import numpy as np
@@ -30,10 +32,13 @@ from pytree2safetensors._load.shardings import other_memory
 from pytree2safetensors._load.slots import Batch, Use, Wanted
 from pytree2safetensors._load.template import TemplateLeaf
 from pytree2safetensors._load.verifying import check_digests
-from pytree2safetensors._storage.byte_source import PIECE
+from pytree2safetensors._storage.byte_source import PIECE, Read, joined_reads
 from pytree2safetensors._storage.progress import Progress, Report, closing_bar
 from pytree2safetensors._storage.read_pool import ReadPool
 from pytree2safetensors._storage.threads import workers
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 _BATCH: Final = 64 << 20  # bytes in memory that a single leaf can keep alive
 _COPIED_BATCH: Final = 8 << 20  # bytes, if JAX makes a copy of what rules rearrange
@@ -83,6 +88,34 @@ def _read_leaves(
         finisher.finish_unread()
         report.finish()
     return finisher.leaves
+
+
+class _InOrder(ReadPool):
+    """One thread, which reads in the order of the calls. Other threads do what needs no reading."""
+
+    def __init__(self, count: int, piece: int) -> None:
+        super().__init__(count, piece)
+        self._others = ReadPool(workers(_READERS))
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        super().__exit__(kind)
+        self._others.__exit__(kind)
+
+    def start(
+        self,
+        reads: Iterable[Read],
+        tasks: Iterable[Callable[[], None]],
+        report: Callable[[int], None],
+    ) -> list[Future[None]]:
+        if self._pool is None:
+            return super().start(reads, tasks, report)
+        # Even a few bytes wait for the reads before them.
+        batches = joined_reads(reads, self._piece)
+        reading = [partial(self._read, batch, report) for batch in batches]
+        return super().start((), [*reading, *tasks], report)
+
+    def map(self, function: Callable[[T], R], values: Iterable[T]) -> list[Future[R]]:
+        return self._others.map(function, values)
 
 
 def _staged_device(wanted: Sequence[Wanted]) -> jax.Device | None:
@@ -164,7 +197,8 @@ def _read(
 ) -> None:
     """Read batches in advance of those that become leaves."""
     most, piece = (_READERS, PIECE) if device is None else (_STAGED_READERS, _STAGED_PIECE)
-    with ReadPool(checkpoint.in_flight or workers(most), piece) as pool:
+    kind = _InOrder if checkpoint.in_flight == 1 else ReadPool
+    with kind(checkpoint.in_flight or workers(most), piece) as pool:
         if device is None:
             ahead = Ahead(checkpoint, finisher, pool)
         else:

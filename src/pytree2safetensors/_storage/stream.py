@@ -53,6 +53,8 @@ class ForwardSource(ByteSource):
 class _Stream(ByteSource):
     """A file object that can seek, from its current position."""
 
+    in_flight = 1  # in order: a compressed file begins again to seek backwards
+
     def __init__(self, label: str, file: Any) -> None:
         self.file, self.start = file, file.tell()
         file.seek(0, os.SEEK_END)  # may return nothing
