@@ -150,3 +150,15 @@ def test_a_name_beyond_the_header_of_a_shard_is_refused(tmp_path: Any) -> None:
     with pytest.raises(FileFormatError, match=text):
         save_pytree(tree, tmp_path, max_shard_size=10)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_metadata_that_take_more_than_half_of_the_limit_are_too_long() -> None:
+    for key, text in (
+        ("a", "shorten the metadata, which take 1,001 of them"),
+        ("pytree2safetensors", "save parts of the tree apart, or shorten its strings"),
+    ):
+        rest = layout.empty_length({key: ""})
+        metadata = {key: "x" * (1000 - rest)}
+        assert layout.remedy(metadata, 2001, "other") == "other"
+        metadata[key] += "x"
+        assert layout.remedy(metadata, 2001, "other") == text

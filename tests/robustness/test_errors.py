@@ -402,17 +402,46 @@ def test_metadata_that_cannot_be_saved_are_reported(metadata: dict[str, str], te
     assert str(caught.value) == text
 
 
+TOO_LONG = "shorten the metadata, which take {} of them"
+SPLIT = "save with max_shard_size=, which gives each file a part of the tensors"
+PARTS = "save parts of the tree apart"
+NOTE_TOO_LONG = f"{PARTS}, or shorten its strings"
+MANY = {f"{n:02}": np.float32(n) for n in range(20)}  # an entry of about 60 bytes each
+
+
+@pytest.mark.parametrize(
+    ("tree", "metadata", "remedy", "remedy_in_index"),
+    [
+        (MANY, {}, SPLIT, None),
+        (MANY, {"big": "x" * 700}, TOO_LONG.format(743), TOO_LONG.format(743)),
+        (MANY, {f"{n:02}": "x" * 5 for n in range(60)}, TOO_LONG.format(814), TOO_LONG.format(814)),
+        ([1.0] * 100, {}, NOTE_TOO_LONG, NOTE_TOO_LONG),
+        ({"text": "x" * 1000}, {}, NOTE_TOO_LONG, NOTE_TOO_LONG),
+        ([MANY["01"]], {"big": "x" * 957}, TOO_LONG.format("1,000"), TOO_LONG.format("1,000")),
+        ({"n" * 300: {"n" * 200: MANY["01"], "m" * 200: MANY["02"]}}, {}, SPLIT, PARTS),
+    ],
+)
 def test_the_error_for_a_header_beyond_the_limit_names_the_remedy(
+    tree: Any,
+    metadata: dict[str, str],
+    remedy: str,
+    remedy_in_index: str | None,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("pytree2safetensors._format.layout.MAX_HEADER", 1000)
+    monkeypatch.setattr("pytree2safetensors._format.index.MAX_HEADER", 1000)
     with pytest.raises(FileFormatError) as caught:
-        save_pytree([1.0] * 100, io.BytesIO())
-    assert re.fullmatch(
-        r"the header would take [0-9],[0-9]+ bytes, and the format allows 1,000; save with "
-        r"max_shard_size=, which gives each file a part of the tensors",
-        str(caught.value),
-    )
+        save_pytree(tree, io.BytesIO(), metadata=metadata)
+    text = "the header would take [0-9],[0-9]+ bytes, and the format allows 1,000; "
+    assert re.fullmatch(text + re.escape(remedy), str(caught.value))
+    if remedy_in_index is None:
+        return
+    with pytest.raises(FileFormatError) as caught:
+        save_pytree(tree, tmp_path, metadata=metadata, max_shard_size=5)
+    text = "the (header|index) would take [0-9],[0-9]+ bytes, and (the format allows|readers allow) 1,000; "
+    assert re.fullmatch(text + re.escape(remedy_in_index), str(caught.value))
+    assert not list(tmp_path.iterdir())
 
 
 DICTS: list[tuple[dict[str, Any], type[Exception], str]] = [

@@ -19,6 +19,7 @@ from pytree2safetensors._format.layout import (
     entry_length,
     in_order,
     padded_length,
+    remedy,
 )
 from pytree2safetensors._format.note import is_reserved
 from pytree2safetensors._format.tensor import TensorInfo
@@ -94,7 +95,7 @@ def write_index(metadata: Mapping[str, str], weights: Mapping[str, str], total: 
     if len(text) > MAX_HEADER:
         raise FileFormatError(
             f"the index would take {len(text):,} bytes, and readers allow {MAX_HEADER:,}; "
-            "save parts of the tree apart"
+            f"{remedy(metadata, MAX_HEADER, 'save parts of the tree apart')}"
         )
     return text.encode("ascii")
 

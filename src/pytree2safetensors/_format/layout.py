@@ -47,7 +47,8 @@ def lay_out(
         pieces.append(f"{quote(name)}{tails[id(info)]}{start},{stop}]}}")
         start = stop
     header = "{" + ",".join(pieces) + "}"
-    return Layout(_padded(header, size, MAX_HEADER if limit is None else limit), order, size)
+    head = _padded(header, size, MAX_HEADER if limit is None else limit, metadata)
+    return Layout(head, order, size)
 
 
 def _metadata_pieces(metadata: Mapping[str, str]) -> list[str]:
@@ -95,18 +96,30 @@ def padded_length(length: int, size: int) -> int:
     return -(-(LENGTH_BYTES + length) // multiple) * multiple - LENGTH_BYTES
 
 
-def _padded(header: str, size: int, limit: int) -> bytes:
+def _padded(header: str, size: int, limit: int, metadata: Mapping[str, str]) -> bytes:
     length = padded_length(len(header), size)
     if length > limit:
-        remedy = (
+        other = (
             "save with max_shard_size=, which gives each file a part of the tensors"
             if limit == MAX_HEADER
             else "shorten the names of its tensors"
         )
         raise FileFormatError(
-            f"the header would take {length:,} bytes, and the format allows {limit:,}; {remedy}"
+            f"the header would take {length:,} bytes, and the format allows {limit:,}; "
+            f"{remedy(metadata, limit, other)}"
         )
     return length.to_bytes(LENGTH_BYTES, "little") + header.ljust(length).encode("ascii")
+
+
+def remedy(metadata: Mapping[str, str], limit: int, other: str) -> str:
+    """Say what to do about a header or an index that is too long: `other`, if tensors make it so long."""
+    given = {key: value for key, value in metadata.items() if not is_reserved(key)}
+    length = empty_length(given)
+    if length > limit // 2:
+        return f"shorten the metadata, which take {length:,} of them"
+    if empty_length(metadata) > limit // 2:
+        return "save parts of the tree apart, or shorten its strings"
+    return other
 
 
 def check_name(name: str, path: str) -> None:
