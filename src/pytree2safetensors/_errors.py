@@ -39,10 +39,14 @@ class DeletedLeaf(UnsupportedLeafError, RuntimeError):  # JAX raises this for it
     __module__, __qualname__ = "pytree2safetensors", "UnsupportedLeafError"  # for tracebacks
 
     def __reduce__(self) -> tuple[object, ...]:
-        return UnsupportedLeafError, self.args
+        return _deleted_leaf, self.args, vars(self)
 
 
 DeletedLeaf.__name__ = UnsupportedLeafError.__name__
+
+
+def _deleted_leaf(*args: object) -> DeletedLeaf:
+    return DeletedLeaf(*args)  # pickle finds the other class by the name of this one
 
 
 class FileFormatError(Pytree2SafetensorsError, ValueError):
@@ -92,9 +96,6 @@ class WeightsMismatchError(Pytree2SafetensorsError, ValueError):
         self.missing: tuple[str, ...] = tuple(missing)
         self.unexpected: tuple[str, ...] = tuple(unexpected)
         self.mismatched: tuple[str, ...] = tuple(mismatched)
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return type(self), (str(self), self.missing, self.unexpected, self.mismatched)
 
 
 @contextmanager
