@@ -73,6 +73,18 @@ def test_rules_that_earlier_rules_hide_are_named(tmp_path: Path) -> None:
     ]
 
 
+def test_a_rule_that_is_there_twice_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    safetensors.numpy.save_file({"a": zeros(1), "b": zeros(1)}, path)
+    rules = [Rule("a", "a"), Rule("{*}", "{*}"), Rule("{*}", "{*}"), Rule("a", "a")]
+    text = explain({"a": zeros(1), "b": zeros(1)}, path, rename=rules)
+    assert text.splitlines()[3:] == [
+        "rules that no leaf of the template uses:",
+        "  Rule('{*}', '{*}') (the same rule is there earlier; remove one of them)",
+        "  Rule('a', 'a') (the same rule is there earlier; remove one of them)",
+    ]
+
+
 def test_a_hidden_rule_may_be_ambiguous(tmp_path: Path) -> None:
     path = tmp_path / "file"
     safetensors.numpy.save_file({"a": zeros(1)}, path)

@@ -84,8 +84,12 @@ def routes_of(
 
 
 def describe_unused(found: Routes, paths: Sequence[str]) -> Iterator[str]:
-    """Describe the rules that no leaf uses, and say which of them earlier rules hide."""
+    """Describe the rules that no leaf uses, and say which of them repeat or are hidden by earlier ones."""
+    used = {*found.rules}
     for rule in found.idle:
+        if rule in used:
+            yield f"{rule!r} (the same rule is there earlier; remove one of them)"
+            continue
         index = RuleIndex([rule])
         users = zip(paths, found.rules, strict=True)
         earlier = next(
