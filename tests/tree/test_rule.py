@@ -1,8 +1,10 @@
 """Rules: what they are made of, what is refused, and which names they give. The laws are in test_rules."""
 
 import copy
+import dataclasses
+import json
 import pickle
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -125,6 +127,13 @@ def test_copies_of_a_rule_are_equal(protocol: int) -> None:
         assert repr(found) == repr(rule)
 
 
+def test_the_fields_of_a_rule_make_a_dict() -> None:
+    found = dataclasses.asdict(Rule("w", "w", "(a b) -> a b", a=2))
+    assert found == {"name": "w", "path": "w", "pattern": "(a b) -> a b", "sizes": {"a": 2}}
+    assert json.loads(json.dumps(found)) == found
+    assert Rule(*[*found.values()][:3], **found["sizes"]) == Rule("w", "w", "(a b) -> a b", a=2)
+
+
 @pytest.mark.parametrize("name", ["name", "path", "pattern", "sizes", "other"])
 def test_a_rule_cannot_be_changed(name: str) -> None:
     rule = Rule("w", "w", "(a b) -> a b", a=2)
@@ -135,6 +144,19 @@ def test_a_rule_cannot_be_changed(name: str) -> None:
         delattr(rule, name)
     with pytest.raises(TypeError, match="does not support item assignment"):
         rule.sizes["a"] = 3  # type: ignore[index] # what is tested
+    sizes: Any = rule.sizes
+    changes: list[Callable[[], Any]] = [
+        lambda: sizes.__delitem__("a"),
+        lambda: sizes.__ior__({"a": 3}),
+        lambda: sizes.update(a=3),
+        lambda: sizes.setdefault("b", 3),
+        lambda: sizes.pop("a"),
+        lambda: sizes.popitem(),
+        lambda: sizes.clear(),
+    ]
+    for change in changes:
+        with pytest.raises(TypeError, match="the mapping of sizes does not support"):
+            change()
     assert repr(rule) == before
 
 

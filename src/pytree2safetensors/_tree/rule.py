@@ -11,8 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from pytree2safetensors._arguments import checked
 from pytree2safetensors._tree.patterns import Dims, merged, read_pattern, spread
@@ -28,6 +27,16 @@ from pytree2safetensors._tree.placeholders import (
     with_free_texts,
     with_labels,
 )
+
+
+def _fixed(*_: Any, **__: Any) -> NoReturn:
+    raise TypeError("the mapping of sizes does not support item assignment")
+
+
+class _Sizes(dict[str, int]):
+    """Sizes that cannot be changed; a dict, so that `dataclasses.asdict` works."""
+
+    __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _fixed
 
 
 @dataclass(frozen=True, init=False, repr=False, eq=False)
@@ -64,7 +73,7 @@ class Rule:
     def __init__(
         self, name: str | None, path: str | None, pattern: str = "", /, **sizes: int
     ) -> None:
-        vars(self).update(name=name, path=path, pattern=pattern, sizes=MappingProxyType(sizes))
+        vars(self).update(name=name, path=path, pattern=pattern, sizes=_Sizes(sizes))
         parse_rule(self)
 
     def __reduce__(self) -> tuple[Callable[..., "Rule"], tuple[str | None, str | None, str]]:
