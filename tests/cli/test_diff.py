@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ from safetensors.numpy import save_file
 from command import Run, small, strictly
 from pytree2safetensors import UnkeyedContainer, save_pytree
 from pytree2safetensors._cli.comparison import compare_files
+from pytree2safetensors._storage.file_source import FileSource
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 
@@ -207,7 +209,7 @@ def test_diff_counts_the_elements_whose_bits_differ(
 
 
 def test_diff_compares_in_pieces(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pytree2safetensors._load.checkpoint.PIECE", 64)
+    monkeypatch.setattr("pytree2safetensors._cli.contents.PIECE", 64)
     before = np.arange(1000, dtype=np.complex128)
     after = before.copy()
     after[[3, 500, 999]] += [1, 2j, 3]
@@ -216,6 +218,45 @@ def test_diff_compares_in_pieces(run: Run, monkeypatch: pytest.MonkeyPatch) -> N
     ((*_, values),) = compare_files("a.safetensors", "b.safetensors").leaves
     assert values == (1000, 3, 3.0, 0)
     assert run("verify", "a.safetensors")[0] == 0
+
+
+def test_diff_reads_each_value_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number, name in enumerate("ab"):
+        tree = {f"{i}": np.float32(i) for i in range(9)} | {"1": np.float32(number), name: 5}
+        save_pytree(tree, f"{name}.safetensors")
+    sizes: list[int] = []
+    read_into = FileSource.read_into
+
+    def recorded(self: FileSource, buffers: list[memoryview], offset: int) -> int:
+        if offset:
+            sizes.append(sum(map(len, buffers)))
+        return read_into(self, buffers, offset)
+
+    monkeypatch.setattr(FileSource, "read_into", recorded)
+    _, out, _ = run("diff", "a.safetensors", "b.safetensors")
+    assert out.startswith("~ @1  float32[] 0.0 -> 1.0\n- @a  int = 5  8 B\n+ @b  int = 5  8 B\n\n")
+    assert sum(sizes) == 2 * (9 * 4 + 8)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_diff_compares_tensors_in_another_order(order: int, run: Run) -> None:
+    names = [f"t{i}" for i in range(20)]
+    for file, backwards, changed in (("a", 1, -1), ("b", order, 7)):
+        content, header = b"", {}
+        for number, name in list(enumerate(names))[::backwards]:
+            values = np.full((number % 4) * 30, number + (number == changed), np.uint8).tobytes()
+            offsets = [len(content), len(content) + len(values)]
+            header[name] = {"dtype": "U8", "shape": [len(values)], "data_offsets": offsets}
+            content += values
+        text = json.dumps(header).encode()
+        Path(f"{file}.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + content)
+    for first, second in ("ab", "ba"):
+        code, out, _ = run("diff", f"{first}.safetensors", f"{second}.safetensors")
+        assert code == 1
+        assert out == (
+            "~ t7  uint8[90] 90 of 90 differ, by at most 1\n\n"
+            "leaves    of the 20 in both files, 1 differ\n"
+        )
 
 
 def test_diff_of_nan_payloads_sees_them(run: Run) -> None:

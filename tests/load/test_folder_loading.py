@@ -27,6 +27,7 @@ from pytree2safetensors import (
     load_pytree,
     save_pytree,
 )
+from pytree2safetensors._cli.contents import contents
 from pytree2safetensors._load import locate, shard_index
 from pytree2safetensors._load.checkpoint import OpenCheckpoint
 from pytree2safetensors._load.opening import open_checkpoint
@@ -284,7 +285,8 @@ def descriptors_in(folder: Path) -> int:
 
 
 def content_of(store: OpenCheckpoint, name: str) -> bytes:
-    return b"".join(piece.tobytes() for piece in store.pieces(name))
+    with contents(store, [name]) as tensors:
+        return b"".join(piece.tobytes() for _, pieces in tensors for piece in pieces)
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="nothing says what is open")

@@ -19,9 +19,10 @@ from pytree2safetensors._leaves.to_jax import TAKEN_OVER
 from pytree2safetensors._leaves.views import View
 from pytree2safetensors._load import plan
 from pytree2safetensors._load.checkpoint import OpenCheckpoint
-from pytree2safetensors._load.ranges import Place, plan_reads
+from pytree2safetensors._load.ranges import _SHORT, Place, in_file_order, plan_reads
 from pytree2safetensors._load.slots import Batch, Slot, Wanted
 from pytree2safetensors._load.template import TemplateLeaf
+from pytree2safetensors._storage.byte_source import ByteSource, Read
 from pytree2safetensors._storage.file_source import FileSource
 
 FILE = object.__new__(FileSource)
@@ -132,6 +133,18 @@ def test_reads_are_joined_within_a_file() -> None:
         reads, _ = plan_reads(checkpoint, places, lambda _: None)
         assert [len(read.buffer) for read in reads] == sizes
         assert [reads[0].source, reads[-1].source] == [first, source]
+
+
+def test_short_gaps_of_a_file_are_read() -> None:
+    files = [ByteSource(label, 0) for label in ("first", "second")]
+    files.sort(key=id)
+    memory = memoryview(bytearray(40))
+    starts = [0, 10 + _SHORT, 21 + 2 * _SHORT, 31 + 2 * _SHORT]
+    reads = [Read(files[0], start, memory[:10]) for start in starts]
+    reads.append(Read(files[1], starts[-1] + 11, memory[:10]))
+    found = [(read.source, read.offset, len(read.buffer)) for read in in_file_order(reads[::-1])]
+    expected = [(source, offset, 10) for source, offset, _ in reads]
+    assert found == [expected[0], (files[0], 10, _SHORT), *expected[1:]]
 
 
 def test_an_empty_tensor_is_not_read() -> None:

@@ -108,6 +108,31 @@ def test_many_small_leaves_that_are_neighbors_are_one_range(
     assert len(server.requests) < 12
 
 
+@pytest.mark.parametrize("size", [100, 1024, 8192])
+@pytest.mark.parametrize("checksum", [False, True])
+def test_leaves_with_short_gaps_between_them_are_one_range(
+    size: int, checksum: bool, server: WebServer, tmp_path: Path
+) -> None:
+    tree = {f"{i:04}": np.full(size, i, np.float32) for i in range(600)}
+    url = publish(server, "/m.safetensors", tmp_path, tree, checksum=checksum)
+    wanted = dict(list(tree.items())[::2])
+    shown: list[tuple[int, int]] = []
+    found = load_into_pytree(wanted, url, unexpected="skip", progress=lambda *p: shown.append(p))
+    assert is_same(wanted, found)
+    assert len(server.requests) < 10
+    assert server.sent < len(server.files["/m.safetensors"]) + 200_000
+    assert shown[-1] == (300 * size * 4,) * 2
+    assert max(done for done, _ in shown) == shown[-1][0]
+
+
+def test_long_gaps_between_leaves_are_not_read(server: WebServer, tmp_path: Path) -> None:
+    tree = {f"{i}": np.full([MIB // 4, 100][i % 2], i, np.float32) for i in range(8)}
+    url = publish(server, "/m.safetensors", tmp_path, tree)
+    wanted = {name: tree[name] for name in "1357"}
+    assert is_same(wanted, load_into_pytree(wanted, url, unexpected="skip"))
+    assert server.sent == 100_000 + 4 * 400
+
+
 def test_a_sharded_template_reads_its_own_ranges(server: WebServer, tmp_path: Path) -> None:
     values = jnp.arange(8 * MIB // 4, dtype=jnp.float32).reshape(8, -1)
     url = publish(server, "/m.safetensors", tmp_path, {"a": values, "b": values})
@@ -120,6 +145,40 @@ def test_a_sharded_template_reads_its_own_ranges(server: WebServer, tmp_path: Pa
         assert is_same({"a": values}, found)
         assert server.sent < 9 * MIB
         assert len(server.requests) < 20
+
+
+@pytest.mark.parametrize(
+    "arguments", [("verify",), ("diff",), ("show", "--json"), ("show", "--all")], ids=" ".join
+)
+@pytest.mark.parametrize("checksum", [False, True])
+def test_the_command_reads_many_small_tensors_at_once(
+    arguments: tuple[str, ...], checksum: bool, server: WebServer, tmp_path: Path
+) -> None:
+    tree = {f"{i:04}": np.full([5, ()][i % 2], i, np.float32) for i in range(2000)}
+    url = publish(server, "/m.safetensors", tmp_path, tree, checksum=checksum)
+    urls = [url, url] if arguments[0] == "diff" else [url]
+    assert main([*arguments, *urls]) == 0
+    assert len(server.requests) <= 10 * len(urls)
+    assert server.sent < 2 * len(urls) * len(server.files["/m.safetensors"])
+
+
+def test_the_command_reads_large_tensors_ahead(server: WebServer, tmp_path: Path) -> None:
+    tree = large(5, 20 * MIB)
+    url = publish(server, "/m.safetensors", tmp_path, tree, checksum=True)
+    server.delay = 0.1
+    assert main(["verify", url]) == 0
+    assert server.most_at_once > 2
+    assert len(server.requests) < 16
+    assert server.sent < len(server.files["/m.safetensors"]) + 100_001
+
+
+def test_the_command_reads_no_values_between_which_much_lies(
+    server: WebServer, tmp_path: Path
+) -> None:
+    tree = {f"{i}": np.full([MIB // 4, ()][i % 2], i, np.float32) for i in range(6)}
+    url = publish(server, "/m.safetensors", tmp_path, tree)
+    assert main(["show", "--json", url]) == 0
+    assert server.sent == 100_000 + 3 * 4
 
 
 @pytest.mark.parametrize("limit", [100, "5GB"])

@@ -1,14 +1,16 @@
 """Comparisons: how two files differ, leaf by leaf and bit by bit, in little memory."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from operator import attrgetter
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pytree2safetensors._cli.summary import Leaf, kind_text, leaves_of, with_value
+from pytree2safetensors._cli.contents import contents
+from pytree2safetensors._cli.summary import Leaf, kind_text, leaves_of, with_value, with_values
 from pytree2safetensors._collector import collector_paused
 from pytree2safetensors._errors import FileFormatError, KeyPathError
 from pytree2safetensors._format.tensor import COMPLEX128, TensorInfo
@@ -100,17 +102,28 @@ def compare_files(first: PathLike, second: PathLike) -> Comparison:
     with collector_paused(), open_checkpoint(first) as old, open_checkpoint(second) as new:
         before = {leaf.name: leaf for leaf in leaves_of(old)}
         after = {leaf.name: leaf for leaf in leaves_of(new)}
-        found: list[Difference] = []
-        for name in sorted(before.keys() | after.keys()):
-            difference = _compare(name, before.get(name), after.get(name), old, new)
-            if difference is not None:
-                found.append(difference)
+        common = (name for name in old.places if name in new.places)
+        alike = [name for name in common if not _aspects(before[name], after[name])]
+        found = [*_value_differences(alike, before, after, old, new)]
+        rest = [_without(alike, before, old), _without(alike, after, new)]
+        for name in rest[0].keys() | rest[1].keys():
+            found += _differences(name, rest[0].get(name), rest[1].get(name))
         return Comparison(
-            found,
+            sorted(found, key=attrgetter("name")),
             _node_changes(old, new),
             _changes(old.own_metadata(), new.own_metadata()),
             len(before.keys() & after.keys()),
         )
+
+
+def _without(
+    names: Iterable[str], leaves: Mapping[str, Leaf], checkpoint: OpenCheckpoint
+) -> dict[str, Leaf]:
+    """Return the other leaves, with the values of small ones."""
+    left = dict(leaves)
+    for name in names:
+        del left[name]
+    return {leaf.name: leaf for leaf in with_values(left.values(), checkpoint)}
 
 
 def _node_changes(old: OpenCheckpoint, new: OpenCheckpoint) -> list[Change]:
@@ -145,12 +158,8 @@ def _changes(before: Mapping[str, str], after: Mapping[str, str]) -> list[Change
     return [change for change in changes if change.before != change.after]
 
 
-def _compare(
-    name: str, before: Leaf | None, after: Leaf | None, old: OpenCheckpoint, new: OpenCheckpoint
-) -> Difference | None:
-    before, after = before and with_value(before, old), after and with_value(after, new)
-    if before is None or after is None:
-        return Difference(name, ["added" if before is None else "missing"], before, after)
+def _aspects(before: Leaf, after: Leaf) -> list[Aspect]:
+    """List what differs between two leaves, apart from values."""
     aspects: list[Aspect] = []
     if before.kind != after.kind:
         aspects.append("kind")
@@ -158,24 +167,44 @@ def _compare(
         aspects.append("dtype")
     if before.shape != after.shape:
         aspects.append("shape")
+    return aspects
+
+
+def _differences(
+    name: str, before: Leaf | None, after: Leaf | None, values: Values | None = None
+) -> Iterator[Difference]:
+    """Yield how two leaves differ, or nothing. Those of small leaves have their values."""
+    if before is None or after is None:
+        yield Difference(name, ["added" if before is None else "missing"], before, after)
+        return
+    aspects = _aspects(before, after)
+    if not aspects and (values or (before.value, before.bits) != (after.value, after.bits)):
+        aspects = ["values"]
     if aspects:
-        return Difference(name, aspects, before, after)
-    if before.kind in ARRAYS:
-        values = _compare_values(name, old, new)
-        return Difference(name, ["values"], before, after, values) if values.differing else None
-    same = (before.value, before.bits) == (after.value, after.bits)
-    return None if same else Difference(name, ["values"], before, after)
+        yield Difference(name, aspects, before, after, values)
 
 
-def _compare_values(name: str, old: OpenCheckpoint, new: OpenCheckpoint) -> Values:
-    info = old.infos[name]
-    found = Values(math.prod(info.array_shape))
-    if _is_packed(info):
-        found = Values(info.nbytes)  # only bytes can be compared
-    for piece, other in zip(old.pieces(name), new.pieces(name), strict=True):
-        if not np.array_equal(piece, other):
-            found = found.plus(_compare_pieces(name, info, piece, other))
-    return found
+def _value_differences(
+    names: Sequence[str],
+    before: Mapping[str, Leaf],
+    after: Mapping[str, Leaf],
+    old: OpenCheckpoint,
+    new: OpenCheckpoint,
+) -> Iterator[Difference]:
+    """Yield how leaves differ that both files have and that are alike apart from values."""
+    with contents(old, names) as first, contents(new, names) as second:
+        for (name, pieces), (_, others) in zip(first, second, strict=True):
+            info, a, b = old.infos[name], before[name], after[name]
+            values: Values | None = None
+            for piece, other in zip(pieces, others, strict=True):
+                if np.array_equal(piece, other):
+                    continue
+                if a.is_small:
+                    a, b = with_value(a, info, piece), with_value(b, new.infos[name], other)
+                if a.kind in ARRAYS:
+                    found = _compare_pieces(name, info, piece, other)
+                    values = found if values is None else values.plus(found)
+            yield from _differences(name, a, b, values)
 
 
 def _compare_pieces(
@@ -184,12 +213,14 @@ def _compare_pieces(
     a, b = items(name, info, piece), items(name, info, other)
     differ = (piece.reshape(len(a), -1) != other.reshape(len(b), -1)).any(axis=1)
     a, b = a[differ], b[differ]
-    if a.dtype.kind == "b" or isinstance(info.kind, list) or _is_packed(info):
-        return Values(0, len(a))  # bools and keys have no distance
+    is_packed = _is_packed(info)  # so only bytes can be compared
+    elements = info.nbytes if is_packed else math.prod(info.array_shape)
+    if a.dtype.kind == "b" or isinstance(info.kind, list) or is_packed:
+        return Values(elements, len(a))  # bools and keys have no distance
     distances = _distances(a, b)
     finite = distances[np.isfinite(distances)]
     largest = finite.max().item() if finite.size else None
-    return Values(0, len(a), largest, len(a) - finite.size)
+    return Values(elements, len(a), largest, len(a) - finite.size)
 
 
 def items(name: str, info: TensorInfo, piece: NDArray[np.uint8]) -> NDArray[Any]:

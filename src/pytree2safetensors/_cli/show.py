@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from pytree2safetensors._cli.answer import Answer
 from pytree2safetensors._cli.outline import Row, clip, outline
-from pytree2safetensors._cli.summary import Leaf, Summary, leaf_json, summarize, with_value
+from pytree2safetensors._cli.summary import Leaf, Summary, leaf_json, summarize, with_values
 from pytree2safetensors._cli.terminal import (
     GLUE,
     Cells,
@@ -40,10 +40,10 @@ def _lines(file: str, prefix: str, everything: bool, paths: bool) -> Iterator[st
         rows, more = outline(summary.leaves, summary.nodes, fold=not everything), 0
         if not everything:
             rows, more = clip(rows)
+        shown = [row.leaf for row in rows if row.leaf and row.times == 1]
+        read = {leaf.name: leaf for leaf in with_values(shown, checkpoint)}
         rows = [
-            row._replace(leaf=with_value(row.leaf, checkpoint))
-            if row.leaf and row.times == 1
-            else row
+            row._replace(leaf=read.get(row.leaf.name, row.leaf)) if row.leaf else row
             for row in rows
         ]
     yield line(plain(file), "bold")
@@ -62,7 +62,7 @@ def _lines(file: str, prefix: str, everything: bool, paths: bool) -> Iterator[st
 def _content(file: str, prefix: str) -> dict[str, Any]:
     with collector_paused(), open_checkpoint(file) as checkpoint:
         summary = summarize(checkpoint, prefix)
-        leaves = [with_value(leaf, checkpoint) for leaf in summary.leaves]
+        leaves = with_values(summary.leaves, checkpoint)
     return {
         "file": file,
         "files": summary.files,

@@ -1,12 +1,14 @@
 """Summaries: what is in a file, from its header; and the values of small leaves."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
+from pytree2safetensors._cli.contents import contents
 from pytree2safetensors._cli.terminal import plain
 from pytree2safetensors._errors import FileFormatError
 from pytree2safetensors._format.tensor import SCALARS, TensorInfo
@@ -127,12 +129,18 @@ def _describe(name: str, info: TensorInfo) -> Leaf:
     return Leaf(name, found.kind, dtype, found.shape, info.nbytes, found.weak, value)
 
 
-def with_value(leaf: Leaf, checkpoint: OpenCheckpoint) -> Leaf:
-    """Read the value of a small leaf. Other leaves and unreadable values stay as they are."""
-    if leaf.value is not None or not leaf.is_small:
-        return leaf
-    info = checkpoint.infos[leaf.name]
-    raw = np.concatenate([*checkpoint.pieces(leaf.name)])
+def with_values(leaves: Iterable[Leaf], checkpoint: OpenCheckpoint) -> list[Leaf]:
+    """Read the values of small leaves. Other leaves and unreadable values stay as they are."""
+    found = {leaf.name: leaf for leaf in leaves}
+    unread = [leaf.name for leaf in found.values() if leaf.is_small and leaf.value is None]
+    with contents(checkpoint, unread) as tensors:
+        for name, [raw] in tensors:
+            found[name] = with_value(found[name], checkpoint.infos[name], raw)
+    return [*found.values()]
+
+
+def with_value(leaf: Leaf, info: TensorInfo, raw: NDArray[np.uint8]) -> Leaf:
+    """Describe a small leaf with the value that its bytes have, if it can be read."""
     try:
         values = from_bytes(raw, info, leaf.name)
     except FileFormatError:  # a dtype that is unknown here, or bits beyond it

@@ -1,5 +1,6 @@
 """`verify`: whether a file is sound. This reads all of its bytes."""
 
+from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -8,6 +9,7 @@ from numpy.typing import NDArray
 
 from pytree2safetensors._cli.answer import MOST_LINES, Answer, left_out
 from pytree2safetensors._cli.comparison import items
+from pytree2safetensors._cli.contents import Pieces, contents
 from pytree2safetensors._cli.terminal import labelled, line, plain, size
 from pytree2safetensors._errors import (
     FileFormatError,
@@ -17,6 +19,7 @@ from pytree2safetensors._errors import (
     UnknownHere,
 )
 from pytree2safetensors._format.digests import digest_tensor, hash_blocks
+from pytree2safetensors._format.tensor import TensorInfo
 from pytree2safetensors._leaves.spec import spec_of
 from pytree2safetensors._load.checkpoint import OpenCheckpoint
 from pytree2safetensors._load.locate import locate, locate_remotely
@@ -87,7 +90,7 @@ def verify_file(path: PathLike) -> Verdict:
     """Check the structure of a file, and read all of it.
 
     Raises:
-        FileFormatError: The path is a folder without a checkpoint, or with several.
+        FileFormatError: The path is a folder without a checkpoint, or with several; or the file changed.
         OSError: The file cannot be read.
     """
     try:
@@ -102,8 +105,9 @@ def verify_file(path: PathLike) -> Verdict:
     with checkpoint:
         problems: list[str] = []
         remarks = [*_tree_remarks(checkpoint)]
-        for name in checkpoint.places:
-            problems.extend(_tensor_problems(checkpoint, name, remarks))
+        with contents(checkpoint, checkpoint.places) as tensors:
+            for name, pieces in tensors:
+                problems.extend(_tensor_problems(checkpoint, name, pieces, remarks))
         nbytes = sum(checkpoint.infos[name].nbytes for name in checkpoint.places)
         digests = checkpoint.digests is not None
         return Verdict(True, len(checkpoint.places), nbytes, digests, problems, remarks)
@@ -118,29 +122,36 @@ def _tree_remarks(checkpoint: OpenCheckpoint) -> Iterable[str]:
         yield f"loads only into a template, because {error}"
 
 
-def _tensor_problems(checkpoint: OpenCheckpoint, name: str, remarks: list[str]) -> Iterable[str]:
+def _tensor_problems(
+    checkpoint: OpenCheckpoint, name: str, pieces: Pieces, remarks: list[str]
+) -> list[str]:
     info = checkpoint.infos[name]
+    problems: list[str] = []
     try:
         spec_of(info, name)
     except UnknownHere as error:
         remarks.append(str(error))
     except FileFormatError as error:
-        yield str(error)
-    try:
-        pieces = _checked_pieces(checkpoint, name)
-        if checkpoint.digests is None:
-            for _ in pieces:
-                pass
-        elif digest_tensor(name, info, hash_blocks(pieces)) != checkpoint.digests[name]:
-            shard = checkpoint.places[name][0].label
-            where = "" if shard == checkpoint.label else f" in {shard}"
-            yield f"{shorten(name)}{where} does not match its digest: its data is damaged"
-    except FileFormatError as error:
-        yield str(error)
+        problems.append(str(error))
+    impossible: list[str] = []
+    checked = _checked(name, info, pieces, impossible)
+    if checkpoint.digests is None:
+        deque(checked, maxlen=0)
+    elif digest_tensor(name, info, hash_blocks(checked)) != checkpoint.digests[name]:
+        shard = checkpoint.places[name][0].label
+        where = "" if shard == checkpoint.label else f" in {shard}"
+        found = f"{shorten(name)}{where} does not match its digest: its data is damaged"
+        return [*problems, *(impossible or [found])]
+    return [*problems, *impossible]
 
 
-def _checked_pieces(checkpoint: OpenCheckpoint, name: str) -> Iterator[NDArray[np.uint8]]:
-    info = checkpoint.infos[name]
-    for piece in checkpoint.pieces(name):
-        items(name, info, piece)  # refuses values beyond a dtype of less than a byte
+def _checked(
+    name: str, info: TensorInfo, pieces: Pieces, impossible: list[str]
+) -> Iterator[NDArray[np.uint8]]:
+    """Yield pieces. Note that values are beyond a dtype of less than a byte, once."""
+    for piece in pieces:
+        try:
+            items(name, info, piece)
+        except FileFormatError as error:
+            impossible[:] = [str(error)]
         yield piece

@@ -3,12 +3,9 @@
 Specification: *The note*, *Digests*, *Loading*.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, closing
 from itertools import repeat
-
-import numpy as np
-from numpy.typing import NDArray
 
 from pytree2safetensors._collector import collector_paused
 from pytree2safetensors._errors import FileFormatError, KeyPathError, UnreadableLeaf, errors_of
@@ -18,7 +15,7 @@ from pytree2safetensors._format.note import NOTE, Note, is_reserved, read_note
 from pytree2safetensors._format.tensor import TensorInfo, check_kind
 from pytree2safetensors._leaves.spec import LeafSpec, spec_of
 from pytree2safetensors._messages import shorten
-from pytree2safetensors._storage.byte_source import PIECE, ByteSource
+from pytree2safetensors._storage.byte_source import ByteSource
 from pytree2safetensors._storage.remote_file import check_together
 from pytree2safetensors._tree.claims import check_nodes
 from pytree2safetensors._tree.keypath import string2keypath
@@ -122,13 +119,6 @@ class OpenCheckpoint:
                     found = error.reason
             self._specs[id(info)] = found
         return found
-
-    def pieces(self, name: str) -> Iterator[NDArray[np.uint8]]:
-        """Yield the bytes of a tensor in order."""
-        source, offset = self.places[name]
-        nbytes = self.infos[name].nbytes
-        for start in range(0, nbytes, PIECE):
-            yield np.frombuffer(source.read(offset + start, min(PIECE, nbytes - start)), np.uint8)
 
 
 def _check_path(name: str, label: str) -> None:

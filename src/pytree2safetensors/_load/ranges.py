@@ -6,7 +6,7 @@ Specification: *Loading into a template*.
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,8 @@ from pytree2safetensors._leaves.regions import (
 from pytree2safetensors._load.checkpoint import OpenCheckpoint
 from pytree2safetensors._load.slots import Slot, is_direct
 from pytree2safetensors._storage.byte_source import ByteSource, Read
+
+_SHORT: Final = 32 << 10  # bytes of a gap that takes less time than another request of a store
 
 
 class Place(NamedTuple):
@@ -56,7 +58,7 @@ def plan_reads(
 
     `report` is called with the bytes of each band.
     """
-    reads = _Reads()
+    reads = Reads()
     tasks: list[Callable[[], None]] = []
     parts: dict[tuple[str, Shape], list[Place]] = {}  # of tensors that are read by regions
     for place in places:
@@ -75,12 +77,23 @@ def plan_reads(
             bands = bands_of(shape, mine[0].slot.info.itemsize)
             tasks += [partial(_read_band, source, start, mine, band, report) for band in bands]
     found = reads.all()
-    if checkpoint.in_flight:  # one request reads adjacent regions of several devices
-        found.sort(key=lambda read: (id(read.source), read.offset))
-    return found, tasks
+    return list(in_file_order(found)) if checkpoint.in_flight else found, tasks
 
 
-class _Reads:
+def in_file_order(reads: list[Read]) -> Iterator[Read]:
+    """Sort reads and add those of short gaps, so that many become one."""
+    reads.sort(key=lambda read: (id(read.source), read.offset))
+    unused = memoryview(bytearray(_SHORT))
+    source, stop = None, 0
+    for read in reads:
+        gap = read.offset - stop
+        if read.source is source and 0 < gap <= _SHORT:
+            yield Read(source, stop, unused[:gap])
+        yield read
+        source, stop = read.source, read.offset + len(read.buffer)
+
+
+class Reads:
     """Reads. Those that are adjacent in file and memory are joined."""
 
     def __init__(self) -> None:
