@@ -1,10 +1,12 @@
 """Loading from URLs: the number of requests, and servers that misbehave."""
 
 import ftplib
+import gc
 import io
 import re
 import threading
 import time
+import tracemalloc
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +34,7 @@ from pytree2safetensors import (
     save_pytree,
 )
 from pytree2safetensors._cli.main import main
+from pytree2safetensors._load.opening import open_checkpoint
 from web_server import Request, WebServer, web_server
 
 MIB = 1 << 20
@@ -210,6 +213,24 @@ def test_many_shards_are_opened_many_at_a_time(server: WebServer, tmp_path: Path
     assert is_same(tree, load_pytree(url + "/"))
     assert len(server.requests) == opened + len(tree)
     assert min(*most, server.most_at_once) > 8  # they are verified many at a time, too
+
+
+def test_many_shards_keep_little_of_what_was_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pytree2safetensors._load.checkpoint._STARTS", 4)
+    tree = {f"w{i:02}": jnp.full(10_000, i, jnp.float32) for i in range(40)}
+    url = "memory://starts/run"
+    save_pytree(tree, url, max_shard_size=40_000)
+    with open_checkpoint(url):  # all modules are imported now
+        pass
+    tracemalloc.start()
+    try:
+        with open_checkpoint(url):
+            gc.collect()
+            used, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert 4 * 40_000 < used < 12 * 40_000
+    assert is_same(tree, load_pytree(url))
 
 
 def test_chained_urls_load(

@@ -16,9 +16,11 @@ from pytree2safetensors._format.tensor import TensorInfo, check_kind
 from pytree2safetensors._leaves.spec import LeafSpec, spec_of
 from pytree2safetensors._messages import shorten
 from pytree2safetensors._storage.byte_source import ByteSource
-from pytree2safetensors._storage.remote_file import check_together
+from pytree2safetensors._storage.remote_file import RemoteSource, check_together
 from pytree2safetensors._tree.claims import check_nodes
 from pytree2safetensors._tree.keypath import string2keypath
+
+_STARTS = 256  # shards in a store whose first bytes are kept: at most 25.6 MB
 
 
 class OpenCheckpoint:
@@ -67,6 +69,8 @@ class OpenCheckpoint:
     @collector_paused()
     def add(self, source: ByteSource, start: int, tensors: Tensors) -> None:
         """Add the tensors of a file whose data starts at `start`."""
+        if len(self.sources) > _STARTS and isinstance(source, RemoteSource):
+            source.forget_start()
         offsets = [start + begin for begin in tensors.starts]
         self.infos.update(zip(tensors.names, tensors.infos, strict=True))
         self.places.update(zip(tensors.names, zip(repeat(source), offsets), strict=True))

@@ -24,7 +24,7 @@ _VERSION: Final = (
 
 
 class RemoteSource(ByteSource):
-    """A file in a store. Its first bytes are kept; other ranges are requested when they are read."""
+    """A file in a store. Its first bytes are kept at first; others are requested when they are read."""
 
     piece = 16 << 20
     gap = 1 << 20
@@ -58,6 +58,11 @@ class RemoteSource(ByteSource):
             if stop <= len(self._head):
                 return self._head[start:stop]
         return self._fetch(start, stop)
+
+    def forget_start(self) -> None:
+        """Free the first bytes, which are requested again when they are read."""
+        with self._lock:
+            self._head = b""
 
     def _fetch(self, start: int, stop: int) -> bytes:
         self._fetched += 1
