@@ -282,6 +282,22 @@ def test_the_command_takes_urls(
     assert len(server.requests) < 4
 
 
+def test_a_file_that_is_replaced_while_verify_reads_it_is_not_called_damaged(
+    server: WebServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = publish(server, "/m.safetensors", tmp_path, large(), checksum=True)
+
+    def replace(number: int) -> None:
+        if number == 2:  # when the header was read
+            server.files["/m.safetensors"] = bytes(len(server.files["/m.safetensors"]))
+
+    server.before = replace
+    assert main(["verify", url]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.endswith("was replaced while it was read; load it again\n")
+
+
 # --- what goes wrong --------------------------------------------------------------------------
 
 
