@@ -202,6 +202,74 @@ def test_a_callback_of_a_save_in_the_background_can_save(tmp_path: Path) -> None
     assert load_pytree(tmp_path / "other") == {"b": 2}
 
 
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_save_pytree_in_a_callback_of_a_future_comes_after_the_saves_that_wait(
+    tmp_path: Path, cancelled: bool
+) -> None:
+    begin, end = threading.Event(), threading.Event()
+    first = save_pytree_async({"a": 0}, tmp_path / "first", progress=lambda *_: begin.wait(20))
+
+    def save(_: object) -> None:
+        save_pytree({"a": "new"}, tmp_path / "file")
+        assert all(future.done() for future in waiting)
+        end.set()
+
+    first.add_done_callback(save)
+    waiting = [save_pytree_async({"a": n}, tmp_path / "file") for n in range(3)]
+    if cancelled:
+        assert waiting[1].cancel()
+    begin.set()
+    assert end.wait(20)
+    later = save_pytree_async({"a": 4}, tmp_path / "later")
+    assert later.result(20) is None  # the thread has found that nothing is left to do
+    assert load_pytree(tmp_path / "file") == {"a": "new"}
+    assert [future.cancelled() for future in waiting] == [False, cancelled, False]
+
+
+def test_a_callback_during_a_save_does_not_wait_for_the_saves_that_wait(tmp_path: Path) -> None:
+    begin = threading.Event()
+
+    def save(*_: int) -> None:
+        begin.wait(20)
+        save_pytree({"a": "callback"}, tmp_path / "file")
+
+    save_pytree_async({"a": 0}, tmp_path / "first", progress=save)
+    waiting = save_pytree_async({"a": "waited"}, tmp_path / "file")
+    begin.set()
+    assert waiting.result(20) is None
+    assert load_pytree(tmp_path / "file") == {"a": "waited"}
+
+
+def test_a_callback_during_a_save_can_save_without_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    def save(*_: int) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(concurrent.futures.ThreadPoolExecutor, "submit", refuse)
+            assert save_pytree_async({"b": 1}, tmp_path / "b").done()
+        save_pytree({"c": 2}, tmp_path / "c")
+
+    save_pytree_async({"a": 0}, tmp_path / "a", progress=save).result(20)
+    assert {file.name for file in tmp_path.iterdir()} == {"a", "b", "c"}
+
+
+def test_the_name_of_a_thread_does_not_matter(tmp_path: Path) -> None:
+    """A program may name its own thread as the saver's."""
+    begin = threading.Event()
+    future = save_pytree_async({"a": 0}, tmp_path / "file", progress=lambda *_: begin.wait(20))
+    said: list[BaseException | None] = []
+    thread = threading.Thread(
+        target=lambda: said.append(future.exception()), name="pytree2safetensors-save-watcher"
+    )
+    thread.start()
+    begin.set()
+    thread.join(20)
+    assert said == [None]
+
+
 @pytest.mark.parametrize("method", ["result", "exception"])
 def test_a_callback_of_a_background_save_cannot_wait_for_another(
     tmp_path: Path, method: str

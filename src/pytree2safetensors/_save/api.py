@@ -43,7 +43,8 @@ def save_pytree(
 ) -> None:
     """Save a pytree as a safetensors file, which `load_pytree` loads as the same tree.
 
-    Background saves that were requested earlier finish first.
+    Background saves that were requested earlier finish first. A callback during one of them, such as
+    `progress`, saves at once.
 
     Args:
         tree: Any pytree of arrays, Python scalars, strs and PRNG keys.
@@ -114,8 +115,9 @@ def save_pytree_async(
     """Save a pytree in the background, as `save_pytree` does.
 
     When this function returns, all values are copied, or their copies are started, so arrays may be
-    donated or changed. Saves finish in the order of the calls, including those of `save_pytree`. The
-    interpreter does not exit before all saves are finished.
+    donated or changed. Saves finish in the order of the calls, including those of `save_pytree`
+    except in a callback during a background save, such as `progress`. The interpreter does not exit
+    before all saves are finished.
 
     Args:
         tree: Any pytree of arrays, Python scalars, strs and PRNG keys.

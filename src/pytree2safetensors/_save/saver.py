@@ -41,7 +41,14 @@ class _End:
                 pass
 
 
-_unfinished = set[_End]()  # of each submitted save that has not ended
+class _Here(threading.local):
+    """What the current thread is."""
+
+    is_saver = False  # the thread that also runs the user's callbacks
+    is_saving = False
+
+
+_here = _Here()
 
 
 class _Save(Future[None]):
@@ -100,6 +107,8 @@ class _Save(Future[None]):
 
 
 _saves: WeakSet[_Save] = WeakSet()
+_Waiting: TypeAlias = list[tuple[Callable[[], None], Future[None]]]  # empty after it has begun
+_unfinished = dict[_End, _Waiting]()  # each submitted save that has not ended, in order
 
 
 @atexit.register  # by then all saves have ended
@@ -141,16 +150,12 @@ def submit(save: Callable[[], None], where: str, *, is_joint: bool = False) -> F
         _savers.append(_new_saver())
     end = _End()  # does not keep an error and its snapshot alive, unlike the future
     future = _Save(where, is_joint)
-
-    def ended(_: object = None) -> None:
-        _unfinished.discard(end)
-        end.come()
-
-    future.add_done_callback(ended)  # if it is cancelled
+    future.add_done_callback(lambda _: _finish(end))  # if it is cancelled
+    waiting: _Waiting = [(save, future)]
 
     def enqueue() -> None:
-        _unfinished.add(end)
-        _savers[0].submit(_run, [(save, future, ended)])
+        _unfinished[end] = waiting
+        _savers[0].submit(_run, waiting, end)
 
     try:
         starting(enqueue)
@@ -170,6 +175,7 @@ def _new_saver() -> ThreadPoolExecutor:
 
 
 def _wait_for_all(ends: list[_End]) -> None:
+    _here.is_saver = True
     while ends:
         ends.pop().wait()
 
@@ -183,48 +189,65 @@ def _replace_saver() -> None:
 def _saved_now(save: Callable[[], None], where: str, is_joint: bool) -> Future[None]:
     wait_for_earlier()
     future = _Save(where, is_joint)
-    _run([(save, future, lambda: None)])
+    _run([(save, future)], _End())
     return future
 
 
-_Waiting: TypeAlias = list[tuple[Callable[[], None], Future[None], Callable[[], None]]]
-
-
-def _run(waiting: _Waiting) -> None:
-    save, future, ended = waiting.pop()  # so that the pool does not keep them alive
+def _run(waiting: _Waiting, end: _End) -> None:
+    try:
+        save, future = waiting.pop()  # so that the pool does not keep them alive
+    except IndexError:  # `wait_for_earlier` has taken it
+        end.wait()
+        return
     if not future.set_running_or_notify_cancel():
         return
+    is_inner, _here.is_saving = _here.is_saving, True
     try:
-        save()
+        try:
+            save()
+        finally:
+            _here.is_saving = is_inner
     except BaseException as error:  # noqa: BLE001 - the future raises it
-        ended()  # first, because a thread that a signal has interrupted may have locked the future
+        # First, because a thread that a signal has interrupted may have locked the future.
+        _finish(end)
         future.set_exception(error)
         del save, future  # the traceback would keep them alive
     else:
         del save  # with its snapshot, since callbacks of the future may start the next save
-        ended()
+        _finish(end)
         future.set_result(None)
+
+
+def _finish(end: _End) -> None:
+    _unfinished.pop(end, None)
+    end.come()
 
 
 def wait_for_earlier() -> None:
     """Wait for all submitted saves. Their futures have the errors.
 
+    The saver's thread does those that wait. During a save, it cannot wait for that one, nor for others.
+
     Raises:
         RuntimeError: This is a signal handler, and the saves wait for what it has interrupted.
     """
-    if not is_current():  # a thread cannot wait for itself
-        for end in list(_unfinished):  # also those before one that was cancelled
-            if is_starting() and not end.has_come:
-                raise RuntimeError(
-                    "this signal handler cannot wait for the background save that is under way; "
-                    "set a flag in the handler, and save after it"
-                )
+    if _here.is_saver and _here.is_saving:
+        return
+    for end in list(_unfinished):  # also those before one that was cancelled
+        if is_starting() and not end.has_come:
+            raise RuntimeError(
+                "this signal handler cannot wait for the background save that is under way; "
+                "set a flag in the handler, and save after it"
+            )
+        if _here.is_saver:
+            _run(_unfinished.get(end, []), end)
+        else:
             end.wait()
 
 
 def is_current() -> bool:
     """Return whether this is the saver's thread, which also runs the user's callbacks."""
-    return threading.current_thread().name.startswith(_NAME)
+    return _here.is_saver
 
 
 def _forget() -> None:
