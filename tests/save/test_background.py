@@ -5,6 +5,7 @@ import concurrent.futures
 import gc
 import io
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -14,7 +15,7 @@ import warnings
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future, wait
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -307,10 +308,10 @@ def test_what_writing_raises_reaches_the_result(tmp_path: Path) -> None:
     assert caught.value.filename == str(tmp_path / "missing" / "file")
 
 
-def unasked(path: str, error: str) -> str:
+def unasked(path: str, error: str, number: int) -> str:
     return (
         f"the background save to {path} failed, and its error was never retrieved: {error}. "
-        "Call result() or exception() on the future."
+        f"Call result() or exception() on the future. Such errors so far: {number}."
     )
 
 
@@ -337,13 +338,16 @@ def warned(
     return [str(warning.message) for warning in caught]
 
 
-def test_an_error_that_is_never_retrieved_is_a_warning(tmp_path: Path) -> None:
+def test_an_error_that_is_never_retrieved_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(saver, "_numbers", count(1))
     path = str(tmp_path / "missing" / "file")
     with pytest.raises(FileNotFoundError) as caught:
         save_pytree({"a": 1}, path)
-    assert warned(path) == [unasked(repr(path), f"FileNotFoundError: {caught.value}")]
+    assert warned(path) == [unasked(repr(path), f"FileNotFoundError: {caught.value}", 1)]
     assert warned(io.BytesIO(), progress=failing) == [
-        unasked("a BytesIO", "ValueError: of a callback")
+        unasked("a BytesIO", "ValueError: of a callback", 2)
     ]
     assert warned(tmp_path / "file") == []
 
@@ -391,6 +395,18 @@ def test_a_time_that_was_up_is_no_answer(tmp_path: Path) -> None:
         UserWarning, match="its error was never retrieved: ValueError: of a callback"
     ):
         future.__del__()  # type: ignore[attr-defined] # what Python calls
+
+
+def test_each_error_that_is_never_retrieved_is_shown(tmp_path: Path) -> None:
+    """Python shows a warning of one text once, as a program that saves in a loop would give it."""
+    code = (
+        "import sys, pytree2safetensors as p\n"
+        "for n in range(3):\n"
+        "    p.save_pytree_async({'a': n}, sys.argv[1])\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "missing" / "file")]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert run.stderr.count("UserWarning") == 3
 
 
 LAST_WORDS = """
@@ -733,3 +749,62 @@ def test_a_child_does_not_warn_of_the_errors_of_its_parent(tmp_path: Path) -> No
     assert status == 0
     with pytest.warns(UserWarning, match="its error was never retrieved"):
         future.warn()  # type: ignore[attr-defined] # of the parent
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a system without fork")
+def test_a_child_does_not_wait_for_the_saves_of_its_parent(tmp_path: Path) -> None:
+    begin = threading.Event()
+    done = save_pytree_async({"a": 0}, tmp_path / "done")
+    assert done.result(20) is None
+    saving = save_pytree_async({"a": 1}, tmp_path / "a", progress=lambda *_: begin.wait(20))
+    waiting = save_pytree_async({"a": 2}, tmp_path / "b")
+    said = [
+        f"the process that this one was forked from saves to {str(tmp_path / name)!r}; call this "
+        "method of the future there"
+        for name in ("a", "b")
+    ]
+
+    def child() -> None:
+        assert done.result() is done.exception() is None
+        for future, expected in zip((saving, waiting), said, strict=True):
+            for method in (future.result, future.exception):
+                for timeout in (None, 1):
+                    with pytest.raises(RuntimeError) as caught:
+                        method(timeout)
+                    assert str(caught.value) == expected
+
+    assert status_of_child(child) == 0
+    begin.set()
+    assert waiting.result(20) is None
+    assert load_pytree(tmp_path / "b") == {"a": 2}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a system without fork")
+def test_a_child_of_the_thread_that_saves_is_not_that_thread(tmp_path: Path) -> None:
+    statuses = list[int]()
+
+    def child() -> None:
+        assert not saver.is_current()
+        saver.submit(lambda: None, "'a'").result(20)
+
+    def fork(*_: int) -> None:
+        statuses.append(status_of_child(child))
+
+    save_pytree_async({"a": 1}, tmp_path / "a", progress=fork).result(20)
+    assert statuses == [0]
+
+
+def status_of_child(work: Callable[[], None]) -> int:
+    """Return the exit status of a child process that does some work, and nothing that could hang."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of JAX and Python
+        child = os.fork()
+        if not child:
+            status = 1
+            signal.alarm(20)
+            try:
+                work()
+                status = 0
+            finally:
+                os._exit(status)
+        return os.waitpid(child, 0)[1]

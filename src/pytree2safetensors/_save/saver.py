@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from itertools import count
 from typing import Any, Final, TypeAlias
 from weakref import WeakSet
 
@@ -55,6 +56,7 @@ class _Save(Future[None]):
     """A future that warns of an error that was never retrieved."""
 
     _is_retrieved = True  # until `__init__` is done, which an interrupt may stop
+    _is_of_parent = False
 
     def __init__(self, where: str, is_joint: bool) -> None:
         super().__init__()
@@ -81,6 +83,11 @@ class _Save(Future[None]):
         return error
 
     def _check_wait(self, timeout: int | float | None) -> None:  # noqa: PYI041 - as above
+        if self._is_of_parent and not self.done():
+            raise RuntimeError(
+                f"the process that this one was forked from saves to {self._where}; call this method of "
+                "the future there"
+            )
         if timeout is None and is_current() and not self.done():
             raise RuntimeError(
                 "a callback of a background save cannot wait for a background save, because they run one "
@@ -98,7 +105,8 @@ class _Save(Future[None]):
         if error is not None:
             warnings.warn(
                 f"the background save to {self._where} failed, and its error was never retrieved: "
-                f"{type(error).__name__}: {error}. Call result() or exception() on the future.",
+                f"{type(error).__name__}: {error}. Call result() or exception() on the future. "
+                f"Such errors so far: {next(_numbers)}.",  # Python shows each text once
                 stacklevel=1,
             )
 
@@ -106,6 +114,7 @@ class _Save(Future[None]):
         self.warn()
 
 
+_numbers = count(1)  # of the warnings
 _saves: WeakSet[_Save] = WeakSet()
 _Waiting: TypeAlias = list[tuple[Callable[[], None], Future[None]]]  # empty after it has begun
 _unfinished = dict[_End, _Waiting]()  # each submitted save that has not ended, in order
@@ -252,7 +261,8 @@ def is_current() -> bool:
 
 def _forget() -> None:
     for save in _saves:  # the parent process gets the errors
-        save._is_retrieved = True  # noqa: SLF001 - a class of this module
+        save._is_retrieved = save._is_of_parent = True  # noqa: SLF001 - a class of this module
+    _here.is_saver = _here.is_saving = False
     _savers.clear()
     _unfinished.clear()
 
