@@ -120,6 +120,24 @@ def test_a_file_url_is_a_local_path(tmp_path: Path) -> None:
         load_pytree("file://server/model")
 
 
+@pytest.mark.parametrize("name", ["a#2", "a?2", "a#", "a?"])
+def test_a_file_url_with_a_query_or_a_fragment_does_not_name_another_file(
+    tmp_path: Path, name: str
+) -> None:
+    url = f"{(tmp_path / 'a').as_uri()}{name[1:]}"
+    message = (
+        f"'{url}' has '?' or '#', after which the path of a URL has ended; pass the path itself, or "
+        "the URL that pathlib.Path.as_uri returns"
+    )
+    for work in works(url):
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            work()
+    assert not [*tmp_path.iterdir()]
+    if name.startswith("a#") or os.name != "nt":  # where no file can have such a name
+        save_pytree(TREE, (tmp_path / name).as_uri())
+        assert is_same(TREE, load_pytree(tmp_path / name))
+
+
 @pytest.fixture
 def memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MemoryFileSystem, "store", {})

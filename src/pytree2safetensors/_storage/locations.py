@@ -5,7 +5,7 @@ import os
 import re
 import sys
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias, TypeVar, runtime_checkable
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from pytree2safetensors._messages import shorten
 from pytree2safetensors._storage.remote_path import RemotePath, path_of_url
@@ -86,14 +86,19 @@ def _resolved(text: str) -> str | RemotePath:
         return _local(text)
     text = scheme[0].lower() + text[scheme.end() :]
     if text.startswith(("file://", "local://")):
-        parts = urlsplit(text)
-        if parts.netloc not in {"", "localhost"}:
+        host, slash, path = text.partition("://")[2].partition("/")
+        if host not in {"", "localhost"}:
             raise ValueError(f"{shorten(text)} is on another machine; mount its file system")
+        if not {"?", "#"}.isdisjoint(path):
+            raise ValueError(
+                f"{shorten(text)} has '?' or '#', after which the path of a URL has ended; pass the path "
+                "itself, or the URL that pathlib.Path.as_uri returns"
+            )
         if sys.platform == "win32":
             from urllib.request import url2pathname  # a drive is after the first "/"
 
-            return url2pathname(parts.path)
-        return unquote(parts.path)
+            return url2pathname(slash + path)
+        return unquote(slash + path)
     return path_of_url(text)
 
 
