@@ -92,3 +92,16 @@ def test_what_is_missing_is_reported(hub: HubServer) -> None:
     with pytest.raises(FileNotFoundError) as caught:
         load_pytree(f"{URL}/m.safetensors")
     assert caught.value.filename == f"{URL}/m.safetensors"
+
+
+def test_a_load_finds_what_another_program_committed_since(hub: HubServer, tmp_path: Path) -> None:
+    def commit(name: str, seed: int, size: int = 9) -> None:
+        save_pytree({"a": jnp.full(size, seed, jnp.float32)}, tmp_path / "m")
+        hub.files[name] = (tmp_path / "m").read_bytes()
+
+    commit("1.safetensors", 1)
+    load_pytree(URL)  # fsspec keeps the list of the files
+    commit("2.safetensors", 2)
+    commit("1.safetensors", 3, size=99)
+    for name, expected in (("2", jnp.full(9, 2.0)), ("1", jnp.full(99, 3.0))):
+        assert is_same({"a": expected}, load_pytree(f"{URL}/{name}.safetensors"))

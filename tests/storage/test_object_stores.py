@@ -136,6 +136,25 @@ def test_an_object_that_changes_in_the_middle_is_an_error(
         load_pytree(url)
 
 
+def test_a_load_finds_what_another_program_saved_since(
+    calls: Counter[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(s3fs.S3FileSystem, "cachable", True)
+    save_pytree(tree_of(2), tmp_path / "newer")
+    newer = (tmp_path / "newer").read_bytes()
+    save_pytree(tree_of(1), "s3://bucket/run/a.safetensors")
+    other = s3fs.S3FileSystem(skip_instance_cache=True)
+    s3fs.S3FileSystem().ls("bucket/run")  # whose listing fsspec keeps
+    other.copy("bucket/run/a.safetensors", "bucket/run/c.safetensors")
+    assert is_same(tree_of(1), load_pytree("s3://bucket/run/c.safetensors"))
+    s3fs.S3FileSystem().ls("bucket/run", refresh=True)
+    other.pipe_file("bucket/run/c.safetensors", newer)
+    calls.clear()
+    assert is_same(tree_of(2), load_pytree("s3://bucket/run/c.safetensors"))
+    assert calls == {"head_object": 1, "get_object": 1}
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
 def test_what_is_missing_is_reported(calls: Counter[str]) -> None:
     for url in ("s3://bucket/none.safetensors", "s3://bucket/none", "s3://nowhere/none"):
         with pytest.raises(FileNotFoundError) as caught:

@@ -22,6 +22,7 @@ from pytree2safetensors._format.index import (
 from pytree2safetensors._messages import joined, shorten
 from pytree2safetensors._storage.file_source import open_source
 from pytree2safetensors._storage.naming import TEMPORARY, temporary_prefix
+from pytree2safetensors._storage.remote_file import forget_listings
 from pytree2safetensors._storage.remote_folder import names_in
 from pytree2safetensors._storage.remote_path import RemotePath, hide_credentials
 
@@ -118,6 +119,7 @@ def locate_remotely(path: RemotePath) -> list[RemotePath]:
         FileFormatError: It is a folder that has no checkpoint, or several.
         OSError: The store cannot be reached.
     """
+    forget_listings(path)
     if path.name.endswith(".json"):
         return [path]
     if path.name.endswith(SUFFIX):  # or the index of shards that were saved as this path

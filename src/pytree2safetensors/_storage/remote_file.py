@@ -83,13 +83,8 @@ class RemoteSource(ByteSource):
 
     def is_current(self) -> bool:
         """Return whether the store still has the file that was opened."""
-        self.forget()
+        forget_listings(self.path)
         return self.is_same()
-
-    def forget(self) -> None:
-        """Forget what fsspec remembers of the store."""
-        with naming_url(self.path):
-            self.path.fs.invalidate_cache()
 
     def is_same(self) -> bool:
         """Return whether the file that was opened is also the one that the store has, or remembers."""
@@ -113,6 +108,12 @@ class RemoteSource(ByteSource):
         if close is not None:
             with turn_of(self.path.fs):
                 close()
+
+
+def forget_listings(path: RemotePath) -> None:
+    """Forget what fsspec remembers of a store, also from calls of the user. This takes no request."""
+    with naming_url(path):
+        path.fs.invalidate_cache()
 
 
 def _opened(path: RemotePath) -> tuple[Any, dict[str, Any]]:
@@ -157,7 +158,7 @@ def check_together(sources: Sequence[ByteSource]) -> None:
     doubtful = [s for s in sources if isinstance(s, RemoteSource) and s.may_be_mixed(is_alone)]
     if not doubtful:
         return
-    doubtful[0].forget()  # the others are in the same store
+    forget_listings(doubtful[0].path)  # the others are in the same store
     with ReadPool(RemoteSource.in_flight) as pool:
         for source, same in zip(doubtful, pool.map(RemoteSource.is_same, doubtful), strict=True):
             if not same.result():
