@@ -611,3 +611,41 @@ def test_equal_arrays_of_a_group_are_transferred_together(
     assert_same(found, tree)
     moved = [shape for shape in shapes if shape]  # not what JAX itself makes
     assert moved == [(128, 3)] * 8 + [(3,)] * (1100 - 8 * 128)
+
+
+def test_the_host_beside_a_device_keeps_no_memory_of_the_ring(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A host's array is not copied, so it must not be in memory that is used again."""
+    *hosts, device = jax.devices()[:3]
+    monkeypatch.setattr(reading, "is_on_host", lambda other: other in hosts)
+    monkeypatch.setattr(staging, "_start_pinning", lambda *_: None)
+    monkeypatch.setattr(ahead, "RING", RING)
+    monkeypatch.setattr(reading, "_STAGED_BATCH", BATCH)
+    monkeypatch.setattr(plan, "_CUT_BY_JAX", 0)
+    put = jax.device_put
+
+    def copied(value: Any, sharding: Any) -> Any:
+        return np.array(value) if device in sharding.device_set else value
+
+    def device_put(values: Any, *places: Any) -> Any:
+        if isinstance(values, list):
+            values = [copied(*pair) for pair in zip(values, places[0], strict=True)]
+        return put(values, *places)
+
+    monkeypatch.setattr(jax, "device_put", device_put)
+    file: dict[str, Any] = {
+        "w.0": np.arange(2048, dtype=np.float32),
+        "w.1": np.arange(2048, dtype=np.float16),
+        **{f"z.{number}": np.full(1024, -number, np.float32) for number in range(50)},
+    }
+    save_pytree(file, tmp_path / "file", rename=[Rule("{*}", "{*}")])
+    rows = NamedSharding(Mesh(np.array(hosts), ("x",)), P("x"))
+    template = {
+        "w": Struct((2, 2048), np.float32, sharding=rows),
+        "z": [Struct((1024,), np.float32, sharding=SingleDeviceSharding(device))] * 50,
+    }
+    names = [Rule("w.{l}", "w", "a -> l a"), Rule("z.{i}", "z.{i}")]
+    found = load_into_pytree(template, tmp_path / "file", cast=True, rename=names)
+    assert np.asarray(found["w"]).tolist() == [[*range(2048)]] * 2
+    assert [float(array[-1]) for array in found["z"]] == [-number for number in range(50)]

@@ -21,6 +21,7 @@ import pytree2safetensors
 from oracle import assert_same, identity
 from pytree2safetensors import (
     FileFormatError,
+    Rule,
     load_abstract,
     load_into_pytree,
     load_pytree,
@@ -32,6 +33,7 @@ from pytree2safetensors._leaves import staging
 from pytree2safetensors._leaves.describe import describe
 from pytree2safetensors._load import ahead, finishing, reading
 from pytree2safetensors._load.opening import open_checkpoint
+from pytree2safetensors._storage.file_source import FileSource
 from pytree2safetensors.testing import assert_round_trips
 
 struct: Any = jax.ShapeDtypeStruct
@@ -199,6 +201,38 @@ def test_arrays_of_a_dictionary_are_copied(path: Path) -> None:
     assert not placed["n"].any()
 
 
+def test_arrays_that_rules_join_are_copied_before_jax_reads_them() -> None:
+    """JAX copies an array that is not aligned in another thread, after it has returned."""
+    given = np.zeros((16 << 20) + 1, np.float32)[1:]
+    rules = [Rule("w.{i}", "@w", "a -> i a")]
+    template = {"w": struct((2, *given.shape), np.float32)}
+    joined = set_weights(template, {"w.0": given, "w.1": jnp.zeros_like(given)}, rename=rules)
+    given[:] = 1
+    assert not np.asarray(joined["w"]).any()
+    given[:] = 0
+    tree = {"a": [given, jnp.zeros_like(given)]}
+    flat = pytree2dict(tree, rename=[Rule("w", "a.{i}", "i a -> a")])
+    given[:] = 1
+    assert not np.asarray(flat["w"]).any()
+
+
+def test_a_file_that_is_truncated_before_it_is_mapped_is_an_error(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    map_, size = FileSource.map, path.stat().st_size
+
+    for left in (size - 1, size // 2, 0):
+
+        def truncated(source: FileSource, left: int = left) -> Any:
+            os.truncate(path, left)
+            return map_(source)
+
+        monkeypatch.setattr(FileSource, "map", truncated)
+        with pytest.raises(FileFormatError, match="was truncated while it was read"):
+            load_pytree(path, mmap=True)
+        os.truncate(path, size)
+
+
 def test_files_of_safetensors_load_from_any_offset(tmp_path: Path) -> None:
     for extra in range(9):
         arrays: dict[str, Any] = {
@@ -252,7 +286,7 @@ def test_no_thread_stays(path: Path) -> None:
 
 
 def test_a_header_beyond_the_limit_is_refused_before_anything_is_written(tmp_path: Path) -> None:
-    tree = {"n" * 60_000_000: 1, "m" * 60_000_000: 2}
+    tree = {"n" * 60_000_000: np.uint8(1), "m" * 60_000_000: np.uint8(2)}
     with pytest.raises(FileFormatError, match="save with max_shard_size="):
         save_pytree(tree, tmp_path / "file")
     assert not list(tmp_path.iterdir())

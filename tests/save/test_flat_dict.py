@@ -1,6 +1,7 @@
 """Flat dicts that rules make: how JAX computes them. The law is in test_rules."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from pytree2safetensors import (
     Rule,
     WeightsMismatchError,
     pytree2dict,
+    save_pytree,
     set_weights,
 )
 from pytree2safetensors._leaves.jax_versions import enable_x64
@@ -308,3 +310,19 @@ def test_arrays_that_jax_cannot_join_are_joined_on_the_host(orders: Any) -> None
     for name, part in zip("ab", parts, strict=True):
         assert back[name].sharding == tree[name].sharding
         assert_same_values(np.asarray(back[name]), part)
+
+
+@pytest.mark.filterwarnings("ignore::PendingDeprecationWarning")  # of NumPy's matrix
+@pytest.mark.parametrize(
+    "rule", [Rule("w", "w", "a b c -> a (b c)", b=2), Rule("w.{b}", "w", "a c -> a (b c)", b=2)]
+)
+def test_subclasses_of_arrays_are_rearranged_as_arrays(rule: Rule, tmp_path: Path) -> None:
+    values = np.arange(12.0, dtype=np.float32).reshape(3, 4)
+    tree, expected = {"w": np.matrix(values)}, pytree2dict({"w": values}, rename=[rule])
+    found = pytree2dict(tree, rename=[rule])
+    assert {name: leaf.tolist() for name, leaf in found.items()} == {
+        name: leaf.tolist() for name, leaf in expected.items()
+    }
+    save_pytree(tree, tmp_path / "one", rename=[rule])
+    save_pytree({"w": values}, tmp_path / "other", rename=[rule])
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "other").read_bytes()

@@ -60,7 +60,7 @@ def _of_jax(leaf: Any) -> Any:
     """Return a leaf as an array of JAX, which takes neither another byte order nor masked arrays."""
     if isinstance(leaf, np.ndarray | np.generic) and not isinstance(leaf, np.ma.MaskedArray):
         leaf = host_array(leaf)
-        leaf = leaf.astype(leaf.dtype.newbyteorder("="), copy=False)
+        leaf = leaf.astype(leaf.dtype.newbyteorder("="))  # a copy: JAX may read it after it returns
     return jnp.asarray(leaf)
 
 

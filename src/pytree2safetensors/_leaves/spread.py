@@ -148,10 +148,7 @@ def _held(leaf: Any) -> list[tuple[Region, Any]]:
         return [(region, _with_axes(data, region)) for region, data in leaf.shards]
     if isinstance(leaf, jax.Array) and not (leaf.is_fully_replicated and leaf.is_fully_addressable):
         return _held(owned(leaf, leaf.shape))
-    if isinstance(leaf, jax.Array):
-        leaf = leaf.addressable_data(0)
-    elif not isinstance(leaf, np.ndarray):
-        leaf = host_array(leaf)
+    leaf = leaf.addressable_data(0) if isinstance(leaf, jax.Array) else host_array(leaf)
     return [(whole_region(leaf.shape), leaf)]
 
 

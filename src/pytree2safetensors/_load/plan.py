@@ -177,9 +177,10 @@ def _requests(
             assembly = Assembly(
                 next(assemblies), source, region, boxes, uses, len(found), far, dtype
             )
-            # One region may be in the memory of the batch, and so may those that are converted;
-            # several have theirs until all are there.
-            keeps = not is_mixed and (keeps or (len(found) > 1 and not far))
+            # Regions that are converted may be in the memory of the batch. Others have theirs if they
+            # become the leaf, or until all are there.
+            is_converted = is_mixed and len(found) > 1
+            keeps = not is_converted and (keeps or (len(found) > 1 and not far))
             fine = whole_region(source.fine)
             for number, part in found:
                 name = source.names[part.number]

@@ -15,7 +15,7 @@ from pytree2safetensors._format.tensor import TensorInfo
 from pytree2safetensors._leaves.assembled import Assembled, Placed, assemble
 from pytree2safetensors._leaves.describe import describe
 from pytree2safetensors._leaves.families import Lost
-from pytree2safetensors._leaves.host import part_of
+from pytree2safetensors._leaves.host import host_array, part_of
 from pytree2safetensors._leaves.meshes import computed
 from pytree2safetensors._leaves.ownership import is_global
 from pytree2safetensors._leaves.prng_keys import is_key_dtype
@@ -147,6 +147,6 @@ def _parts(tensor: Assembled, leaves: Iterable[Any]) -> Iterator[tuple[Region, A
     for (view, number, _), leaf in zip(tensor.members, leaves, strict=True):
         region = region_of_tensor(view, number)
         index = tuple(slice(*bounds) for bounds in region)
-        cut = part_of(leaf, index) if isinstance(leaf, jax.Array) else leaf[index]
+        cut = part_of(leaf, index) if isinstance(leaf, jax.Array) else host_array(leaf)[index]
         for source, part in file_parts(view, region, cut, number):
             yield source.region, part

@@ -64,7 +64,9 @@ class FileSource(ByteSource):
 
     def map(self) -> NDArray[np.uint8]:
         with self._opened() as descriptor:
-            found = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ, **_UNTRACKED)
+            if os.fstat(descriptor).st_size < self.size:
+                raise FileFormatError(f"{self.label} was truncated while it was read")
+            found = mmap.mmap(descriptor, self.size, access=mmap.ACCESS_READ, **_UNTRACKED)
         self._mapped = np.frombuffer(found, np.uint8)
         self.shut()  # the map keeps the file
         return self._mapped
