@@ -2,6 +2,7 @@
 
 import asyncio
 import concurrent.futures
+import errno
 import gc
 import io
 import os
@@ -701,6 +702,39 @@ def test_a_snapshot_is_freed_before_the_callbacks_of_its_save(
         gc.enable()
     save_pytree_async({}, tmp_path / "c").result(20)  # the callbacks have run
     assert alive == [False, False]
+
+
+class Full(io.RawIOBase):
+    """A file object on a full disk."""
+
+    def write(self, data: Any) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("target", ["stream", "missing/file", "missing/file.json", "folder"])
+def test_the_snapshot_of_a_save_that_failed_is_freed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str
+) -> None:
+    copies = list[weakref.ref[Any]]()
+
+    def copied(leaves: Any) -> list[Any]:
+        found = parts.copied(leaves)
+        copies.extend(map(weakref.ref, found))
+        return found
+
+    monkeypatch.setattr("pytree2safetensors._save.api.copied", copied)
+    (tmp_path / "folder").mkdir()
+    gc.disable()
+    try:
+        future = save_pytree_async(
+            {"a": np.ones(9)}, Full() if target == "stream" else tmp_path / target
+        )
+        error = future.exception(20)
+        assert isinstance(error, OSError)
+        assert error.__traceback__ is not None
+        assert [copy() for copy in copies] == [None]
+    finally:
+        gc.enable()
 
 
 def test_a_save_that_failed_is_freed_with_its_future(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ Specification: *Saving*.
 import atexit
 import os
 import threading
+import traceback
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -219,12 +220,21 @@ def _run(waiting: _Waiting, end: _End) -> None:
     except BaseException as error:  # noqa: BLE001 - the future raises it
         # First, because a thread that a signal has interrupted may have locked the future.
         _finish(end)
+        del save
+        _clear(error)
         future.set_exception(error)
-        del save, future  # the traceback would keep them alive
+        del future  # the traceback would keep it alive
     else:
         del save  # with its snapshot, since callbacks of the future may start the next save
         _finish(end)
         future.set_result(None)
+
+
+def _clear(error: BaseException | None) -> None:
+    """Free what the frames of an error hold, with the snapshot."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def _finish(end: _End) -> None:
