@@ -537,6 +537,31 @@ def test_no_message_shows_credentials(server: WebServer, tmp_path: Path) -> None
             chain = None if chain.__suppress_context__ else chain.__context__ or chain.__cause__
 
 
+@pytest.mark.parametrize("as_json", [False, True])
+@pytest.mark.parametrize("words", ["show", "diff", "verify", "show --template math:pi"])
+@pytest.mark.parametrize("name", ["m.safetensors", "bad.safetensors", "gone.safetensors"])
+def test_the_command_shows_no_credentials(
+    server: WebServer,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    words: str,
+    name: str,
+    as_json: bool,
+) -> None:
+    publish(server, "/m.safetensors", tmp_path, large(1))
+    publish(server, "/other.safetensors", tmp_path, large(2))
+    server.files["/bad.safetensors"] = b"more than eight bytes"
+    secret = server.url.replace("//", "//user:hunter2@")
+    files = [f"{secret}/{name}?X-Signature=abcdef"]
+    if words == "diff":
+        files += [f"{secret}/other.safetensors?X-Signature=abcdef"]
+    main([*words.split(), *files, *(["--json"] if as_json else [])])
+    out, err = capsys.readouterr()
+    assert name in out + err
+    assert "hunter2" not in out + err
+    assert "abcdef" not in out + err
+
+
 def test_a_url_cannot_be_mapped(server: WebServer, tmp_path: Path) -> None:
     url = publish(server, "/m.safetensors", tmp_path, large())
     with pytest.raises(ValueError, match=f"mmap=True maps a file on disk; load '{url}' without"):

@@ -13,8 +13,37 @@ from pytree2safetensors._storage import remote_path
         ("simplecache::https://me@h.com/a?b", "simplecache::https://...@h.com/a?..."),
         ("hf://someone/model@main/x", "hf://someone/model@main/x"),
         ("abfs://container@account.net/x", "abfs://container@account.net/x"),
-        ("404, url='http://h.com/a?t=s'", "404, url='http://h.com/a?...'"),
+        ("abfs://me:secret@account.net/x", "abfs://...@account.net/x"),
+        ("hf://gpt2@main/x", "hf://gpt2@main/x"),
+        ("memory://a@b", "memory://a@b"),
+        ("zip://a@b::ftp://me:secret@h/x", "zip://a@b::ftp://...@h/x"),
+        ("webhdfs://me:secret@h/x", "webhdfs://...@h/x"),
+        ("ftp://me:s@cr@et@h/x", "ftp://...@h/x"),
+        ("ftp://me:it's a secret?@h/x", "ftp://...@h/x"),
+        ("http://h/my file?secret", "http://h/my file?..."),
+        ("https://h/a?x='b' c&s=secret", "https://h/a?..."),
+        ("https:/me:secret@h/a?secret", "https:/...@h/a?..."),  # as pathlib shortens it
+        ("C:/me@h/x", "C:/me@h/x"),
+        ("/me@h/x?y", "/me@h/x?y"),
     ],
 )
 def test_credentials_are_left_out_of_urls(url: str, shown: str) -> None:
-    assert remote_path.hide_credentials(url) == shown
+    assert remote_path.shown_url(url) == shown
+    assert remote_path.shown_url(shown) == shown
+    for text in ("{}", "404, url='{}'", "cannot open {}: no (such) file", "{} (see {}) is [{}]"):
+        hidden = remote_path.hide_credentials(text.replace("{}", url), url)
+        assert hidden == text.replace("{}", shown)
+        assert remote_path.hide_credentials(hidden, url) == hidden
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("404, url='http://h.com/a?t=s'", "404, url='http://h.com/a?...'"),
+        ("404, url='http://h.com/a?t='s'&u'", "404, url='http://h.com/a?...'"),
+        ("(http://h.com/a?t=s): none", "(http://h.com/a?...): none"),
+        ("cannot reach http://h.com/a b. Why? See x", "cannot reach http://h.com/a b. Why? See x"),
+    ],
+)
+def test_credentials_are_left_out_of_texts(text: str, shown: str) -> None:
+    assert remote_path.hide_credentials(text, "s3://bucket/x") == shown

@@ -9,6 +9,7 @@ from pytree2safetensors._cli.show import leaf_text, leaves_text, value_text
 from pytree2safetensors._cli.summary import leaf_json
 from pytree2safetensors._cli.terminal import Cells, labelled, plain, size, table
 from pytree2safetensors._messages import shorten
+from pytree2safetensors._storage.remote_path import shown_url
 
 
 def diff(first: str, second: str, *, everything: bool) -> Answer:
@@ -17,7 +18,7 @@ def diff(first: str, second: str, *, everything: bool) -> Answer:
     return Answer(
         lambda: _lines(found, everything),
         lambda: _content(first, second, found),
-        "" if found.same else f"{plain(first)} and {plain(second)} differ",
+        "" if found.same else f"{plain(shown_url(first))} and {plain(shown_url(second))} differ",
     )
 
 
@@ -88,7 +89,7 @@ def _change(what: str, change: Change, show: Callable[[str], str]) -> Cells:
 
 def _content(first: str, second: str, found: Comparison) -> dict[str, Any]:
     return {
-        "files": [first, second],
+        "files": [shown_url(first), shown_url(second)],
         "same": found.same,
         "leaves": [
             {

@@ -17,6 +17,7 @@ from typing import Any, Final
 from pytree2safetensors._cli.answer import DIFFERENT, MOST_LINES, Answer, left_out
 from pytree2safetensors._cli.terminal import complain, plain
 from pytree2safetensors._messages import shorten
+from pytree2safetensors._storage.remote_path import shown_url
 
 
 def fitting(file: str, prefix: str, template: Any, rules: Any, *, everything: bool) -> Answer:
@@ -28,8 +29,8 @@ def fitting(file: str, prefix: str, template: Any, rules: Any, *, everything: bo
     fits = not any(misfits)
     return Answer(
         lambda: lines if everything else _cut(lines),
-        lambda: {"file": file, "fits": fits, **misfits._asdict(), "lines": lines},
-        "" if fits else f"{plain(file)} does not fit the template",
+        lambda: {"file": shown_url(file), "fits": fits, **misfits._asdict(), "lines": lines},
+        "" if fits else f"{plain(shown_url(file))} does not fit the template",
     )
 
 

@@ -12,6 +12,7 @@ from pytree2safetensors._cli.answer import DIFFERENT, Answer
 from pytree2safetensors._cli.fitting import fitting, named_object, template_from
 from pytree2safetensors._cli.terminal import complain, plain, write
 from pytree2safetensors._errors import Pytree2SafetensorsError
+from pytree2safetensors._storage.remote_path import shown_url
 from pytree2safetensors._version import __version__
 
 FINE: Final = 0
@@ -181,14 +182,15 @@ def _ask_show(options: argparse.Namespace) -> _Questions:
 
 
 def _for_each_file(options: argparse.Namespace, ask: Callable[[str], Answer]) -> _Questions:
-    return [_Question({"file": file}, partial(ask, file)) for file in options.files]
+    return [_Question({"file": shown_url(file)}, partial(ask, file)) for file in options.files]
 
 
 def _ask_diff(options: argparse.Namespace) -> _Questions:
     from pytree2safetensors._cli.diff import diff
 
     files = options.first, options.second
-    return [_Question({"files": files}, partial(diff, *files, everything=options.all))]
+    shown = [shown_url(file) for file in files]
+    return [_Question({"files": shown}, partial(diff, *files, everything=options.all))]
 
 
 def _ask_verify(options: argparse.Namespace) -> _Questions:

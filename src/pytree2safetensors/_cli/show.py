@@ -20,6 +20,7 @@ from pytree2safetensors._cli.terminal import (
 from pytree2safetensors._collector import collector_paused
 from pytree2safetensors._load.opening import open_checkpoint
 from pytree2safetensors._messages import plural, shorten
+from pytree2safetensors._storage.remote_path import shown_url
 
 _MOST_METADATA: Final = 20
 _LONGEST_ENTRY: Final = 1000
@@ -46,7 +47,7 @@ def _lines(file: str, prefix: str, everything: bool, paths: bool) -> Iterator[st
             row._replace(leaf=read.get(row.leaf.name, row.leaf)) if row.leaf else row
             for row in rows
         ]
-    yield line(plain(file), "bold")
+    yield line(plain(shown_url(file)), "bold")
     yield from _head(summary)
     if rows:
         yield ""
@@ -64,7 +65,7 @@ def _content(file: str, prefix: str) -> dict[str, Any]:
         summary = summarize(checkpoint, prefix)
         leaves = with_values(summary.leaves, checkpoint)
     return {
-        "file": file,
+        "file": shown_url(file),
         "files": summary.files,
         "file_bytes": summary.file_bytes,
         "tensor_bytes": sum(leaf.nbytes for leaf in leaves),

@@ -26,7 +26,7 @@ from pytree2safetensors._load.locate import locate, locate_remotely
 from pytree2safetensors._load.opening import open_checkpoint
 from pytree2safetensors._messages import plural, shorten
 from pytree2safetensors._storage.locations import PathLike, resolve
-from pytree2safetensors._storage.remote_path import RemotePath
+from pytree2safetensors._storage.remote_path import RemotePath, shown_url
 from pytree2safetensors._tree.unflatten import build_tree
 
 
@@ -54,18 +54,18 @@ def verify(file: str, *, everything: bool) -> Answer:
     """Check a file and list its problems."""
     verdict = verify_file(file)
     count = len(verdict.problems)
-    complaint = f"{plain(file)} is damaged: "
+    complaint = f"{plain(shown_url(file))} is damaged: "
     complaint += verdict.problems[0] if count == 1 else f"{count:,} problems"
     return Answer(
         lambda: _lines(file, verdict, everything),
-        lambda: {"file": file, "sound": not verdict.problems, **verdict._asdict()},
+        lambda: {"file": shown_url(file), "sound": not verdict.problems, **verdict._asdict()},
         complaint if count else "",
     )
 
 
 def _lines(file: str, verdict: Verdict, everything: bool) -> Iterator[str]:
     yield line(
-        f"{plain(file)}: {'damaged' if verdict.problems else 'sound'}",
+        f"{plain(shown_url(file))}: {'damaged' if verdict.problems else 'sound'}",
         "red" if verdict.problems else "green",
     )
     if verdict.opened:

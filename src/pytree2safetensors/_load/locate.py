@@ -24,7 +24,7 @@ from pytree2safetensors._storage.file_source import open_source
 from pytree2safetensors._storage.naming import TEMPORARY, temporary_prefix
 from pytree2safetensors._storage.remote_file import forget_listings
 from pytree2safetensors._storage.remote_folder import names_in
-from pytree2safetensors._storage.remote_path import RemotePath, hide_credentials
+from pytree2safetensors._storage.remote_path import RemotePath, shown_url
 
 # How other programs number shards, or used to.
 _OTHER_SHARD: Final = re.compile(r".*\.safetensors-[0-9]+-of-[0-9]+", re.DOTALL)
@@ -130,7 +130,7 @@ def locate_remotely(path: RemotePath) -> list[RemotePath]:
     names = names_in(path)
     if not names or names == [path.name]:
         return [path]
-    return [path.joined(_chosen(hide_credentials(path.url), names))]
+    return [path.joined(_chosen(shown_url(path.url), names))]
 
 
 def shards_beside(index: str) -> list[str]:

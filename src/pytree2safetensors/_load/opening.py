@@ -30,7 +30,7 @@ from pytree2safetensors._storage.folder import without_saves
 from pytree2safetensors._storage.locations import PathLike, Readable, check_home, resolve
 from pytree2safetensors._storage.read_pool import ReadPool
 from pytree2safetensors._storage.remote_file import RemoteSource
-from pytree2safetensors._storage.remote_path import RemotePath, hide_credentials
+from pytree2safetensors._storage.remote_path import RemotePath, shown_url
 from pytree2safetensors._storage.stream import open_stream
 
 _HEAD = 1 << 16  # bytes: the first read has nearly every header
@@ -84,7 +84,7 @@ def _open_remotely(path: RemotePath) -> OpenCheckpoint:
             refused = refused or error
     if refused is not None:
         raise refused
-    raise FileNotFoundError(errno.ENOENT, missing, hide_credentials(path.url))
+    raise FileNotFoundError(errno.ENOENT, missing, shown_url(path.url))
 
 
 def _open_path(path: str) -> OpenCheckpoint:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias, TypeVar, runt
 from urllib.parse import unquote
 
 from pytree2safetensors._messages import shorten
-from pytree2safetensors._storage.remote_path import RemotePath, path_of_url
+from pytree2safetensors._storage.remote_path import RemotePath, path_of_url, shown_url
 
 T = TypeVar("T")
 
@@ -112,7 +112,7 @@ def _local(path: str) -> str:
     collapsed = _COLLAPSED.match(path)
     if collapsed is not None and not os.path.lexists(collapsed[1]):
         raise ValueError(
-            f"{shorten(path)} looks like a URL whose slashes pathlib has joined; pass the URL as a "
+            f"{shorten(shown_url(path))} looks like a URL whose slashes pathlib has joined; pass the URL as a "
             "str, or as a path of universal_pathlib"
         )
     return path

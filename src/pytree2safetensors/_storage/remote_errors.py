@@ -8,7 +8,12 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Final
 
 from pytree2safetensors._errors import FileFormatError
-from pytree2safetensors._storage.remote_path import RemotePath, hide_credentials, raise_with_url
+from pytree2safetensors._storage.remote_path import (
+    RemotePath,
+    hide_credentials,
+    raise_with_url,
+    shown_url,
+)
 
 _LOCK: Final = "_lock_of_pytree2safetensors"
 # Errors of aiohttp, asyncio and ftplib that say nothing about a file.
@@ -58,13 +63,13 @@ def _not_given(path: RemotePath, cause: BaseException | None) -> OSError:
     """Return the error for a file that a store does not give: fsspec calls all such files missing."""
     status = getattr(cause, "status", None)
     code = _code(cause, status, path.is_web)
-    said = hide_credentials(str(cause)) or type(cause).__name__
+    said = hide_credentials(str(cause), path.url) or type(cause).__name__
     if status:
         said = f"the server answers {status}"
     if code == errno.ENOENT:
         is_plain = cause is None or isinstance(cause, FileNotFoundError) or status == 404
         said = os.strerror(code) + ("" if is_plain else f" ({said})")
-    return OSError(code, said, hide_credentials(path.url))  # of the class for the code
+    return OSError(code, said, shown_url(path.url))  # of the class for the code
 
 
 def _code(cause: BaseException | None, status: int | None, is_web: bool) -> int:

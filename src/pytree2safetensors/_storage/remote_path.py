@@ -29,8 +29,12 @@ _WHOLE: Final = frozenset(
         "memory",
     ]
 )
-_USER: Final = re.compile(r"((?:https?|ftps?|sftp|ssh|webdavs?|smb|git|github)://)[^/@\s'\"]*@")
-_QUERY: Final = re.compile(r"(://[^\s?'\"]*)\?[^\s'\"]*")
+# In these stores, what is before an "@" names a container, a model or a file, unless it has a colon.
+_NO_USERS: Final = "abfss?|adl|az|hf|memory|oci|tar|wasbs?|zip"
+# A scheme may have one slash only, as pathlib joins them.
+_USER: Final = re.compile(rf"(\b(?!(?:{_NO_USERS}):/[^:@]*@)[A-Za-z][A-Za-z0-9+.-]+://?)[^/]*@")
+_QUERY: Final = re.compile(r"(:/[^?]*)\?.+", re.DOTALL)
+_QUERY_IN_TEXT: Final = re.compile(r"(:/[^?]*)\?\S+?(?=['\")\]>,:;]*(?:\s|$))")
 
 
 class RemotePath(NamedTuple):
@@ -49,7 +53,7 @@ class RemotePath(NamedTuple):
     @property
     def label(self) -> str:
         """Return the URL for messages, shortened and without credentials."""
-        return shorten(hide_credentials(self.url))
+        return shorten(shown_url(self.url))
 
     @property
     def name(self) -> str:
@@ -105,7 +109,7 @@ def path_of_url(url: str) -> RemotePath:
         ValueError: fsspec cannot open it here.
         OSError: Some stores are connected to now, and this one cannot be.
     """
-    label = shorten(hide_credentials(url))
+    label = shorten(shown_url(url))
     try:
         from fsspec.core import url_to_fs
     except ImportError:
@@ -116,7 +120,7 @@ def path_of_url(url: str) -> RemotePath:
     try:
         fs, path = url_to_fs(url)
     except (ImportError, ValueError, AttributeError) as error:  # no package, or an unknown scheme
-        reason = hide_credentials(str(error))
+        reason = hide_credentials(str(error), url)
         raise ValueError(f"{label} cannot be opened with fsspec: {reason}") from None
     except Exception as error:  # noqa: BLE001 - of a server, which some connect to now; it is raised
         raise_with_url(error, url)
@@ -125,17 +129,23 @@ def path_of_url(url: str) -> RemotePath:
 
 def raise_with_url(error: Exception, url: str) -> NoReturn:
     """Raise the error of a store with the URL in it, without credentials."""
-    text, shown = str(error), hide_credentials(str(error))
+    text, shown = str(error), hide_credentials(str(error), url)
     if text == shown and url in text:
         raise error
     is_os_error = isinstance(error, OSError)
     kind = type(error) if is_os_error and type(error).__module__ == "builtins" else OSError
-    parts = [shorten(hide_credentials(url)), type(error).__name__, shown]
+    parts = [shorten(shown_url(url)), type(error).__name__, shown]
     message = ": ".join(filter(None, parts))
-    safe = error if text == shown and hide_credentials(url) == url else None
+    safe = error if text == shown and shown_url(url) == url else None
     raise kind(message) from safe
 
 
-def hide_credentials(text: str) -> str:
-    """Remove user names, passwords and queries from the URLs in a text."""
-    return _QUERY.sub(r"\1?...", _USER.sub(r"\1...@", text))
+def shown_url(url: str) -> str:
+    """Return a URL, or a local path, without user names, passwords and queries."""
+    return _QUERY.sub(r"\1?...", _USER.sub(r"\1...@", url))
+
+
+def hide_credentials(text: str, url: str) -> str:
+    """Remove user names, passwords and queries from a URL in a text, and from others that it may have."""
+    text = text.replace(url, shown_url(url))
+    return _QUERY_IN_TEXT.sub(r"\1?...", _USER.sub(r"\1...@", text))
