@@ -1,5 +1,6 @@
 """A web server on this machine that serves ranges, counts what it is asked, and can misbehave."""
 
+import gzip
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ class WebServer:
         requests: What was asked, in order.
         delay: Seconds that each request takes.
         has_ranges: "yes", "no" (which it says), or "ignored".
+        compresses: Whether it compresses files for clients that accept this, and then ignores ranges.
         has_etags: Whether files have entity tags.
         obeys_if_match: Whether it refuses to send a file with another tag than was asked for.
         has_head: Whether it answers HEAD, which presigned URLs of S3 refuse.
@@ -40,6 +42,7 @@ class WebServer:
         self.delay = 0.0
         self.has_ranges = "yes"
         self.has_etags = self.obeys_if_match = self.has_head = True
+        self.compresses = False
         self.key = ""
         self.refusal = 404
         self.before: Callable[[int], None] = lambda number: None
@@ -101,7 +104,10 @@ class _Handler(QuietHandler):
         if state.has_etags:
             headers["ETag"] = etag
         status = 200
-        if ranges and state.has_ranges == "yes":
+        if state.compresses and "gzip" in self.headers.get("Accept-Encoding", ""):
+            content = gzip.compress(content)
+            headers["Content_Encoding"] = "gzip"
+        elif ranges and state.has_ranges == "yes":
             first, last = ranges.removeprefix("bytes=").split("-")
             content = content[int(first) : int(last) + 1]
             headers["Content_Range"] = f"bytes {first}-{last}/{size}"

@@ -255,6 +255,12 @@ def test_the_headers_of_a_file_system_are_sent(server: WebServer, tmp_path: Path
         load_pytree(url)
 
 
+def test_a_server_is_not_asked_to_compress(server: WebServer, tmp_path: Path) -> None:
+    url = publish(server, "/m.safetensors", tmp_path, large())
+    server.compresses = True
+    assert is_same(large(), load_pytree(url))
+
+
 @pytest.mark.parametrize("gone", [True, False])
 def test_an_object_that_goes_at_the_end_is_reported(
     server: WebServer, tmp_path: Path, gone: bool

@@ -127,10 +127,13 @@ def _opened(path: RemotePath) -> tuple[Any, dict[str, Any]]:
         raise without_ranges(path)
     etag = info.get("ETag", "W/")
     own = getattr(path.fs, "kwargs", {}).get("headers", {})  # such as credentials
-    options = {} if etag.startswith("W/") else {"headers": {**own, "If-Match": etag}}
+    headers = {"Accept-Encoding": "identity", **own}  # or it may compress a range, or the whole file
+    if not etag.startswith("W/"):
+        headers["If-Match"] = etag
     if not info["size"]:
         return None, info
-    return path.fs.open(path.path, "rb", size=info["size"], cache_type="none", **options), info
+    options = {"size": info["size"], "cache_type": "none", "headers": headers}
+    return path.fs.open(path.path, "rb", **options), info
 
 
 def _sized(path: RemotePath) -> dict[str, Any]:
