@@ -13,7 +13,8 @@ from upath import UPath
 
 from folders import is_same, tree_of
 from pytree2safetensors import load_pytree, save_pytree, save_pytree_async
-from pytree2safetensors._storage.locations import check_created, check_home
+from pytree2safetensors._storage.locations import check_created, check_home, resolve
+from pytree2safetensors._storage.remote_path import RemotePath
 
 TREE = {"a": np.zeros(3, np.float32)}
 
@@ -200,3 +201,22 @@ def test_a_path_that_can_write_is_a_path(tmp_path: Path) -> None:
 
     save_pytree({"a": 1}, WritablePath())
     assert load_pytree(tmp_path / "file") == {"a": 1}
+
+
+@pytest.mark.usefixtures("memory")
+def test_a_path_of_an_older_universal_pathlib_keeps_its_file_system() -> None:
+    class OlderPath:  # those before 0.3 are all paths of pathlib
+        protocol = "memory"
+        path = "/run/m"
+        fs = MemoryFileSystem(skip_instance_cache=True, token="secret")
+
+        def __fspath__(self) -> str:
+            return "memory://run/m"
+
+        __str__ = __fspath__
+
+    found = resolve(OlderPath())
+    assert isinstance(found, RemotePath)
+    assert (found.fs is OlderPath.fs, found.path, found.url) == (True, "/run/m", "memory://run/m")
+    save_pytree(TREE, OlderPath())
+    assert is_same(TREE, load_pytree(OlderPath()))

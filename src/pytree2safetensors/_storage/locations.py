@@ -74,10 +74,17 @@ def resolve(path: PathLike | T) -> str | RemotePath | T:
         ValueError: It is a URL that cannot be opened here, or a path that is probably a mistake.
     """
     if isinstance(path, str | os.PathLike):  # asked first, as some paths have a method `write`
-        return _resolved(os.fsdecode(path))
+        return _older_path(path) or _resolved(os.fsdecode(path))
     if isinstance(path, StorePath):
         return RemotePath(path.fs, path.path, str(path))
     return path
+
+
+def _older_path(path: Any) -> RemotePath | None:
+    """Return the path that one of universal_pathlib before 0.3 means, all of which have `__fspath__`."""
+    if getattr(path, "protocol", "") in ("", "file", "local") or not hasattr(path, "fs"):
+        return None
+    return RemotePath(path.fs, path.path, str(path))
 
 
 def _resolved(text: str) -> str | RemotePath:

@@ -127,7 +127,7 @@ def _opened(path: RemotePath) -> tuple[Any, dict[str, Any]]:
         raise without_ranges(path)
     etag = info.get("ETag", "W/")
     own = getattr(path.fs, "kwargs", {}).get("headers", {})  # such as credentials
-    headers = {"Accept-Encoding": "identity", **own}  # or it may compress a range, or the whole file
+    headers = {"Accept-Encoding": "identity", **own}  # a compressed range has another size
     if not etag.startswith("W/"):
         headers["If-Match"] = etag
     if not info["size"]:
