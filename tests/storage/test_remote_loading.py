@@ -245,6 +245,15 @@ def test_chained_urls_load(
         assert is_same(tree_of(1), load_pytree(f"zip://{inner}::{tmp_path}/a.zip"))
 
 
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # fsspec does not close what it maps
+def test_a_cache_of_blocks_loads(
+    server: WebServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    url = publish(server, "/m.safetensors", tmp_path, tree_of(1))
+    assert is_same(tree_of(1), load_pytree(f"blockcache::{url}"))
+
+
 def test_the_headers_of_a_file_system_are_sent(server: WebServer, tmp_path: Path) -> None:
     url = publish(server, "/m.safetensors", tmp_path, large())
     server.key = "secret"
@@ -710,6 +719,23 @@ def test_a_file_system_that_reports_no_size_is_an_error(
     monkeypatch.setattr(misbehaving, "info", lambda _, path: {"name": path, "size": None})
     with pytest.raises(FileFormatError, match="the server of 'misbehaving://m' does not report"):
         load_pytree("misbehaving://m")
+
+
+def test_a_file_system_that_takes_no_type_of_cache_loads(
+    misbehaving: type[Misbehaving], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def opened(
+        self: Misbehaving,
+        path: str,
+        mode: str,
+        block_size: Any,
+        autocommit: Any,
+        cache_options: Any,
+    ) -> Any:  # as that of SMB
+        return io.BytesIO(self.content)
+
+    monkeypatch.setattr(misbehaving, "_open", opened)
+    assert is_same(tree_of(1), load_pytree("misbehaving://m"))
 
 
 def test_an_error_that_names_the_url_stays_as_it_is(

@@ -119,7 +119,10 @@ def forget_listings(path: RemotePath) -> None:
 def _opened(path: RemotePath) -> tuple[Any, dict[str, Any]]:
     """Open a file with one request. Return it with the information of the store about it."""
     if not path.is_web:
-        file = path.fs.open(path.path, "rb", cache_type="none")
+        try:
+            file = path.fs.open(path.path, "rb", cache_type="none")
+        except TypeError:  # `smb://` has no such option, and `blockcache::` passes its own
+            file = path.fs.open(path.path, "rb")
         details = getattr(file, "details", None)
         return file, details if isinstance(details, dict) else _sized(path)
     info = _sized(path)
