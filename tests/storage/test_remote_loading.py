@@ -492,6 +492,23 @@ def test_a_folder_loads_from_a_server_that_refuses_what_is_missing(
     assert caught.value.filename == f"{url}/{name}"
 
 
+@pytest.mark.parametrize("name", ["m.safetensors", "m"])
+def test_a_missing_file_is_missing_if_the_server_refuses_other_names(
+    server: WebServer, name: str
+) -> None:
+    url = f"{server.url}/{name}"  # as a presigned URL, whose signature is for this name only
+
+    def refuse(number: int) -> None:
+        server.refusal = 404 if server.requests[number].path == f"/{name}" else 403
+
+    server.before = refuse
+    with pytest.raises(FileNotFoundError) as caught:
+        load_pytree(url)
+    assert caught.value.filename == url
+    with pytest.raises(PermissionError):
+        load_pytree(f"{server.url}/run/")
+
+
 def test_the_error_says_that_a_server_cannot_be_reached() -> None:
     with pytest.raises(ConnectionError, match=r"Cannot connect to host 127\.0\.0\.1:9 ") as caught:
         load_pytree("http://127.0.0.1:9/m.safetensors")
@@ -736,6 +753,29 @@ def test_a_file_system_that_takes_no_type_of_cache_loads(
 
     monkeypatch.setattr(misbehaving, "_open", opened)
     assert is_same(tree_of(1), load_pytree("misbehaving://m"))
+
+
+def test_a_file_loads_from_a_store_that_refuses_to_list_it(
+    misbehaving: type[Misbehaving], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise PermissionError("Access Denied")
+
+    monkeypatch.setattr(misbehaving, "ls", refuse)
+    assert is_same(tree_of(1), load_pytree("misbehaving://m"))
+    info = misbehaving.info
+
+    def only_in_folder(self: Misbehaving, path: str) -> Any:
+        return info(self, path) if path == "m/model.safetensors" else refuse()
+
+    monkeypatch.setattr(misbehaving, "info", only_in_folder)
+    monkeypatch.setattr(
+        misbehaving, "_open", lambda self, path, **_: self.info(path) and io.BytesIO()
+    )
+    assert is_same(tree_of(1), load_pytree("misbehaving://m"))
+    monkeypatch.setattr(misbehaving, "info", refuse)
+    with pytest.raises(PermissionError, match="'misbehaving://m': PermissionError: Access Denied"):
+        load_pytree("misbehaving://m")
 
 
 def test_an_error_that_names_the_url_stays_as_it_is(

@@ -124,10 +124,14 @@ def locate_remotely(path: RemotePath) -> list[RemotePath]:
         return [path]
     if path.name.endswith(SUFFIX):  # or the index of shards that were saved as this path
         return [path, path.beside(path.name + ".index.json")]
+    whole = [path] if path.name else []
+    guesses = [*whole, path.joined(index_name(STEM)), path.joined(STEM + SUFFIX)]
     if path.is_web:
-        whole = [path] if path.name else []
-        return [*whole, path.joined(index_name(STEM)), path.joined(STEM + SUFFIX)]
-    names = names_in(path)
+        return guesses
+    try:
+        names = names_in(path)
+    except PermissionError:  # which may hold for the listing only
+        return guesses
     if not names or names == [path.name]:
         return [path]
     return [path.joined(_chosen(shown_url(path.url), names))]

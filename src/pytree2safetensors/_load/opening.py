@@ -75,14 +75,16 @@ def _open_remotely(path: RemotePath) -> OpenCheckpoint:
     """Open the checkpoint that a path in a store means."""
     missing: str | None = None  # what the first error says
     refused: PermissionError | None = None
+    is_missing = False
     for found in locate_remotely(path):
         try:
             return _open_shards(found) if is_index(found) else _open_file(open_source(found))
         except FileNotFoundError as error:
             missing = missing or error.strerror
+            is_missing = is_missing or found is path
         except PermissionError as error:  # S3 refuses what is missing if a user may not list files
             refused = refused or error
-    if refused is not None:
+    if refused is not None and not is_missing:
         raise refused
     raise FileNotFoundError(errno.ENOENT, missing, shown_url(path.url))
 
