@@ -155,6 +155,15 @@ def test_a_load_finds_what_another_program_saved_since(
     s3fs.S3FileSystem.clear_instance_cache()
 
 
+def test_a_folder_is_not_an_empty_file(calls: Counter[str]) -> None:
+    s3fs.S3FileSystem().pipe_file("bucket/run/", b"")  # as the console of AWS makes folders
+    save_pytree(tree_of(1), "s3://bucket/run.safetensors/m.safetensors")
+    for url in ("s3://bucket/run", "s3://bucket/run/", "s3://bucket/run.safetensors"):
+        with pytest.raises(IsADirectoryError) as caught:
+            load_pytree(url)
+        assert caught.value.filename == url
+
+
 def test_what_is_missing_is_reported(calls: Counter[str]) -> None:
     for url in ("s3://bucket/none.safetensors", "s3://bucket/none", "s3://nowhere/none"):
         with pytest.raises(FileNotFoundError) as caught:

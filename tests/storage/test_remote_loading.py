@@ -778,6 +778,18 @@ def test_a_file_loads_from_a_store_that_refuses_to_list_it(
         load_pytree("misbehaving://m")
 
 
+@pytest.mark.parametrize("name", ["m.safetensors", "m"])
+@pytest.mark.parametrize("size", [0, None])
+def test_a_folder_of_a_store_is_not_an_empty_file(
+    misbehaving: type[Misbehaving], monkeypatch: pytest.MonkeyPatch, name: str, size: int | None
+) -> None:
+    info = {"size": size, "type": "directory"}  # as of the name of an empty object "m/" on S3
+    monkeypatch.setattr(misbehaving, "info", lambda _, path: info | {"name": path})
+    with pytest.raises(IsADirectoryError) as caught:
+        load_pytree(f"misbehaving://{name}")
+    assert str(caught.value) == f"[Errno 21] Is a directory: 'misbehaving://{name}'"
+
+
 def test_an_error_that_names_the_url_stays_as_it_is(
     misbehaving: type[Misbehaving], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,5 +1,7 @@
 """Reading a file in a store, through fsspec."""
 
+import errno
+import os
 import threading
 from collections.abc import Sequence
 from typing import Any, Final
@@ -8,7 +10,7 @@ from pytree2safetensors._errors import FileFormatError
 from pytree2safetensors._storage.byte_source import ByteSource
 from pytree2safetensors._storage.read_pool import ReadPool
 from pytree2safetensors._storage.remote_errors import changed, naming_url, turn_of, without_ranges
-from pytree2safetensors._storage.remote_path import RemotePath
+from pytree2safetensors._storage.remote_path import RemotePath, shown_url
 
 _HEAD: Final = 100_000  # bytes that are read first: nearly always the whole header
 _PINNED: Final = {"s3", "s3a"}  # whose files fsspec reads with If-Match
@@ -34,6 +36,12 @@ class RemoteSource(ByteSource):
         self.path = path
         with naming_url(path):
             file, info = _opened(path)
+        if info.get("type") == "directory":
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), shown_url(path.url))
+        if info.get("size") is None:
+            raise FileFormatError(
+                f"the server of {path.label} does not report its size; copy the file, and load the copy"
+            )
         super().__init__(path.label, info["size"])
         self._file = file
         self._version = _version_of(info)
@@ -124,8 +132,8 @@ def _opened(path: RemotePath) -> tuple[Any, dict[str, Any]]:
         except TypeError:  # `smb://` has no such option, and `blockcache::` passes its own
             file = path.fs.open(path.path, "rb")
         details = getattr(file, "details", None)
-        return file, details if isinstance(details, dict) else _sized(path)
-    info = _sized(path)
+        return file, details if isinstance(details, dict) else path.fs.info(path.path)
+    info = path.fs.info(path.path)
     if info.get("partial") is False:
         raise without_ranges(path)
     etag = info.get("ETag", "W/")
@@ -133,20 +141,10 @@ def _opened(path: RemotePath) -> tuple[Any, dict[str, Any]]:
     headers = {"Accept-Encoding": "identity", **own}  # a compressed range has another size
     if not etag.startswith("W/"):
         headers["If-Match"] = etag
-    if not info["size"]:
+    if not info.get("size"):
         return None, info
     options = {"size": info["size"], "cache_type": "none", "headers": headers}
     return path.fs.open(path.path, "rb", **options), info
-
-
-def _sized(path: RemotePath) -> dict[str, Any]:
-    """Return the information of the store about a file, which must include its size."""
-    info: dict[str, Any] = path.fs.info(path.path)
-    if info.get("size") is None:
-        raise FileFormatError(
-            f"the server of {path.label} does not report its size; copy the file, and load the copy"
-        )
-    return info
 
 
 def _version_of(info: dict[str, Any]) -> dict[str, str]:
