@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -214,6 +215,53 @@ def test_arrays_that_rules_join_are_copied_before_jax_reads_them() -> None:
     flat = pytree2dict(tree, rename=[Rule("w", "a.{i}", "i a -> a")])
     given[:] = 1
     assert not np.asarray(flat["w"]).any()
+
+
+RULES = [Rule("k.{i}", "k.{i}", "b a -> a b"), Rule("{*}", "{*}")]
+
+
+@pytest.mark.parametrize(
+    ("stored", "wanted", "rules", "keepers"),
+    [
+        (np.float32, jnp.bfloat16, None, "v"),
+        (np.float32, np.float32, RULES, "v"),
+        (ml_dtypes.int4, ml_dtypes.int4, None, "v"),
+        (np.float32, np.float32, None, "kv"),
+    ],
+    ids=["converted", "moved", "packed", "as they are"],
+)
+def test_leaves_keep_nothing_alive_that_others_were_made_of(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stored: Any,
+    wanted: Any,
+    rules: Any,
+    keepers: str,
+) -> None:
+    memory: list[tuple[weakref.ref[Any], int]] = []
+
+    def aligned(nbytes: int) -> Any:
+        found = staging.aligned(nbytes)
+        memory.append((weakref.ref(found.base), nbytes))
+        return found
+
+    monkeypatch.setattr(ahead, "aligned", aligned)
+    monkeypatch.setattr(finishing, "aligned", aligned)
+    tree = {
+        "k": [np.full((128, 128), number % 7, stored) for number in range(9)],
+        "v": [np.full(2048, number, np.float32) for number in range(9)],
+    }
+    save_pytree(tree, tmp_path / "file", rename=rules)
+    template = {
+        "k": [struct((128, 128), wanted)] * 9,
+        "v": [struct((2048,), np.float32)] * 9,
+    }
+    found = load_into_pytree(template, tmp_path / "file", cast=True, rename=rules)
+    assert [int(leaf[-1, -1]) for leaf in found["k"]] == [number % 7 for number in range(9)]
+    assert [int(leaf[-1]) for leaf in found["v"]] == [*range(9)]
+    gc.collect()
+    kept = sum(nbytes for base, nbytes in memory if base() is not None)
+    assert kept <= sum(leaf.nbytes for name in keepers for leaf in found[name]) + 4096
 
 
 def test_a_file_that_is_truncated_before_it_is_mapped_is_an_error(

@@ -14,6 +14,7 @@ from operator import attrgetter
 from typing import Final, NamedTuple
 
 from pytree2safetensors._format.tensor import TensorInfo
+from pytree2safetensors._leaves.placement import is_packed
 from pytree2safetensors._leaves.regions import Region, Shape, region_of, whole_region
 from pytree2safetensors._leaves.staging import ALIGNMENT
 from pytree2safetensors._leaves.to_jax import TAKEN_OVER
@@ -75,7 +76,7 @@ class _Request(NamedTuple):
         uses: The uses of the region.
         piece: What it is a part of, by a rule.
         keeps: Whether it needs memory of its own.
-        is_cast: Whether it is converted to another dtype, which frees memory of its own.
+        is_copied: Whether its leaf is a copy, so that its memory is freed.
     """
 
     name: str
@@ -84,7 +85,7 @@ class _Request(NamedTuple):
     uses: list[Use]
     piece: Piece | None
     keeps: bool
-    is_cast: bool = False
+    is_copied: bool
 
 
 def _batches_of(requests: Sequence[_Request], limit: int, digested: bool) -> Iterator[Batch]:
@@ -93,12 +94,16 @@ def _batches_of(requests: Sequence[_Request], limit: int, digested: bool) -> Ite
     size = own = 0  # bytes of the memory that slots share, and of their own that leaves do not keep
     for _, group in groupby(requests, key=attrgetter("name")):
         of_tensor = list(group)
-        shared: dict[Region | None, Slot] = {}  # regions that JAX arrays share
+        shared: dict[Region | None, int] = {}  # regions that JAX arrays share, and their slots
         # How large a batch may become with the first region.
         room = limit - (_bytes_together(of_tensor, digested) if len(of_tensor) > 1 else 0)
-        for name, info, region, uses, piece, keeps, is_cast in of_tensor:
+        for name, info, region, uses, piece, keeps, is_copied in of_tensor:
             if region in shared and piece is None and not keeps:
-                shared[region].uses.extend(uses)
+                number = shared[region]
+                slots[number].uses.extend(uses)
+                slots[number] = slots[number]._replace(
+                    is_kept=slots[number].is_kept or not is_copied
+                )
                 continue
             nbytes = nbytes_of(region, info)
             # Small regions are copied later and need no alignment.
@@ -108,16 +113,33 @@ def _batches_of(requests: Sequence[_Request], limit: int, digested: bool) -> Ite
                 slots, size, own, offset = [], 0, 0, 0
             if room < limit:  # the other regions of the tensor must be in the same batch
                 room = sys.maxsize
-            slot = Slot(name, info, region, -1 if keeps else offset, nbytes, uses, piece)
-            slots.append(slot)
+            place = -1 if keeps else offset
+            is_kept = not (keeps or is_copied)
             if not keeps:
                 size = offset + nbytes
                 if piece is None:
-                    shared[region] = slot
-            elif piece is not None or is_cast:
+                    shared[region] = len(slots)
+            elif piece is not None or is_copied:
                 own += nbytes
+            slots.append(Slot(name, info, region, place, nbytes, uses, piece, is_kept=is_kept))
     if slots:
         yield Batch(slots, size)
+
+
+def separated(batch: Batch) -> Batch:
+    """Give some regions memory of their own, if only some leaves of a batch keep its memory.
+
+    Otherwise, these would keep alive what the others were made of. The smaller part is taken out.
+    Small arrays are copied, and are too few bytes to count.
+    """
+    shared = [slot for slot in batch.slots if slot.offset >= 0 and slot.nbytes >= TAKEN_OVER]
+    kept, copied = ([slot for slot in shared if slot.is_kept == wanted] for wanted in (True, False))
+    if not kept or not copied:
+        return batch
+    smaller = min(kept, copied, key=lambda slots: sum(slot.nbytes for slot in slots))
+    taken = {id(slot) for slot in smaller}
+    slots = [slot._replace(offset=-1) if id(slot) in taken else slot for slot in batch.slots]
+    return batch._replace(slots=slots)
 
 
 def _first_ranks(ranks: Mapping[str, int], sources: Sequence[str | View]) -> dict[str, int]:
@@ -154,9 +176,12 @@ def _requests(
         if isinstance(source, str):
             info = checkpoint.infos[source]
             keeps = keeps_memory(leaf)
-            is_cast = keeps and leaf.spec.dtype not in {None, checkpoint.spec_of(source).dtype}
+            stored = checkpoint.spec_of(source).dtype
+            is_cast = leaf.spec.dtype not in {None, stored}
+            is_packed_in_jax = leaf.target == "jax" and stored is not None and is_packed(stored)
             for region, use in _uses(leaf, info.shape, info.nbytes, position):
-                yield _Request(source, info, region, [use], None, keeps, is_cast)
+                is_copied = is_cast or is_packed_in_jax or _is_cut_by_jax(use)
+                yield _Request(source, info, region, [use], None, keeps, is_copied)
             continue
         if 0 in source.shape:
             continue  # it may be a stack of no tensors
@@ -165,6 +190,8 @@ def _requests(
         # Of all tensors, even if a region needs only some: its memory is like that of the first one.
         is_mixed = len({(info.dtype, info.kind) for info in infos.values()}) > 1
         dtype = leaf.spec.dtype if is_mixed else None
+        is_moved = source.order != tuple(range(len(source.order)))
+        stored = checkpoint.spec_of(source.names[0]).dtype
         regions: dict[Region, list[Use]] = {}
         whole = whole_region(source.shape)
         for region, use in _uses(leaf, source.shape, nbytes, position):
@@ -191,7 +218,12 @@ def _requests(
                     [],
                     Piece(assembly, number, part.place),
                     keeps,
+                    is_copied=len(found) > 1 or is_moved or leaf.spec.dtype != stored,
                 )
+
+
+def _is_cut_by_jax(use: Use) -> bool:
+    return use.device is None and use.sharding is not None and not use.sharding.is_fully_replicated
 
 
 def _uses(

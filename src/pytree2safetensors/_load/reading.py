@@ -26,7 +26,7 @@ from pytree2safetensors._load.ahead import Ahead, Staged
 from pytree2safetensors._load.checkpoint import OpenCheckpoint
 from pytree2safetensors._load.eager import check_interrupt, eagerly
 from pytree2safetensors._load.finishing import Finisher
-from pytree2safetensors._load.plan import plan_batches
+from pytree2safetensors._load.plan import plan_batches, separated
 from pytree2safetensors._load.ranges import Place, mapped
 from pytree2safetensors._load.shardings import other_memory
 from pytree2safetensors._load.slots import Batch, Use, Wanted
@@ -203,7 +203,7 @@ def _read(
             ahead = Ahead(checkpoint, finisher, pool)
         else:
             ahead = Staged(checkpoint, finisher, pool, device, batches)
-        for batch in batches:
+        for batch in batches if device else map(separated, batches):
             ahead.start(batch, report)
         while ahead.window:
             ahead.finish()

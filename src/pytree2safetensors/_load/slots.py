@@ -108,6 +108,7 @@ class Slot(NamedTuple):
     uses: list[Use]
     piece: Piece | None = None  # its part of a leaf, by a rule
     rows: Sequence[Rows] = ()  # the tensors of a group; name and info are those of the first
+    is_kept: bool = False  # whether a leaf may keep the batch's memory
 
 
 class Batch(NamedTuple):
