@@ -39,6 +39,10 @@ def test_a_file_of_the_hub_loads_in_ranges(hub: HubServer, tmp_path: Path) -> No
     hub.requests.clear()
     assert is_same(tree["w1"], load_pytree(f"{URL}/m.safetensors", prefix="@w1"))
     assert sum("resolve" in request for request in hub.requests) == 2
+    assert len(hub.requests) == 6  # each time, two are for the repository and its list of files
+    hub.requests.clear()
+    assert load_abstract(f"{URL}/m.safetensors")["w0"].shape == (1 << 18,)
+    assert len(hub.requests) == 3
     assert load_abstract(f"{URL}@main/m.safetensors")["w0"].shape == (1 << 18,)
 
 
