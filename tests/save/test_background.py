@@ -3,6 +3,7 @@
 import asyncio
 import concurrent.futures
 import errno
+import functools
 import gc
 import io
 import os
@@ -213,7 +214,6 @@ def test_save_pytree_in_a_callback_of_a_future_comes_after_the_saves_that_wait(
 
     def save(_: object) -> None:
         save_pytree({"a": "new"}, tmp_path / "file")
-        assert all(future.done() for future in waiting)
         end.set()
 
     first.add_done_callback(save)
@@ -226,6 +226,74 @@ def test_save_pytree_in_a_callback_of_a_future_comes_after_the_saves_that_wait(
     assert later.result(20) is None  # the thread has found that nothing is left to do
     assert load_pytree(tmp_path / "file") == {"a": "new"}
     assert [future.cancelled() for future in waiting] == [False, cancelled, False]
+    assert all(future.done() for future in waiting)
+
+
+def held_back(tmp_path: Path) -> tuple[Callable[[], None], Callable[..., list[Any]]]:
+    """Return what lets a first save go on, and what submits saves behind it with a callback."""
+    release = threading.Event()
+    first = save_pytree_async({"a": 0}, tmp_path / "first", progress=lambda *_: release.wait(20))
+
+    def submit(count: int, callback: Any, targets: Any = None) -> list[Any]:
+        futures = [first]
+        for number in range(1, count):
+            target = targets[number] if targets else tmp_path / f"{number}"
+            futures.append(save_pytree_async({"a": number}, target))
+        for number, future in enumerate(futures):
+            future.add_done_callback(functools.partial(callback, number))
+        return futures
+
+    return release.set, submit
+
+
+def test_callbacks_that_save_are_called_one_after_another(tmp_path: Path) -> None:
+    lock, numbers = threading.Lock(), list[int]()
+
+    def callback(number: int, _: Any) -> None:
+        assert lock.acquire(timeout=5)
+        try:
+            save_pytree({"a": number}, tmp_path / "latest")
+            numbers.append(number)
+        finally:
+            lock.release()
+
+    go, submit = held_back(tmp_path)
+    futures = submit(300, callback)  # more than the stack could take one in another
+    go()
+    for future in futures:
+        future.result(60)
+    save_pytree_async({}, tmp_path / "end").result(20)  # the callbacks have run
+    assert numbers == [*range(300)]
+    assert load_pytree(tmp_path / "latest") == {"a": 299}
+
+
+def test_the_errors_of_saves_do_not_depend_on_each_other(tmp_path: Path) -> None:
+    def callback(number: int, _: Any) -> None:
+        save_pytree({"a": number}, tmp_path / "latest")
+
+    go, submit = held_back(tmp_path)
+    futures = submit(4, callback, [tmp_path, *(tmp_path / f"missing{n}" / "x" for n in range(3))])
+    go()
+    errors = [future.exception(20) for future in futures]
+    assert errors[0] is None
+    for number, error in enumerate(errors[1:]):
+        assert isinstance(error, FileNotFoundError)
+        chain: list[BaseException | None] = [error]
+        while chain[-1] is not None:
+            assert f"missing{number}" in str(chain[-1])
+            chain.append(chain[-1].__context__)
+
+
+def test_an_error_may_be_its_own_cause(tmp_path: Path) -> None:
+    def fail(*_: int) -> None:
+        error = RuntimeError("of the callback")
+        error.__context__ = ValueError("before")
+        error.__context__.__cause__ = error
+        raise error from error
+
+    future = save_pytree_async({"a": np.ones(9)}, tmp_path / "file", progress=fail)
+    with pytest.raises(RuntimeError, match="of the callback"):
+        future.result(20)
 
 
 def test_a_callback_during_a_save_does_not_wait_for_the_saves_that_wait(tmp_path: Path) -> None:

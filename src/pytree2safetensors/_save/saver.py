@@ -44,10 +44,13 @@ class _End:
 
 
 class _Here(threading.local):
-    """What the current thread is."""
+    """What the current thread is, and does."""
 
-    is_saver = False  # the thread that also runs the user's callbacks
-    is_saving = False
+    def __init__(self) -> None:
+        self.is_saver = False  # the thread that also runs the user's callbacks
+        self.is_saving = self.is_ending = False
+        # Saves that a callback has done, whose own callbacks come after it.
+        self.ended: list[tuple[Future[None], BaseException | None]] = []
 
 
 _here = _Here()
@@ -203,7 +206,7 @@ def _saved_now(save: Callable[[], None], where: str, is_joint: bool) -> Future[N
     return future
 
 
-def _run(waiting: _Waiting, end: _End) -> None:
+def _run(waiting: _Waiting, end: _End, *, in_callback: bool = False) -> None:
     try:
         save, future = waiting.pop()  # so that the pool does not keep them alive
     except IndexError:  # `wait_for_earlier` has taken it
@@ -211,30 +214,49 @@ def _run(waiting: _Waiting, end: _End) -> None:
         return
     if not future.set_running_or_notify_cancel():
         return
+    error: BaseException | None = None
     is_inner, _here.is_saving = _here.is_saving, True
     try:
         try:
             save()
         finally:
             _here.is_saving = is_inner
-    except BaseException as error:  # noqa: BLE001 - the future raises it
-        # First, because a thread that a signal has interrupted may have locked the future.
-        _finish(end)
-        del save
-        _clear(error)
-        future.set_exception(error)
-        del future  # the traceback would keep it alive
-    else:
-        del save  # with its snapshot, since callbacks of the future may start the next save
-        _finish(end)
+    except BaseException as raised:  # noqa: BLE001 - the future raises it
+        error = raised
+    del save  # with its snapshot, since callbacks of the future may start the next save
+    _clear(error)
+    # First, because a thread that a signal has interrupted may have locked the future.
+    _finish(end)
+    is_outer = not _here.is_ending
+    try:
+        if in_callback:
+            _here.ended.append((future, error))
+            return
+        _here.is_ending = True
+        _give_result(future, error)
+        while is_outer and _here.ended:
+            _give_result(*_here.ended.pop(0))
+    finally:
+        _here.is_ending = not is_outer
+        del future, error  # the traceback would keep them alive
+
+
+def _give_result(future: Future[None], error: BaseException | None) -> None:
+    """End a future, which calls its callbacks."""
+    if error is None:
         future.set_result(None)
+    else:
+        future.set_exception(error)
 
 
 def _clear(error: BaseException | None) -> None:
     """Free what the frames of an error hold, with the snapshot."""
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__
+    errors, seen = [error], set[int]()
+    for one in errors:  # which grows
+        if one is not None and id(one) not in seen:
+            seen.add(id(one))
+            traceback.clear_frames(one.__traceback__)
+            errors += [one.__cause__, one.__context__]
 
 
 def _finish(end: _End) -> None:
@@ -259,7 +281,7 @@ def wait_for_earlier() -> None:
                 "set a flag in the handler, and save after it"
             )
         if _here.is_saver:
-            _run(_unfinished.get(end, []), end)
+            _run(_unfinished.get(end, []), end, in_callback=True)
         else:
             end.wait()
 
