@@ -15,8 +15,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pytree2safetensors import Rule, load_pytree, save_pytree, save_pytree_async
 from pytree2safetensors._leaves import host_copies, placement
-from pytree2safetensors._leaves.host import host_array
+from pytree2safetensors._leaves.host import Row, Stack, host_array
 from pytree2safetensors._leaves.jax_versions import enable_x64, pinned_sharding
+from pytree2safetensors._leaves.spread import Owned, _held
 from pytree2safetensors._save import parts, share
 from pytree2safetensors._save.contents import collect
 from pytree2safetensors._save.plan import plan_file
@@ -540,3 +541,11 @@ def test_parts_of_device_arrays_are_saved_by_rules(
         else:
             save_pytree(tree, tmp_path / "copied", rename=rules)
     assert (tmp_path / "copied").read_bytes() == (tmp_path / "plain").read_bytes()
+
+
+def test_a_shard_may_be_a_row_of_a_stack() -> None:
+    stack = Stack(np.arange(12).reshape(2, 2, 3))
+    row: Any = Row(stack, 1)
+    [(region, values)] = _held(Owned([(((0, 2), (3, 6)), row)]))
+    assert region == ((0, 2), (3, 6))
+    assert values.tolist() == [[6, 7, 8], [9, 10, 11]]

@@ -179,6 +179,8 @@ def test_a_device_layout_may_be_on_an_abstract_mesh(tmp_path: Path) -> None:
             assert found["w"].sharding == jax.sharding.NamedSharding(mesh, spec)
             assert found["w"].format.layout.major_to_minor == (1, 0)
             assert np.asarray(found["w"]).tobytes() == values.tobytes()
+    traced = jax.jit(lambda value: set_weights(template, {"@w": value})["w"])
+    assert np.asarray(traced(values)).tobytes() == values.tobytes()
 
 
 def test_an_empty_array_keeps_its_shards_whatever_its_device_layout(tmp_path: Path) -> None:

@@ -394,3 +394,12 @@ def test_a_function_that_renames_gives_whole_names_also_below_a_prefix(tmp_path:
     assert found == {"a": 5}
     with pytest.raises(WeightsMismatchError, match="missing"):
         load_into_pytree({"a": 0}, tmp_path / "file", prefix="@m", rename=lambda p: p)
+
+
+def test_a_function_of_the_template_is_no_array() -> None:
+    template = {"w": np.ones(2), "f": len}
+    with pytest.raises(WeightsMismatchError) as caught:
+        set_weights(template, {"@w": len, "@f": len})
+    assert caught.value.missing == ()
+    [text] = caught.value.mismatched
+    assert text.startswith("'@w': the given value is not an array")

@@ -271,6 +271,29 @@ def test_what_a_killed_save_left_is_removed_from_a_file_system_without_locks(
     assert not litter(tmp_path)
 
 
+def test_threads_exclude_each_other_from_a_folder_without_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(os, "O_DIRECTORY", raising=False)
+    monkeypatch.setattr("pytree2safetensors._storage.folder._PATIENCE", 0.05)
+    (tmp_path / "other").mkdir()
+    one, again, other = (
+        Folder(str(path), listed=True) for path in (tmp_path, tmp_path, tmp_path / "other")
+    )
+    with one, again, other:
+        with one.locked(for_load=True), again.locked(for_load=True), again.locked():
+            pass
+        with one.locked(), other.locked():
+            for for_load in (True, False):
+                with (
+                    pytest.raises(TimeoutError, match="has locked the folder"),
+                    again.locked(for_load=for_load),
+                ):
+                    pass
+        with again.locked():
+            pass
+
+
 @posix
 def test_a_file_of_several_processes_gets_its_size_without_being_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -245,6 +245,9 @@ def test_chained_urls_load(
         assert is_same(tree_of(1), load_pytree(f"zip://{inner}::{tmp_path}/a.zip"))
 
 
+@pytest.mark.skipif(
+    fsspec.__version__ < "2025", reason="this fsspec finds nothing through blockcache"
+)
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # fsspec does not close what it maps
 def test_a_cache_of_blocks_loads(
     server: WebServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -129,6 +129,7 @@ def test_copies_of_a_rule_are_equal(protocol: int) -> None:
 
 def test_the_fields_of_a_rule_make_a_dict() -> None:
     found = dataclasses.asdict(Rule("w", "w", "(a b) -> a b", a=2))
+    assert pickle.loads(pickle.dumps(found)) == copy.deepcopy(found) == found
     assert found == {"name": "w", "path": "w", "pattern": "(a b) -> a b", "sizes": {"a": 2}}
     assert json.loads(json.dumps(found)) == found
     assert Rule(*[*found.values()][:3], **found["sizes"]) == Rule("w", "w", "(a b) -> a b", a=2)

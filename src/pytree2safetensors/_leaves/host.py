@@ -27,7 +27,7 @@ class Stack:
     @cached_property
     def values(self) -> NDArray[Any]:
         with jax.transfer_guard("allow"):
-            return np.asarray(self._copy)
+            return np.asarray(self.__dict__.pop("_copy"))  # only the values stay
 
 
 class Row(NamedTuple):

@@ -16,7 +16,7 @@ from pytree2safetensors._format.tensor import TensorInfo
 from pytree2safetensors._leaves.as_bits import narrow_as_bits
 from pytree2safetensors._leaves.assembled import Assembled, Member
 from pytree2safetensors._leaves.encode import pieces, to_bytes
-from pytree2safetensors._leaves.host import host_array, host_part, host_shard, part_of
+from pytree2safetensors._leaves.host import Row, host_array, host_part, host_shard, part_of
 from pytree2safetensors._leaves.ownership import ownership
 from pytree2safetensors._leaves.placement import computes
 from pytree2safetensors._leaves.regions import (
@@ -145,7 +145,8 @@ def _parts_of(
 def _held(leaf: Any) -> list[tuple[Region, Any]]:
     """Return the regions of a leaf that this process writes."""
     if isinstance(leaf, Owned):
-        return [(region, _with_axes(data, region)) for region, data in leaf.shards]
+        shards = ((region, host_array(d) if type(d) is Row else d) for region, d in leaf.shards)
+        return [(region, _with_axes(data, region)) for region, data in shards]
     if isinstance(leaf, jax.Array) and not (leaf.is_fully_replicated and leaf.is_fully_addressable):
         return _held(owned(leaf, leaf.shape))
     leaf = leaf.addressable_data(0) if isinstance(leaf, jax.Array) else host_array(leaf)

@@ -124,8 +124,9 @@ def load_abstract(
     Args:
         path: The path or URL of a file, a folder of shards or its index; or a binary file object.
         flat: Return a flat dict from the names in the file, below `prefix`, to their leaves. The names
-            need not form a tree, but must differ below `prefix`. A warning names leaves that cannot be
-            loaded, such as tensors of the packed dtype F4; the dict does not have them.
+            need not form a tree; with a separator, they must differ below `prefix`. A warning names
+            leaves that cannot be loaded, such as tensors of the packed dtype F4; the dict does not have
+            them.
         prefix: As for `load_pytree`.
         separator: As for `load_pytree`.
         sharding: A sharding for all arrays, or a function that takes the spelled key path and the
@@ -142,8 +143,8 @@ def load_abstract(
             or `flat` is False, and the installed libraries do not know a leaf.
         KeyPathError: A name in the file is not a key path, `flat` is False, and `separator` is empty;
             or `prefix` is not a key path, and `separator` is empty.
-        TreeStructureError: The names do not form a tree, and `flat` is False; or two of them, such as
-            `w` and `w.`, are the same below `prefix`.
+        TreeStructureError: The names do not form a tree, and `flat` is False; or with a separator, two
+            of them, such as `w` and `w.`, are the same below `prefix`.
         WeightsMismatchError: The file has nothing at `prefix`.
         ValueError: An array cannot have its sharding.
         OSError: The file cannot be read.

@@ -63,13 +63,15 @@ class FlatTemplate(NamedTuple):
         available: Mapping[str, Any],
         values: Callable[[Collection[str]], Mapping[str, Any]],
         options: Options,
+        own: Iterable[str] = (),
     ) -> list[Found]:
-        """Return which name or view goes to which leaf.
+        """Return which name or view goes to which leaf. Leaves that the template keeps have `own` names.
 
         Raises:
             WeightsMismatchError: They do not fit.
         """
         outcome = self.compared(available, values, options)
+        outcome.used.update(own)
         given = values({name for _, name in outcome.unstorable})
         pairs = [(self.leaves[position], given[name]) for position, name in outcome.unstorable]
         for (position, _), reason in zip(outcome.unstorable, ignored_data(pairs), strict=True):

@@ -91,10 +91,8 @@ def set_weights(
     template, own = template.keeping(
         {name: dictionary[name] for name, spec in available.items() if spec is None}
     )
-    for name in own:
-        del available[name]
     options = Options("the dictionary", strict, verbose, cast, prefix, rename, unexpected)
-    matches = template.match(available, lambda _: dictionary, options)
+    matches = template.match(available, lambda _: dictionary, options, own)
     leaves = list(template.leaves)
     pairs = (
         (
@@ -207,4 +205,5 @@ def _placed(leaf: TemplateLeaf) -> TemplateLeaf:
     sharding = concrete(leaf.sharding)
     if sharding is leaf.sharding:
         return leaf
-    return leaf._replace(sharding=sharding, format=with_sharding(leaf.format, sharding))
+    format_ = None if sharding is None else with_sharding(leaf.format, sharding)
+    return leaf._replace(sharding=sharding, format=format_)

@@ -124,17 +124,18 @@ def locate_remotely(path: RemotePath) -> list[RemotePath]:
         return [path]
     if path.name.endswith(SUFFIX):  # or the index of shards that were saved as this path
         return [path, path.beside(path.name + ".index.json")]
-    whole = [path] if path.name else []
-    guesses = [*whole, path.joined(index_name(STEM)), path.joined(STEM + SUFFIX)]
     if path.is_web:
-        return guesses
-    try:
-        names = names_in(path)
-    except PermissionError:  # which may hold for the listing only
-        return guesses
+        return unlisted(path)
+    names = names_in(path)
     if not names or names == [path.name]:
         return [path]
     return [path.joined(_chosen(shown_url(path.url), names))]
+
+
+def unlisted(path: RemotePath) -> list[RemotePath]:
+    """Return what to try for a path that may be a folder, if nothing says what is in it."""
+    whole = [path] if path.name else []
+    return [*whole, path.joined(index_name(STEM)), path.joined(STEM + SUFFIX)]
 
 
 def shards_beside(index: str) -> list[str]:

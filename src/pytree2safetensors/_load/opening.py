@@ -21,7 +21,7 @@ from pytree2safetensors._format.header import (
     parse,
 )
 from pytree2safetensors._load.checkpoint import OpenCheckpoint
-from pytree2safetensors._load.locate import has_parts, is_index, locate, locate_remotely
+from pytree2safetensors._load.locate import has_parts, is_index, locate, locate_remotely, unlisted
 from pytree2safetensors._load.shard_index import Index, read_index
 from pytree2safetensors._messages import shorten
 from pytree2safetensors._storage.byte_source import ByteSource
@@ -76,7 +76,12 @@ def _open_remotely(path: RemotePath) -> OpenCheckpoint:
     missing: str | None = None  # what the first error says
     refused: PermissionError | None = None
     is_missing = False
-    for found in locate_remotely(path):
+    cause: OSError | None = None
+    try:
+        candidates = locate_remotely(path)
+    except PermissionError as error:  # which may hold for the listing only
+        candidates, cause = unlisted(path), error
+    for found in candidates:
         try:
             return _open_shards(found) if is_index(found) else _open_file(open_source(found))
         except FileNotFoundError as error:
@@ -84,6 +89,10 @@ def _open_remotely(path: RemotePath) -> OpenCheckpoint:
             is_missing = is_missing or found is path
         except PermissionError as error:  # S3 refuses what is missing if a user may not list files
             refused = refused or error
+        except IsADirectoryError as error:
+            cause = cause or error
+    if cause is not None:
+        raise cause
     if refused is not None and not is_missing:
         raise refused
     raise FileNotFoundError(errno.ENOENT, missing, shown_url(path.url))

@@ -15,7 +15,7 @@ from typing import Final, NamedTuple
 
 from pytree2safetensors._format.tensor import TensorInfo
 from pytree2safetensors._leaves.placement import is_packed
-from pytree2safetensors._leaves.regions import Region, Shape, region_of, whole_region
+from pytree2safetensors._leaves.regions import Region, Shape, region_of, runs_in, whole_region
 from pytree2safetensors._leaves.staging import ALIGNMENT
 from pytree2safetensors._leaves.to_jax import TAKEN_OVER
 from pytree2safetensors._leaves.views import View, boxes_of, sources_of
@@ -180,7 +180,7 @@ def _requests(
             is_cast = leaf.spec.dtype not in {None, stored}
             is_packed_in_jax = leaf.target == "jax" and stored is not None and is_packed(stored)
             for region, use in _uses(leaf, info.shape, info.nbytes, position):
-                is_copied = is_cast or is_packed_in_jax or _is_cut_by_jax(use)
+                is_copied = is_cast or is_packed_in_jax or _is_cut_by_jax(use, leaf.spec.shape)
                 yield _Request(source, info, region, [use], None, keeps, is_copied)
             continue
         if 0 in source.shape:
@@ -190,7 +190,8 @@ def _requests(
         # Of all tensors, even if a region needs only some: its memory is like that of the first one.
         is_mixed = len({(info.dtype, info.kind) for info in infos.values()}) > 1
         dtype = leaf.spec.dtype if is_mixed else None
-        is_moved = source.order != tuple(range(len(source.order)))
+        order = [axis for axis in source.order if source.sizes[axis] > 1]
+        is_moved = order != sorted(order)
         stored = checkpoint.spec_of(source.names[0]).dtype
         regions: dict[Region, list[Use]] = {}
         whole = whole_region(source.shape)
@@ -222,8 +223,12 @@ def _requests(
                 )
 
 
-def _is_cut_by_jax(use: Use) -> bool:
-    return use.device is None and use.sharding is not None and not use.sharding.is_fully_replicated
+def _is_cut_by_jax(use: Use, shape: Shape) -> bool:
+    """Return whether JAX cuts an array into shards that are several runs of its memory."""
+    if use.device is not None or use.sharding is None:
+        return False
+    shard = tuple((0, size) for size in use.sharding.shard_shape(shape))
+    return runs_in(shard, shape, 1).number > 1
 
 
 def _uses(

@@ -101,6 +101,8 @@ class FileSource(ByteSource):
         return ReplacedError(f"{self.label} was replaced while it was read; load it again")
 
     def check(self) -> None:
+        if self._is_shut and self._mapped is None:  # each read has checked it
+            return
         with suppress(OSError):  # it is gone, and what was read is complete
             status = os.stat(self.path) if self._is_shut else os.fstat(self._descriptor)
             if identity(status)[:2] == self.identity[:2]:  # or else another file has the path now

@@ -24,7 +24,11 @@ _PATIENCE: Final = 30.0  # seconds to wait for a lock, which a save holds during
 # How file systems say that they cannot flush folders.
 _CANNOT_FLUSH: Final = frozenset({errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.ENOSYS})
 _DAY: Final = 86_400.0  # seconds that an unfinished file is kept
-_HERE: Final = threading.Lock()  # of folders that cannot be locked
+_LOCKS: Final[dict[str, threading.Lock]] = {}  # of folders that the system cannot lock
+# How file systems say that they have no locks.
+_HAS_NO_LOCKS: Final = frozenset(
+    {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK}
+)
 
 
 class Folder:
@@ -145,18 +149,15 @@ class Folder:
         Raises:
             TimeoutError: Another program keeps the lock.
         """
-        if self._descriptor is None:  # Windows: at least the threads of this process wait
-            if not _HERE.acquire(timeout=_PATIENCE):
-                raise _locked_by(self.path)
-        else:
-            _lock(self._descriptor, self.path, for_load)
+        if self._descriptor is None:  # Windows
+            with _locked_here(self.path, for_load):
+                yield
+            return
+        _lock(self._descriptor, self.path, for_load)
         try:
             yield
         finally:  # closing is not enough: a process forked in between has it open, too
-            if self._descriptor is None:
-                _HERE.release()
-            else:
-                _unlock(self._descriptor)
+            _unlock(self._descriptor)
 
     def remove_abandoned(self, target: str) -> None:
         """Remove unfinished files of a target if they are a day old and their save has ended."""
@@ -184,8 +185,9 @@ class Folder:
                     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except (BlockingIOError, PermissionError):  # a save has it
                     return
-                except OSError:  # the file system has no locks
-                    pass
+                except OSError as error:
+                    if error.errno not in _HAS_NO_LOCKS:
+                        return
         self.unlink(name)
 
 
@@ -213,6 +215,22 @@ def without_saves(path: str) -> Iterator[None]:
             folder = stack.enter_context(Folder(path, listed=True))
             stack.enter_context(folder.locked(for_load=True))
         yield
+
+
+@contextmanager
+def _locked_here(path: str, for_load: bool) -> Iterator[None]:
+    """Lock out other threads of this process. A load only waits for them."""
+    lock = _LOCKS.setdefault(os.path.normcase(path), threading.Lock())
+    if not lock.acquire(timeout=_PATIENCE):
+        raise _locked_by(path)
+    if for_load:
+        lock.release()
+        yield
+        return
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _lock(descriptor: int, path: str, shared: bool) -> None:

@@ -142,6 +142,8 @@ def raise_with_url(error: Exception, url: str) -> NoReturn:
 
 def shown_url(url: str) -> str:
     """Return a URL, or a local path, without user names, passwords and queries."""
+    if url.startswith(("/", ".")):  # a local path
+        return url
     return _QUERY.sub(r"\1?...", _USER.sub(r"\1...@", url))
 
 

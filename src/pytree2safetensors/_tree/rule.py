@@ -38,6 +38,9 @@ class _Sizes(dict[str, int]):
 
     __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _fixed
 
+    def __reduce__(self) -> tuple[type, tuple[dict[str, int]]]:
+        return dict, ({**self},)
+
 
 @dataclass(frozen=True, init=False, repr=False, eq=False)
 class Rule:
