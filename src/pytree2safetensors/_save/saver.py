@@ -44,13 +44,12 @@ class _End:
 
 
 class _Here(threading.local):
-    """What the current thread is, and does."""
+    """What the current thread is, and does. A signal handler may come before any `__init__`."""
 
-    def __init__(self) -> None:
-        self.is_saver = False  # the thread that also runs the user's callbacks
-        self.is_saving = self.is_ending = False
-        # Saves that a callback has done, whose own callbacks come after it.
-        self.ended: list[tuple[Future[None], BaseException | None]] = []
+    is_saver = False  # the thread that also runs the user's callbacks
+    is_saving = is_ending = False
+    # Saves that a callback has done, whose own callbacks come after it.
+    ended: tuple[tuple[Future[None], BaseException | None], ...] = ()
 
 
 _here = _Here()
@@ -230,12 +229,14 @@ def _run(waiting: _Waiting, end: _End, *, in_callback: bool = False) -> None:
     is_outer = not _here.is_ending
     try:
         if in_callback:
-            _here.ended.append((future, error))
+            _here.ended += ((future, error),)
             return
         _here.is_ending = True
         _give_result(future, error)
         while is_outer and _here.ended:
-            _give_result(*_here.ended.pop(0))
+            (future, error), *rest = _here.ended
+            _here.ended = (*rest,)
+            _give_result(future, error)
     finally:
         _here.is_ending = not is_outer
         del future, error  # the traceback would keep them alive
