@@ -107,7 +107,7 @@ def test_both_agree_on_what_mutations_found(tmp_path: Path) -> None:
     files = {
         "too deep for a tree, not for metadata": nodes({"@a" * 3000: "tuple"}),
         "weak, and of 64 bits": file({**weak, "@a": tensor("F64", [], 0, 8)}, bytes(8)),
-        "empty, and of a size that is no exact double": file(
+        "empty, with a size beyond the exact doubles": file(
             {"@a": tensor("U8", [0, 2**53 + 1], 0, 0)}
         ),
     }

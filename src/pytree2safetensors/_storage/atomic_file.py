@@ -120,7 +120,7 @@ def is_special(path: LocalPath) -> bool:
     if not stat.S_ISREG(mode):  # a device, a pipe, a folder
         return True
     target = followed(os.fsdecode(path))
-    # On Linux, /dev/fd/3 is a link, and a file without a name looks like this. On macOS, it is no link.
+    # Linux shows a file without a name like this, for links such as /dev/fd/3. macOS has no such links.
     is_unnamed = target.endswith(" (deleted)") and not os.path.lexists(target)
     return is_unnamed or os.path.dirname(target) == "/dev/fd"
 

@@ -81,7 +81,7 @@ def resolve(path: PathLike | T) -> str | RemotePath | T:
 
 
 def _older_path(path: Any) -> RemotePath | None:
-    """Return the path that one of universal_pathlib before 0.3 means, all of which have `__fspath__`."""
+    """Return the path of a `UPath`. Before universal_pathlib 0.3, it also looks like a local path."""
     if getattr(path, "protocol", "") in ("", "file", "local") or not hasattr(path, "fs"):
         return None
     return RemotePath(path.fs, path.path, str(path))
