@@ -271,6 +271,40 @@ def test_diff_of_nan_payloads_sees_them(run: Run) -> None:
     assert "float nan (bits ffffffffffffff01) -> nan (bits ffffffffffffff02)" in out
 
 
+@pytest.mark.parametrize("kind", ["bool", None])
+@pytest.mark.parametrize(("first", "second"), [(1, 2), (2, 3), (3, 2)])
+def test_diff_of_bools_sees_the_bytes_that_say_true(
+    kind: str | None, first: int, second: int, run: Run
+) -> None:
+    note = {"version": 1, "nodes": {}, "leaves": {"@a": kind} if kind else {}}
+    for name, byte in (("one", first), ("two", second)):
+        value = np.array(byte, np.uint8).view(np.bool_)
+        save_file({"@a": value}, name, {"pytree2safetensors": json.dumps(note)} if kind else None)
+    before, after = (f"True (bits 0{byte})" if byte > 1 else "True" for byte in (first, second))
+    code, out, err = run("diff", "one", "two")
+    assert (code, err) == (1, "pytree2safetensors: one and two differ\n")
+    assert out == (
+        f"~ @a  {kind or 'bool[]'} {before} -> {after}\n\nleaves    of the 1 in both files, 1 differ\n"
+    )
+    _, out, _ = run("diff", "--json", "one", "two")
+    (leaf,) = strictly(out)["leaves"]
+    assert leaf["differs"] == ["values"]
+    assert [leaf[side].get("bits", "01") for side in ("before", "after")] == [
+        f"0{first}",
+        f"0{second}",
+    ]
+
+
+@pytest.mark.parametrize("damaged", ["one", "two"])
+def test_diff_names_the_file_with_impossible_values(damaged: str, run: Run) -> None:
+    for name in ("one", "two"):
+        save_pytree({"a": jnp.zeros(3, jnp.int4)}, name)
+    content = Path(damaged).read_bytes()
+    Path(damaged).write_bytes(content[:-1] + b"\x77")
+    said = f"in '{damaged}', '@a' has values that are not int4"
+    assert run("diff", "one", "two") == (1, "", f"pytree2safetensors: {said}\n")
+
+
 def test_diff_tells_keys_of_unknown_implementations_apart(run: Run) -> None:
     for name in ("one", "two"):
         note = {"version": 1, "nodes": {}, "leaves": {"@k": ["key", name]}}

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pytree2safetensors._cli.contents import contents
 from pytree2safetensors._cli.summary import Leaf, kind_text, leaves_of, with_value, with_values
 from pytree2safetensors._collector import collector_paused
-from pytree2safetensors._errors import FileFormatError, KeyPathError
+from pytree2safetensors._errors import FileFormatError, KeyPathError, errors_of
 from pytree2safetensors._format.tensor import COMPLEX128, TensorInfo
 from pytree2safetensors._leaves.decode import from_bytes
 from pytree2safetensors._leaves.spec import ARRAYS, spec_of
@@ -170,18 +170,16 @@ def _aspects(before: Leaf, after: Leaf) -> list[Aspect]:
     return aspects
 
 
-def _differences(
-    name: str, before: Leaf | None, after: Leaf | None, values: Values | None = None
-) -> Iterator[Difference]:
+def _differences(name: str, before: Leaf | None, after: Leaf | None) -> Iterator[Difference]:
     """Yield how two leaves differ, or nothing. Those of small leaves have their values."""
     if before is None or after is None:
         yield Difference(name, ["added" if before is None else "missing"], before, after)
         return
     aspects = _aspects(before, after)
-    if not aspects and (values or (before.value, before.bits) != (after.value, after.bits)):
+    if not aspects and (before.value, before.bits) != (after.value, after.bits):
         aspects = ["values"]
     if aspects:
-        yield Difference(name, aspects, before, after, values)
+        yield Difference(name, aspects, before, after)
 
 
 def _value_differences(
@@ -196,21 +194,31 @@ def _value_differences(
         for (name, pieces), (_, others) in zip(first, second, strict=True):
             info, a, b = old.infos[name], before[name], after[name]
             values: Values | None = None
+            differs = False
             for piece, other in zip(pieces, others, strict=True):
                 if np.array_equal(piece, other):
                     continue
+                differs = True
                 if a.is_small:
                     a, b = with_value(a, info, piece), with_value(b, new.infos[name], other)
                 if a.kind in ARRAYS:
-                    found = _compare_pieces(name, info, piece, other)
+                    found = _compare_pieces(name, info, piece, other, (old.label, new.label))
                     values = found if values is None else values.plus(found)
-            yield from _differences(name, a, b, values)
+            if differs:
+                yield Difference(name, ["values"], a, b, values)
 
 
 def _compare_pieces(
-    name: str, info: TensorInfo, piece: NDArray[np.uint8], other: NDArray[np.uint8]
+    name: str,
+    info: TensorInfo,
+    piece: NDArray[np.uint8],
+    other: NDArray[np.uint8],
+    files: tuple[str, str],
 ) -> Values:
-    a, b = items(name, info, piece), items(name, info, other)
+    with errors_of(files[0]):
+        a = items(name, info, piece)
+    with errors_of(files[1]):
+        b = items(name, info, other)
     differ = (piece.reshape(len(a), -1) != other.reshape(len(b), -1)).any(axis=1)
     a, b = a[differ], b[differ]
     is_packed = _is_packed(info)  # so only bytes can be compared

@@ -32,7 +32,7 @@ class Leaf(NamedTuple):
         nbytes: The bytes of its tensor.
         weak: Whether it is weakly typed.
         value: The value as text, if it is in the header or was read: a str is itself.
-        bits: The bits of a value with a NaN, in hexadecimal.
+        bits: The bits of a value with a NaN, or of a bool whose byte is above 1, in hexadecimal.
     """
 
     name: str
@@ -146,7 +146,9 @@ def with_value(leaf: Leaf, info: TensorInfo, raw: NDArray[np.uint8]) -> Leaf:
     except FileFormatError:  # a dtype that is unknown here, or bits beyond it
         return leaf
     text = str(values[()]) if leaf.kind == "array" else repr(python_value(values, info))
-    return leaf._replace(value=text, bits=raw[::-1].tobytes().hex() if "nan" in text else "")
+    is_other_bool = values.dtype.kind == "b" and raw[0] > 1  # which says True, too
+    bits = raw[::-1].tobytes().hex() if "nan" in text or is_other_bool else ""
+    return leaf._replace(value=text, bits=bits)
 
 
 def kind_text(kind: Kind) -> str:
