@@ -101,6 +101,22 @@ def test_without_rules_all_paths_are_listed(path: Path) -> None:
     assert len([line for line in lines if "no rule has this path" in line]) == 30
 
 
+def test_a_dotted_path_is_shown_only_if_a_rule_can_have_it(path: Path) -> None:
+    rule, hint = Rule("w.0", "a@b"), "write it as '@a\\\\@b' is spelled)"
+    template = {"a@b": zeros(2, 3)}
+    lines = explain(template, path, rename=[rule]).splitlines()
+    assert lines[1] == "  missing  '@a\\\\@b'  float32[2,3]  no rule has this path"
+    assert lines[-1].startswith(f"  {rule!r} (")
+    assert lines[-1].endswith(hint)
+    with pytest.raises(WeightsMismatchError) as caught:
+        load_into_pytree(template, path, rename=[rule])
+    assert "    '@a\\\\@b': no rule has this path" in str(caught.value).splitlines()
+    assert hint in str(caught.value)
+    load_into_pytree(
+        template, path, rename=[Rule("w.0", r"@a\@b"), Rule("{*}", None)], unexpected="skip"
+    )
+
+
 def test_names_may_come_from_elsewhere(path: Path) -> None:
     template = {"w": zeros(2, 3), "act": jax.nn.relu}
     assert explain(template, path, rename={"@w": "w.0"}).splitlines()[:2] == [

@@ -383,3 +383,13 @@ def test_an_idle_rule_without_its_first_marker_is_shown_with_it(
     assert describe_idle(rule, ["other", path]) == (
         f"{rule!r} (a marker is missing at the beginning of its path: write {text})"
     )
+
+
+@pytest.mark.parametrize("rule", [Rule("w", "a@b"), Rule("w", r"a\b.c"), Rule("{p}", "x{p}#")])
+def test_a_rule_is_idle_because_its_path_is_not_dotted(rule: Rule) -> None:
+    paths = ["other", r"@a\@b", r"@a\\b@c", r"@x0\#"]
+    spelled = paths[1 + ["a@b", r"a\b.c", "x{p}#"].index(rule.path or "")]
+    assert describe_idle(rule, paths) == (
+        f"{rule!r} (a path with '@', '#' or a backslash is not dotted: write it as {spelled!r} is spelled)"
+    )
+    assert describe_idle(rule, ["other"]) == repr(rule)

@@ -19,8 +19,8 @@ from pytree2safetensors._load.opening import open_checkpoint
 from pytree2safetensors._load.stored import scalar_reader
 from pytree2safetensors._messages import shorten
 from pytree2safetensors._storage.locations import PathLike, Readable
-from pytree2safetensors._tree.paths import dotted
 from pytree2safetensors._tree.pytree import PyTree
+from pytree2safetensors._tree.rule_index import with_dots
 
 _WIDEST: Final = 60  # characters of a column; longer cells are not aligned
 
@@ -119,9 +119,8 @@ def _rows(found: Comparison) -> Iterable[tuple[str, ...]]:
     for position, (path, leaf) in enumerate(zip(found.paths, found.needs, strict=True)):
         if leaf is None and path not in mismatched:
             continue
-        dots = dotted(path)
         shown = "not data" if leaf is None else show(leaf.spec)
-        row = [shorten(path) + (f" = {shorten(dots)}" if dots != path else ""), shown]
+        row = [with_dots(path, " = "), shown]
         if position in fitting:
             rule = found.routes.rules[position]
             pattern = [repr(rule.pattern)] if rule is not None and rule.pattern else []

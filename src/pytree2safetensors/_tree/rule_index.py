@@ -57,10 +57,10 @@ class RuleIndex:
         return {name: found.number for name, found in matches if found is not None}
 
 
-def with_dots(path: str) -> str:
-    """Write a path that no rule matches for a message, with its dotted path."""
+def with_dots(path: str, sign: str = ", dotted ") -> str:
+    """Write a path for a message, with its dotted path if a rule can have that."""
     dots = dotted(path)
-    return shorten(path) + (f", dotted {shorten(dots)}" if dots != path else "")
+    return shorten(path) + (f"{sign}{shorten(dots)}" if dots != path and is_dotted(dots) else "")
 
 
 def describe_idle(rule: Rule, paths: Collection[str]) -> str:
@@ -70,6 +70,14 @@ def describe_idle(rule: Rule, paths: Collection[str]) -> str:
     for marker in () if is_dotted(path) else (ITEM, INDEX):
         if any(map(Alternatives({0: (marker, *side)}).match, paths)):
             return f"{rule!r} (a marker is missing at the beginning of its path: write {marker + path!r})"
+    if not is_dotted(path):
+        whole = Alternatives({0: side})
+        spelled = next((leaf for leaf in paths if whole.match(dotted(leaf))), None)
+        if spelled is not None:
+            return (
+                f"{rule!r} (a path with '@', '#' or a backslash is not dotted: write it as "
+                f"{shorten(spelled)} is spelled)"
+            )
     numbers = _numbers_for_texts(side, map(dotted, paths) if is_dotted(path) else paths)
     if not numbers:
         return repr(rule)
