@@ -110,6 +110,27 @@ def test_the_templates_own_object_is_a_fitting_value() -> None:
     assert set_weights(template, pytree2dict(template)) == template
 
 
+def test_the_templates_own_object_fits_under_a_name_of_no_leaf() -> None:
+    template = {"f": print, "model": Model(ONES), "step": 0}
+    values = {"@x": template["model"], "#0": print, "@step": 1}
+    assert set_weights(template, values) == {**template, "step": 1}
+
+
+def test_the_templates_own_object_does_not_fit_under_the_name_of_another_leaf() -> None:
+    one, other = Model(ONES), Model(ONES)
+    template = {"f": print, "o": one, "p": other, "step": 0}
+    cases: list[tuple[dict[str, Any], list[str]]] = [
+        ({"@o": other, "@p": one}, ["@o", "@p"]),
+        ({"@o": print, "@f": one}, ["@f", "@o"]),
+        ({"@step": one}, ["@step"]),
+    ]
+    for values, mismatched in cases:
+        with pytest.raises(WeightsMismatchError) as caught:
+            set_weights(template, {"@o": one, "@p": other, "@step": 1, **values})
+        found = caught.value.mismatched
+        assert [text.partition(":")[0] for text in found] == [*map(repr, mismatched)]
+
+
 RENAMES: list[Any] = [[Rule("x", "model"), Rule("{=}", "{=}")], {"@model": "x"}]
 
 
