@@ -1,5 +1,6 @@
 """Names of other programs as trees: `load_pytree` and `load_abstract` with a separator."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -129,10 +130,12 @@ def test_a_prefix_ends_at_a_separator(path: Path) -> None:
     assert [*found] == ["b", "c/0", "c/1"]
     assert jax.tree.map(int, load_pytree(path, separator="/", prefix="a/c")) == [1, 2]
     assert int(load_pytree(path, separator="/", prefix="ab")) == 3
-    with pytest.raises(
-        WeightsMismatchError, match="has nothing at the prefix 'a@'; its names begin"
-    ):
-        load_pytree(path, separator="/", prefix="a@")
+    for prefix, nearest in [("a@", "a@b"), ("a/c/", "a/c"), ("a/cc", "a/c"), ("a/c/0/", "a/c/0")]:
+        message = f"has nothing at the prefix '{prefix}' (nearest: '{nearest}'); its names begin"
+        with pytest.raises(WeightsMismatchError, match=re.escape(message)):
+            load_pytree(path, separator="/", prefix=prefix)
+    with pytest.raises(WeightsMismatchError, match="has nothing at the prefix 'x'; its names"):
+        load_pytree(path, separator="/", prefix="x")
 
 
 @pytest.mark.parametrize("separator", [".", "__"])

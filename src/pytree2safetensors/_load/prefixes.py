@@ -39,7 +39,7 @@ def names_below(
             if rest is not None:
                 found[rest] = name
     if not found and (separator or not nodes_below(checkpoint, prefix)):
-        near = "" if separator else _nearest_node(checkpoint, prefix)
+        near = _nearest_node(checkpoint, prefix, separator)
         raise WeightsMismatchError(
             f"{checkpoint.label} has nothing at the prefix {shorten(prefix)}{near}; "
             f"{_beginning(checkpoint)}",
@@ -66,10 +66,15 @@ def _beginning(checkpoint: OpenCheckpoint) -> str:
     return f"its names begin with {names}" if names else "it has no leaves"
 
 
-def _nearest_node(checkpoint: OpenCheckpoint, prefix: str) -> str:
+def _nearest_node(checkpoint: OpenCheckpoint, prefix: str, separator: str) -> str:
     """Return a hint with the prefix that the caller may have meant."""
-    count = len(split(prefix))
     nodes: dict[str, None] = {}
+    if separator:
+        count = len(prefix.removesuffix(separator).split(separator))
+        for name in islice(checkpoint.infos, _COMPARED):
+            nodes[separator.join(name.split(separator)[:count])] = None
+        return nearest(prefix, list(nodes))
+    count = len(split(prefix))
     for name in islice(checkpoint.infos, _COMPARED):
         with suppress(KeyPathError):  # a foreign name has no prefix
             nodes[join("", *split(name)[:count])] = None
