@@ -390,3 +390,20 @@ def test_a_sharding_that_does_not_fit_is_a_mismatch(tmp_path: Path, mesh: Mesh, 
         p2s.load_into_pytree(template, tmp_path / "file")
     with pytest.raises(p2s.WeightsMismatchError, match="'@x': it does not fit the sharding"):
         p2s.set_weights(template, {"@x": values})
+
+
+@pytest.mark.parametrize("mmap", [False, True])
+@pytest.mark.parametrize("regions", range(1, 9))  # of a batch
+def test_two_leaves_take_one_tensor_that_is_read_in_several_batches(
+    regions: int, mmap: bool, tmp_path: Path, mesh: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take_route("direct", monkeypatch)
+    values = values_of((8, 1 << 10))
+    monkeypatch.setattr(reading, "_BATCH", regions * values.nbytes // 8)
+    p2s.save_pytree({"w": values}, tmp_path / "file")
+    leaf = Struct(values.shape, values.dtype, sharding=NamedSharding(mesh, P(("x", "y"))))
+    loaded = p2s.load_into_pytree(
+        {"v": leaf, "w": leaf}, tmp_path / "file", rename=lambda _: "@w", mmap=mmap
+    )
+    for name in "vw":
+        np.testing.assert_array_equal(loaded[name], values)

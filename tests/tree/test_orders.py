@@ -87,6 +87,10 @@ class Picky(Listed):
         super().__init__(**attrs)
 
 
+class Swapped(Node):
+    """A node that is rebuilt from its children without keys; with keys, they have another order."""
+
+
 class Drawn:
     """A node with an order of its children without keys, and a function that makes them."""
 
@@ -156,6 +160,12 @@ register(OddSorted, Names, lambda names: Names(in_order(names)), copied_attribut
 register(Listed, tuple, list)
 register(FreshListed, tuple, list, copied_attribute)
 register(Picky, tuple, list)
+jax.tree_util.register_pytree_with_keys(
+    Swapped,
+    lambda node: ([(jax.tree_util.GetAttrKey(key), getattr(node, key)) for key in "wb"], None),
+    lambda _, children: Swapped(**dict(zip("bw", children, strict=True))),
+    lambda node: ([node.b, node.w], None),
+)
 jax.tree_util.register_pytree_with_keys(
     Drawn,
     lambda node: (
@@ -238,6 +248,25 @@ def test_a_template_without_one_order_is_refused(node: Any) -> None:
     )
     with pytest.raises(TreeStructureError, match=f"^{re.escape(message)}$"):
         set_weights({"a": [0, node]}, filled({"a": [0, node]}))
+
+
+@pytest.mark.parametrize(
+    "node",
+    [
+        Swapped(w=1.0, b=2.0),
+        pytest.param(Swapped(w=ZERO, b=ZERO), marks=needs_keyed_treedefs),
+    ],
+)
+def test_a_template_that_would_swap_its_children_is_refused(node: Any, tmp_path: Path) -> None:
+    save_pytree([node], tmp_path / "file")
+    message = (
+        "the node type test_orders.Swapped, of the node at '#0', gives JAX other children with keys "
+        "than without, or in another order, so it cannot be in a template; register it so that both "
+        "are the same"
+    )
+    with pytest.raises(TreeStructureError, match=f"^{re.escape(message)}") as caught:
+        load_into_pytree([node], tmp_path / "file")
+    assert str(caught.value).endswith("same" if HAS_KEYED_TREEDEFS else ", or use JAX 0.4.36 or newer")
 
 
 @pytest.mark.parametrize("node", EQUAL)

@@ -89,21 +89,24 @@ class _Request(NamedTuple):
 
 
 def _batches_of(requests: Sequence[_Request], limit: int, digested: bool) -> Iterator[Batch]:
-    """Divide regions, in the order of the file. `digested` is whether whole tensors are hashed."""
+    """Divide regions, in the order of the file. `digested` is whether whole tensors are hashed.
+
+    A batch may get further uses until the last one is known.
+    """
     slots: list[Slot] = []
     size = own = 0  # bytes of the memory that slots share, and of their own that leaves do not keep
     for _, group in groupby(requests, key=attrgetter("name")):
         of_tensor = list(group)
-        shared: dict[Region | None, int] = {}  # regions that JAX arrays share, and their slots
+        # The slots of regions that JAX arrays share: the list of its batch, and the place there.
+        shared: dict[Region | None, tuple[list[Slot], int]] = {}
         # How large a batch may become with the first region.
         room = limit - (_bytes_together(of_tensor, digested) if len(of_tensor) > 1 else 0)
         for name, info, region, uses, piece, keeps, is_copied in of_tensor:
             if region in shared and piece is None and not keeps:
-                number = shared[region]
-                slots[number].uses.extend(uses)
-                slots[number] = slots[number]._replace(
-                    is_kept=slots[number].is_kept or not is_copied
-                )
+                of_batch, number = shared[region]  # maybe an earlier batch
+                slot = of_batch[number]
+                slot.uses.extend(uses)
+                of_batch[number] = slot._replace(is_kept=slot.is_kept or not is_copied)
                 continue
             nbytes = nbytes_of(region, info)
             # Small regions are copied later and need no alignment.
@@ -118,7 +121,7 @@ def _batches_of(requests: Sequence[_Request], limit: int, digested: bool) -> Ite
             if not keeps:
                 size = offset + nbytes
                 if piece is None:
-                    shared[region] = len(slots)
+                    shared[region] = slots, len(slots)
             elif piece is not None or is_copied:
                 own += nbytes
             slots.append(Slot(name, info, region, place, nbytes, uses, piece, is_kept=is_kept))

@@ -28,28 +28,43 @@ def is_order_known(node: Any, keyed: Sequence[Any], name: str) -> bool:
         name: The spelled key path of the node.
 
     Raises:
-        TreeStructureError: They differ, and this JAX makes only treedefs without keys.
+        TreeStructureError: They differ, and the node cannot be rebuilt from its children with keys.
     """
     if len(keyed) < 2:
         return True
     found: Any = jax.tree_util.default_registry.flatten_one_level(node)
     plain = [*found[0]]
     if len(plain) == len(keyed) and all(map(operator.is_, plain, keyed)):
-        some = [
-            id(child) for child in plain if child is not None
-        ]  # the order of Nones does not matter
-        return len({*some}) == len(some)
+        some = [id(child) for child in plain if child is not None]  # Nones have no order
+        if len({*some}) == len(some):
+            return True
     known = {*map(id, plain)}
     differs = len(plain) != len(keyed) or any(
         child is not other and id(child) in known for child, other in zip(keyed, plain, strict=True)
     )
-    if differs and not _HAS_KEYED_TREEDEFS:
+    if _is_reordered(node) if _HAS_KEYED_TREEDEFS else differs:
+        advice = "" if _HAS_KEYED_TREEDEFS else ", or use JAX 0.4.36 or newer"
         raise TreeStructureError(
             f"the node type {type_name(type(node))}, of the node at {node_at(name)}, gives JAX "
             "other children with keys than without, or in another order, so it cannot be in a template; "
-            "register it so that both are the same, or use JAX 0.4.36 or newer"
+            f"register it so that both are the same{advice}"
         )
     return False
+
+
+def _is_reordered(node: Any) -> bool:
+    """Return whether the children of a node change their order when it is rebuilt from those with keys."""
+
+    def flattened(node: Any) -> Any:
+        return jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda part: part is not node)
+
+    try:
+        _, treedef = flattened(node)
+        children = [object() for _ in range(treedef.num_leaves)]
+        found = [child for _, child in flattened(treedef.unflatten(children))[0]]
+    except Exception:  # noqa: BLE001 - classes may refuse such children in any way
+        return False
+    return found != children and {*found} == {*children}
 
 
 def keyed_structure(tree: Any) -> Any:
