@@ -10,9 +10,9 @@ from jax.sharding import PartitionSpec, Sharding
 from numpy.typing import NDArray
 
 import pytree2safetensors as p2s
-from pytree2safetensors._leaves import regions
+from pytree2safetensors._leaves import placement, regions, staging
 from pytree2safetensors._leaves.regions import Region
-from pytree2safetensors._load import plan, slots
+from pytree2safetensors._load import ahead, plan, reading, slots
 
 P: Any = PartitionSpec  # JAX gives its constructor no types
 Struct: Any = jax.ShapeDtypeStruct
@@ -39,6 +39,22 @@ def take_route(route: str, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(regions, "BAND", 256)
     if route == "direct":
         patch.setattr(slots, "_LONG", 1)
+
+
+def pretend_that_devices_are_elsewhere(patch: pytest.MonkeyPatch) -> None:
+    """Let arrays pass through a ring of memory, which a transfer copies."""
+    put = jax.device_put
+
+    def transfer(values: Any, *arguments: Any) -> Any:
+        is_list = isinstance(values, list)
+        return put([np.array(value) for value in values] if is_list else values, *arguments)
+
+    patch.setattr(jax, "device_put", transfer)
+    patch.setattr(staging, "_start_pinning", lambda *_: None)
+    patch.setattr(ahead, "RING", (1 << 10,))
+    patch.setattr(reading, "_STAGED_BATCH", 1 << 8)
+    for module in (placement, reading):
+        patch.setattr(module, "is_on_host", lambda _: False)
 
 
 def is_key(array: Any) -> bool:

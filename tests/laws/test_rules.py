@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from oracle import assert_same_values
+from placed import pretend_that_devices_are_elsewhere
 from pytree2safetensors import (
     FileFormatError,
     KeyPath,
@@ -296,22 +297,6 @@ def test_law_9_loading_makes_the_tree(path: Path, data: Any, case: Correspondenc
             pretend_that_devices_are_elsewhere(patch)
         found = load_into_pytree(template, path, rename=[case.rule], mmap=mmap)
     assert_loaded(found, template, tree)
-
-
-def pretend_that_devices_are_elsewhere(patch: pytest.MonkeyPatch) -> None:
-    """Let arrays pass through a ring of memory, which a transfer copies."""
-    put = jax.device_put
-
-    def transfer(values: Any, *arguments: Any) -> Any:
-        is_list = isinstance(values, list)
-        return put([np.array(value) for value in values] if is_list else values, *arguments)
-
-    patch.setattr(jax, "device_put", transfer)
-    patch.setattr("pytree2safetensors._leaves.staging._start_pinning", lambda *_: None)
-    patch.setattr("pytree2safetensors._load.ahead.RING", (1 << 10,))
-    patch.setattr("pytree2safetensors._load.reading._STAGED_BATCH", 1 << 8)
-    for module in ("_leaves.placement", "_load.reading"):
-        patch.setattr(f"pytree2safetensors.{module}.is_on_host", lambda _: False)
 
 
 def write(path: Path, file: dict[str, NDArray[Any]], checksum: bool) -> None:

@@ -1,17 +1,34 @@
 """Leaves of every kind into shardings."""
 
+import io
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
 import pytree2safetensors as p2s
-from placed import ROUTES, SPECS, P, Struct, assert_in_place, into, raw, take_route, values_of
+from placed import (
+    ROUTES,
+    SPECS,
+    P,
+    Struct,
+    assert_in_place,
+    into,
+    pretend_that_devices_are_elsewhere,
+    raw,
+    take_route,
+    values_of,
+)
 from pytree2safetensors._leaves.jax_versions import pinned_sharding
+from pytree2safetensors._load import reading
+from versions import unmapped
 
 
 @pytest.mark.parametrize("route", ROUTES)
@@ -188,3 +205,66 @@ def test_the_devices_and_the_memory_of_an_array_change_at_once(
         template = {"w": Struct(shape, values.dtype, sharding=sharding)}
         array = p2s.set_weights(template, {"@w": array})["w"]
         assert_in_place(array, values, sharding)
+
+
+TENSORS = [
+    np.arange(start, start + 8 * width, dtype=np.float32).reshape(8, width)
+    for start, width in [(0, 64), (600, 32), (1000, 8)]
+]
+
+
+@settings(max_examples=max(50, settings().max_examples // 4))
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(0, 2),  # the tensor
+            st.sampled_from(["numpy", "float16", "everywhere", *SPECS]),
+        ),
+        max_size=8,
+    ),
+    st.sampled_from([1, 200, 700, 3000, 1 << 20]),  # bytes of a batch
+    st.sampled_from(ROUTES),
+    st.sampled_from(["read", "mapped", "streamed", "transferred"]),
+    st.booleans(),
+)
+def test_leaves_of_any_plan_are_loaded(
+    tmp_path_factory: pytest.TempPathFactory,
+    mesh: Mesh,
+    leaves: list[tuple[int, str]],
+    limit: int,
+    route: str,
+    way: str,
+    checksum: bool,
+) -> None:
+    path = unmapped(tmp_path_factory.getbasetemp() / "plan.safetensors")
+    p2s.save_pytree(TENSORS, path, checksum=checksum)
+    template: dict[str, Any] = {}
+    for number, (tensor, kind) in enumerate(leaves):
+        shape, name = TENSORS[tensor].shape, f"{number}.{tensor}"
+        if kind == "numpy":
+            template[name] = np.zeros(shape, np.float32)
+        elif kind in SPECS:
+            sharding = NamedSharding(mesh, SPECS[kind])
+            template[name] = Struct(shape, np.float32, sharding=sharding)
+        else:
+            template[name] = Struct(shape, np.float16 if kind == "float16" else np.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        take_route(route, patch)
+        if way == "transferred":
+            pretend_that_devices_are_elsewhere(patch)
+        for name in "_BATCH", "_STAGED_BATCH":
+            patch.setattr(reading, name, limit)
+        found = p2s.load_into_pytree(
+            template,
+            io.BytesIO(path.read_bytes()) if way == "streamed" else path,
+            rename=lambda name: f"#{name[-1]}",
+            unexpected="skip",
+            cast=True,
+            mmap=way == "mapped",
+        )
+    for name, leaf in template.items():
+        values, array = TENSORS[int(name[-1])], found[name]
+        assert raw(array) == raw(values.astype(leaf.dtype))
+        assert isinstance(array, np.ndarray if isinstance(leaf, np.ndarray) else jax.Array)
+        if getattr(leaf, "sharding", None) is not None:
+            assert_in_place(array, values, leaf.sharding)
