@@ -187,6 +187,29 @@ def test_leaves_that_are_one_tensor_and_differ_are_refused(path: Path) -> None:
     assert not path.exists()
 
 
+@pytest.mark.parametrize("rename", [lambda _: "w", {"@a": "w", "@b": "w"}])
+def test_other_names_than_those_of_rules_leave_no_leaf_out(rename: Any, path: Path) -> None:
+    tree = {"a": KERNEL, "b": KERNEL + 1}
+    for function in (
+        lambda: save_pytree(tree, path, rename=rename),
+        lambda: pytree2dict(tree, rename=rename),
+    ):
+        with pytest.raises(FileFormatError) as caught:
+            function()
+        assert str(caught.value) == (
+            "'@a' and '@b' are both stored as 'w', but they differ; give one of them another name, or "
+            "take it out of the tree"
+        )
+    with pytest.raises(UnsupportedLeafError) as refused:
+        save_pytree({"a": "x"}, path, rename=rename)
+    last = "Convert them, take them out of the tree, or save without rename=."
+    assert str(refused.value).splitlines()[-1] == last
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pytree2safetensors._save.renamed.is_global", lambda _: True)
+        with pytest.raises(FileFormatError, match=r"; take one of them out of the tree$"):
+            save_pytree(tree | {"b": KERNEL.copy()}, path, rename=rename)
+
+
 @pytest.mark.parametrize("place", [0, -1])
 def test_large_leaves_that_are_one_tensor_and_differ_in_one_place_are_refused(
     path: Path, place: int

@@ -20,7 +20,7 @@ from pytree2safetensors._leaves.meshes import computed
 from pytree2safetensors._leaves.ownership import is_global
 from pytree2safetensors._leaves.prng_keys import is_key_dtype
 from pytree2safetensors._leaves.regions import Region, Shape
-from pytree2safetensors._leaves.renaming import Rename, renamed
+from pytree2safetensors._leaves.renaming import Rename, renamed, rules_in
 from pytree2safetensors._leaves.spread import tensor_chunks
 from pytree2safetensors._leaves.views import View, file_parts, region_of_tensor, tiled
 from pytree2safetensors._save.renamed import (
@@ -75,6 +75,7 @@ def _renamed(paths: list[str], leaves: list[Any], rename: Rename) -> dict[str, A
     routes = renamed(rename, paths, [*map(_shape_of, leaves)], complete=True)
     found: dict[str, Any] = {}
     owners: dict[str, str] = {}  # the path of the leaf under each name
+    ruled = rules_in(rename) is not None
     placed: list[Placed] = []
     lost: list[tuple[str, Rule | None, str]] = []
     ways = zip(routes.routes, routes.rules, routes.families, strict=True)
@@ -86,13 +87,13 @@ def _renamed(paths: list[str], leaves: list[Any], rename: Rename) -> dict[str, A
         elif isinstance(route, View):
             placed.append(Placed(route, rule, family, path, leaf, _BYTES))
         elif route is not None:
-            _add(found, owners, route, path, leaf)
+            _add(found, owners, route, path, leaf, ruled=ruled)
     lost += other_dtypes(placed)
     if lost:
         raise misfit_error(lost, paths, routes)
     for name, copies in assemble(placed).items():
         for tensor, path in copies:
-            _add(found, owners, name, path, _array_of(tensor))
+            _add(found, owners, name, path, _array_of(tensor), ruled=ruled)
     return found
 
 
@@ -103,14 +104,16 @@ def _shape_of(leaf: Any) -> Shape | None:
     return None if isinstance(leaf, np.ma.MaskedArray) else leaf.shape
 
 
-def _add(found: dict[str, Any], owners: dict[str, str], name: str, path: str, leaf: Any) -> None:
+def _add(
+    found: dict[str, Any], owners: dict[str, str], name: str, path: str, leaf: Any, *, ruled: bool
+) -> None:
     owner = owners.setdefault(name, path)
     if name in found:
-        _check_equal(found[name], leaf, (owner, path, name))
+        _check_equal(found[name], leaf, (owner, path, name, ruled))
     found.setdefault(name, leaf)
 
 
-def _check_equal(one: Any, other: Any, places: tuple[str, str, str]) -> None:
+def _check_equal(one: Any, other: Any, places: tuple[str, str, str, bool]) -> None:
     """Check that a file would store two leaves under one name alike, if they have values."""
     if one is other or isinstance(one, jax.core.Tracer) or isinstance(other, jax.core.Tracer):
         return

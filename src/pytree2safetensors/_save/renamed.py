@@ -119,19 +119,20 @@ def tensors_of(placed: Sequence[Placed]) -> tuple[dict[str, TensorInfo], dict[st
         FileFormatError: Two leaves that differ are stored as one tensor, or a tensor has a name that
             no header can hold.
     """
-    _check_kinds(placed)
+    ruled = any(item.rule is not None for item in placed)
+    _check_kinds(placed, ruled)
     found = assemble(placed)
     made: dict[str, Any] = {}
     for name, copies in found.items():
         check_name(name, copies[0].path)
         for other in copies[1:]:
-            _check_equal(copies[0], other)
+            _check_equal(copies[0], other, ruled)
         view, _, leaf = copies[0].tensor.members[0]
         made[name] = leaf if view.is_plain else copies[0].tensor
     return {name: copies[0].tensor.info for name, copies in found.items()}, made
 
 
-def _check_kinds(placed: Iterable[Placed]) -> None:
+def _check_kinds(placed: Iterable[Placed], ruled: bool) -> None:
     """Raise an error for leaves that need a note."""
     noted = [
         f"{shorten(item.path)}: {kind[0] if isinstance(kind, list) else kind}"
@@ -141,21 +142,22 @@ def _check_kinds(placed: Iterable[Placed]) -> None:
     if noted:
         needing = plural(len(noted), "leaf of the tree needs", "leaves of the tree need")
         first = f"{needing} a note, which a file saved with rename= does not have:"
-        last = "Convert them, leave them out with Rule(None, path), or save without rename=."
+        last = f"Convert them, {_leave_out('them', ruled)}, or save without rename=."
         raise UnsupportedLeafError("\n".join([first, *listed(noted, len(noted)), last]))
 
 
-def _check_equal(one: Copy, other: Copy) -> None:
+def _check_equal(one: Copy, other: Copy, ruled: bool) -> None:
     """Check that leaves that are stored as one tensor have the same bytes."""
+    places = one.path, other.path, one.tensor.name, ruled
     if one.tensor.info == other.tensor.info:
         if not one.tensor.info.nbytes or _is_same(one.tensor, other.tensor):
             return
         members = [*one.tensor.members, *other.tensor.members]
         if any(is_global(member.leaf) for member in members):
-            raise incomparable(one.path, other.path, one.tensor.name)
+            raise incomparable(*places)
         if have_same_bytes(assembled_chunks(one.tensor), assembled_chunks(other.tensor)):
             return
-    raise differ(one.path, other.path, one.tensor.name)
+    raise differ(*places)
 
 
 def have_same_bytes(one: Iterable[Chunk], other: Iterable[Chunk]) -> bool:
@@ -172,21 +174,25 @@ def have_same_bytes(one: Iterable[Chunk], other: Iterable[Chunk]) -> bool:
         first, second = first[count:], second[count:]
 
 
-def differ(one: str, other: str, name: str) -> FileFormatError:
-    """Make the error for the leaves at two paths that would be one tensor."""
+def differ(one: str, other: str, name: str, ruled: bool) -> FileFormatError:
+    """Make the error for the leaves at two paths that would be one tensor, by rules or other names."""
     return FileFormatError(
         f"{_both(one, other)} are both stored as {shorten(name)}, but they differ; "
-        "give one of them another name, or leave it out with Rule(None, path)"
+        f"give one of them another name, or {_leave_out('it', ruled)}"
     )
 
 
-def incomparable(one: str, other: str, name: str) -> FileFormatError:
+def incomparable(one: str, other: str, name: str, ruled: bool) -> FileFormatError:
     """Make the error for leaves that would be one tensor, if no process can compare them."""
     return FileFormatError(
         f"{_both(one, other)} are both stored as {shorten(name)}, but they are "
-        "spread over several processes, which cannot compare them; leave one of them out with "
-        "Rule(None, path)"
+        f"spread over several processes, which cannot compare them; {_leave_out('one of them', ruled)}"
     )
+
+
+def _leave_out(what: str, ruled: bool) -> str:
+    """Say how to leave out a leaf; a function or a mapping of names cannot do it."""
+    return f"leave {what} out with Rule(None, path)" if ruled else f"take {what} out of the tree"
 
 
 def _both(one: str, other: str) -> str:
