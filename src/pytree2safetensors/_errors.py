@@ -5,6 +5,7 @@ Specification: *Errors*.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Final
 
 from pytree2safetensors._messages import shorten
 
@@ -96,6 +97,21 @@ class WeightsMismatchError(Pytree2SafetensorsError, ValueError):
         self.missing: tuple[str, ...] = tuple(missing)
         self.unexpected: tuple[str, ...] = tuple(unexpected)
         self.mismatched: tuple[str, ...] = tuple(mismatched)
+
+
+_UNREAD: Final = "_unread"
+
+
+def unread(message: str) -> FileFormatError:
+    """Return the error for a file that could not be read, and may be sound."""
+    error = FileFormatError(message)
+    vars(error)[_UNREAD] = True
+    return error
+
+
+def may_be_sound(error: Exception) -> bool:
+    """Return whether an error does not say that its file is damaged."""
+    return isinstance(error, ReplacedError) or _UNREAD in vars(error)
 
 
 @contextmanager

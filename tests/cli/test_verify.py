@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 from command import Run, small, strictly
 from pytree2safetensors import FileFormatError, load_into_pytree, load_pytree, save_pytree
 from pytree2safetensors._cli.verify import verify_file
+from pytree2safetensors._storage.file_source import FileSource
 from pytree2safetensors.testing._nodes import Keyed
 
 pytestmark = pytest.mark.usefixtures("own_folder")
@@ -164,6 +165,24 @@ def test_verify_finds_a_note_that_contradicts_the_names(run: Run) -> None:
     code, _, err = run("verify", "w.safetensors")
     assert code == 1
     assert "the note of 'w.safetensors' contradicts its tensors" in err
+
+
+def test_verify_does_not_call_a_newer_file_damaged(run: Run) -> None:
+    save_file({"a": np.zeros(1)}, "w.safetensors", {"pytree2safetensors": '{"version": 2}'})
+    code, out, err = run("verify", "w.safetensors")
+    assert (code, out) == (1, "")
+    assert err.endswith("knows only version 1; install a newer pytree2safetensors\n")
+    _, out, _ = run("verify", "--json", "w.safetensors")
+    assert strictly(out).keys() == {"file", "error"}
+
+
+def test_verify_does_not_call_a_file_damaged_that_is_truncated_meanwhile(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_pytree(small(), "w.safetensors")
+    monkeypatch.setattr(FileSource, "read_into", lambda *_: 0)
+    said = "'w.safetensors' was truncated while it was read"
+    assert run("verify", "w.safetensors") == (1, "", f"pytree2safetensors: {said}\n")
 
 
 def test_verify_json(run: Run) -> None:

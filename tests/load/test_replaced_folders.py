@@ -18,6 +18,7 @@ from pytree2safetensors import (
     load_pytree,
     save_pytree,
 )
+from pytree2safetensors._cli.verify import verify_file
 from pytree2safetensors._load import opening
 from pytree2safetensors._load.shard_index import Index
 from pytree2safetensors._storage import file_source
@@ -67,6 +68,11 @@ def test_a_file_that_is_replaced_whenever_it_is_opened_is_reported(
     monkeypatch.setattr(opening, "has_parts", lambda _: False)
     with pytest.raises(FileFormatError, match="is being replaced by another save; load it after"):
         load_pytree(tmp_path)
+    other = tmp_path / "other"
+    other.mkdir()
+    replaced_while_opened(other, monkeypatch, 1)
+    with pytest.raises(FileFormatError, match="is being replaced by another save; load it after"):
+        verify_file(other)  # which does not call the file damaged
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs locks")

@@ -3,6 +3,7 @@
 import ftplib
 import gc
 import io
+import json
 import re
 import threading
 import time
@@ -739,6 +740,53 @@ def test_a_file_system_that_reports_no_size_is_an_error(
     monkeypatch.setattr(misbehaving, "info", lambda _, path: {"name": path, "size": None})
     with pytest.raises(FileFormatError, match="the server of 'misbehaving://m' does not report"):
         load_pytree("misbehaving://m")
+
+
+def test_a_file_that_can_only_not_be_read_is_not_called_damaged(
+    server: WebServer,
+    misbehaving: type[Misbehaving],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def error_of(url: str) -> Any:
+        assert main(["verify", "--json", url]) == 1
+        found = json.loads(capsys.readouterr().out)
+        assert found.keys() == {"file", "error"}
+        return found["error"]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(misbehaving, "info", lambda _, path: {"name": path, "size": None})
+        assert "does not report its size" in error_of("misbehaving://m")
+    monkeypatch.setattr(misbehaving, "lacks", 3)
+    assert f"bytes for a range of {len(misbehaving.content):,}: " in error_of("misbehaving://m")
+    url = publish(server, "/m.safetensors", tmp_path, tree_of(1))
+    server.has_ranges = "no"
+    assert "does not support ranges" in error_of(url)
+    server.has_ranges = "yes"
+
+    def replace(number: int) -> None:
+        if server.requests[number].method == "GET":
+            server.files["/m.safetensors"] += b"more"
+
+    server.before = replace
+    assert "was replaced while it was read" in error_of(url)
+
+
+def test_a_file_that_is_damaged_is_called_so_in_a_store_that_refuses_to_list_it(
+    misbehaving: type[Misbehaving],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise PermissionError("Access Denied")
+
+    monkeypatch.setattr(misbehaving, "ls", refuse)
+    monkeypatch.setattr(misbehaving, "content", misbehaving.content[:-1])
+    assert main(["verify", "misbehaving://m"]) == 1
+    out, err = capsys.readouterr()
+    assert out.startswith("misbehaving://m: damaged\nproblem   'misbehaving://m' is truncated")
+    assert err.startswith("pytree2safetensors: misbehaving://m is damaged: ")
 
 
 def test_a_file_system_that_takes_no_type_of_cache_loads(

@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ from pytree2safetensors._errors import (
     Pytree2SafetensorsError,
     TreeStructureError,
     UnknownHere,
+    may_be_sound,
 )
 from pytree2safetensors._format.digests import digest_tensor, hash_blocks
 from pytree2safetensors._format.tensor import TensorInfo
@@ -90,15 +92,19 @@ def verify_file(path: PathLike) -> Verdict:
     """Check the structure of a file, and read all of it.
 
     Raises:
-        FileFormatError: The path is a folder without a checkpoint, or with several; or the file changed.
+        FileFormatError: The path is a folder without a checkpoint, or with several; or the file changed,
+            or cannot be read here.
         OSError: The file cannot be read.
     """
     try:
         checkpoint = open_checkpoint(path)
     except Pytree2SafetensorsError as error:
+        if may_be_sound(error):
+            raise
         where = resolve(path)
         if isinstance(where, RemotePath):
-            locate_remotely(where)
+            with suppress(PermissionError):  # which may hold for the listing only
+                locate_remotely(where)
         else:
             locate(where)
         return Verdict(False, 0, 0, False, [str(error)], [])

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple
 
-from pytree2safetensors._errors import FileFormatError
+from pytree2safetensors._errors import FileFormatError, unread
 from pytree2safetensors._format.strict_json import read_json, write_json
 from pytree2safetensors._format.tensor import LEAF_KINDS
 from pytree2safetensors._messages import shorten
@@ -51,7 +51,7 @@ def read_note(text: str | None, file: str) -> Note:
     if type(version) is not int or version < 1:
         raise FileFormatError(f"the note of {file} has no version; it is damaged")
     if version > VERSION:
-        raise FileFormatError(
+        raise unread(
             f"the note of {file} has version {min(version, 10**9)}, but this reader knows only version "
             f"{VERSION}; install a newer pytree2safetensors"
         )

@@ -11,7 +11,7 @@ from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
 from pytree2safetensors._collector import collector_paused
-from pytree2safetensors._errors import FileFormatError, ReplacedError
+from pytree2safetensors._errors import FileFormatError, ReplacedError, unread
 from pytree2safetensors._format.header import (
     LENGTH_BYTES,
     Tensors,
@@ -140,7 +140,7 @@ def _open_file(source: ByteSource) -> OpenCheckpoint:
 
 def _replaced_again(path: str | RemotePath) -> FileFormatError:
     label = path.label if isinstance(path, RemotePath) else shorten(path)
-    return FileFormatError(f"{label} is being replaced by another save; load it after that")
+    return unread(f"{label} is being replaced by another save; load it after that")
 
 
 def _open_shards(path: str | RemotePath) -> OpenCheckpoint:

@@ -6,7 +6,7 @@ from typing import Final, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from pytree2safetensors._errors import FileFormatError
+from pytree2safetensors._errors import unread
 
 PIECE: Final = 8 << 20  # bytes of one read; a multiple of every item size
 _VECTORS: Final = 512  # buffers of one system call; every system allows 1024
@@ -54,7 +54,7 @@ class ByteSource:
         while buffers:
             count = self.read_into(buffers, offset)
             if count <= 0:
-                raise FileFormatError(f"{self.label} was truncated while it was read")
+                raise unread(f"{self.label} was truncated while it was read")
             offset += count
             while buffers and count >= len(buffers[0]):
                 count -= len(buffers.pop(0))

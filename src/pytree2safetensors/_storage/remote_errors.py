@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Final
 
-from pytree2safetensors._errors import FileFormatError
+from pytree2safetensors._errors import FileFormatError, unread
 from pytree2safetensors._storage.remote_path import (
     RemotePath,
     hide_credentials,
@@ -91,11 +91,11 @@ def _says_changed(error: Exception) -> bool:
 
 def changed(path: RemotePath) -> FileFormatError:
     """Return the error for a file that was replaced during a load."""
-    return FileFormatError(f"{path.label} was replaced while it was read; load it again")
+    return unread(f"{path.label} was replaced while it was read; load it again")
 
 
 def without_ranges(path: RemotePath) -> FileFormatError:
     """Return the error for a file whose server gives no parts of it."""
-    return FileFormatError(
+    return unread(
         f"the server of {path.label} does not support ranges; copy the file, and load the copy"
     )

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any, Final
 
-from pytree2safetensors._errors import FileFormatError
+from pytree2safetensors._errors import unread
 from pytree2safetensors._storage.byte_source import ByteSource
 from pytree2safetensors._storage.read_pool import ReadPool
 from pytree2safetensors._storage.remote_errors import changed, naming_url, turn_of, without_ranges
@@ -39,7 +39,7 @@ class RemoteSource(ByteSource):
         if info.get("type") == "directory":
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), shown_url(path.url))
         if info.get("size") is None:
-            raise FileFormatError(
+            raise unread(
                 f"the server of {path.label} does not report its size; copy the file, and load the copy"
             )
         super().__init__(path.label, info["size"])
@@ -83,7 +83,7 @@ class RemoteSource(ByteSource):
                 found = cache.fetcher(start, stop)
         content = bytes(found)
         if len(content) != stop - start:
-            raise FileFormatError(
+            raise unread(
                 f"{self.label} gave {len(content):,} bytes for a range of {stop - start:,}: it was "
                 "replaced while it was read, or its server does not support ranges; load it again, or load a copy"
             )
