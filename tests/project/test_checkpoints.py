@@ -8,6 +8,7 @@ from types import CodeType, FrameType
 from typing import Any
 
 import pytest
+from upath import UPath
 
 GUIDE = Path(__file__).parents[2] / "docs" / "guides" / "checkpoints.md"
 SCORES = [0.5, 0.9, 0.1, 0.2, 0.3, 0.4]
@@ -57,6 +58,7 @@ def test_a_kill_before_any_line_leaves_checkpoints(step: int, tmp_path: Path) ->
     while killed:
         line += 1
         folder = tmp_path / str(line)
+        folder.mkdir()
         for done in range(1, step):
             names.save_step(folder, {"step": done}, done, SCORES[done - 1], {}, keep=2)
 
@@ -85,3 +87,29 @@ def test_nan_is_never_the_best_score(tmp_path: Path) -> None:
         names.save_step(tmp_path, {"step": step}, step, score, {}, keep=2)
     steps = [int(path.stem.removeprefix("step-")) for path in names.checkpoints(tmp_path)]
     assert steps == [1, 3, 4]
+
+
+def test_a_bucket_keeps_the_newest_checkpoints_and_the_best() -> None:
+    names, folder = guide(), UPath("memory://checkpoints-by-step/run")
+    assert names.resume(folder, {"step": 0}) is None
+    for step, score in enumerate(SCORES):
+        names.save_step(folder, {"step": step}, step, score, {}, keep=2)
+        assert names.resume(folder, {"step": 0}) == {"step": step}
+    assert [path.name for path in names.checkpoints(folder)] == [
+        f"step-0000000{step}.safetensors" for step in (1, 4, 5)
+    ]
+
+
+@pytest.mark.parametrize("url", ["memory://run", "s3://bucket/run"])
+def test_a_url_that_is_no_path_in_a_bucket_makes_no_local_folder(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = guide()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(AttributeError):
+        names.resume(url, {"step": 0})
+    with pytest.raises(TypeError):
+        names.save_step(url, {"step": 0}, 0, 0.5, {})
+    with pytest.raises(ValueError, match="looks like a URL whose slashes pathlib has joined"):
+        names.save_step(Path(url), {"step": 0}, 0, 0.5, {})
+    assert [*tmp_path.iterdir()] == []
