@@ -1,7 +1,7 @@
 """The lists of rules in the guide, on small checkpoints with the names and axes of their models."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,17 @@ from mappings import EXAMPLES, D, E, Example, convolution, from_heads, nested, t
 from oracle import assert_same, assert_same_values
 from pytree2safetensors import Rule, load_into_pytree, save_pytree
 
-PAGE = Path(__file__).parents[2] / "docs" / "guides" / "mappings.md"
+GUIDES = Path(__file__).parents[2] / "docs" / "guides"
+
+
+def blocks_of(page: str) -> list[str]:
+    text = (GUIDES / page).read_text("utf-8")
+    return re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
 def lists_of_the_page() -> dict[str, list[Rule]]:
-    blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text("utf-8"), re.MULTILINE | re.DOTALL)
     namespace: dict[str, Any] = {}
-    exec("\n".join(blocks), namespace)
+    exec("\n".join(blocks_of("mappings.md")), namespace)
     return {name: found for name, found in namespace.items() if isinstance(found, list)}
 
 
@@ -92,6 +96,28 @@ def test_a_list_leaves_the_axes_as_in_the_file(name: str, tmp_path: Path) -> Non
     file = checkpoint(example)
     rules = [*map(unchanged, LISTS[name])]
     check(file, rules, example.leaves(file), example.tensors(), path)
+
+
+def to_nnx() -> Callable[[Rule], Rule]:
+    """Return the function of another page, which changes a rule for a module of NNX."""
+    [block] = [block for block in blocks_of("pytorch.md") if "def to_nnx(" in block]
+    namespace: dict[str, Any] = {"Rule": Rule}
+    exec(block, namespace)
+    function: Callable[[Rule], Rule] = namespace["to_nnx"]
+    return function
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_a_list_fits_paths_of_nnx(name: str, tmp_path: Path) -> None:
+    example, path = EXAMPLES[name], tmp_path / "model.safetensors"
+    file = checkpoint(example)
+    leaves = {f"{path}.value": leaf for path, leaf in example.leaves(file).items()}
+    check(file, [*map(to_nnx(), LISTS[name])], leaves, example.tensors(), path)
+
+
+def test_the_function_for_nnx_keeps_the_sizes_of_a_rule() -> None:
+    rule = Rule("q", "q", "(h t d) e -> e h (d t)", t=2)
+    assert to_nnx()(rule) == Rule("q", "q.value", rule.pattern, t=2)
 
 
 def test_the_examples_compute_what_pytorch_computes() -> None:
