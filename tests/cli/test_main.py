@@ -214,3 +214,13 @@ def test_what_cannot_be_printed_is_an_error() -> None:
         run = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert run.returncode == 1
     assert run.stderr == "pytree2safetensors: No space left on device\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no file that is full")
+def test_other_files_are_answered_if_an_error_cannot_be_printed() -> None:
+    save_pytree({"a": 1}, "tree")
+    command = [sys.executable, "-m", "pytree2safetensors", "verify", "missing", "tree"]
+    with Path("/dev/full").open("wb") as full:
+        run = subprocess.run(command, stdout=subprocess.PIPE, stderr=full, text=True, check=False)
+    assert run.returncode == 1
+    assert run.stdout.startswith("tree: sound\n")

@@ -7,7 +7,7 @@ import sys
 import textwrap
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Final, Literal, NamedTuple, TypeAlias
+from typing import Final, Literal, NamedTuple, TextIO, TypeAlias
 
 from pytree2safetensors._messages import shorten
 
@@ -147,8 +147,7 @@ def write(lines: Iterable[str]) -> None:
         if out is not None:
             out.flush()
     except OSError as error:
-        # Python flushes stdout once more when it exits.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
+        _discard(out)
         # Windows says of a closed pipe that the call is invalid.
         is_closed = isinstance(error, BrokenPipeError) or (
             sys.platform == "win32" and error.errno == errno.EINVAL
@@ -162,7 +161,16 @@ def complain(message: str) -> None:
     if sys.stderr is None:
         return
     text = "pytree2safetensors: " + line(" ".join(message.splitlines()))
-    sys.stderr.write(_encodable(text, sys.stderr.encoding) + "\n")
+    try:
+        sys.stderr.write(_encodable(text, sys.stderr.encoding) + "\n")
+        sys.stderr.flush()
+    except OSError:  # such as a full disk; other files still get their answers
+        _discard(sys.stderr)
+
+
+def _discard(stream: TextIO) -> None:
+    """Lose what a stream cannot write. Python flushes it once more when it exits."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _encodable(text: str, encoding: str | None) -> str:
