@@ -1,5 +1,6 @@
 """Headers of the usual form, which are read without a parser of JSON."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -82,6 +83,18 @@ def test_a_zip_archive_may_begin_with_a_header_length_that_is_allowed() -> None:
     for other in (int.from_bytes(b"PK", "little"), 128):  # truncated files may have these
         with pytest.raises(FileFormatError, match=r"^'file' is truncated: its header should take"):
             header.check_header(other, 108, "'file'")
+
+
+def test_a_gzip_file_is_recognized() -> None:
+    guess = r"^'file' is not a safetensors file \(it looks like gzip data: decompress it\): "
+    with pytest.raises(FileFormatError, match=guess):
+        header.header_length(gzip.compress(b"x", mtime=1)[:8], "'file'")
+    head = gzip.compress(b"x", mtime=0)[:8]  # whose header length is allowed
+    length = header.header_length(head, "'file'")
+    with pytest.raises(FileFormatError, match=guess):
+        header.check_header(length, 108, "'file'")
+    with pytest.raises(FileFormatError, match=guess):
+        header.parse(bytes(length), "'file'")
 
 
 def test_a_tensor_has_as_many_dimensions_as_an_array_of_numpy() -> None:

@@ -80,9 +80,11 @@ def check_data(size: int, data_size: int, file: str) -> None:
 
 
 _WHOLE: Final = "copy or download it again"
-_ZIP: Final = b"PK\x03\x04"  # begins archives, as of torch.save, often with zeros after it
+# What begins archives, as of torch.save, and gzip files, often with zeros after it.
+_COMPRESSED: Final = (b"PK\x03\x04", b"\x1f\x8b\x08")
 _MAGIC: Final = {
     b"PK": "a zip archive",
+    b"\x1f\x8b": "gzip data: decompress it",
     b"\x80": "a pickle",
     b"\x93NUMPY": "NumPy's",
     b"\x89HDF": "HDF5",
@@ -101,7 +103,8 @@ def _guess(head: bytes) -> str:
 
 def _guess_by(length: int) -> str:
     """Guess what a file is by its header length, which is allowed and may be that of a safetensors file."""
-    return _guess(_ZIP) if length == int.from_bytes(_ZIP, "little") else ""
+    head = length.to_bytes(LENGTH_BYTES, "little").rstrip(b"\0")
+    return _guess(head) if head in _COMPRESSED else ""
 
 
 def parse(header: bytes, file: str) -> tuple[Tensors, dict[str, str]]:
