@@ -28,7 +28,7 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
     inner = jaxtyped(function, typechecker=beartype)
     bind = signature(function).bind
     parameters = signature(function).parameters.values()
-    positional = [parameter.name for parameter in parameters]
+    positional = [p.name for p in parameters if p.kind != p.KEYWORD_ONLY]
     keywords = {p.name for p in parameters if p.kind in {p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY}}
     where = function.__qualname__.removesuffix(".__new__").removesuffix(".__init__")
 
@@ -42,6 +42,8 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
         try:
             bind(*args, **kwargs)
         except TypeError:
+            if where == "load_pytree" and len(args) > len(positional):
+                raise TypeError(f"{where}: only path is positional; {_WITH_TEMPLATE}") from None
             call = function  # whose own error names the function
         return call(*args, **kwargs)
 
@@ -149,6 +151,7 @@ def _is_rule(value: object) -> bool:
 
 _MAPPINGS: Final = (_has_names, _is_metadata, _is_rename)
 _A_PATH: Final = "a path, as a str or an os.PathLike, or a binary file object"
+_WITH_TEMPLATE: Final = "load_into_pytree(template, path) loads into a template"
 _TARGETS: Final = ("save_pytree path", "save_pytree_async path")
 _RULES: Final[Mapping[str, tuple[Callable[[object], bool], str]]] = {
     "path": (_is_path_or("read"), _A_PATH),

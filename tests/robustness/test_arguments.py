@@ -224,6 +224,14 @@ UNDECORATED: list[tuple[Callable[[], Any], str]] = [
     ),
     (lambda: p.save_pytree(BIG), "save_pytree() missing 1 required positional argument: 'path'"),
     (
+        lambda: p.load_pytree("model", BIG),
+        "load_pytree: only path is positional; load_into_pytree(template, path) loads into a template",
+    ),
+    (
+        lambda: p.save_pytree(BIG, "model", "5GB"),
+        "save_pytree() takes 2 positional arguments but 3 were given",
+    ),
+    (
         lambda: p.load_pytree("model", x=1),
         "load_pytree() got an unexpected keyword argument 'x'",
     ),
