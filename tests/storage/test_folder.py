@@ -15,7 +15,7 @@ import pytest
 
 from folders import names_in, outcome, tree_of
 from pytree2safetensors import load_pytree, save_pytree, save_pytree_async
-from pytree2safetensors._storage.atomic_file import joining
+from pytree2safetensors._storage.atomic_file import joining, replacing
 from pytree2safetensors._storage.atomic_folder import _missing
 from pytree2safetensors._storage.descriptor import Held, set_size
 from pytree2safetensors._storage.file_source import descriptors_to_keep
@@ -269,6 +269,56 @@ def test_what_a_killed_save_left_is_removed_from_a_file_system_without_locks(
     monkeypatch.setattr("fcntl.flock", refuse)
     save_pytree(version(1), tmp_path / "model")
     assert not litter(tmp_path)
+
+
+@posix
+@pytest.mark.parametrize("limit", [None, 100], ids=["a file", "a folder"])
+def test_one_process_saves_where_a_shared_lock_forbids_writing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int | None
+) -> None:
+    """As on an SMB mount of Linux, where the locks of `flock` are mandatory."""
+    fcntl = pytest.importorskip("fcntl")
+    lock, write = fcntl.flock, os.write
+    locks: dict[int, int] = {}  # by inode
+
+    def locking(descriptor: int, kind: int) -> None:
+        lock(descriptor, kind)
+        locks[os.fstat(descriptor).st_ino] = kind & ~fcntl.LOCK_NB
+
+    def writing(descriptor: int, content: memoryview) -> int:
+        if locks.get(os.fstat(descriptor).st_ino) == fcntl.LOCK_SH:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return write(descriptor, content)
+
+    monkeypatch.setattr(fcntl, "flock", locking)
+    monkeypatch.setattr(os, "write", writing)
+    for number in (1, 2):
+        save_pytree(tree_of(number), tmp_path / "model", max_shard_size=limit)
+        assert load_pytree(tmp_path / "model")["e"] == f"text {number}"
+    assert fcntl.LOCK_EX in locks.values()
+
+
+@posix
+def test_several_processes_lock_a_file_for_all_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that NFS keeps the bytes that other hosts write beside each other's."""
+    fcntl = pytest.importorskip("fcntl")
+    lock = fcntl.flock
+    locked: list[int] = []
+
+    def locking(descriptor: int, kind: int) -> None:
+        lock(descriptor, kind)  # which fails if another lock excludes this one
+        locked.append(kind)
+
+    monkeypatch.setattr(fcntl, "flock", locking)
+    name = temporary_name("model")
+    with (
+        replacing(tmp_path / "model", durable=False, name=name),
+        joining(tmp_path / "model", name),
+        joining(tmp_path / "model", name),
+    ):
+        assert locked == [fcntl.LOCK_SH | fcntl.LOCK_NB] * 3
 
 
 def test_threads_exclude_each_other_from_a_folder_without_locks(

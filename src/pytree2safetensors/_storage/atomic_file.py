@@ -39,7 +39,8 @@ def write_file(
 def replacing(path: LocalPath, *, durable: bool, name: str | None = None) -> Iterator[int]:
     """Yield a descriptor of a new file, which replaces the old file if no error occurs.
 
-    Until then, the new file has the given name, in the folder of the old one.
+    Until then, the new file has the given name, in the folder of the old one, by which other processes
+    can open it.
     """
     given = os.fsdecode(path)
     with naming(path), ExitStack() as stack:
@@ -57,7 +58,7 @@ def replacing(path: LocalPath, *, durable: bool, name: str | None = None) -> Ite
         with ExitStack() as undo:
             undo.callback(folder.discard, temporary)
             held = undo.enter_context(Held())
-            descriptor = folder.create(held, temporary, target, old)
+            descriptor = folder.create(held, temporary, target, old, shared=name is not None)
             yield descriptor
             if durable:
                 flush(descriptor)

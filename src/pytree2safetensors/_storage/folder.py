@@ -80,12 +80,23 @@ class Folder:
         """Open a file."""
         return held.open(self._at(name), flags, mode, self._descriptor)
 
-    def create(self, held: Held, name: str, model: str, old: os.stat_result | None) -> int:
-        """Create a file with the permissions that `open` gives, or those of an old file."""
+    def create(
+        self,
+        held: Held,
+        name: str,
+        model: str,
+        old: os.stat_result | None,
+        *,
+        shared: bool = False,
+    ) -> int:
+        """Create a file with the permissions that `open` gives, or those of an old file.
+
+        A file is `shared` if others open it to write parts of it, before this descriptor is closed.
+        """
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
         # Nobody else may open it before it has its permissions.
         descriptor = self.open(held, name, flags, 0o666 if old is None else 0o600)
-        _mark(descriptor)
+        _mark(descriptor, shared)
         if old is not None:
             keep_permissions(descriptor, old, self._from_root(model))
         return descriptor
@@ -93,7 +104,7 @@ class Folder:
     def join(self, held: Held, name: str) -> int:
         """Open a file that another process has created, to read and write parts of it."""
         descriptor = self.open(held, name, os.O_RDWR)
-        _mark(descriptor)
+        _mark(descriptor, shared=True)
         return descriptor
 
     def status(self, name: str) -> os.stat_result | None:
@@ -259,15 +270,16 @@ def _locked_by(path: str) -> TimeoutError:
     return TimeoutError(errno.ETIMEDOUT, text, path)
 
 
-def _mark(descriptor: int) -> None:
+def _mark(descriptor: int, shared: bool) -> None:
     """Show that the save of an unfinished file has not ended.
 
-    A file that is locked is also safe to write in parts: NFS then sends no whole pages, which could
-    replace what other hosts wrote beside this part.
+    A file that has a shared lock is also safe to write in parts: NFS then sends no whole pages, which
+    could replace what other hosts wrote beside this part. But SMB lets nobody write to it.
     """
     if sys.platform != "win32":
+        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
         with suppress(OSError):  # the file system has no locks
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
 
 
 def _unlock(descriptor: int) -> None:
