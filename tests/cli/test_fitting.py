@@ -62,6 +62,28 @@ def needs_runtime():
 
 def needs_argument(size):
     return TREE
+
+def broken(tree_flatten, tree_flatten_with_keys):
+    class Broken:
+        tree_unflatten = classmethod(lambda cls, keys, leaves: cls())
+    Broken.tree_flatten = tree_flatten
+    Broken.tree_flatten_with_keys = tree_flatten_with_keys
+    return jax.tree_util.register_pytree_with_keys_class(Broken)()
+
+def flat(self):
+    return (), ()
+
+def lacks_key(self):
+    return {}["w"]
+
+def refuses(self):
+    raise ValueError("no weights yet")
+
+LACKS_KEY = broken(flat, lacks_key)
+LACKS_KEY_LATER = [broken(lacks_key, flat)]
+
+def refusing():
+    return broken(flat, refuses)
 """
 
 
@@ -239,6 +261,28 @@ def test_an_error_of_a_rules_function_is_shown(
     frames = [line for line in before if line.startswith("  File ")]
     assert ("line 2, in names" in "".join(frames)) == ("raise" in function)
     assert len(frames) < 2
+
+
+@pytest.mark.parametrize(
+    ("name", "raised"),
+    [
+        ("LACKS_KEY", "KeyError: 'w'"),
+        ("LACKS_KEY_LATER", "KeyError: 'w'"),
+        ("refusing", "ValueError: no weights yet"),
+    ],
+)
+def test_an_error_of_a_node_of_a_template_is_shown_once(
+    run: Run, model: str, name: str, raised: str
+) -> None:
+    files = ["model.safetensors", "model.safetensors"]
+    code, printed, complaint = run("show", *files, "--template", f"{model}:{name}")
+    assert (code, printed) == (1, "")
+    assert complaint.startswith("Traceback (most recent call last):\n")
+    assert complaint.count("Traceback") == 1
+    frames = [line for line in complaint.splitlines() if line.startswith("  File ")]
+    assert frames[-1].startswith(f'  File "{Path.cwd()}')  # before it, the runtime type checks
+    last = f"{raised}\npytree2safetensors: flattening the template raised {raised}\n"
+    assert complaint.endswith(last)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import reduce
 from itertools import groupby
 from types import TracebackType
@@ -16,6 +17,7 @@ from typing import Any, Final
 
 from pytree2safetensors._cli.answer import DIFFERENT, MOST_LINES, Answer, left_out
 from pytree2safetensors._cli.terminal import complain, plain
+from pytree2safetensors._errors import Pytree2SafetensorsError
 from pytree2safetensors._messages import shorten
 from pytree2safetensors._storage.remote_path import shown_url
 
@@ -71,21 +73,31 @@ def template_from(named: Any) -> Any:
     """Return a template, or call the object to get one if it is callable and not a pytree node.
 
     Raises:
-        SystemExit: The call raises an error, which is printed.
+        SystemExit: The call raises an error, or the caller's pytree nodes do, which is printed.
     """
     import jax
 
+    template = named
     # A module of Equinox can be called, too, but JAX can flatten it.
-    if not callable(named) or not jax.tree_util.all_leaves([named]):
-        return named
-    return _result_of("--template", named)
+    if callable(named) and jax.tree_util.all_leaves([named]):
+        template = _result_of("the function of --template", named)
+    _result_of("flattening the template", _flatten, template)
+    return template
+
+
+def _flatten(template: Any) -> None:
+    """Raise the errors of the caller's pytree nodes. The answers say those of this package."""
+    from pytree2safetensors._load.flat_template import flat_template
+
+    with suppress(Pytree2SafetensorsError):
+        flat_template(template)
 
 
 def _reporting(rules: Callable[[str], Any]) -> Callable[[str], str]:
     """Return a function that gives the same names, and prints errors of the function."""
 
     def name_of(path: str) -> str:
-        name = _result_of("--rules", rules, path)
+        name = _result_of("the function of --rules", rules, path)
         if isinstance(name, str):
             return name
         complain(f"the function of --rules gave {type(name).__name__} for {shorten(path)}, not str")
@@ -94,13 +106,13 @@ def _reporting(rules: Callable[[str], Any]) -> Callable[[str], str]:
     return name_of
 
 
-def _result_of(option: str, function: Callable[..., Any], *arguments: str) -> Any:
-    """Call the function of an option. If it raises an error, print this and exit."""
+def _result_of(what: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function that runs the caller's code. If it raises an error, print this and exit."""
     try:
         return function(*arguments)
     except Exception as error:  # noqa: BLE001 - it is printed
         _print_traceback(error)
-        complain(f"the function of {option} raised {_described(error)}")
+        complain(f"{what} raised {_described(error)}")
         raise SystemExit(DIFFERENT) from None
 
 
@@ -108,7 +120,7 @@ def _described(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".removesuffix(": ")
 
 
-_NOT_THE_CALLERS: Final = {"pytree2safetensors", "importlib"}
+_NOT_THE_CALLERS: Final = {"pytree2safetensors", "importlib", "jax"}
 
 
 def _print_traceback(error: Exception) -> None:
