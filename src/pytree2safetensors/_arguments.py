@@ -63,6 +63,10 @@ def check_argument(where: str, name: str, value: object) -> None:
             remedy = "; json.dumps converts a value to a str, and json.loads converts it back"
         if name == "sharding" and isinstance(value, Mesh | PartitionSpec):
             remedy = "; a jax.sharding.NamedSharding has a mesh and a PartitionSpec"
+        elif name == "sharding" and isinstance(value, Mapping | list | tuple):
+            remedy = f"; for a tree of shardings, load into a template: {_WITH_SHARDINGS}"
+        if name == "path" and _are_paths(value):
+            remedy = "; pass one path, such as that of a folder of shards or of its index"
         if name == "path" and isinstance(value, bytes):
             remedy = "; os.fsdecode converts a path to a str, and io.BytesIO converts contents to a file object"
         raise TypeError(f"{where}: {name} must be {rule[1]}, not {_shown(value, rule[0])}{remedy}")
@@ -113,6 +117,13 @@ def _is_path_or(method: str) -> Callable[[object], bool]:
     return fits
 
 
+def _are_paths(value: object) -> bool:
+    """Return whether a value is a list of paths, which is not one path."""
+    if not isinstance(value, list | tuple) or not value:
+        return False
+    return all(isinstance(item, str | os.PathLike) for item in value)
+
+
 def _is_size(value: object) -> bool:
     return isinstance(value, Integral | str | None) and not isinstance(value, bool)
 
@@ -152,6 +163,10 @@ def _is_rule(value: object) -> bool:
 _MAPPINGS: Final = (_has_names, _is_metadata, _is_rename)
 _A_PATH: Final = "a path, as a str or an os.PathLike, or a binary file object"
 _WITH_TEMPLATE: Final = "load_into_pytree(template, path) loads into a template"
+_WITH_SHARDINGS: Final = (
+    "jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), "
+    "shapes, shardings)"
+)
 _TARGETS: Final = ("save_pytree path", "save_pytree_async path")
 _RULES: Final[Mapping[str, tuple[Callable[[object], bool], str]]] = {
     "path": (_is_path_or("read"), _A_PATH),

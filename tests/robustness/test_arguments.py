@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,6 +22,13 @@ BYTES = b"x" * 20_000_000
 PATH = "must be a path, as a str or an os.PathLike, or a binary file object, not"
 OF_BYTES = (
     "; os.fsdecode converts a path to a str, and io.BytesIO converts contents to a file object"
+)
+ONE_PATH = "pass one path, such as that of a folder of shards or of its index"
+SPEC: Any = jax.sharding.PartitionSpec
+PLACED = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+OF_SHARDINGS = (
+    "for a tree of shardings, load into a template: jax.tree.map(lambda leaf, sharding: "
+    "jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings)"
 )
 p: Any = p2s  # the mistakes below are none of its types
 used = p2s.save_pytree  # the first use of a name imports JAX, which takes its time
@@ -41,6 +49,26 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
     (
         lambda: p.explain("model.safetensors", BIG),
         f"explain: path {PATH} dict; the template comes first, the path second",
+    ),
+    (
+        lambda: p.load_into_pytree(BIG, ["a.safetensors", Path("b.safetensors")]),
+        f"load_into_pytree: path {PATH} list; {ONE_PATH}",
+    ),
+    (
+        lambda: p.load_pytree(("a.safetensors", "b.safetensors")),
+        f"load_pytree: path {PATH} tuple; {ONE_PATH}",
+    ),
+    (
+        lambda: p.save_pytree(BIG, ["a.safetensors"]),
+        f"save_pytree: path {PATH} list; {ONE_PATH}",
+    ),
+    (
+        lambda: p.load_into_pytree("model.safetensors", []),
+        f"load_into_pytree: path {PATH} list; the template comes first, the path second",
+    ),
+    (
+        lambda: p.load_into_pytree("model.safetensors", ("a", 3)),
+        f"load_into_pytree: path {PATH} tuple; the template comes first, the path second",
     ),
     (
         lambda: p.explain(BIG, "model", prefix=3),
@@ -105,6 +133,22 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
         lambda: p.load_abstract("model", sharding="x"),
         "load_abstract: sharding must be a sharding, or a function of a spelled key path and a "
         "jax.ShapeDtypeStruct, not 'x'",
+    ),
+    (
+        lambda: p.load_abstract("model", sharding={"w": PLACED, "b": [PLACED]}),
+        "load_abstract: sharding must be a sharding, or a function of a spelled key path and a "
+        f"jax.ShapeDtypeStruct, not dict; {OF_SHARDINGS}",
+    ),
+    (
+        lambda: p.load_abstract("model", sharding=[PLACED]),
+        "load_abstract: sharding must be a sharding, or a function of a spelled key path and a "
+        f"jax.ShapeDtypeStruct, not list; {OF_SHARDINGS}",
+    ),
+    (
+        lambda: p.load_abstract("model", sharding=SPEC("x")),
+        "load_abstract: sharding must be a sharding, or a function of a spelled key path and a "
+        f"jax.ShapeDtypeStruct, not {SPEC.__module__}.{SPEC.__name__}; "
+        "a jax.sharding.NamedSharding has a mesh and a PartitionSpec",
     ),
     (
         lambda: p.load_abstract("model", sharding=jax.sharding.Mesh(jax.devices(), ("x",))),
