@@ -881,7 +881,12 @@ export async function openIndex(source, find) {
   const read = new Map();
   const waiting = shards.entries(); // shared by all that read
   const readSome = async () => {
-    for (const [shard, found] of waiting) read.set(shard, await readHeader(found));
+    try {
+      for (const [shard, found] of waiting) read.set(shard, await readHeader(found));
+    } catch (error) {
+      shards.clear(); // so that the others stop
+      throw error;
+    }
   };
   await Promise.all(Array.from({ length: AT_ONCE }, readSome));
   const tensors = new Map();

@@ -162,6 +162,25 @@ test("the headers of many shards are read a few at a time", async () => {
   assert.equal(most, 24);
 });
 
+test("no more headers are read after one of them fails", async () => {
+  const names = Array.from({ length: 100 }, (_, i) => `${i}.safetensors`);
+  const index = { weight_map: Object.fromEntries(names.map((name, i) => [`@${i}`, name])) };
+  let reads = 0;
+  const find = (name) => {
+    const source = blobSource(makeFile({ [`@${parseInt(name)}`]: small }));
+    const read = async (start, stop) => {
+      reads++;
+      await new Promise(setImmediate);
+      if (name === "3.safetensors") throw new Error("refused");
+      return source.read(start, stop);
+    };
+    return { ...source, read };
+  };
+  await assert.rejects(openIndex(blobSource(new Blob([JSON.stringify(index)])), find), /^Error: refused$/);
+  for (let turn = 0; turn < 100; turn++) await new Promise(setImmediate);
+  assert.ok(reads < 30, `${reads} headers were read`);
+});
+
 test("a missing address is an error with its status", async () => {
   await assert.rejects(openUrl(`${origin}/parts/none.safetensors`), /answers with status 404$/);
 });
