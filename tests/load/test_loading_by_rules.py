@@ -170,6 +170,41 @@ def test_a_leaf_that_no_file_has_keeps_its_value_and_needs_one() -> None:
         )
 
 
+@pytest.mark.parametrize(
+    ("leaf", "pattern", "fault"),
+    [
+        (
+            zeros(8, 16),
+            "o e -> e (p o)",
+            "it has shape [8, 16], and under {rule!r}, an axis of 16 is made of p=3; the tensor "
+            "'q.weight' is float32[8,8]",
+        ),
+        (
+            zeros(8, 12),
+            "o e -> e (p o)",
+            "under {rule!r}, the tensor 'q.weight' would be [4,8], but it is float32[8,8]",
+        ),
+        (
+            zeros(3, 8, 8),
+            "o e -> p e o",
+            "under {rule!r}, the tensor 'k.weight' would be float32[8,8], but it is float32[4,8]",
+        ),
+    ],
+)
+def test_tensors_of_different_shapes_are_not_joined(leaf: Any, pattern: str, fault: str) -> None:
+    rule = Rule("{p:q,k,v}.weight", "qkv", pattern)
+    file = {"q.weight": zeros(8, 8), "k.weight": zeros(4, 8), "v.weight": zeros(4, 8)}
+    error = refusal({"qkv": leaf}, file, [rule])
+    wanted = str(list(leaf.shape)).replace(" ", "")
+    assert error.mismatched == (
+        f"'@qkv': the template has float32{wanted}; {fault.format(rule=rule)}; the tensors 'q.weight' "
+        "float32[8,8] and 'k.weight' float32[4,8] have different shapes, and no rule joins such tensors "
+        "into one leaf: load them as separate leaves, and concatenate these",
+    )
+    file |= dict.fromkeys(file, zeros(5, 8))
+    assert "different shapes" not in str(refusal({"qkv": leaf}, file, [rule]))
+
+
 def test_a_tensor_with_reversed_axes_gets_a_pattern() -> None:
     rule = Rule("w", "w")
     error = refusal({"w": zeros(2, 3, 4)}, {"w": zeros(4, 3, 2)}, [rule])

@@ -21,6 +21,7 @@ from pytree2safetensors._load.misfits import (
     predicate,
     show,
     transposed,
+    uneven,
 )
 from pytree2safetensors._load.template import TemplateLeaf
 from pytree2safetensors._messages import shorten
@@ -115,7 +116,7 @@ class Comparison:
             self.used.update(names)
             tensor = [f"the tensor {shorten(n)} {predicate(self.available[n])}" for n in names[:1]]
             reasons = [f"the template has {show(leaf.spec)}", route.reason, *tensor]
-            self.refuse(position, "; ".join(reasons), leaf)
+            self.refuse(position, "; ".join(reasons) + uneven(names, self.available), leaf)
 
     def _names_by_rule(self, rule: Rule | None, lost: Lost) -> list[str]:
         """Return which tensors there are for a leaf that does not fit its rule."""
@@ -148,7 +149,7 @@ class Comparison:
             )
             if stored is not None and not isinstance(stored, str) and stored.dtype == np.complex128:
                 reason += ", which no pattern can rearrange, because a file stores it as float64"
-            self.refuse(position, reason, leaf)
+            self.refuse(position, reason + uneven(view.names, self.available), leaf)
             return
         seen = LeafSpec("array", dtype, leaf.spec.shape)
         traced = any(isinstance(self.available[name], TracedSpec) for name in view.names)

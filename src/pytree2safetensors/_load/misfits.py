@@ -3,6 +3,7 @@
 Specification: *Loading into a template*.
 """
 
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 import numpy as np
@@ -137,6 +138,22 @@ def origin_of(source: str | View, path: str) -> str:
     if isinstance(source, str):
         return "" if source == path else f" {shorten(source)}"
     return f" from {joined([*map(shorten, source.names)])}" if source.names else ""
+
+
+def uneven(names: Iterable[str], available: Mapping[str, Any]) -> str:
+    """Return a hint if the tensors of a leaf have different shapes."""
+    firsts: dict[tuple[int, ...], str] = {}  # the first name of each shape
+    for name in names:
+        stored = available[name]
+        if isinstance(stored, LeafSpec) and has_axes(stored):
+            firsts.setdefault(stored.shape, name)
+    if len(firsts) < 2:
+        return ""
+    one, other, *_ = (f"{shorten(name)} {show(available[name])}" for name in firsts.values())
+    return (
+        f"; the tensors {one} and {other} have different shapes, and no rule joins such tensors into one "
+        "leaf: load them as separate leaves, and concatenate these"
+    )
 
 
 def transposed(leaf: TemplateLeaf, stored: LeafSpec | None, rule: Rule | None) -> str:
