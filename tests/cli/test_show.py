@@ -96,6 +96,16 @@ def table_of(screen: str) -> str:
     return screen[screen.index("\n\n") + 1 :]
 
 
+def test_values_of_wide_characters_fit_the_screen(run: Run) -> None:
+    wide = "\u6f22"  # takes two columns
+    save_pytree([wide * 40, "ab" + wide * 40], "wide.safetensors")
+    _, out, _ = run("show", "wide.safetensors", "--all")
+    assert table_of(out).splitlines()[2:] == [
+        f"#0    str = '{wide * 16}'... (40 characters)",
+        f"#1    str = 'ab{wide * 15}'... (42 characters)",
+    ]
+
+
 def test_show_prints_a_small_tree(run: Run) -> None:
     save_pytree(small(), "small.safetensors", metadata={"run": "42"})
     assert run("show", "small.safetensors") == (0, HEAD + ROWS[1:], "")

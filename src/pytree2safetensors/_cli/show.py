@@ -10,6 +10,7 @@ from pytree2safetensors._cli.summary import Leaf, Summary, leaf_json, summarize,
 from pytree2safetensors._cli.terminal import (
     GLUE,
     Cells,
+    columns,
     count,
     labelled,
     line,
@@ -137,8 +138,10 @@ def leaf_text(leaf: Leaf) -> str:
 
 
 def value_text(leaf: Leaf) -> str:
-    """Write the value of a leaf in a few characters: a str as a literal, other values as they are."""
+    """Write the value of a leaf in a few columns: a str as a literal, other values as they are."""
     value = (leaf.value or "") + (f" (bits {leaf.bits})" if leaf.bits else "")
     start = value[:_LONGEST_VALUE]
+    while columns(start) > _LONGEST_VALUE:
+        start = start[:-1]
     more = f"... ({len(value):,} characters)" if len(start) < len(value) else ""
     return (repr(start) if leaf.kind == "str" else start) + more

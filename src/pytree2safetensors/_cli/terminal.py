@@ -81,7 +81,7 @@ def _has_colors() -> bool:
     return sys.stdout is not None and sys.stdout.isatty()
 
 
-def _columns(text: str) -> int:
+def columns(text: str) -> int:
     """Return how many columns of a terminal a text takes."""
     if text.isascii():
         return len(text)
@@ -90,7 +90,7 @@ def _columns(text: str) -> int:
 
 
 def _padded(text: str, width: int) -> str:
-    return text + " " * (width - _columns(text))
+    return text + " " * (width - columns(text))
 
 
 def _screen() -> int:
@@ -104,8 +104,8 @@ def table(rows: Sequence[Cells]) -> Iterator[str]:
         return
     screen = _screen()
     lasts = [max(map(len, column)) for column in zip(*(row.amounts for row in rows), strict=True)]
-    first = max(_columns(row.name) for row in rows)
-    middle = max((_columns(row.detail) for row in rows if any(row.amounts)), default=0)
+    first = max(columns(row.name) for row in rows)
+    middle = max((columns(row.detail) for row in rows if any(row.amounts)), default=0)
     room = screen - sum(width + 2 for width in lasts) - 2
     if first + middle > room:  # names may take half of the room, or what the details leave
         middle = min(middle, max(room // 2, room - first))
@@ -113,9 +113,9 @@ def table(rows: Sequence[Cells]) -> Iterator[str]:
     for name, detail, amounts, style in rows:
         width = middle if any(amounts) else screen - first - 2  # or the rest of the line
         indent, left = first, name
-        if _columns(name) > first or _columns(detail) > width:
+        if columns(name) > first or columns(detail) > width:
             yield line(name, style)
-            indent, left = (first if _columns(detail) <= width else 4), ""
+            indent, left = (first if columns(detail) <= width else 4), ""
         cells = [_padded(left, indent), _padded(detail, first + middle - indent)]
         cells += [text.rjust(last) for text, last in zip(amounts, lasts, strict=True)]
         yield line("  ".join(cells).rstrip(), style)
@@ -123,7 +123,7 @@ def table(rows: Sequence[Cells]) -> Iterator[str]:
 
 def labelled(label: str, text: str) -> Iterator[str]:
     """Print a text beside its label, on as many lines as it needs."""
-    text = "".join(c + _FILLER * (_columns(c) - 1) for c in text)
+    text = "".join(c + _FILLER * (columns(c) - 1) for c in text)
     width = _screen() - _LABEL - (_FILLER in text)  # a cut may leave the filler to the next line
     for part in textwrap.wrap(text, width, break_on_hyphens=False):
         yield line(f"{label:<{_LABEL}}{part.replace(GLUE, ' ').replace(_FILLER, '')}")
