@@ -1,5 +1,6 @@
 """What a caller may pass as a path, and where it leads."""
 
+import errno
 import os
 import re
 import sys
@@ -160,7 +161,7 @@ def test_a_url_without_a_path_is_named(url: str) -> None:
     for work in (load_pytree, lambda path: save_pytree({"a": 1}, path)):
         with pytest.raises(IsADirectoryError) as caught:
             work(url)
-        assert str(caught.value) == f"'{url}': IsADirectoryError"
+        assert str(caught.value) == f"[Errno {errno.EISDIR}] Is a directory: '{url}'"
 
 
 def test_unknown_schemes_and_missing_packages_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -719,6 +719,18 @@ def misbehaving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> type[Misbeha
     return Misbehaving
 
 
+def opened_by(store: type[Misbehaving], monkeypatch: pytest.MonkeyPatch) -> list[io.BytesIO]:
+    """The files that the store opens from now on."""
+    opened: list[io.BytesIO] = []
+
+    def opening(*_: Any, **__: Any) -> io.BytesIO:
+        opened.append(io.BytesIO(store.content))
+        return opened[-1]
+
+    monkeypatch.setattr(store, "_open", opening)
+    return opened
+
+
 def test_a_range_that_is_too_short_is_reported(
     misbehaving: type[Misbehaving], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -836,9 +848,29 @@ def test_a_folder_of_a_store_is_not_an_empty_file(
 ) -> None:
     info = {"size": size, "type": "directory"}  # as of the name of an empty object "m/" on S3
     monkeypatch.setattr(misbehaving, "info", lambda _, path: info | {"name": path})
+    opened = opened_by(misbehaving, monkeypatch)
     with pytest.raises(IsADirectoryError) as caught:
         load_pytree(f"misbehaving://{name}")
     assert str(caught.value) == f"[Errno 21] Is a directory: 'misbehaving://{name}'"
+    assert opened
+    assert all(file.closed for file in opened)
+
+
+@pytest.mark.parametrize("info", [{}, {"size": None}, OSError("no answer")])
+def test_a_file_that_cannot_be_loaded_is_closed(
+    misbehaving: type[Misbehaving], monkeypatch: pytest.MonkeyPatch, info: Any
+) -> None:
+    def inform(_: Any, path: str) -> Any:
+        if isinstance(info, Exception):
+            raise info
+        return info
+
+    monkeypatch.setattr(misbehaving, "info", inform)
+    opened = opened_by(misbehaving, monkeypatch)
+    with pytest.raises((FileFormatError, OSError), match=r"does not report its size|no answer"):
+        load_pytree("misbehaving://m.safetensors")
+    assert opened
+    assert all(file.closed for file in opened)
 
 
 def test_an_error_that_names_the_url_stays_as_it_is(

@@ -49,6 +49,10 @@ def naming_url(path: RemotePath, missing: str = _READ_ONLY) -> Iterator[None]:
         raise
     except FileNotFoundError as error:
         raise _not_given(path, error.__cause__) from None
+    except IsADirectoryError:  # which may have no text
+        raise IsADirectoryError(
+            errno.EISDIR, os.strerror(errno.EISDIR), shown_url(path.url)
+        ) from None
     except NotImplementedError:
         raise ValueError(f"{path.label} {missing}") from None
     except Exception as error:  # noqa: BLE001 - it is raised

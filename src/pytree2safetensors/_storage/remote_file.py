@@ -1,16 +1,15 @@
 """Reading a file in a store, through fsspec."""
 
-import errno
-import os
 import threading
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any, Final
 
 from pytree2safetensors._errors import unread
 from pytree2safetensors._storage.byte_source import ByteSource
 from pytree2safetensors._storage.read_pool import ReadPool
 from pytree2safetensors._storage.remote_errors import changed, naming_url, turn_of, without_ranges
-from pytree2safetensors._storage.remote_path import RemotePath, shown_url
+from pytree2safetensors._storage.remote_path import RemotePath
 
 _HEAD: Final = 100_000  # bytes that are read first: nearly always the whole header
 _PINNED: Final = {"s3", "s3a"}  # whose files fsspec reads with If-Match
@@ -34,16 +33,20 @@ class RemoteSource(ByteSource):
 
     def __init__(self, path: RemotePath) -> None:
         self.path = path
-        with naming_url(path):
-            file, info = _opened(path)
-        if info.get("type") == "directory":
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), shown_url(path.url))
-        if info.get("size") is None:
-            raise unread(
-                f"the server of {path.label} does not report its size; copy the file, and load the copy"
-            )
+        with ExitStack() as undo:
+            with naming_url(path):
+                self._file, info = _opened(path)
+                undo.callback(self.close)
+                if info is None:
+                    info = path.fs.info(path.path)
+                if info.get("type") == "directory":
+                    raise IsADirectoryError
+            if info.get("size") is None:
+                raise unread(
+                    f"the server of {path.label} does not report its size; copy the file, and load the copy"
+                )
+            undo.pop_all()
         super().__init__(path.label, info["size"])
-        self._file = file
         self._version = _version_of(info)
         self._lock = threading.Lock()
         self._head: bytes | None = None
@@ -124,15 +127,15 @@ def forget_listings(path: RemotePath) -> None:
         path.fs.invalidate_cache()
 
 
-def _opened(path: RemotePath) -> tuple[Any, dict[str, Any]]:
-    """Open a file with one request. Return it with the information of the store about it."""
+def _opened(path: RemotePath) -> tuple[Any, dict[str, Any] | None]:
+    """Open a file with one request. Return it with what the store then tells about it."""
     if not path.is_web:
         try:
             file = path.fs.open(path.path, "rb", cache_type="none")
         except TypeError:  # `smb://` has no such option, and `blockcache::` passes its own
             file = path.fs.open(path.path, "rb")
         details = getattr(file, "details", None)
-        return file, details if isinstance(details, dict) else path.fs.info(path.path)
+        return file, details if isinstance(details, dict) else None
     info = path.fs.info(path.path)
     if info.get("partial") is False:
         raise without_ranges(path)
