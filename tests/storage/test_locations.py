@@ -16,6 +16,7 @@ from folders import is_same, tree_of
 from pytree2safetensors import load_pytree, save_pytree, save_pytree_async
 from pytree2safetensors._storage.locations import check_created, check_home, resolve
 from pytree2safetensors._storage.remote_path import RemotePath
+from versions import posix
 
 TREE = {"a": np.zeros(3, np.float32)}
 
@@ -118,8 +119,33 @@ def test_a_file_url_is_a_local_path(tmp_path: Path) -> None:
     assert is_same(tree_of(1), load_pytree(path.as_uri(), mmap=True))
     save_pytree(tree_of(2), UPath(f"{tmp_path.as_uri()}/model"))
     assert is_same(tree_of(2), load_pytree(UPath(f"{tmp_path.as_uri()}/model")))
-    with pytest.raises(ValueError, match="is on another machine"):
-        load_pytree("file://server/model")
+    message = "'file://...@server/model' is on another machine; mount its file system"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        load_pytree("file://me:secret@server/model")
+
+
+@posix
+def test_a_file_url_names_any_bytes(tmp_path: Path) -> None:
+    paths = [
+        os.fsdecode(os.fsencode(tmp_path / "s") + end) for end in (b"\xfe", b"\xff%41\xc3\xa9")
+    ]
+    for number, path in enumerate(paths):
+        url = Path(path).as_uri()
+        save_pytree(tree_of(number), url)
+        assert resolve(url) == path
+    assert sorted(map(str, tmp_path.iterdir())) == sorted(paths)
+    assert resolve(f"file://{paths[0]}%C3%a9%23") == f"{paths[0]}\xe9#"
+
+
+@pytest.mark.parametrize("escape", ["%00", pytest.param("%FE", id="as on Windows")])
+def test_a_file_url_with_an_impossible_character_is_named(
+    monkeypatch: pytest.MonkeyPatch, escape: str
+) -> None:
+    decode = os.fsdecode
+    monkeypatch.setattr(os, "fsdecode", lambda p: p.decode() if p == b"\xfe" else decode(p))
+    for work in works(f"file:///a{escape}b"):
+        with pytest.raises(ValueError, match="b' has a character that no path can have; remove it"):
+            work()
 
 
 @pytest.mark.parametrize("name", ["a#2", "a?2", "a#", "a?"])
@@ -127,8 +153,9 @@ def test_a_file_url_with_a_query_or_a_fragment_does_not_name_another_file(
     tmp_path: Path, name: str
 ) -> None:
     url = f"{(tmp_path / 'a').as_uri()}{name[1:]}"
+    shown = url.replace("?2", "?...")
     message = (
-        f"'{url}' has '?' or '#', after which the path of a URL has ended; pass the path itself, or "
+        f"'{shown}' has '?' or '#', after which the path of a URL has ended; pass the path itself, or "
         "the URL that pathlib.Path.as_uri returns"
     )
     for work in works(url):

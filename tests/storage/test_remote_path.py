@@ -1,5 +1,8 @@
 """How messages show URLs."""
 
+import time
+from pathlib import Path
+
 import pytest
 
 from pytree2safetensors._storage import remote_path
@@ -23,6 +26,7 @@ from pytree2safetensors._storage import remote_path
         ("http://h/my file?secret", "http://h/my file?..."),
         ("https://h/a?x='b' c&s=secret", "https://h/a?..."),
         ("https:/me:secret@h/a?secret", "https:/...@h/a?..."),  # as pathlib shortens it
+        ("FTP://me:secret@h/x", "FTP://...@h/x"),
         ("C:/me@h/x", "C:/me@h/x"),
         ("/me@h/x?y", "/me@h/x?y"),
     ],
@@ -47,3 +51,27 @@ def test_credentials_are_left_out_of_urls(url: str, shown: str) -> None:
 )
 def test_credentials_are_left_out_of_texts(text: str, shown: str) -> None:
     assert remote_path.hide_credentials(text, "s3://bucket/x") == shown
+
+
+def test_a_local_path_is_shown_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert remote_path.shown_url("dd:/me@y?z") == "dd:/...@y?..."
+    (tmp_path / "dd:").mkdir()
+    assert remote_path.shown_url("dd:/me@y?z") == "dd:/me@y?z"
+    assert remote_path.shown_url("dd://me@y?z") == "dd://...@y?..."
+    for path in ("run/dd:/me@y?z", "dd:me@y", " dd:/me@y"):
+        assert remote_path.shown_url(path) == path
+
+
+def test_an_empty_query_stays() -> None:
+    assert remote_path.shown_url("https://h/a?") == "https://h/a?"
+
+
+@pytest.mark.parametrize("part", ["://", "ab:/", "ab://", "hf:/", "a.", "?'", "@", "ab:/? "])
+@pytest.mark.parametrize("start", ["", "ab://x", "ab:/?"])
+def test_showing_a_url_takes_time_in_proportion_to_its_length(start: str, part: str) -> None:
+    text = start + 20_000 * part + "x"
+    began = time.process_time()
+    remote_path.shown_url(text)
+    remote_path.hide_credentials(text, "s3://bucket/x")
+    assert time.process_time() - began < 0.5  # a pattern that tries each place again takes seconds

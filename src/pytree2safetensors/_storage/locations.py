@@ -5,15 +5,20 @@ import os
 import re
 import sys
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias, TypeVar, runtime_checkable
-from urllib.parse import unquote
+from urllib.parse import unquote, unquote_to_bytes
 
 from pytree2safetensors._messages import shorten
-from pytree2safetensors._storage.remote_path import RemotePath, path_of_url, shown_url
+from pytree2safetensors._storage.remote_path import (
+    URL,
+    RemotePath,
+    is_joined_url,
+    path_of_url,
+    shown_url,
+)
 
 T = TypeVar("T")
 
-_URL: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(?:::|://)")
-_COLLAPSED: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+:)[/\\][^/\\]")
+_BYTES: Final = re.compile(r"(?:%[89A-Fa-f][0-9A-Fa-f])+")  # in a URL, those that are not ASCII
 
 
 class HasMethod(type):
@@ -88,24 +93,30 @@ def _older_path(path: Any) -> RemotePath | None:
 
 
 def _resolved(text: str) -> str | RemotePath:
-    scheme = _URL.match(text)
+    scheme = URL.match(text)
     if scheme is None:
         return _local(text)
     text = scheme[0].lower() + text[scheme.end() :]
     if text.startswith(("file://", "local://")):
         host, slash, path = text.partition("://")[2].partition("/")
         if host not in {"", "localhost"}:
-            raise ValueError(f"{shorten(text)} is on another machine; mount its file system")
+            raise ValueError(
+                f"{shorten(shown_url(text))} is on another machine; mount its file system"
+            )
         if not {"?", "#"}.isdisjoint(path):
             raise ValueError(
-                f"{shorten(text)} has '?' or '#', after which the path of a URL has ended; pass the path "
-                "itself, or the URL that pathlib.Path.as_uri returns"
+                f"{shorten(shown_url(text))} has '?' or '#', after which the path of a URL has ended; pass "
+                "the path itself, or the URL that pathlib.Path.as_uri returns"
             )
+        try:
+            path = _BYTES.sub(lambda found: os.fsdecode(unquote_to_bytes(found[0])), path)
+        except UnicodeDecodeError:  # on Windows
+            raise _not_a_name(text) from None
         if sys.platform == "win32":
             from urllib.request import url2pathname  # a drive is after the first "/"
 
-            return url2pathname(slash + path)
-        return unquote(slash + path)
+            return _local(url2pathname(slash + path))
+        return _local(unquote(slash + path))
     return path_of_url(text)
 
 
@@ -115,14 +126,17 @@ def _local(path: str) -> str:
     except UnicodeEncodeError:
         is_name = False
     if not is_name:
-        raise ValueError(f"{shorten(path)} has a character that no path can have; remove it")
-    collapsed = _COLLAPSED.match(path)
-    if collapsed is not None and not os.path.lexists(collapsed[1]):
+        raise _not_a_name(path)
+    if is_joined_url(path):
         raise ValueError(
             f"{shorten(shown_url(path))} looks like a URL whose slashes pathlib has joined; pass the URL as a "
             "str, or as a path of universal_pathlib"
         )
     return path
+
+
+def _not_a_name(path: str) -> ValueError:
+    return ValueError(f"{shorten(path)} has a character that no path can have; remove it")
 
 
 def check_home(path: str) -> None:

@@ -3,6 +3,7 @@
 A store is what a URL names: an object store, a model hub, a web server.
 """
 
+import os
 import re
 from collections.abc import Callable
 from typing import Any, Final, NamedTuple, NoReturn
@@ -29,12 +30,17 @@ _WHOLE: Final = frozenset(
         "memory",
     ]
 )
+URL: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(?:::|://)")  # how URLs begin
+_JOINED: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+:)[/\\][^/\\]")
 # In these stores, what is before an "@" names a container, a model or a file, unless it has a colon.
 _NO_USERS: Final = "abfss?|adl|az|hf|memory|oci|tar|wasbs?|zip"
-# A scheme may have one slash only, as pathlib joins them.
-_USER: Final = re.compile(rf"(\b(?!(?:{_NO_USERS}):/[^:@]*@)[A-Za-z][A-Za-z0-9+.-]+://?)[^/]*@")
-_QUERY: Final = re.compile(r"(:/[^?]*)\?.+", re.DOTALL)
-_QUERY_IN_TEXT: Final = re.compile(r"(:/[^?]*)\?\S+?(?=['\")\]>,:;]*(?:\s|$))")
+# A scheme may have one slash only, as pathlib joins them. These patterns read a text once, however often
+# it has the beginning of what they look for.
+_USER: Final = re.compile(
+    rf"((?<![A-Za-z0-9+.-])[0-9+.-]*(?!(?:{_NO_USERS}):/[^:@]*@)[A-Za-z][A-Za-z0-9+.-]+://?)[^/]*@"
+)
+_QUERY_IN_TEXT: Final = re.compile(r"(:/[^?]*)(\?\S+)?")
+_ENDS: Final = "'\")]>,:;"  # may follow a URL in a text
 
 
 class RemotePath(NamedTuple):
@@ -140,14 +146,29 @@ def raise_with_url(error: Exception, url: str) -> NoReturn:
     raise kind(message) from safe
 
 
+def is_joined_url(path: str) -> bool:
+    """Return whether a path looks like a URL whose slashes pathlib has joined."""
+    found = _JOINED.match(path)
+    return found is not None and not os.path.lexists(found[1])
+
+
 def shown_url(url: str) -> str:
-    """Return a URL, or a local path, without user names, passwords and queries."""
-    if url.startswith(("/", ".")):  # a local path
+    """Return a URL without user names, passwords and queries. Return a local path as it is."""
+    if not URL.match(url) and not is_joined_url(url):
         return url
-    return _QUERY.sub(r"\1?...", _USER.sub(r"\1...@", url))
+    shown = _USER.sub(r"\1...@", url)
+    scheme, colon, rest = shown.partition(":/")
+    path, _, query = rest.partition("?")
+    return f"{scheme}{colon}{path}?..." if query else shown
 
 
 def hide_credentials(text: str, url: str) -> str:
     """Remove user names, passwords and queries from a URL in a text, and from others that it may have."""
     text = text.replace(url, shown_url(url))
-    return _QUERY_IN_TEXT.sub(r"\1?...", _USER.sub(r"\1...@", text))
+    return _QUERY_IN_TEXT.sub(_without_query, _USER.sub(r"\1...@", text))
+
+
+def _without_query(found: re.Match[str]) -> str:
+    address, query = found.groups("")
+    end = max(2, len(query.rstrip(_ENDS)))  # a query has a character at least
+    return f"{address}?...{query[end:]}" if query else address
