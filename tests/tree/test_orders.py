@@ -266,7 +266,9 @@ def test_a_template_that_would_swap_its_children_is_refused(node: Any, tmp_path:
     )
     with pytest.raises(TreeStructureError, match=f"^{re.escape(message)}") as caught:
         load_into_pytree([node], tmp_path / "file")
-    assert str(caught.value).endswith("same" if HAS_KEYED_TREEDEFS else ", or use JAX 0.4.36 or newer")
+    assert str(caught.value).endswith(
+        "same" if HAS_KEYED_TREEDEFS else ", or use JAX 0.4.36 or newer"
+    )
 
 
 @pytest.mark.parametrize("node", EQUAL)
