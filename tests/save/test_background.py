@@ -15,7 +15,7 @@ import time
 import tracemalloc
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, wait
 from itertools import count, pairwise
 from pathlib import Path
@@ -35,7 +35,7 @@ from pytree2safetensors import (
     save_pytree_async,
 )
 from pytree2safetensors._save import parts, saver
-from pytree2safetensors._save.saver import _End
+from pytree2safetensors._storage.threads import End
 
 
 def test_the_file_is_that_of_the_synchronous_save(tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def test_two_saves_to_one_path_stay_in_order(tmp_path: Path) -> None:
 
 
 def test_a_save_that_has_ended_is_not_waited_for_even_in_a_handler_of_the_wait() -> None:
-    end = _End()
+    end = End()
     end.come()
     end.come()  # a second time, from the callback of the future
     with end._until:  # as the wait that a signal has interrupted may hold it
@@ -832,6 +832,154 @@ def test_an_error_of_a_signal_handler_during_the_call_is_raised(
     assert {file.name for file in tmp_path.iterdir()} == {"b"}
 
 
+def test_a_save_that_is_cancelled_frees_its_snapshot_at_once(tmp_path: Path) -> None:
+    class Progress:
+        def __call__(self, done: int, total: int) -> None:
+            """Do nothing; the save that waits keeps this."""
+
+    release, progress = threading.Event(), Progress()
+    alive = weakref.ref(progress)
+    earlier = save_pytree_async({"a": 1}, tmp_path / "a", progress=lambda *_: release.wait(20))
+    future = save_pytree_async({"b": 2}, tmp_path / "b", progress=progress)
+    gc.disable()
+    try:
+        del progress
+        assert future.cancel()
+        assert alive() is None
+    finally:
+        gc.enable()
+    release.set()
+    earlier.result(20)
+
+
+def test_an_interrupt_of_a_cancellation_holds_no_other_save_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release = threading.Event()
+    save_pytree_async({"a": 1}, tmp_path / "a", progress=lambda *_: release.wait(20))
+    future = save_pytree_async({"b": 2}, tmp_path / "b")
+
+    def interrupted(_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Future, "_invoke_callbacks", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            future.cancel()
+    later = threading.Thread(
+        target=save_pytree, args=[{"c": 3}, tmp_path / "c"], daemon=True
+    )  # for a test that fails
+    later.start()
+    release.set()
+    later.join(20)
+    assert not later.is_alive()
+    assert {file.name for file in tmp_path.iterdir()} == {"a", "c"}
+
+
+def test_a_callback_that_raises_system_exit_strands_no_save(tmp_path: Path) -> None:
+    release = threading.Event()
+
+    def callback(_: object) -> None:
+        save_pytree({"c": 3}, tmp_path / "c")
+        raise SystemExit
+
+    first = save_pytree_async({"a": 1}, tmp_path / "a", progress=lambda *_: release.wait(20))
+    first.add_done_callback(callback)
+    second = save_pytree_async({"b": 2}, tmp_path / "b")
+    release.set()
+    second.result(20)
+    assert {file.name for file in tmp_path.iterdir()} == {"a", "b", "c"}
+
+
+def test_a_finalizer_of_what_a_save_frees_can_save(tmp_path: Path) -> None:
+    class Progress:
+        def __call__(self, done: int, total: int) -> None:
+            """Do nothing."""
+
+        def __del__(self) -> None:
+            save_pytree({"b": 2}, tmp_path / "b")
+
+    save_pytree_async({"a": 1}, tmp_path / "a", progress=Progress()).result(20)
+    save_pytree_async({"c": 3}, tmp_path / "c").result(20)
+    assert {file.name for file in tmp_path.iterdir()} == {"a", "b", "c"}
+
+
+def test_an_error_of_a_save_ends_no_generator_that_has_caught_it(tmp_path: Path) -> None:
+    errors = list[BaseException]()
+
+    def uploads() -> Generator[None, bytes, None]:
+        while True:
+            data = yield
+            try:
+                Full().write(data)
+            except OSError as error:
+                errors.append(error)
+
+    uploader = uploads()
+    next(uploader)
+
+    class File(io.RawIOBase):
+        def write(self, data: Any) -> int:
+            uploader.send(data)
+            raise errors[-1]
+
+    for _ in range(2):
+        with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+            save_pytree_async({"a": 1}, File()).result(20)
+    assert len(errors) == 2
+
+
+def test_an_interrupt_of_a_call_replaces_no_thread_that_another_call_has_chosen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_pytree_async({"a": 1}, tmp_path / "a").result(20)
+    reached, release = threading.Event(), threading.Event()
+    other, futures = threading.Thread(), list[Any]()
+
+    class Slow(dict[Any, Any]):
+        def __setitem__(self, end: Any, waiting: Any) -> None:
+            super().__setitem__(end, waiting)
+            if threading.current_thread() is other:
+                reached.set()
+                release.wait(20)
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(saver, "_unfinished", Slow())
+    other = threading.Thread(
+        target=lambda: futures.append(save_pytree_async({"b": 2}, tmp_path / "b"))
+    )
+    other.start()
+    assert reached.wait(20)
+    with monkeypatch.context() as patch:
+        patch.setattr(saver._savers[0], "submit", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            save_pytree_async({"c": 3}, tmp_path / "c")
+    release.set()
+    other.join(20)
+    assert futures[0].result(20) is None
+    save_pytree({"d": 4}, tmp_path / "d")
+    assert {file.name for file in tmp_path.iterdir()} == {"a", "b", "d"}
+
+
+def test_an_interrupt_of_a_wait_retrieves_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    future = save_pytree_async({"a": 1}, tmp_path / "missing" / "a")
+    wait([future])
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Future, "result", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            future.result()
+    with pytest.warns(UserWarning, match="its error was never retrieved"):
+        future.warn()  # type: ignore[attr-defined] # as at the end of the interpreter
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="a system without fork")
 def test_a_child_does_not_warn_of_the_errors_of_its_parent(tmp_path: Path) -> None:
     future = save_pytree_async({"a": 1}, tmp_path / "missing" / "a")
@@ -868,6 +1016,7 @@ def test_a_child_does_not_wait_for_the_saves_of_its_parent(tmp_path: Path) -> No
 
     def child() -> None:
         assert done.result() is done.exception() is None
+        assert not waiting.cancel()
         for future, expected in zip((saving, waiting), said, strict=True):
             for method in (future.result, future.exception):
                 for timeout in (None, 1):

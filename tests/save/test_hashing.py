@@ -2,7 +2,6 @@
 
 import os
 import time
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from pytree2safetensors import FileFormatError, load_pytree, save_pytree
 from pytree2safetensors._save import hashing
 from pytree2safetensors._storage import threads
 from pytree2safetensors._storage.read_pool import ReadPool
+from pytree2safetensors._storage.threads import Task
 
 
 def test_few_blocks_wait_to_be_hashed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -23,7 +23,7 @@ def test_few_blocks_wait_to_be_hashed(tmp_path: Path, monkeypatch: pytest.Monkey
     tree = {f"w{n}": np.full(20_000, n, np.float32) for n in range(12)}  # each a block, and a chunk
     save_pytree(tree, tmp_path / "plain", checksum=True)
     waiting: list[int] = []
-    futures: list[Future[bytes]] = []
+    futures: list[Task[bytes]] = []
     real = threads.start
 
     def start(pool: Any, task: Any) -> Any:

@@ -63,12 +63,12 @@ def test_an_interrupt_before_the_waiting_began_is_kept(monkeypatch: pytest.Monke
     real: Any = interrupt.wait_for
     calls: list[Any] = []
 
-    def wait_for(future: Any) -> Any:
-        calls.append(future)
+    def wait_for(end: Any) -> Any:
+        calls.append(end)
         if len(calls) == 1:
             raise KeyboardInterrupt
         going_on.set()
-        return real(future)
+        return real(end)
 
     def work() -> str:
         assert going_on.wait(20)

@@ -140,7 +140,7 @@ def test_a_signal_handler_that_interrupts_the_start_of_a_task_waits_for_no_threa
     """It would wait for the locks that the interrupted call holds."""
 
     def handle() -> None:
-        assert threads.start(pool, threading.get_ident).result(0) == threading.get_ident()
+        assert threads.start(pool, threading.get_ident).result() == threading.get_ident()
         save_pytree_async(tree_of(1), tmp_path / "a").result(0)
         save_pytree(tree_of(2), tmp_path / "b", checksum=True)
         assert is_same(tree_of(1), load_pytree(tmp_path / "a"))

@@ -164,7 +164,7 @@ jax.tree_util.register_pytree_with_keys(
     Swapped,
     lambda node: ([(jax.tree_util.GetAttrKey(key), getattr(node, key)) for key in "wb"], None),
     lambda _, children: Swapped(**dict(zip("bw", children, strict=True))),
-    lambda node: ([node.b, node.w], None),
+    lambda node: ([getattr(node, key) for key in "bw"], None),
 )
 jax.tree_util.register_pytree_with_keys(
     Drawn,

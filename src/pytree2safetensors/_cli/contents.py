@@ -5,7 +5,6 @@ A batch has small tensors, and pieces of large ones.
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future
 from contextlib import contextmanager
 from itertools import islice
 from typing import Final, TypeAlias
@@ -17,6 +16,7 @@ from pytree2safetensors._load.checkpoint import OpenCheckpoint
 from pytree2safetensors._load.ranges import Reads, in_file_order
 from pytree2safetensors._storage.byte_source import PIECE, ByteSource
 from pytree2safetensors._storage.read_pool import ReadPool
+from pytree2safetensors._storage.threads import Task
 
 _BATCH: Final = 2 * PIECE  # bytes: more than those that the caller of a pool reads itself
 _AHEAD: Final = 4  # batches to request from a store while another is looked at
@@ -80,7 +80,7 @@ class _Batch:
     def __init__(self) -> None:
         self.memory = np.empty(_BATCH, np.uint8)
         self.reads, self.sizes, self.size = Reads(), list[int](), 0
-        self.futures: list[Future[None]] = []
+        self.futures: list[Task[None]] = []
 
     def add(self, source: ByteSource, offset: int, size: int) -> None:
         """Add a piece."""

@@ -5,7 +5,6 @@ Specification: *Loading*.
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
 from typing import Any, Final, NamedTuple
 
 import jax
@@ -23,6 +22,7 @@ from pytree2safetensors._load.slots import Batch
 from pytree2safetensors._load.verifying import check_digests
 from pytree2safetensors._storage.progress import Report
 from pytree2safetensors._storage.read_pool import ReadPool
+from pytree2safetensors._storage.threads import Task
 
 _AHEAD: Final = 16  # batches to read while another becomes leaves: with few, threads are idle
 _AHEAD_REMOTELY: Final = 5  # so that enough ranges are requested at the same time
@@ -32,7 +32,7 @@ class _Reading(NamedTuple):
     """A batch that is being read."""
 
     places: list[Place]
-    futures: list[Future[None]]
+    futures: list[Task[None]]
     is_staged: bool
 
     def is_read(self) -> bool:
@@ -61,7 +61,7 @@ class Ahead:
             self.finish()
         return aligned(size)
 
-    def started(self, places: list[Place], futures: list[Future[None]]) -> None:
+    def started(self, places: list[Place], futures: list[Task[None]]) -> None:
         """Remember a batch that is being read."""
         self.window.append(_Reading(places, futures, is_staged=False))
 
@@ -112,7 +112,7 @@ class Staged(Ahead):
                 self.ring.release()
         return memory
 
-    def started(self, places: list[Place], futures: list[Future[None]]) -> None:
+    def started(self, places: list[Place], futures: list[Task[None]]) -> None:
         self.window.append(_Reading(places, futures, not self.is_large))
         while self.window and self.window[0].is_read():
             self.finish()

@@ -7,7 +7,6 @@ Specification: *Loading*, *Loading into a template*.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future
 from functools import partial
 from typing import Any, Final, TypeVar
 
@@ -35,7 +34,7 @@ from pytree2safetensors._load.verifying import check_digests
 from pytree2safetensors._storage.byte_source import PIECE, Read, joined_reads
 from pytree2safetensors._storage.progress import Progress, Report, closing_bar
 from pytree2safetensors._storage.read_pool import ReadPool
-from pytree2safetensors._storage.threads import workers
+from pytree2safetensors._storage.threads import Task, workers
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -106,7 +105,7 @@ class _InOrder(ReadPool):
         reads: Iterable[Read],
         tasks: Iterable[Callable[[], None]],
         report: Callable[[int], None],
-    ) -> list[Future[None]]:
+    ) -> list[Task[None]]:
         if self._pool is None:
             return super().start(reads, tasks, report)
         # Even a few bytes wait for the reads before them.
@@ -114,7 +113,7 @@ class _InOrder(ReadPool):
         reading = [partial(self._read, batch, report) for batch in batches]
         return super().start((), [*reading, *tasks], report)
 
-    def map(self, function: Callable[[T], R], values: Iterable[T]) -> list[Future[R]]:
+    def map(self, function: Callable[[T], R], values: Iterable[T]) -> list[Task[R]]:
         return self._others.map(function, values)
 
 

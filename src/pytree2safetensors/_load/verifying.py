@@ -4,7 +4,6 @@ Specification: *Digests*.
 """
 
 from collections.abc import Sequence
-from concurrent.futures import Future
 from itertools import chain, groupby
 
 from pytree2safetensors._format.digests import ALONE, block_bounds, check_digest, hash_blocks
@@ -13,6 +12,7 @@ from pytree2safetensors._leaves.regions import Part, gather
 from pytree2safetensors._load.checkpoint import OpenCheckpoint
 from pytree2safetensors._load.ranges import Place
 from pytree2safetensors._storage.read_pool import ReadPool
+from pytree2safetensors._storage.threads import Task
 
 
 def check_digests(checkpoint: OpenCheckpoint, places: Sequence[Place], pool: ReadPool) -> None:
@@ -23,7 +23,7 @@ def check_digests(checkpoint: OpenCheckpoint, places: Sequence[Place], pool: Rea
     digests = checkpoint.digests
     if digests is None:
         return
-    checks: list[tuple[str, TensorInfo, str, Sequence[Future[list[bytes]]]]] = []
+    checks: list[tuple[str, TensorInfo, str, Sequence[Task[list[bytes]]]]] = []
     for name, group in groupby(places, key=lambda place: place.slot.name):
         mine = list(group)
         info = checkpoint.infos[name]

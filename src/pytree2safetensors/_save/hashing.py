@@ -6,14 +6,14 @@ Specification: *Digests*.
 import hashlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, Final
 
 from pytree2safetensors._format.digests import ALONE, BLOCK, digest_tensor, hash_block
 from pytree2safetensors._format.tensor import TensorInfo
 from pytree2safetensors._save.plan import FilePlan
-from pytree2safetensors._storage.threads import start, workers
+from pytree2safetensors._storage.threads import Task, start, workers
 from pytree2safetensors._types import Chunk
 
 _MOST_THREADS: Final = 4
@@ -24,11 +24,11 @@ class Hashing:
 
     def __init__(self, infos: Mapping[str, TensorInfo]) -> None:
         self.infos = infos
-        self._hashes: dict[str, list[Future[bytes] | bytes]] = {}
+        self._hashes: dict[str, list[Task[bytes] | bytes]] = {}
         count = workers(_MOST_THREADS)
         self._pool = ThreadPoolExecutor(count, "pytree2safetensors-hash")
-        self._partial: Future[Any] | None = None  # the state of a block of several pieces
-        self._running: deque[Future[bytes]] = deque()
+        self._partial: Task[Any] | None = None  # the state of a block of several pieces
+        self._running: deque[Task[bytes]] = deque()
         self._most = 2 * count  # waiting or running blocks, which keep their memory
 
     def __enter__(self) -> "Hashing":
@@ -69,7 +69,7 @@ class Hashing:
             self._hashes.setdefault(name, []).append(self._partial.result().digest())
             self._partial = None
 
-    def _begin(self, block: memoryview) -> Future[bytes] | bytes:
+    def _begin(self, block: memoryview) -> Task[bytes] | bytes:
         if len(block) < ALONE:
             return hash_block(block)
         if len(self._running) >= self._most:

@@ -7,9 +7,10 @@ Specification: *Saving*.
 
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from typing import Final, TypeVar
+
+from pytree2safetensors._storage.threads import End, Task, run
 
 T = TypeVar("T")
 
@@ -29,39 +30,30 @@ class Interrupt:
             self.raised = len(self.received)
             raise self.received[-1]
 
-    def wait_for(self, future: Future[T]) -> T:
-        """Return the result of a future, and keep interrupts that occur while waiting."""
+    def wait_for(self, end: End) -> None:
+        """Wait for the end of some work, and keep interrupts that occur while waiting."""
         while True:
             try:
-                if wait([future], _SLICE).done:
-                    break
+                if end.comes_within(_SLICE):
+                    return
             except BaseException as error:  # noqa: BLE001 - signal handlers may raise anything
                 self.received.append(error)
-        return future.result()
 
     def run(self, work: Callable[[], T]) -> T:
         """Run work on a new thread, and keep interrupts that occur while waiting."""
-        future: Future[T] = Future()
-
-        def run() -> None:
-            if not future.set_running_or_notify_cancel():
-                return
-            try:
-                future.set_result(work())
-            except BaseException as error:  # noqa: BLE001 - the caller's thread raises it
-                future.set_exception(error)
-
+        task = Task(work)
         try:
-            threading.Thread(target=run, name="pytree2safetensors-agree").start()
+            threading.Thread(target=run, args=[[task]], name="pytree2safetensors-agree").start()
         except BaseException as error:
-            if future.cancel():  # the work will never start
+            if task.cancel():  # the work will never start
                 raise
             self.received.append(error)
         while True:
             try:
-                return self.wait_for(future)
+                self.wait_for(task.end)
+                return task.result()
             except BaseException as error:
-                if future.done():
+                if task.done():
                     raise
                 self.received.append(error)  # before the waiting began
 
@@ -71,5 +63,6 @@ class Interrupt:
         try:
             yield
         except BaseException as error:
-            self.received.append(error)
+            if all(error is not other for other in self.received):
+                self.received.append(error)
             raise

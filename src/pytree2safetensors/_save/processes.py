@@ -8,6 +8,7 @@ from functools import partial
 from typing import Final
 
 from pytree2safetensors._errors import FileFormatError
+from pytree2safetensors._save import saver
 from pytree2safetensors._save.calls import current_processes
 from pytree2safetensors._save.contents import Contents
 from pytree2safetensors._save.interrupt import Interrupt
@@ -39,8 +40,10 @@ def save_jointly(
     with interrupt.also_outside():
         future = _begin(contents, path, options, progress, interrupt, background)
         if not background:
-            interrupt.wait_for(future)
-        interrupt.check()
+            interrupt.wait_for(future.end)
+            future.result()
+        if interrupt.received:  # even if it has also reached the saver
+            raise interrupt.received[-1]
         return future
 
 
@@ -51,7 +54,7 @@ def _begin(
     progress: Progress | None,
     interrupt: Interrupt,
     background: bool,
-) -> Future[None]:
+) -> saver.Save:
     """Prepare a save and agree on it with the other processes; the saver does the rest."""
     processes = current_processes()
     where = resolve(path)

@@ -4,6 +4,7 @@ Specification: *Saving*.
 """
 
 import atexit
+import inspect
 import os
 import threading
 import traceback
@@ -15,32 +16,13 @@ from itertools import count
 from typing import Any, Final, TypeAlias
 from weakref import WeakSet
 
-from pytree2safetensors._storage.threads import is_starting, says_no_threads, starting
+from pytree2safetensors._storage.threads import End, is_starting, says_no_threads, starting
 
 _NAME: Final = "pytree2safetensors-save"
+_PACKAGE: Final = f"{__name__.partition('.')[0]}."
+_GENERATORS: Final = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 
 _savers: list[ThreadPoolExecutor] = []  # empty before the first save
-
-
-class _End:
-    """The end of a save. A signal handler can wait for it, even if it interrupts such a wait.
-
-    A `threading.Event` has a lock, which the interrupted wait may hold.
-    """
-
-    def __init__(self) -> None:
-        self.has_come, self._until = False, threading.Lock()
-        self._until.acquire()
-
-    def come(self) -> None:
-        if not self.has_come:
-            self.has_come = True
-            self._until.release()
-
-    def wait(self) -> None:
-        if not self.has_come:
-            with self._until:
-                pass
 
 
 class _Here(threading.local):
@@ -49,13 +31,13 @@ class _Here(threading.local):
     is_saver = False  # the thread that also runs the user's callbacks
     is_saving = is_ending = False
     # Saves that a callback has done, whose own callbacks come after it.
-    ended: tuple[tuple[Future[None], BaseException | None], ...] = ()
+    ended: tuple[tuple["Save", BaseException | None], ...] = ()
 
 
 _here = _Here()
 
 
-class _Save(Future[None]):
+class Save(Future[None]):
     """A future that warns of an error that was never retrieved."""
 
     _is_retrieved = True  # until `__init__` is done, which an interrupt may stop
@@ -64,19 +46,26 @@ class _Save(Future[None]):
     def __init__(self, where: str, is_joint: bool) -> None:
         super().__init__()
         self._where, self._is_joint, self._is_retrieved = where, is_joint, False
+        self.end = End()  # after all callbacks
         _saves.add(self)
 
     def cancel(self) -> bool:
         """Do not save, if the save has not begun and no other process waits for it."""
-        return not self._is_joint and super().cancel()
+        return not (self._is_joint or self._is_of_parent) and super().cancel()
+
+    def done(self) -> bool:
+        # Without the lock, which a signal handler may have interrupted, and then wait for this save.
+        return self._state in {"CANCELLED", "CANCELLED_AND_NOTIFIED", "FINISHED"}
 
     # The runtime checks of the tests distinguish ints from floats.
     def result(self, timeout: int | float | None = None) -> None:  # noqa: PYI041
         self._check_wait(timeout)
         try:
             super().result(timeout)
+        except BaseException as error:
+            self._is_retrieved |= error is self._exception  # no timeout, and no interrupt
+            raise
         finally:
-            self._is_retrieved |= self.done()  # not if the wait timed out
             del self  # the traceback would keep the error and its snapshot alive
 
     def exception(self, timeout: int | float | None = None) -> BaseException | None:  # noqa: PYI041
@@ -118,9 +107,9 @@ class _Save(Future[None]):
 
 
 _numbers = count(1)  # of the warnings
-_saves: WeakSet[_Save] = WeakSet()
-_Waiting: TypeAlias = list[tuple[Callable[[], None], Future[None]]]  # empty after it has begun
-_unfinished = dict[_End, _Waiting]()  # each submitted save that has not ended, in order
+_saves: WeakSet[Save] = WeakSet()
+_Waiting: TypeAlias = list[tuple[Callable[[], None], Save]]  # empty after it has begun
+_unfinished = dict[End, _Waiting]()  # each submitted save that has not ended, in order
 
 
 @atexit.register  # by then all saves have ended
@@ -145,7 +134,7 @@ if _register is not None:  # pragma: no branch - the name is private
         _register(_finish_all)
 
 
-def submit(save: Callable[[], None], where: str, *, is_joint: bool = False) -> Future[None]:
+def submit(save: Callable[[], None], where: str, *, is_joint: bool = False) -> Save:
     """Save on the saver's thread, after everything that was submitted before.
 
     If no thread can start, for example because the interpreter is exiting or this is a signal
@@ -160,14 +149,20 @@ def submit(save: Callable[[], None], where: str, *, is_joint: bool = False) -> F
         return _saved_now(save, where, is_joint)
     if not _savers:
         _savers.append(_new_saver())
-    end = _End()  # does not keep an error and its snapshot alive, unlike the future
-    future = _Save(where, is_joint)
-    future.add_done_callback(lambda _: _finish(end))  # if it is cancelled
+    end = End()  # does not keep an error and its snapshot alive, unlike the future
+    future = Save(where, is_joint)
     waiting: _Waiting = [(save, future)]
 
+    def finish(_: Future[None]) -> None:  # if it is cancelled
+        _finish(end)
+        waiting.clear()  # of the snapshot
+
+    future.add_done_callback(finish)
+
     def enqueue() -> None:
+        saver = _savers[0]  # before: one that replaces it may wait for this save
         _unfinished[end] = waiting
-        _savers[0].submit(_run, waiting, end)
+        saver.submit(_run, waiting, end)
 
     try:
         starting(enqueue)
@@ -186,7 +181,7 @@ def _new_saver() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(1, _NAME, _wait_for_all, (list(_unfinished),))
 
 
-def _wait_for_all(ends: list[_End]) -> None:
+def _wait_for_all(ends: list[End]) -> None:
     _here.is_saver = True
     while ends:
         ends.pop().wait()
@@ -198,69 +193,83 @@ def _replace_saver() -> None:
     before.shutdown(wait=False)
 
 
-def _saved_now(save: Callable[[], None], where: str, is_joint: bool) -> Future[None]:
+def _saved_now(save: Callable[[], None], where: str, is_joint: bool) -> Save:
     wait_for_earlier()
-    future = _Save(where, is_joint)
-    _run([(save, future)], _End())
+    future = Save(where, is_joint)
+    _run([(save, future)], End())
     return future
 
 
-def _run(waiting: _Waiting, end: _End, *, in_callback: bool = False) -> None:
+def _run(waiting: _Waiting, end: End, *, in_callback: bool = False) -> None:
     try:
         save, future = waiting.pop()  # so that the pool does not keep them alive
     except IndexError:  # `wait_for_earlier` has taken it
         end.wait()
         return
     if not future.set_running_or_notify_cancel():
+        _finish(end)  # an interrupt may have ended `cancel` before its callbacks
         return
     error: BaseException | None = None
     is_inner, _here.is_saving = _here.is_saving, True
     try:
         try:
             save()
-        finally:
-            _here.is_saving = is_inner
-    except BaseException as raised:  # noqa: BLE001 - the future raises it
-        error = raised
-    del save  # with its snapshot, since callbacks of the future may start the next save
-    _clear(error)
-    # First, because a thread that a signal has interrupted may have locked the future.
-    _finish(end)
+        except BaseException as raised:  # noqa: BLE001 - the future raises it
+            error = raised
+        del save  # with its snapshot, since callbacks of the future may start the next save
+        _clear(error)
+    finally:
+        # First, because a thread that a signal has interrupted may have locked the future.
+        _finish(end)
+        _here.is_saving = is_inner  # after finalizers, which may save
     is_outer = not _here.is_ending
     try:
         if in_callback:
             _here.ended += ((future, error),)
             return
         _here.is_ending = True
-        _give_result(future, error)
-        while is_outer and _here.ended:
-            (future, error), *rest = _here.ended
-            _here.ended = (*rest,)
+        try:
             _give_result(future, error)
+        finally:  # a callback may raise SystemExit
+            while is_outer and _here.ended:
+                (future, error), *rest = _here.ended
+                _here.ended = (*rest,)
+                with suppress(BaseException):
+                    _give_result(future, error)
     finally:
         _here.is_ending = not is_outer
         del future, error  # the traceback would keep them alive
 
 
-def _give_result(future: Future[None], error: BaseException | None) -> None:
+def _give_result(future: Save, error: BaseException | None) -> None:
     """End a future, which calls its callbacks."""
-    if error is None:
-        future.set_result(None)
-    else:
-        future.set_exception(error)
+    try:
+        if error is None:
+            future.set_result(None)
+        else:
+            future.set_exception(error)
+    finally:
+        future.end.come()
 
 
 def _clear(error: BaseException | None) -> None:
-    """Free what the frames of an error hold, with the snapshot."""
+    """Free what the frames of an error hold, with the snapshot.
+
+    To clear the frame of a generator or a coroutine of the user, which may have caught the error, ends it.
+    """
     errors, seen = [error], set[int]()
     for one in errors:  # which grows
         if one is not None and id(one) not in seen:
             seen.add(id(one))
-            traceback.clear_frames(one.__traceback__)
+            for frame, _ in traceback.walk_tb(one.__traceback__):
+                module = frame.f_globals.get("__name__", "")
+                if module.startswith(_PACKAGE) or not frame.f_code.co_flags & _GENERATORS:
+                    with suppress(RuntimeError):  # it is still running
+                        frame.clear()
             errors += [one.__cause__, one.__context__]
 
 
-def _finish(end: _End) -> None:
+def _finish(end: End) -> None:
     _unfinished.pop(end, None)
     end.come()
 

@@ -8,7 +8,7 @@ Specification: *Saving*, *Sharded folders*, *Digests*.
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from itertools import chain, groupby
@@ -65,7 +65,7 @@ class Work:
 
     # --- prepare and agree ---
 
-    def begin(self, processes: Processes, terms: Terms) -> Future[None]:
+    def begin(self, processes: Processes, terms: Terms) -> saver.Save:
         """Agree with the other processes, and have the saver do the rest."""
         plan = self.plan
         name = plan.index_name or plan.files[0].name or followed(self.target.path)

@@ -4,12 +4,12 @@ Specification: *Loading*.
 """
 
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Final, TypeVar
 
 from pytree2safetensors._storage.byte_source import PIECE, JoinedRead, Read, joined_reads
-from pytree2safetensors._storage.threads import start
+from pytree2safetensors._storage.threads import Task, start
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -41,7 +41,7 @@ class ReadPool:
         reads: Iterable[Read],
         tasks: Iterable[Callable[[], None]],
         report: Callable[[int], None],
-    ) -> list[Future[None]]:
+    ) -> list[Task[None]]:
         """Start reads, with adjacent ranges joined and long ones split, and other tasks.
 
         Args:
@@ -50,7 +50,7 @@ class ReadPool:
             report: Called with the number of bytes of each read.
 
         Returns:
-            Futures to wait for. A few megabytes or less are read before this returns.
+            Tasks to wait for. A few megabytes or less are read before this returns.
         """
         batches = list(joined_reads(reads, self._piece))
         work: list[Callable[[], None]] = [partial(self._read, batch, report) for batch in batches]
@@ -63,7 +63,7 @@ class ReadPool:
             return []
         return [self._submit(task) for task in waiting]
 
-    def map(self, function: Callable[[T], R], values: Iterable[T]) -> list[Future[R]]:
+    def map(self, function: Callable[[T], R], values: Iterable[T]) -> list[Task[R]]:
         """Start calls of a function with each value."""
         return [self._submit(partial(function, value)) for value in values]
 
@@ -72,7 +72,7 @@ class ReadPool:
         source.fill(buffers, offset)
         report(size)
 
-    def _submit(self, task: Callable[[], R]) -> Future[R]:
+    def _submit(self, task: Callable[[], R]) -> Task[R]:
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self._workers, "pytree2safetensors-read")
         return start(self._pool, task)

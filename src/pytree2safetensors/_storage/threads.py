@@ -7,13 +7,12 @@ import os
 import sys
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from functools import partial
 from types import FrameType
-from typing import Final, TypeAlias, TypeVar
+from typing import Final, Generic, TypeVar
 
 T = TypeVar("T")
-
 
 _NO_THREADS: Final = {  # Python's errors when no thread can start
     "can't start new thread",
@@ -57,52 +56,106 @@ def says_no_threads(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and str(error) in _NO_THREADS
 
 
-_Task: TypeAlias = tuple[Callable[[], T], Future[T]]
+class End:
+    """The end of some work. A signal handler can wait for it, even if it interrupts such a wait.
+
+    An interrupt may leave an Event or a Future of Python locked, and who ends the work would wait for ever.
+    """
+
+    def __init__(self) -> None:
+        self.has_come, self._until = False, threading.Lock()
+        self._until.acquire()
+
+    def come(self) -> None:
+        if not self.has_come:
+            self.has_come = True
+            self._until.release()
+
+    def wait(self) -> None:
+        if not self.has_come:
+            with self._until:
+                pass
+
+    def comes_within(self, seconds: float) -> bool:
+        """Wait for some time. Only one thread may do so, and no other may wait."""
+        return self.has_come or self._until.acquire(timeout=seconds)
 
 
-def start(pool: ThreadPoolExecutor, task: Callable[[], T]) -> Future[T]:
-    """Start a task, or do it now if no thread can start it."""
-    if not is_starting():
-        future: Future[T] = Future()
-        waiting = [(task, future)]
+class Task(Generic[T]):
+    """Work that one thread does, and what it returned or raised. Several threads may try to begin it."""
+
+    def __init__(self, work: Callable[[], T]) -> None:
+        self._waiting = [work]  # empty after it has begun, so that it keeps nothing alive
+        self.results = list[T]()
+        self.error: BaseException | None = None
+        self.end = End()
+
+    def take(self) -> Callable[[], T] | None:
+        """Return the work for the caller to do, unless another thread has begun it."""
         try:
-            started = starting(partial(pool.submit, _run, waiting))
-            started.add_done_callback(lambda _: future.cancel())  # if the pool cancels it
-            return future
+            return self._waiting.pop()
+        except IndexError:
+            return None
+
+    def cancel(self) -> bool:
+        """Return whether the work had not begun; now it never will."""
+        if self.take() is None:
+            return False
+        self.error = CancelledError()
+        self.end.come()
+        return True
+
+    def done(self) -> bool:
+        return self.end.has_come
+
+    def result(self) -> T:
+        """Wait for the end, and return or raise what the work did."""
+        self.end.wait()
+        try:
+            if self.error is not None:
+                raise self.error
+            return self.results[0]
+        finally:
+            del self  # the traceback would keep it alive
+
+
+def run(waiting: list[Task[T]]) -> None:
+    """Do the work of a task, unless another thread has begun it.
+
+    It is taken out of a list, because the traceback of an error keeps the arguments of its callers alive.
+    """
+    task = waiting.pop()
+    work = task.take()
+    if work is None:
+        return
+    try:
+        task.results.append(work())
+    except BaseException as error:  # noqa: BLE001 - `result` raises it
+        task.error = error
+    finally:
+        del work
+        task.end.come()
+        del task
+
+
+def start(pool: ThreadPoolExecutor, work: Callable[[], T]) -> Task[T]:
+    """Start a task, or do it now if no thread can start it.
+
+    Nobody may wait for a task that the pool has cancelled.
+    """
+    task = Task(work)
+    if not is_starting():
+        try:
+            starting(partial(pool.submit, run, [task]))
+            return task
         except BaseException as error:
-            # It is in the queue of the pool, where another thread may have found it.
-            is_taken = _take(waiting) is None
             if not says_no_threads(error):  # but an interrupt
+                task.cancel()  # it may be in the queue of the pool
                 raise
-            if is_taken:
-                return future
-    done: Future[T] = Future()
-    done.set_result(task())
-    return done
-
-
-def _take(waiting: list[_Task[T]]) -> _Task[T] | None:
-    """Take the task that waits, so that nobody else does it."""
-    try:
-        return waiting.pop()
-    except IndexError:
-        return None
-
-
-def _run(waiting: list[_Task[T]]) -> None:
-    found = _take(waiting)
-    if found is None:
-        return
-    task, future = found
-    if not future.set_running_or_notify_cancel():
-        return
-    try:
-        result = task()
-    except BaseException as error:  # noqa: BLE001 - the future raises it
-        future.set_exception(error)
-        del found, task, future  # the traceback would keep them alive
-    else:
-        future.set_result(result)
+    if task.take() is not None:
+        task.results.append(work())
+        task.end.come()
+    return task
 
 
 def undisturbed(work: Callable[[], object]) -> None:
@@ -111,40 +164,28 @@ def undisturbed(work: Callable[[], object]) -> None:
     Raise what a handler raises after the work is done. If the interpreter is exiting and starts
     no threads, the calling thread does the work.
     """
-    claim, done = threading.Lock(), threading.Event()
-    errors: list[BaseException] = []
-
-    def run() -> None:
-        if not claim.acquire(blocking=False):
-            return
-        try:
-            work()
-        except BaseException as error:  # noqa: BLE001 - the calling thread raises it
-            errors.append(error)
-        finally:
-            done.set()
-
+    task = Task(work)
     interrupts: list[BaseException] = []
     try:
-        threading.Thread(target=run, name="pytree2safetensors").start()
+        threading.Thread(target=run, args=[[task]], name="pytree2safetensors").start()
     except BaseException as error:  # noqa: BLE001 - raised here, or below
         interrupt = _interrupt(error)
         if says_no_threads(interrupt):
-            run()
-        elif claim.acquire(blocking=False):  # the thread will never start
+            run([task])
+        elif task.cancel():  # the thread will never start
             raise interrupt from None
         else:
             interrupts.append(interrupt)
     while True:
         try:
-            done.wait()
+            task.end.wait()
             break
         except BaseException as error:  # noqa: BLE001 - raised below
             interrupts.append(error)
-    errors += interrupts
-    interrupts.clear()
-    if errors:
-        try:
-            raise errors[0]
-        finally:
-            errors.clear()  # the traceback would keep them, and so this frame, alive
+    try:
+        task.result()
+        if interrupts:
+            raise interrupts[0]
+    finally:
+        interrupts.clear()  # the traceback would keep these, and so this frame, alive
+        del task
