@@ -8,6 +8,7 @@ raises for a wrong type.
 
 import contextlib
 import ctypes
+import faulthandler
 import functools
 import gc
 import random
@@ -15,6 +16,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +35,7 @@ from pytree2safetensors import (
 )
 from pytree2safetensors._save.interrupt import Interrupt
 from pytree2safetensors._save.saver import wait_for_earlier
+from pytree2safetensors._storage.threads import undisturbed
 from versions import assert_holds, litter, open_descriptors, version
 
 # An interrupt may come at each instruction of the package, and of the code behind its `with` statements.
@@ -45,8 +48,10 @@ _set_flag = ctypes.PYFUNCTYPE(None, *3 * [ctypes.py_object])(
 )
 
 
-def interrupted(work: Callable[[], object], at: int = -1) -> int:
+def interrupted(work: Callable[[], object], at: int = -1, within: tuple[str, ...] = _OURS) -> int:
     """Interrupt some work before the instruction with a number; return how many instructions it has.
+
+    Only instructions `within` some files count.
 
     Raises:
         KeyboardInterrupt: The interrupt came while the work was under way.
@@ -54,7 +59,7 @@ def interrupted(work: Callable[[], object], at: int = -1) -> int:
     count = 0
 
     def trace(frame: FrameType, event: str, argument: Any) -> Any:
-        if not frame.f_code.co_filename.startswith(_OURS):
+        if not frame.f_code.co_filename.startswith(within):
             return None
         frame.f_trace_lines, frame.f_trace_opcodes = False, True
         return trace_instruction
@@ -202,18 +207,20 @@ def place_of(error: BaseException) -> str:
     return " < ".join(places[:-4:-1])
 
 
-def problems_of_waiting() -> list[str]:
-    """Interrupt the thread that waits for a save of several processes, everywhere."""
-    found, count = [], interrupted(lambda: Interrupt().run(lambda: None))
+def problems_of_waiting(wait: Callable[[Callable[[], object]], object]) -> list[str]:
+    """Interrupt the thread that waits for work of another, everywhere, also in Python's own code."""
+    within = (*_OURS, threading.__file__)
+    found, count = [], interrupted(lambda: wait(lambda: None), within=within)
     for number in range(count):
-        interrupt, steps = Interrupt(), list[str]()
+        steps = list[str]()
 
         def work(steps: list[str] = steps) -> None:
             time.sleep(0.001)
             steps.append("done")
 
+        faulthandler.dump_traceback_later(60, exit=True)  # if the threads wait for each other
         try:
-            interrupted(functools.partial(interrupt.run, work), number)
+            interrupted(functools.partial(wait, work), number, within)
         except KeyboardInterrupt as error:
             before = bool(steps)
             time.sleep(0.01)
@@ -221,12 +228,15 @@ def problems_of_waiting() -> list[str]:
                 found.append(f"the work went on: {place_of(error)} ({number})")
         else:
             assert steps == ["done"]
+        finally:
+            faulthandler.cancel_dump_traceback_later()
     return found
 
 
 if __name__ == "__main__":
-    for problem in problems_of_waiting():
-        print(problem)
+    for wait in (lambda work: Interrupt().run(work)), undisturbed:
+        for problem in problems_of_waiting(wait):
+            print(problem)
     sys.unraisablehook = lambda _: None  # an interrupt in a `__del__`, which only prints it
     for name, operation in OPERATIONS.items():
         with tempfile.TemporaryDirectory() as temporary:

@@ -1059,3 +1059,28 @@ def status_of_child(work: Callable[[], None]) -> int:
             finally:
                 os._exit(status)
         return os.waitpid(child, 0)[1]
+
+
+@pytest.mark.parametrize("within", ["another thread", "a callback"])
+def test_no_save_waits_for_a_call_that_is_still_running(tmp_path: Path, within: str) -> None:
+    begun, saved = threading.Event(), threading.Event()
+
+    def save_again() -> None:
+        save_pytree_async({"a": 2}, tmp_path / "a").result(20)
+        saved.set()
+
+    def progress(*_: object) -> None:
+        begun.set()
+        if within == "a callback":
+            save_again()
+        assert saved.wait(20)
+
+    call = threading.Thread(
+        target=save_pytree, args=[{"a": 1}, tmp_path / "a"], kwargs={"progress": progress}
+    )
+    call.start()
+    assert begun.wait(20)
+    if within == "another thread":
+        save_again()
+    call.join(20)
+    assert load_pytree(tmp_path / "a") == {"a": 1}

@@ -116,8 +116,8 @@ def save_pytree_async(
 
     When this function returns, all values are copied, or their copies are started, so arrays may be
     donated or changed. Saves finish in the order of the calls, including those of `save_pytree`
-    except in a callback during a background save, such as `progress`. The interpreter does not exit
-    before all saves are finished.
+    that have returned, except in a callback during a background save, such as `progress`. The
+    interpreter does not exit before all saves are finished.
 
     Args:
         tree: Any pytree of arrays, Python scalars, strs and PRNG keys.

@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final, TypeVar
 
-from pytree2safetensors._storage.threads import End, Task, run
+from pytree2safetensors._storage.threads import End, Task, run, starting
 
 T = TypeVar("T")
 
+_NAME: Final = "pytree2safetensors-agree"
 _SLICE: Final = 0.5  # seconds of one wait: some systems do not interrupt a wait without a timeout
 
 
@@ -43,7 +44,7 @@ class Interrupt:
         """Run work on a new thread, and keep interrupts that occur while waiting."""
         task = Task(work)
         try:
-            threading.Thread(target=run, args=[[task]], name="pytree2safetensors-agree").start()
+            starting(threading.Thread(target=run, args=[[task]], name=_NAME).start)
         except BaseException as error:
             if task.cancel():  # the work will never start
                 raise

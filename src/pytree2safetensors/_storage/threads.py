@@ -31,7 +31,7 @@ def starting(submit: Callable[[], T]) -> T:
     """Start a task, with locks that a signal handler cannot wait for."""
     try:
         return submit()
-    except KeyError as error:
+    except (KeyError, RuntimeError) as error:
         raise _interrupt(error) from None
 
 
@@ -46,8 +46,9 @@ def is_starting() -> bool:
 
 
 def _interrupt(error: BaseException) -> BaseException:
-    """Return what a signal handler raised in `Thread.start`, which may raise a KeyError for it."""
+    """Return what a signal handler raised in `Thread.start`, which may raise another error for it."""
     masks = isinstance(error, KeyError) and any(isinstance(k, threading.Thread) for k in error.args)
+    masks |= isinstance(error, RuntimeError) and str(error) == "release unlocked lock"
     return error.__context__ or error if masks else error
 
 
