@@ -11,6 +11,7 @@ import ctypes
 import faulthandler
 import functools
 import gc
+import os
 import random
 import shutil
 import signal
@@ -242,3 +243,5 @@ if __name__ == "__main__":
         with tempfile.TemporaryDirectory() as temporary:
             for problem in problems_of(operation, Path(temporary), int(sys.argv[1]), sys.argv[2]):
                 print(f"{name}: {problem}")
+    sys.stdout.flush()
+    os._exit(0)  # an interrupt in `Thread.start` may leave a thread that never begins
