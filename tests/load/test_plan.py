@@ -24,6 +24,7 @@ from pytree2safetensors._load.slots import Batch, Slot, Wanted
 from pytree2safetensors._load.template import TemplateLeaf
 from pytree2safetensors._storage.byte_source import ByteSource, Read
 from pytree2safetensors._storage.file_source import FileSource
+from pytree2safetensors._storage.read_pool import ReadPool
 
 FILE = object.__new__(FileSource)
 ROWS = 8
@@ -143,8 +144,27 @@ def test_short_gaps_of_a_file_are_read() -> None:
     reads = [Read(files[0], start, memory[:10]) for start in starts]
     reads.append(Read(files[1], starts[-1] + 11, memory[:10]))
     found = [(read.source, read.offset, len(read.buffer)) for read in in_file_order(reads[::-1])]
-    expected = [(source, offset, 10) for source, offset, _ in reads]
+    expected = [(read.source, read.offset, 10) for read in reads]
     assert found == [expected[0], (files[0], 10, _SHORT), *expected[1:]]
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 300), st.integers(0, 300)), max_size=20), st.integers(1, 999)
+)
+def test_only_wanted_bytes_are_reported(runs: list[tuple[int, int]], piece: int) -> None:
+    class Zeros(ByteSource):
+        def read_into(self, buffers: list[memoryview], offset: int) -> int:
+            return sum(map(len, buffers))
+
+    source, reads, offset = Zeros("zeros", 0), list[Read](), 0
+    for wanted, gap in runs:
+        reads.append(Read(source, offset, memoryview(bytearray(wanted))))
+        offset += wanted + gap
+    told: list[int] = []
+    with ReadPool(1, piece) as pool:
+        for task in pool.start(in_file_order(reads), (), told.append):
+            task.result()
+    assert sum(told) == sum(wanted for wanted, _ in runs)
 
 
 def test_an_empty_tensor_is_not_read() -> None:

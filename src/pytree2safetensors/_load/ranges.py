@@ -88,7 +88,7 @@ def in_file_order(reads: list[Read]) -> Iterator[Read]:
     for read in reads:
         gap = read.offset - stop
         if read.source is source and 0 < gap <= _SHORT:
-            yield Read(source, stop, unused[:gap])
+            yield Read(source, stop, unused[:gap], is_gap=True)
         yield read
         source, stop = read.source, read.offset + len(read.buffer)
 

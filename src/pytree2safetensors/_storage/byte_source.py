@@ -75,30 +75,34 @@ class Read(NamedTuple):
     source: ByteSource
     offset: int
     buffer: memoryview
+    is_gap: bool = False  # whether nobody wants its bytes
 
 
-JoinedRead: TypeAlias = tuple[ByteSource, int, list[memoryview], int]  # with its size in bytes
+JoinedRead: TypeAlias = tuple[
+    ByteSource, int, list[memoryview], int
+]  # with how many bytes are wanted
 
 
 def joined_reads(reads: Iterable[Read], piece: int) -> Iterator[JoinedRead]:
     """Join reads that follow each other in the file, and cut those that are longer than `piece`."""
     source: ByteSource | None = None
     buffers: list[memoryview] = []
-    start = size = 0
+    start = size = gaps = 0
     for read in reads:
         buffer, offset = read.buffer, read.offset
         longest = max(piece, read.source.piece)
         if source is not read.source or start + size != offset:
             if source is not None and size:
-                yield source, start, buffers, size
-            source, start, buffers, size = read.source, offset, [], 0
+                yield source, start, buffers, size - gaps
+            source, start, buffers, size, gaps = read.source, offset, [], 0, 0
         while len(buffer):
             taken = buffer[: longest - size]
             buffers.append(taken)
             size += len(taken)
+            gaps += len(taken) if read.is_gap else 0
             buffer = buffer[len(taken) :]
             if size == longest or len(buffers) == _VECTORS:
-                yield read.source, start, buffers, size
-                start, buffers, size = start + size, [], 0
+                yield read.source, start, buffers, size - gaps
+                start, buffers, size, gaps = start + size, [], 0, 0
     if source is not None and size:
-        yield source, start, buffers, size
+        yield source, start, buffers, size - gaps

@@ -47,7 +47,7 @@ class ReadPool:
         Args:
             reads: In the order of the file.
             tasks: Other work for the threads.
-            report: Called with the number of bytes of each read.
+            report: Called with the number of bytes of each read, without gaps.
 
         Returns:
             Tasks to wait for. A few megabytes or less are read before this returns.
@@ -56,7 +56,9 @@ class ReadPool:
         work: list[Callable[[], None]] = [partial(self._read, batch, report) for batch in batches]
         waiting = [*work, *tasks]
         is_local = not any(source.in_flight for source, *_ in batches)
-        is_small = sum(size for *_, size in batches) < _INLINE and (is_local or len(batches) == 1)
+        is_small = sum(wanted for *_, wanted in batches) < _INLINE and (
+            is_local or len(batches) == 1
+        )
         if len(waiting) == len(work) and is_small:
             for task in work:
                 task()
@@ -68,9 +70,9 @@ class ReadPool:
         return [self._submit(partial(function, value)) for value in values]
 
     def _read(self, batch: JoinedRead, report: Callable[[int], None]) -> None:
-        source, offset, buffers, size = batch
+        source, offset, buffers, wanted = batch
         source.fill(buffers, offset)
-        report(size)
+        report(wanted)
 
     def _submit(self, task: Callable[[], R]) -> Task[R]:
         if self._pool is None:
