@@ -36,6 +36,7 @@ from pytree2safetensors import (
 )
 from pytree2safetensors._save import parts, saver
 from pytree2safetensors._storage.threads import End
+from versions import posix
 
 
 def test_the_file_is_that_of_the_synchronous_save(tmp_path: Path) -> None:
@@ -1084,3 +1085,54 @@ def test_no_save_waits_for_a_call_that_is_still_running(tmp_path: Path, within: 
         save_again()
     call.join(20)
     assert load_pytree(tmp_path / "a") == {"a": 1}
+
+
+def test_a_finalizer_that_saves_after_a_save_leaves_none_without_a_result(tmp_path: Path) -> None:
+    class Trainer:
+        def log(self, _: object) -> None:
+            """Do nothing; the future keeps this."""
+
+        def __del__(self) -> None:
+            save_pytree({"c": 3}, tmp_path / "c")
+
+    release, trainer = threading.Event(), Trainer()
+    first = save_pytree_async({"a": 1}, tmp_path / "a", progress=lambda *_: release.wait(20))
+    first.add_done_callback(trainer.log)
+    del trainer, first
+    second = save_pytree_async({"b": 2}, tmp_path / "b")
+    release.set()
+    second.result(20)
+    save_pytree_async({"d": 4}, tmp_path / "d").result(20)
+    assert {file.name for file in tmp_path.iterdir()} == {"a", "b", "c", "d"}
+
+
+def test_an_error_from_code_of_no_module_is_raised(tmp_path: Path) -> None:
+    names: dict[str, Any] = {"__name__": None}
+    exec("def progress(*_): raise ValueError('no module')", names)
+    with pytest.raises(ValueError, match="no module"):
+        save_pytree_async({"a": 1}, tmp_path / "a", progress=names["progress"]).result(20)
+
+
+@posix
+def test_a_signal_handler_may_save_while_two_saves_are_waited_for(tmp_path: Path) -> None:
+    begun, release = threading.Event(), threading.Event()
+
+    def progress(*_: object) -> None:
+        begun.set()
+        release.wait(20)
+
+    def handle(*_: object) -> None:
+        release.set()
+        save_pytree({"c": 3}, tmp_path / "c")
+
+    first = save_pytree_async({"a": 1}, tmp_path / "a", progress=progress)
+    second = save_pytree_async({"b": 2}, tmp_path / "b")
+    before = signal.signal(signal.SIGUSR1, handle)
+    try:
+        assert begun.wait(20)
+        threading.Timer(0.1, os.kill, [os.getpid(), signal.SIGUSR1]).start()
+        first.result()
+        second.result()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert {file.name for file in tmp_path.iterdir()} == {"a", "b", "c"}

@@ -772,7 +772,7 @@ def test_a_file_that_can_only_not_be_read_is_not_called_damaged(
         assert "does not report its size" in error_of("misbehaving://m")
     monkeypatch.setattr(misbehaving, "lacks", 3)
     assert f"bytes for a range of {len(misbehaving.content):,}: " in error_of("misbehaving://m")
-    url = publish(server, "/m.safetensors", tmp_path, tree_of(1))
+    url = publish(server, "/m.safetensors", tmp_path, {"w": np.zeros(1 << 20, np.int8)})
     server.has_ranges = "no"
     assert "does not support ranges" in error_of(url)
     server.has_ranges = "yes"

@@ -91,6 +91,17 @@ class Swapped(Node):
     """A node that is rebuilt from its children without keys; with keys, they have another order."""
 
 
+class Wrapped(Node):
+    """A node that wraps its children whenever it is flattened, and rejects nothing."""
+
+
+class Broadcast(Node):
+    """A node that broadcasts its children whenever it is rebuilt."""
+
+    def __init__(self, **attrs: Any) -> None:
+        super().__init__(**{key: np.broadcast_to(np.asarray(attrs[key]), 3) for key in attrs})
+
+
 class Drawn:
     """A node with an order of its children without keys, and a function that makes them."""
 
@@ -160,6 +171,8 @@ register(OddSorted, Names, lambda names: Names(in_order(names)), copied_attribut
 register(Listed, tuple, list)
 register(FreshListed, tuple, list, copied_attribute)
 register(Picky, tuple, list)
+register(Wrapped, tuple, tuple, lambda node, name: {"child": getattr(node, name)})
+register(Broadcast, tuple, tuple, lambda node, name: getattr(node, name)[:])
 jax.tree_util.register_pytree_with_keys(
     Swapped,
     lambda node: ([(jax.tree_util.GetAttrKey(key), getattr(node, key)) for key in "wb"], None),
@@ -274,6 +287,12 @@ def test_a_template_that_would_swap_its_children_is_refused(node: Any, tmp_path:
 @pytest.mark.parametrize("node", EQUAL)
 def test_a_node_with_one_order_is_loaded(node: Any) -> None:
     check_names(node)
+
+
+@pytest.mark.parametrize("node", [Wrapped(w=1.0, b=2.0), Broadcast(w=ZERO, b=ZERO)])
+def test_a_node_that_makes_other_children_is_loaded(node: Any, tmp_path: Path) -> None:
+    save_pytree(node, tmp_path / "file")
+    assert type(load_into_pytree(node, tmp_path / "file")) is type(node)
 
 
 @needs_keyed_treedefs

@@ -49,14 +49,17 @@ class Interrupt:
             if task.cancel():  # the work will never start
                 raise
             self.received.append(error)
-        while True:
-            try:
-                self.wait_for(task.end)
-                return task.result()
-            except BaseException as error:
-                if task.done():
-                    raise
-                self.received.append(error)  # before the waiting began
+        try:
+            while True:
+                try:
+                    self.wait_for(task.end)
+                    return task.result()
+                except BaseException as error:
+                    if task.done():
+                        raise
+                    self.received.append(error)  # before the waiting began
+        finally:
+            del task  # the traceback would keep it alive
 
     @contextmanager
     def also_outside(self) -> Iterator[None]:

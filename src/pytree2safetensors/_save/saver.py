@@ -43,10 +43,10 @@ class Save(Future[None]):
     _is_retrieved = True  # until `__init__` is done, which an interrupt may stop
     _is_of_parent = False
 
-    def __init__(self, where: str, is_joint: bool) -> None:
+    def __init__(self, where: str, is_joint: bool, saved: End) -> None:
         super().__init__()
         self._where, self._is_joint, self._is_retrieved = where, is_joint, False
-        self.end = End()  # after all callbacks
+        self._saved, self.end = saved, End()  # before its result is known, and after all callbacks
         _saves.add(self)
 
     def cancel(self) -> bool:
@@ -59,7 +59,7 @@ class Save(Future[None]):
 
     # The runtime checks of the tests distinguish ints from floats.
     def result(self, timeout: int | float | None = None) -> None:  # noqa: PYI041
-        self._check_wait(timeout)
+        self._wait(timeout)
         try:
             super().result(timeout)
         except BaseException as error:
@@ -69,12 +69,12 @@ class Save(Future[None]):
             del self  # the traceback would keep the error and its snapshot alive
 
     def exception(self, timeout: int | float | None = None) -> BaseException | None:  # noqa: PYI041
-        self._check_wait(timeout)
+        self._wait(timeout)
         error = super().exception(timeout)
         self._is_retrieved = True
         return error
 
-    def _check_wait(self, timeout: int | float | None) -> None:  # noqa: PYI041 - as above
+    def _wait(self, timeout: int | float | None) -> None:  # noqa: PYI041 - as above
         if self._is_of_parent and not self.done():
             raise RuntimeError(
                 f"the process that this one was forked from saves to {self._where}; call this method of "
@@ -85,6 +85,8 @@ class Save(Future[None]):
                 "a callback of a background save cannot wait for a background save, because they run one "
                 "after another; wait in another thread"
             )
+        if timeout is None and not self.done():
+            self._saved.wait()  # without the lock, since a signal handler may save
 
     def _get_snapshot(self) -> Any:  # pragma: no cover - asyncio calls it from Python 3.15 on
         self._is_retrieved = True
@@ -150,7 +152,7 @@ def submit(save: Callable[[], None], where: str, *, is_joint: bool = False) -> S
     if not _savers:
         _savers.append(_new_saver())
     end = End()  # does not keep an error and its snapshot alive, unlike the future
-    future = Save(where, is_joint)
+    future = Save(where, is_joint, end)
     waiting: _Waiting = [(save, future)]
 
     def finish(_: Future[None]) -> None:  # if it is cancelled
@@ -195,8 +197,9 @@ def _replace_saver() -> None:
 
 def _saved_now(save: Callable[[], None], where: str, is_joint: bool) -> Save:
     wait_for_earlier()
-    future = Save(where, is_joint)
-    _run([(save, future)], End())
+    end = End()
+    future = Save(where, is_joint, end)
+    _run([(save, future)], end)
     return future
 
 
@@ -217,14 +220,15 @@ def _run(waiting: _Waiting, end: End, *, in_callback: bool = False) -> None:
         except BaseException as raised:  # noqa: BLE001 - the future raises it
             error = raised
         del save  # with its snapshot, since callbacks of the future may start the next save
-        _clear(error)
+        with suppress(Exception):  # of globals that are no module's
+            _clear(error)
     finally:
         # First, because a thread that a signal has interrupted may have locked the future.
         _finish(end)
         _here.is_saving = is_inner  # after finalizers, which may save
     is_outer = not _here.is_ending
     try:
-        if in_callback:
+        if in_callback and not is_outer:
             _here.ended += ((future, error),)
             return
         _here.is_ending = True

@@ -183,10 +183,11 @@ def undisturbed(work: Callable[[], object]) -> None:
             break
         except BaseException as error:  # noqa: BLE001 - raised below
             interrupts.append(error)
-    try:
-        task.result()
-        if interrupts:
-            raise interrupts[0]
-    finally:
-        interrupts.clear()  # the traceback would keep these, and so this frame, alive
-        del task
+    errors = [error for error in (task.error, *interrupts) if error is not None]
+    interrupts.clear()
+    del task
+    if errors:
+        try:
+            raise errors[0]
+        finally:
+            errors.clear()  # the traceback would keep them, and so this frame, alive

@@ -4,7 +4,7 @@ Specification: *Loading into a template*.
 """
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import jax
@@ -53,18 +53,33 @@ def is_order_known(node: Any, keyed: Sequence[Any], name: str) -> bool:
 
 
 def _is_reordered(node: Any) -> bool:
-    """Return whether the children of a node change their order when it is rebuilt from those with keys."""
+    """Return whether only a node that is rebuilt from its children with keys has them in another order."""
+    return _keeps_order(node, _with_keys) is False and _keeps_order(node, _without_keys) is True
 
-    def flattened(node: Any) -> Any:
-        return jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda part: part is not node)
 
+def _keeps_order(node: Any, flatten: Callable[[Any], tuple[list[Any], Any]]) -> bool | None:
+    """Return whether a rebuilt node has its children in order, or None if it does not say so."""
     try:
-        _, treedef = flattened(node)
-        children = [object() for _ in range(treedef.num_leaves)]
-        found = [child for _, child in flattened(treedef.unflatten(children))[0]]
+        children, treedef = flatten(node)
+        children = [object() for _ in children]
+        found, _ = flatten(treedef.unflatten(children))
     except Exception:  # noqa: BLE001 - classes may refuse such children in any way
-        return False
-    return found != children and {*found} == {*children}
+        return None
+    before, after = [*map(id, children)], [*map(id, found)]  # others may not compare
+    return before == after if {*before} == {*after} else None
+
+
+def _with_keys(node: Any) -> tuple[list[Any], Any]:
+    pairs, treedef = jax.tree_util.tree_flatten_with_path(node, is_leaf=_is_inside(node))
+    return [child for _, child in pairs], treedef
+
+
+def _without_keys(node: Any) -> tuple[list[Any], Any]:
+    return jax.tree_util.tree_flatten(node, is_leaf=_is_inside(node))
+
+
+def _is_inside(node: Any) -> Callable[[Any], bool]:
+    return lambda part: part is not node
 
 
 def keyed_structure(tree: Any) -> Any:
