@@ -144,7 +144,8 @@ class Killer(_Plugin):
             if self.alone and not self.is_importable:
                 killer = "import"
             if not killer:
-                self.say(mutant, "alone" if mutant.imported and not self.alone else "survived")
+                needs_import = mutant.imported or not is_there
+                self.say(mutant, "alone" if needs_import and not self.alone else "survived")
             elif self.alone or self.check(killer):
                 self.say(mutant, "killed", killer)
             else:  # the mutant left something behind
@@ -222,14 +223,15 @@ def exchanged(package: Path, mutant: Mutant, alone: bool) -> Iterator[bool]:
 
 
 def _recode(path: str, code: types.CodeType, undo: contextlib.ExitStack) -> int:
-    """Give the functions of a module the code of its mutant."""
+    """Give the functions of a module the code of its mutant; how many, or 0 if that is impossible."""
     changed, count = _codes(code), 0
     for function in _functions(path):
         new, old = changed[_key(function.__code__)], function.__code__
-        if len(new.co_freevars) == len(old.co_freevars):
-            undo.callback(setattr, function, "__code__", old)
-            function.__code__ = new
-            count += 1
+        if len(new.co_freevars) != len(old.co_freevars):
+            return 0
+        undo.callback(setattr, function, "__code__", old)
+        function.__code__ = new
+        count += 1
     return count
 
 
