@@ -63,7 +63,8 @@ MODULES = [
 TESTS = ["tree", "format", "laws", "load", "leaves", "save", "conformance"]
 TESTS += [f"robustness/test_{name}.py" for name in ("arguments", "errors", "fuzz")]
 TESTS += [f"robustness/test_errors_of_{name}.py" for name in ("files", "templates")]
-TESTS += [f"storage/test_{name}.py" for name in ("locations", "progress", "remote_loading", "streams")]
+TESTS += [f"storage/test_{name}.py" for name in ("locations", "progress", "streams")]
+TESTS += ["storage/test_remote_loading.py"]
 _STALLED = 120.0  # seconds without a result after which a process is ended
 
 
