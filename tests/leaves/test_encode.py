@@ -27,3 +27,10 @@ def test_a_contiguous_tensor_is_one_piece_without_a_copy() -> None:
     values = np.arange(6, dtype=np.float32).reshape(2, 3)
     [piece] = encode.pieces(values, TensorInfo("F32", (2, 3), 24))
     assert np.shares_memory(piece, values)
+
+
+def test_pieces_are_as_large_as_they_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encode, "_PIECE", 100)
+    values = np.zeros((1000, 2), ">u2")
+    pieces = list(encode.pieces(values, TensorInfo("U16", (1000, 2), 4000)))
+    assert [len(piece) for piece in pieces] == [100] * 40

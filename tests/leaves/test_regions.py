@@ -125,5 +125,6 @@ def test_ranges_are_the_bytes_of_regions_joined_across_gaps(
 def test_a_region_is_whole_on_axes_that_its_index_lacks() -> None:
     assert region_of((), (2, 3)) == ((0, 2), (0, 3))
     assert region_of((1,), (2, 3)) == ((1, 2), (0, 3))
+    assert region_of((0, 1), (2, 3)) == ((0, 1), (1, 2))
     assert region_of((slice(1, None), slice(2)), (2, 3)) == ((1, 2), (0, 2))
     assert region_of((slice(5, 4),), (6,)) == ((5, 5),)

@@ -657,3 +657,17 @@ def test_a_template_fits_if_rules_leave_out_all_of_it(path: Path, strict: bool) 
     assert load_into_pytree(template, path, rename=rules, strict=strict) == template
     with pytest.raises(WeightsMismatchError, match="1 unexpected"):
         load_into_pytree(template, path, rename=rules[:1], strict=strict)
+
+
+def test_shards_that_cut_the_merged_axes_of_one_tensor(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "_CUT_BY_JAX", 0)
+    values = numbers(6, 40)
+    save_pytree({"w": values.reshape(3, 2, 40)}, path)
+    place = NamedSharding(Mesh(np.array(jax.devices()[:2]), ("x",)), P("x"))
+    template = {"w": STRUCT(values.shape, values.dtype, sharding=place)}
+    rules = [Rule("@w", "w", "a b c -> (a b) c", b=2)]
+    found = load_into_pytree(template, path, rename=rules)["w"]
+    assert found.sharding == place
+    assert_same_values(found, values)

@@ -649,3 +649,15 @@ def test_the_host_beside_a_device_keeps_no_memory_of_the_ring(
     found = load_into_pytree(template, tmp_path / "file", cast=True, rename=names)
     assert np.asarray(found["w"]).tolist() == [[*range(2048)]] * 2
     assert [float(array[-1]) for array in found["z"]] == [-number for number in range(50)]
+
+
+def test_arrays_are_ready_when_all_of_them_are() -> None:
+    class Transfer:
+        def __init__(self, is_over: bool) -> None:
+            self.is_over = is_over
+
+        def is_ready(self) -> bool:
+            return self.is_over
+
+    assert ahead._are_ready([Transfer(True), Transfer(True)])
+    assert not ahead._are_ready([Transfer(True), Transfer(False)])

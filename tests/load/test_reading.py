@@ -32,7 +32,7 @@ from pytree2safetensors import (
 )
 from pytree2safetensors._leaves import staging
 from pytree2safetensors._leaves.describe import describe
-from pytree2safetensors._load import ahead, finishing, reading
+from pytree2safetensors._load import ahead, assembling, finishing, reading
 from pytree2safetensors._load.opening import open_checkpoint
 from pytree2safetensors._storage.file_source import FileSource
 from pytree2safetensors.testing import assert_round_trips
@@ -497,3 +497,30 @@ def test_arrays_of_numpy_are_converted_in_batches(
     found = load_into_pytree(template, tmp_path / "file", mmap=mmap, cast=True)
     assert 4 * 16_000 <= most <= 4 << 16  # one batch is converted, and three are read meanwhile
     assert_same(found, [leaf.astype(np.float32) for leaf in tree])
+
+
+@pytest.mark.parametrize("mmap", [False, True])
+def test_arrays_of_numpy_are_reordered_in_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mmap: bool
+) -> None:
+    memory: list[tuple[weakref.ref[Any], int]] = []
+    most = 0
+
+    def aligned(size: int) -> Any:
+        nonlocal most
+        made = staging.aligned(size)
+        memory.append((weakref.ref(made.base), size))  # which views of it keep alive
+        most = max(most, sum(size for base, size in memory if base() is not None))
+        return made
+
+    monkeypatch.setattr(ahead, "_AHEAD", 2)
+    monkeypatch.setattr(reading, "_COPIED_BATCH", 1 << 16)
+    monkeypatch.setattr(finishing, "aligned", aligned)
+    monkeypatch.setattr(assembling, "aligned", aligned)
+    tree = [np.arange(n, n + 8000, dtype=np.int16).reshape(80, 100) for n in range(40)]
+    rules = [Rule("{n}", "#{n}", "a b -> b a")]
+    save_pytree(tree, tmp_path / "file", rename=rules)
+    template = [np.zeros((80, 100), np.int16)] * len(tree)
+    found = load_into_pytree(template, tmp_path / "file", mmap=mmap, rename=rules)
+    assert 4 * 16_000 <= most <= 4 << 16  # one batch is reordered, and three are read meanwhile
+    assert_same(found, tree)

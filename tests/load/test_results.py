@@ -222,6 +222,14 @@ def test_a_long_list_of_mismatches_is_cut(list_: str) -> None:
     assert shown == names[: _messages._LISTED]
 
 
+@pytest.mark.parametrize("count", [_messages._LISTED, _messages._LISTED + 1])
+def test_a_list_says_how_many_more_there_are_if_there_are_more(count: int) -> None:
+    with pytest.raises(WeightsMismatchError) as caught:
+        set_weights({"a": 0}, {"@a": 1} | {f"@b{n}": 2 for n in range(count)})
+    more = [line for line in str(caught.value).splitlines() if "..." in line]
+    assert more == ["    ... and 1 more"] * (count - _messages._LISTED)
+
+
 @pytest.mark.parametrize(("count", "more"), [(20, ""), (21, " and 1 more")])
 def test_the_warning_names_twenty_leaves(count: int, more: str, tmp_path: Path) -> None:
     save_pytree([WIDE] * count, tmp_path / "file")

@@ -275,6 +275,13 @@ def test_a_prefix_without_leaves_is_named() -> None:
         assert str(caught.value).splitlines()[-1] == last
 
 
+def test_a_leaf_below_a_prefix_that_is_not_data_is_named() -> None:
+    with pytest.raises(WeightsMismatchError) as caught:
+        set_weights({"f": print, "w": 1}, {"@m@f": 2, "@m@w": 3}, prefix="@m")
+    line = "    '@m@f' (the template has no array and no number there)"
+    assert line in str(caught.value).splitlines()
+
+
 def test_names_without_escapes_are_explained() -> None:
     """Version 0.1.4 escaped nothing."""
     template = {"a\\b": 1, "c.d": {"e#": 2}, "f": 3, "@": 4, "#": 5}

@@ -53,6 +53,7 @@ def test_chunks_follow_each_other(sizes: list[tuple[int, str]]) -> None:
     if sum(small) == sum(2 * size for size, _ in sizes) >= JOINED:
         assert len(found) <= sum(small) // JOINED + 1
         assert all(JOINED <= length < JOINED + SMALL for length in joined[:-1])
+        assert all(length < JOINED + SMALL for length in joined)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # pmap is on its way out

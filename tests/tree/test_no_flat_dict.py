@@ -156,6 +156,15 @@ def test_a_tree_has_a_flat_dict_if_jax_can_flatten_it(node: Any, kind: Any) -> N
         assert found or levels > most - 5
 
 
+def test_an_empty_container_of_python_takes_one_level() -> None:
+    check = limits.DepthCheck()
+    check.limit = limits.DEEP
+    for kind in (dict, list, tuple, type(None)):
+        check.check(limits.DEEP, kind, "", has_children=False)
+        with pytest.raises(TreeStructureError, match="nested deeper than JAX can flatten"):
+            check.check(limits.DEEP, kind, "")
+
+
 def test_a_template_may_be_as_deep_as_jax_takes_below_few_frames() -> None:
     flat = {"#0" * (limits._most_lists() - 1): 2}
     assert pytree2dict(set_weights(deep(limits._most_lists() - 1), flat)) == flat
