@@ -212,6 +212,7 @@ def check_names(node: Any) -> None:
 DIFFERENT = [
     Sorted(w=1.0, b=2.0),
     Sorted(w=[1.0], b=[1.0]),
+    Sorted(c=1.0, b=2.0, a=3.0),
     Fewer(w=1.0, b=2.0),
 ]
 UNSEEN = [
