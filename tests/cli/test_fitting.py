@@ -79,6 +79,14 @@ def lacks_key(self):
 def refuses(self):
     raise ValueError("no weights yet")
 
+class Speechless(Exception):
+    def __str__(self):
+        raise RuntimeError("no text")
+
+def fails(self):
+    raise Speechless
+
+SPEECHLESS = broken(flat, fails)
 LACKS_KEY = broken(flat, lacks_key)
 LACKS_KEY_LATER = [broken(lacks_key, flat)]
 
@@ -302,6 +310,13 @@ def test_an_error_of_a_template_function_is_shown_once(
     assert complaint.count("Traceback") == 1
     last = f"{raised}\npytree2safetensors: the function of --template raised {raised}\n"
     assert complaint.endswith(last)
+
+
+def test_an_error_without_a_text_is_named(run: Run, model: str) -> None:
+    code, printed, complaint = run("show", "model.safetensors", "--template", f"{model}:SPEECHLESS")
+    assert (code, printed) == (1, "")
+    assert complaint.startswith("Traceback (most recent call last):\n")
+    assert complaint.endswith("\npytree2safetensors: flattening the template raised Speechless\n")
 
 
 def test_a_template_function_with_arguments_is_refused(run: Run, model: str) -> None:

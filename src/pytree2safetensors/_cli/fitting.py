@@ -117,7 +117,11 @@ def _result_of(what: str, function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _described(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".removesuffix(": ")
+    name = type(error).__name__
+    try:
+        return f"{name}: {error}".removesuffix(": ")
+    except Exception:  # noqa: BLE001 - a foreign __str__ may raise anything
+        return name
 
 
 _NOT_THE_CALLERS: Final = {"pytree2safetensors", "importlib", "jax"}
