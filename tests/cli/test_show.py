@@ -106,6 +106,15 @@ def test_values_of_wide_characters_fit_the_screen(run: Run) -> None:
     ]
 
 
+@pytest.mark.parametrize("character", ["\u200b", "\n", "\U000e0001"])
+def test_values_of_escaped_characters_fit_the_screen(run: Run, character: str) -> None:
+    escaped = repr(character)[1:-1]
+    save_pytree([character * 100], "escaped.safetensors")
+    _, out, _ = run("show", "escaped.safetensors", "--all")
+    text = escaped * (32 // len(escaped))
+    assert table_of(out).splitlines()[2:] == [f"#0    str = '{text}'... (100 characters)"]
+
+
 def test_show_prints_a_small_tree(run: Run) -> None:
     save_pytree(small(), "small.safetensors", metadata={"run": "42"})
     assert run("show", "small.safetensors") == (0, HEAD + ROWS[1:], "")

@@ -140,8 +140,9 @@ def leaf_text(leaf: Leaf) -> str:
 def value_text(leaf: Leaf) -> str:
     """Write the value of a leaf in a few columns: a str as a literal, other values as they are."""
     value = (leaf.value or "") + (f" (bits {leaf.bits})" if leaf.bits else "")
+    write, quotes = (repr, 2) if leaf.kind == "str" else (str, 0)
     start = value[:_LONGEST_VALUE]
-    while columns(start) > _LONGEST_VALUE:
+    while columns(write(start)) - quotes > _LONGEST_VALUE:
         start = start[:-1]
     more = f"... ({len(value):,} characters)" if len(start) < len(value) else ""
-    return (repr(start) if leaf.kind == "str" else start) + more
+    return write(start) + more
