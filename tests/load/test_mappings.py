@@ -120,6 +120,14 @@ def test_the_function_for_nnx_keeps_the_sizes_of_a_rule() -> None:
     assert to_nnx()(rule) == Rule("q", "q.value", rule.pattern, t=2)
 
 
+@pytest.mark.parametrize(
+    "rule",
+    [Rule("q", None), Rule("{=}", "{=}"), Rule(None, "{*}.rngs.{r:count,key}.value")],
+)
+def test_the_function_for_nnx_keeps_rules_whose_path_is_complete(rule: Rule) -> None:
+    assert to_nnx()(rule) == rule
+
+
 def test_the_examples_compute_what_pytorch_computes() -> None:
     """The views of the table, apart from any rules; with integers, so the results are exact."""
     rng = np.random.default_rng(0)
