@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -192,6 +193,16 @@ def test_a_wrong_block_is_noticed(tmp_path: Path) -> None:
         assert block == Block(info, text, 3)
         with pytest.raises(AssertionError):
             run(page, block, {}, tmp_path)
+
+
+def test_the_conversion_to_bfloat16_keeps_what_is_no_float() -> None:
+    page = (DOCS / "guides" / "pytorch.md").read_text("utf-8")
+    [code] = re.findall(r"`(jax\.tree\.map\([^`]+, model\))`", page)
+    model = {"key": jax.random.key(0), "w": jnp.ones(2), "step": jnp.int32(300)}
+    converted = eval(code, {"jax": jax, "jnp": jnp, "model": model})
+    assert converted["key"] is model["key"]
+    assert converted["step"] is model["step"]
+    assert converted["w"].dtype == jnp.bfloat16
 
 
 def test_the_table_of_the_api_page_names_every_public_name() -> None:
