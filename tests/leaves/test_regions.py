@@ -122,6 +122,13 @@ def test_ranges_are_the_bytes_of_regions_joined_across_gaps(
     assert list(ranges_of(regions, shape, 2, gap)) == expected
 
 
+@pytest.mark.parametrize("inner", [(0, 2), (1, 3), (2, 4)])
+def test_the_range_of_a_region_contains_that_of_a_region_in_it(inner: tuple[int, int]) -> None:
+    regions = [((0, 2), (0, 4)), ((0, 1), inner)]
+    assert list(ranges_of(regions, (2, 4), 2)) == [(0, 16)]
+    assert list(ranges_of(regions[::-1], (2, 4), 2)) == [(0, 16)]
+
+
 def test_a_region_is_whole_on_axes_that_its_index_lacks() -> None:
     assert region_of((), (2, 3)) == ((0, 2), (0, 3))
     assert region_of((1,), (2, 3)) == ((1, 2), (0, 3))

@@ -671,3 +671,16 @@ def test_shards_that_cut_the_merged_axes_of_one_tensor(
     found = load_into_pytree(template, path, rename=rules)["w"]
     assert found.sharding == place
     assert_same_values(found, values)
+
+
+def test_leaves_of_which_one_is_a_part_of_the_other(path: Path) -> None:
+    values = numbers(3, 8, 1 << 14)
+    save_pytree({"w": values}, path)
+    rules = [
+        Rule("@w", "a.{p}", "p r c -> r c", p=3),
+        Rule("@w", "b.{p}.{h}", "p r (h c) -> r c", p=3, h=2),
+    ]
+    template = {"a": [zeros(8, 1 << 14)], "b": [[zeros(8, 1 << 13)]]}
+    found = load_into_pytree(template, path, rename=rules)
+    assert_same_values(found["a"][0], values[0])
+    assert_same_values(found["b"][0][0], values[0, :, : 1 << 13])

@@ -158,7 +158,8 @@ def ranges_of(
         return
     ranges = np.concatenate(pairs)
     ranges = ranges[np.argsort(ranges[:, 0], kind="stable")]
-    breaks = np.flatnonzero(ranges[1:, 0] > ranges[:-1, 1] + gap)
+    ends = np.maximum.accumulate(ranges[:, 1])  # a range may contain later ones
+    breaks = np.flatnonzero(ranges[1:, 0] > ends[:-1] + gap)
     starts = ranges[np.concatenate([[0], breaks + 1]), 0]
-    stops = ranges[np.concatenate([breaks, [len(ranges) - 1]]), 1]
+    stops = ends[np.concatenate([breaks, [len(ranges) - 1]])]
     yield from zip(starts.tolist(), stops.tolist(), strict=True)
