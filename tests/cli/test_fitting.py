@@ -249,6 +249,14 @@ def test_a_module_that_is_no_python_is_named(run: Run, model: str) -> None:
     assert complaint.endswith(f"SyntaxError: '(' was never closed (broken_{model}.py, line 2)\n")
 
 
+def test_a_function_names_the_leaves(run: Run, model: str) -> None:
+    Path(f"names_{model}.py").write_text("def names(path):\n    return path\n", "utf-8")
+    options = ["--template", f"{model}:TREE", "--rules", f"names_{model}:names"]
+    assert run("show", "model.safetensors", *options) == run(
+        "show", "model.safetensors", "--template", f"{model}:TREE"
+    )
+
+
 @pytest.mark.parametrize(
     ("function", "said"),
     [

@@ -70,3 +70,8 @@ def test_shards_on_the_host_leave_no_copy_behind() -> None:
     data: Any = jnp.arange(TAKEN_OVER).astype(jnp.int4)  # which is packed on any device
     assert_same_values(host.host_shard(data), np.asarray(jnp.array(data)))
     assert data._npy_value is None  # where JAX keeps it
+
+
+def test_the_values_of_a_key_are_its_data() -> None:
+    keys = jax.random.split(jax.random.key(1), 3)
+    np.testing.assert_array_equal(host.host_shard(keys), jax.random.key_data(keys))

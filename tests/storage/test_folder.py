@@ -272,6 +272,22 @@ def test_what_a_killed_save_left_is_removed_from_a_file_system_without_locks(
 
 
 @posix
+def test_what_a_killed_save_left_stays_if_its_lock_cannot_be_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = left_behind(tmp_path, "model")
+    later(monkeypatch, 25)
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with Folder(str(tmp_path), listed=True) as folder, monkeypatch.context() as patch:
+        patch.setattr("fcntl.flock", refuse)
+        folder.remove_abandoned("model")
+    assert litter(tmp_path) == [left]
+
+
+@posix
 @pytest.mark.parametrize("limit", [None, 100], ids=["a file", "a folder"])
 def test_one_process_saves_where_a_shared_lock_forbids_writing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int | None

@@ -97,7 +97,7 @@ def _opened(held: Held, path: str) -> int:
         return held.open(path, os.O_WRONLY | os.O_TRUNC)
     except (IsADirectoryError, PermissionError):
         if not os.path.isdir(path):  # for which Windows gives no permission
-            raise
+            raise  # pragma: no cover - the superuser has all permissions
         text = os.strerror(errno.EISDIR) + _REMEDY
         raise IsADirectoryError(errno.EISDIR, text, path) from None
 
@@ -136,7 +136,7 @@ def followed(path: str) -> str:
                 return path
             raise
         except ValueError:  # on Windows: another kind of reparse point
-            return path
+            return path  # pragma: no cover - Windows
         path = os.path.join(os.path.dirname(path), link)
     # Before, `os.stat` raises the same, unless the links change.
     raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)  # pragma: no cover - as above

@@ -149,7 +149,7 @@ def open_source(path: LocalPath | RemotePath, *, regular: bool = False) -> ByteS
         try:
             descriptor = held.open(where, os.O_RDONLY | waiting)
         except PermissionError:
-            if os.path.isdir(where):  # which Windows does not open
+            if os.path.isdir(where):  # pragma: no cover - Windows does not open it
                 raise _is_folder(where) from None
             raise
         with naming(where):
