@@ -176,3 +176,44 @@ def test_an_empty_tensor_is_not_read() -> None:
     reads, tasks = plan_reads(checkpoint, [*places, places[0]], lambda _: None)
     assert [len(read.buffer) for read in reads] == [math.prod((ROWS, 2, 4))]
     assert not tasks
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from([1, TAKEN_OVER - 1, TAKEN_OVER, 2 * TAKEN_OVER, 3 * TAKEN_OVER]),
+            st.sampled_from(["kept", "copied", "own"]),
+        ),
+        max_size=12,
+    )
+)
+def test_what_leaves_keep_shares_no_memory_with_what_is_copied(
+    regions: list[tuple[int, str]],
+) -> None:
+    slots, size = list[Slot](), 0
+    for number, (nbytes, kind) in enumerate(regions):
+        info = TensorInfo("U8", (nbytes,), nbytes)
+        offset = -1 if kind == "own" else -(-size // ALIGNMENT) * ALIGNMENT
+        slots.append(Slot(f"{number}", info, None, offset, nbytes, [], is_kept=kind == "kept"))
+        size = size if kind == "own" else offset + nbytes
+    before = {
+        kind: sum(
+            slot.nbytes for slot in slots if shares(slot) and slot.is_kept == (kind == "kept")
+        )
+        for kind in ("kept", "copied")
+    }
+    found = plan.separated(Batch(slots, size))
+    assert [slot._replace(offset=0) for slot in found.slots] == [
+        slot._replace(offset=0) for slot in slots
+    ]
+    assert found.size == size  # pages that nothing is read into take no memory
+    assert all(a.offset in {b.offset, -1} for a, b in zip(found.slots, slots, strict=True))
+    assert len({slot.is_kept for slot in found.slots if shares(slot)}) <= 1
+    assert sum(slot.nbytes for slot in found.slots if shares(slot)) == max(before.values())
+    small = [slot for slot in slots if not shares(slot)]
+    assert [slot for slot in found.slots if slot in small] == small
+
+
+def shares(slot: Slot) -> bool:
+    """Whether a region is in the memory of its batch, and large enough that a leaf keeps it."""
+    return slot.offset >= 0 and slot.nbytes >= TAKEN_OVER
