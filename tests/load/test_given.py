@@ -259,3 +259,30 @@ def test_what_jax_cannot_hold_becomes_an_array_of_numpy(dtype: Any) -> None:
         [found] = set_weights([template], {"#0": given}, cast=True)
     assert type(found) is np.ndarray
     assert_same_values(found, np.arange(3, dtype=np.float64))
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_copies_on_all_devices_move_to_any_memory(name: str) -> None:
+    sharding = PLACES[name]
+    if sharding is None:
+        pytest.skip("the CPU devices of this JAX have no pinned memory")
+    everywhere = NamedSharding(Mesh(np.array(jax.devices()), ("x",)), P())
+    values = jax.device_put(np.arange(8, dtype=np.float32), everywhere)
+    template = {"w": Struct((8,), np.float32, sharding=sharding)}
+    assert_in_place(set_weights(template, {"@w": values})["w"], values, sharding)
+
+
+@pytest.mark.parametrize(
+    "sharding",
+    [
+        NamedSharding(Mesh(np.array(jax.devices()[:1]), ("x",)), P("x")),
+        pinned_sharding(SingleDeviceSharding(jax.devices()[0])),
+    ],
+)
+def test_a_weakly_typed_array_stays_weak_on_its_device(sharding: Any) -> None:
+    if sharding is None:
+        pytest.skip("the CPU devices of this JAX have no pinned memory")
+    template = {"w": Struct((3,), np.float32, sharding=sharding)}
+    found = set_weights(template, {"@w": jnp.full(3, 0.5)})["w"]
+    assert found.aval.weak_type
+    assert_in_place(found, np.full(3, 0.5, np.float32), sharding)

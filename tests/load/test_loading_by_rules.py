@@ -95,6 +95,13 @@ def test_a_stack_may_have_no_tensors(path: Path, leaf: Any, cast: bool) -> None:
     assert "  fits  '@w' = 'w'  float32[0,3,2]  no tensors  'o i -> l i o'" in lines
 
 
+def test_a_stack_of_no_tensors_that_does_not_fit_has_no_origin() -> None:
+    template = {"w": STRUCT((0, 3, 2), np.dtype("M8[s]")), "b": numbers(2)}
+    rules = [Rule("h.{l}.w", "w", "o i -> l i o"), Rule("b", "b")]
+    with pytest.raises(WeightsMismatchError, match="but the stored leaf is datetime64"):
+        set_weights(template, {"b": numbers(2)}, rename=rules)
+
+
 # --- what does not fit ------------------------------------------------------------------------
 
 

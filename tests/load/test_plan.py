@@ -121,6 +121,45 @@ def test_what_keeps_the_memory_of_the_host_is_put_together_there(
         assert (slot.offset >= 0) is together
 
 
+def test_regions_are_read_in_the_order_of_the_file() -> None:
+    checkpoint = checkpoint_of([1] * 12, digested=True)
+    wanted = [Wanted(f"{n}", leaf_of(ROWS, 1)) for n in reversed(range(12)) if n not in {2, 10}]
+    [batch] = batches_of(checkpoint, [*wanted, stacked(["2", "10"], 1)], 1 << 20)
+    # The tensors of one leaf follow each other.
+    assert [slot.name for slot in batch.slots] == [*"012", "10", *"3456789", "11"]
+
+
+@pytest.mark.parametrize("copies", [[True], [False], [True, False], [False, True], [True, True]])
+def test_memory_is_kept_if_any_of_its_leaves_keeps_it(copies: list[bool]) -> None:
+    checkpoint = checkpoint_of([TAKEN_OVER], digested=False)
+    whole = Wanted("0", leaf_of(ROWS, TAKEN_OVER))
+    half = LeafSpec("array", np.dtype(np.float16), (ROWS, TAKEN_OVER))
+    cast = Wanted("0", TemplateLeaf(half, "jax", None))
+    wanted = [cast if is_copied else whole for is_copied in copies]
+    [batch] = batches_of(checkpoint, wanted, 1 << 20)
+    [slot] = batch.slots
+    assert len(slot.uses) == len(copies)
+    assert slot.is_kept is not all(copies)
+
+
+def test_only_what_leaves_do_not_keep_fills_a_batch() -> None:
+    sizes = [128] * 4
+    kept = [Wanted(f"{n}", leaf_of(ROWS, 128)) for n in range(4)]
+    parts = [stacked(["0", "1"], 128), stacked(["2", "3"], 128)]
+    for wanted, counts in (kept, [4]), (parts, [2, 2]):
+        checkpoint = checkpoint_of(sizes, digested=False)
+        limit = 2 * TAKEN_OVER
+        batches = plan.plan_batches(checkpoint, wanted, limit, lambda _: True, lambda _: False)
+        assert [len(batch.slots) for batch in batches] == counts
+
+
+def test_a_leaf_of_one_tensor_shares_the_memory_of_its_batch() -> None:
+    checkpoint = checkpoint_of([128, 128], digested=False)
+    wanted = [stacked(["0"], 128), stacked(["1"], 128)]
+    [batch] = batches_of(checkpoint, wanted, 2 * TAKEN_OVER)
+    assert [slot.offset for slot in batch.slots] == [0, TAKEN_OVER]
+
+
 def test_reads_are_joined_within_a_file() -> None:
     checkpoint = checkpoint_of([2, 2], digested=False)
     (first, start), second = checkpoint.places["1"], object.__new__(FileSource)

@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+from jax.sharding import SingleDeviceSharding
 
 import pytree2safetensors
 from oracle import assert_same, identity
@@ -34,6 +35,7 @@ from pytree2safetensors._leaves import staging
 from pytree2safetensors._leaves.describe import describe
 from pytree2safetensors._load import ahead, assembling, finishing, reading
 from pytree2safetensors._load.opening import open_checkpoint
+from pytree2safetensors._load.slots import Use
 from pytree2safetensors._storage.file_source import FileSource
 from pytree2safetensors.testing import assert_round_trips
 
@@ -524,3 +526,17 @@ def test_arrays_of_numpy_are_reordered_in_batches(
     found = load_into_pytree(template, tmp_path / "file", mmap=mmap, rename=rules)
     assert 4 * 16_000 <= most <= 4 << 16  # one batch is reordered, and three are read meanwhile
     assert_same(found, tree)
+
+
+def test_devices_other_than_the_host_rearrange_their_own_values(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    host, other = jax.devices()[:2]
+    monkeypatch.setattr(reading, "is_on_host", lambda device: device is host)
+    is_far = reading._far(True)
+    for device in host, other:
+        use = Use(0, SingleDeviceSharding(device), device)
+        assert is_far(use) is (device is other)
+    for default in None, other:
+        with jax.default_device(default):
+            assert reading._far(True)(Use(0, None, None)) is (default is other)

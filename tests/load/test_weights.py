@@ -181,6 +181,7 @@ def masked(number: int) -> Any:
     ("leaf", "value", "was", "given"),
     [
         (moments(0), moments(1), *["a numpy.ndarray of dtype datetime64[s]"] * 2),
+        (moments(0), moments(0).astype("M8[ms]"), *[f"a numpy.ndarray of dtype datetime64[{t}]" for t in ("s", "ms")]),
         (masked(0), masked(1), *[f"a {np.ma.MaskedArray.__module__}.MaskedArray of dtype float64"] * 2),
         (np.longdouble(0), np.longdouble(1), *[f"a numpy.{np.longdouble.__name__} of dtype {np.dtype('g')}"] * 2),
         (boxed(0), boxed(1), *["a types.SimpleNamespace, which is or holds arrays"] * 2),

@@ -940,6 +940,28 @@ def test_a_file_in_memory_that_is_saved_again_is_not_a_mixture(
     fsspec.filesystem("memory").rm_file("mixed.safetensors")
 
 
+def test_what_a_store_remembered_before_a_load_is_forgotten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_pytree(tree_of(1), tmp_path / "file")
+    store, info = fsspec.filesystem("memory"), MemoryFileSystem.info
+    path = "/later.safetensors"
+    store.pipe_file(path, (tmp_path / "file").read_bytes())
+    missing = {path}  # as a listing from before the file was written says
+
+    def remembered(self: MemoryFileSystem, path: str, **options: Any) -> Any:
+        if path in missing:
+            raise FileNotFoundError(path)
+        return info(self, path, **options)
+
+    monkeypatch.setattr(MemoryFileSystem, "info", remembered)
+    monkeypatch.setattr(MemoryFileSystem, "invalidate_cache", lambda *_: missing.clear())
+    with pytest.raises(FileNotFoundError):
+        store.info(path)
+    assert is_same(tree_of(1), load_pytree(f"memory:/{path}"))
+    store.rm_file(path)
+
+
 def test_an_empty_object_is_no_safetensors_file(server: WebServer) -> None:
     server.files["/m.safetensors"] = b""
     with pytest.raises(FileFormatError, match="has 0 bytes and is no"):
