@@ -1,4 +1,4 @@
-"""The garbage collector runs while bytes are read, and while a caller's function is called; signals end loads."""
+"""When the garbage collector runs during a load, and how signals end one."""
 
 import gc
 import threading

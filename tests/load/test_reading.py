@@ -476,28 +476,35 @@ def test_pieces_that_arrays_share_are_bounded(
     assert all(size <= 1 << 16 for size in sorted(sizes)[:-1])
 
 
+class Memory:
+    """Makes aligned memory, and knows the most bytes that were alive at once."""
+
+    def __init__(self) -> None:
+        self._made: list[tuple[weakref.ref[Any], int]] = []
+        self.most = 0
+
+    def aligned(self, size: int) -> Any:
+        made = staging.aligned(size)
+        self._made.append((weakref.ref(made.base), size))  # which views of it keep alive
+        alive = [size for base, size in self._made if base() is not None]
+        self.most = max(self.most, sum(alive))
+        return made
+
+
 @pytest.mark.parametrize("mmap", [False, True])
 def test_arrays_of_numpy_are_converted_in_batches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mmap: bool
 ) -> None:
-    memory: list[tuple[weakref.ref[Any], int]] = []
-    most = 0
-
-    def aligned(size: int) -> Any:
-        nonlocal most
-        made = staging.aligned(size)
-        memory.append((weakref.ref(made.base), size))  # which views of it keep alive
-        most = max(most, sum(size for base, size in memory if base() is not None))
-        return made
-
+    memory = Memory()
     monkeypatch.setattr(ahead, "_AHEAD", 2)
     monkeypatch.setattr(reading, "_BATCH", 1 << 16)
-    monkeypatch.setattr(finishing, "aligned", aligned)
+    monkeypatch.setattr(finishing, "aligned", memory.aligned)
     tree = [np.full(8000, n, np.float16) for n in range(40)]
     save_pytree(tree, tmp_path / "file")
     template = [np.zeros(8000, np.float32)] * len(tree)
     found = load_into_pytree(template, tmp_path / "file", mmap=mmap, cast=True)
-    assert 4 * 16_000 <= most <= 4 << 16  # one batch is converted, and three are read meanwhile
+    # One batch is converted, and three are read meanwhile.
+    assert 4 * 16_000 <= memory.most <= 4 << 16
     assert_same(found, [leaf.astype(np.float32) for leaf in tree])
 
 
@@ -505,26 +512,18 @@ def test_arrays_of_numpy_are_converted_in_batches(
 def test_arrays_of_numpy_are_reordered_in_batches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mmap: bool
 ) -> None:
-    memory: list[tuple[weakref.ref[Any], int]] = []
-    most = 0
-
-    def aligned(size: int) -> Any:
-        nonlocal most
-        made = staging.aligned(size)
-        memory.append((weakref.ref(made.base), size))  # which views of it keep alive
-        most = max(most, sum(size for base, size in memory if base() is not None))
-        return made
-
+    memory = Memory()
     monkeypatch.setattr(ahead, "_AHEAD", 2)
     monkeypatch.setattr(reading, "_COPIED_BATCH", 1 << 16)
-    monkeypatch.setattr(finishing, "aligned", aligned)
-    monkeypatch.setattr(assembling, "aligned", aligned)
+    monkeypatch.setattr(finishing, "aligned", memory.aligned)
+    monkeypatch.setattr(assembling, "aligned", memory.aligned)
     tree = [np.arange(n, n + 8000, dtype=np.int16).reshape(80, 100) for n in range(40)]
     rules = [Rule("{n}", "#{n}", "a b -> b a")]
     save_pytree(tree, tmp_path / "file", rename=rules)
     template = [np.zeros((80, 100), np.int16)] * len(tree)
     found = load_into_pytree(template, tmp_path / "file", mmap=mmap, rename=rules)
-    assert 4 * 16_000 <= most <= 4 << 16  # one batch is reordered, and three are read meanwhile
+    # One batch is reordered, and three are read meanwhile.
+    assert 4 * 16_000 <= memory.most <= 4 << 16
     assert_same(found, tree)
 
 

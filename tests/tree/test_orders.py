@@ -92,7 +92,7 @@ class Swapped(Node):
 
 
 class Wrapped(Node):
-    """A node that wraps its children whenever it is flattened, and rejects nothing."""
+    """A node that wraps its children in new objects whenever it is flattened, and takes any children."""
 
 
 class Broadcast(Node):

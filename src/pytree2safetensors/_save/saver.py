@@ -220,8 +220,7 @@ def _run(waiting: _Waiting, end: End, *, in_callback: bool = False) -> None:
         except BaseException as raised:  # noqa: BLE001 - the future raises it
             error = raised
         del save  # with its snapshot, since callbacks of the future may start the next save
-        with suppress(Exception):  # of globals that are no module's
-            _clear(error)
+        _clear(error)
     finally:
         # First, because a thread that a signal has interrupted may have locked the future.
         _finish(end)
@@ -266,7 +265,7 @@ def _clear(error: BaseException | None) -> None:
         if one is not None and id(one) not in seen:
             seen.add(id(one))
             for frame, _ in traceback.walk_tb(one.__traceback__):
-                module = frame.f_globals.get("__name__", "")
+                module = str(frame.f_globals.get("__name__"))  # code may run without a module
                 if module.startswith(_PACKAGE) or not frame.f_code.co_flags & _GENERATORS:
                     with suppress(RuntimeError):  # it is still running
                         frame.clear()

@@ -78,9 +78,8 @@ class Read(NamedTuple):
     is_gap: bool = False  # whether nobody wants its bytes
 
 
-JoinedRead: TypeAlias = tuple[
-    ByteSource, int, list[memoryview], int
-]  # with how many bytes are wanted
+# The source, the offset, the memory, and how many of the bytes are wanted.
+JoinedRead: TypeAlias = tuple[ByteSource, int, list[memoryview], int]
 
 
 def joined_reads(reads: Iterable[Read], piece: int) -> Iterator[JoinedRead]:

@@ -162,14 +162,14 @@ def fill(side: Side, binding: Binding) -> str:
 
 
 class Alternatives:
-    """Numbered sides. One regular expression finds the first side that matches a text."""
+    """Sides of ascending numbers. One regular expression finds the first side that matches a text."""
 
     def __init__(self, sides: Mapping[int, Side]) -> None:
         self._plain: dict[str, int] = {}  # the numbers of sides without placeholders
         self._found: dict[int, tuple[int, list[Hole]]] = {}  # by the number of a group
         branches = []
         group = 1
-        for number, side in sorted(sides.items()):
+        for number, side in sides.items():
             if not any(holes_of(side)):
                 self._plain.setdefault("".join(map(str, side)), number)
                 continue
