@@ -35,7 +35,7 @@ os.environ |= {
 import jax  # noqa: E402, F401 # once, for all processes that this one forks
 import pytest  # noqa: E402
 from mutants import Mutant, mutants_of  # noqa: E402
-from worker import Baseline, Killer, Reached, import_mutant  # noqa: E402
+from worker import QUICK, THOROUGH, WHOLE, Baseline, Killer, Reached, import_mutant  # noqa: E402
 
 # What decides, and the tests that ask about it without processes of their own.
 MODULES = [
@@ -77,8 +77,11 @@ def pytest_run(plugin: object, tests: list[str], folder: Path) -> None:
     pytest.main([*options, *tests], plugins=[plugin])
 
 
-def forked(work: Callable[[], None], log: Path, out: Path) -> None:
-    """Run something in a process of its own, until it ends or `out` stops growing."""
+def forked(work: Callable[[], None], log: Path, out: Path, seconds: float = 0) -> None:
+    """Run something in a process of its own, until it ends or `out` stops growing.
+
+    `seconds` is how long the tests between two results take.
+    """
     child = os.fork()
     if not child:
         descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
@@ -98,7 +101,7 @@ def forked(work: Callable[[], None], log: Path, out: Path) -> None:
         time.sleep(0.2)
         if out.exists() and out.stat().st_size != size:
             size, since = out.stat().st_size, time.monotonic()
-        if size >= 0 and time.monotonic() - since > _STALLED:
+        if size >= 0 and time.monotonic() - since > _STALLED + 3 * seconds:
             os.kill(child, 9)
 
 
@@ -133,20 +136,25 @@ class Run(NamedTuple):
         return self.folder / "results.jsonl"
 
     def kill(self) -> None:
-        """Try all mutants: those without a result quickly, and then those that survived."""
-        for survivor in ("", "survived"):
+        """Try all mutants: those without a result quickly, and then those that survived.
+
+        What then survives may have been reached only by an import, or by tests that came too late.
+        """
+        for survivor, seconds in (("", QUICK), ("survived", THOROUGH)):
             tried: set[str] = set()
             while todo := self.todo(survivor, tried):
                 print(f"{len(todo)} of {len(self.sample)}", flush=True)
                 done = results(self.out)
                 in_place = [m for m in todo if done.get(m.id, ("",))[0] != "alone"]
                 if in_place:
-                    tried |= self.attempt(in_place, TESTS, thorough=bool(survivor))
+                    tried |= self.attempt(in_place, TESTS, seconds)
                     continue
                 for mutant in todo:
-                    near = [mutant.module.partition("/")[0].strip("_"), "laws"]
-                    tests = TESTS if survivor else near
-                    tried |= self.attempt([mutant], tests, thorough=bool(survivor), alone=True)
+                    tests = TESTS if survivor else near(mutant)
+                    tried |= self.attempt([mutant], tests, seconds, alone=True)
+        for mutant in self.todo("survived", set()):
+            print(f"all tests near {mutant.module}", flush=True)
+            self.attempt([mutant], near(mutant), WHOLE, alone=True)
 
     def todo(self, survivor: str, tried: set[str]) -> list[Mutant]:
         """The mutants without a result, or that survived for no known reason and were not tried again."""
@@ -161,10 +169,10 @@ class Run(NamedTuple):
         ]
 
     def attempt(
-        self, mutants: list[Mutant], tests: list[str], *, thorough: bool, alone: bool = False
+        self, mutants: list[Mutant], tests: list[str], seconds: float, *, alone: bool = False
     ) -> set[str]:
-        """Run tests on mutants in a process of their own; which of them it has tried."""
-        killer = Killer(_PACKAGE, mutants, self.baseline, self.out, thorough, alone)
+        """Run tests of some seconds on mutants in a process of their own; which of them it has tried."""
+        killer = Killer(_PACKAGE, mutants, self.baseline, self.out, seconds, alone)
         before = len(self.out.read_text().splitlines()) if self.out.exists() else 0
 
         def work() -> None:
@@ -172,11 +180,17 @@ class Run(NamedTuple):
                 import_mutant(_PACKAGE, mutants[0])
             pytest_run(killer, [f"tests/{name}" for name in tests], self.folder)
 
-        forked(work, self.folder / "log", self.out)
+        forked(work, self.folder / "log", self.out, seconds)
         lines = self.out.read_text().splitlines()[before:] if self.out.exists() else []
         if not lines and alone:  # the tests cannot be imported with it
             killer.say(mutants[0], "killed", "import")
         return {json.loads(line)[0] for line in lines}
+
+
+def near(mutant: Mutant) -> list[str]:
+    """The tests that ask about the folder of a mutant."""
+    folder, _, file = mutant.module.partition("/")
+    return [folder.strip("_"), "laws"] if file else TESTS
 
 
 def main() -> None:

@@ -26,7 +26,8 @@ from mutants import Mutant
 
 _LONGEST = 5.0  # seconds of a test that is of use
 _EXAMPLES = 20
-_BUDGETS = (2.0, 30.0)  # seconds that the tests of a mutant take without it, quickly and thoroughly
+# Seconds that the tests of a mutant take without it.
+QUICK, THOROUGH, WHOLE = 2.0, 30.0, 600.0
 
 
 class Reached(NamedTuple):
@@ -127,12 +128,12 @@ class Killer(_Plugin):
         todo: list[Mutant],
         baseline: dict[str, Reached],
         out: Path,
-        thorough: bool = False,
+        seconds: float,
         alone: bool = False,
     ) -> None:
         self.package, self.todo, self.baseline, self.out = package, todo, baseline, out
         self.alone = alone  # in a process that has imported the one mutant
-        self.thorough = thorough
+        self.seconds = seconds
         self.last: dict[str, None] = {}  # what killed mutants, the latest last
 
     def run(self, items: dict[str, pytest.Item]) -> None:
@@ -170,11 +171,11 @@ class Killer(_Plugin):
 
     def order(self, mutant: Mutant) -> list[str]:
         names = [name for name in reaching(mutant, self.baseline) if name in self.items]
-        if self.thorough:
+        if self.seconds > QUICK:
             names.sort(key=lambda name: self.baseline[name].cost)
         latest = {name: number for number, name in enumerate(self.last)}
         names.sort(key=lambda name: -latest.get(name, -1))
-        budget, chosen = _BUDGETS[self.thorough], []
+        budget, chosen = self.seconds, []
         for name in names:
             budget -= self.baseline[name].seconds
             if budget > 0:

@@ -170,6 +170,34 @@ def test_a_file_object_is_read_in_order(
     assert_same(jax.tree.map(np.asarray, loaded), tree)
 
 
+class Failing(Slow):
+    """A file object that fails once, after its first mebibytes."""
+
+    error: OSError | None = OSError("gone")
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        found = super().read(size)
+        if self.error is None:
+            time.sleep(0.05)
+        elif self.tell() > 10 << 20:
+            error, self.error = self.error, None
+            raise error
+        return found
+
+
+def test_nothing_reads_a_file_object_after_a_load_has_failed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(reading, "_BATCH", 1 << 20)
+    tree = {f"{n}": np.full(9 << 18, n, np.float32) for n in range(8)}
+    file = Failing(saved(tree))
+    with pytest.raises(OSError, match="gone"):
+        load_into_pytree(tree, file)
+    places = [*file.places]
+    time.sleep(0.2)
+    assert file.places == places
+
+
 def test_a_compressed_file_is_read_three_times(tmp_path: Path) -> None:
     """To find its size, for its small arrays, and for the others."""
     rewinds = list[int]()

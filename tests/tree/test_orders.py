@@ -268,6 +268,7 @@ def test_a_template_without_one_order_is_refused(node: Any) -> None:
     "node",
     [
         Swapped(w=1.0, b=2.0),
+        Swapped(w=Picky(x=1.0, y=2.0), b=Picky(x=3.0, y=4.0)),
         pytest.param(Swapped(w=ZERO, b=ZERO), marks=needs_keyed_treedefs),
     ],
 )
