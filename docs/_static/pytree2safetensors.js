@@ -615,13 +615,14 @@ class Trie {
   constructor() {
     this.root = this.node("", undefined);
     this.keys = new Map(); // of segments
+    this.deep = new Map(); // names that are too deep for a tree, and whether they are leaves
   }
 
   node(segment, parent) {
     return { segment, parent, children: NO_CHILDREN, leaf: undefined, kind: undefined };
   }
 
-  /** Add a name; return its place. Of a name that is too deep, add as much as `build` takes to refuse it. */
+  /** Add a name; return its place. A name that is too deep gets the place where `build` refuses it. */
   add(name, leaf) {
     let place = this.root;
     const segments = splitKeyPath(name);
@@ -634,8 +635,9 @@ class Trie {
       if (!next) place.children.set(segment, (next = this.node(segment, place)));
       place = next;
     }
-    if (segments.length > MAX_DEPTH) return undefined;
-    if (leaf !== undefined) place.leaf = leaf;
+    const isLeaf = leaf !== undefined;
+    if (segments.length > MAX_DEPTH) this.deep.set(name, isLeaf || this.deep.get(name));
+    else if (isLeaf) place.leaf = leaf;
     return place;
   }
 
@@ -647,25 +649,56 @@ class Trie {
 
   /** Give places the kinds of a note; throw what contradicts the tensors, or itself. */
   note(kinds, refuse) {
-    const places = [...kinds].map(([name, kind]) => [this.add(name), kind, name]).filter(([place]) => place);
+    const places = [...kinds].map(([name, kind]) => [this.add(name), kind, name]);
     for (const [place, kind, name] of places) {
-      place.kind = kind;
       for (let above = place; above; above = above.parent) {
         if (above.leaf !== undefined) refuse(`has a node ${show(name)} at or below a leaf`);
       }
-      const [word, keys] = Array.isArray(kind) ? kind : [kind];
-      const { children } = place;
-      const count = keys ? new Set(keys).size : 0;
-      const [marker, other] = this.markers(place);
-      const fits = keys
-        ? count === keys.length && count === children.size && keys.every((key) => children.has(key))
-        : !marker || (word === "tuple" && marker === "index" && !other);
-      if (!fits) refuse(`calls ${show(name)} ${word}, which its children contradict`);
+      if (this.deep.has(name)) continue;
+      place.kind = kind;
+      this.checkKind(name, kind, new Set(place.children.keys()), refuse);
+    }
+    if (this.deep.size) this.noteDeep(kinds, refuse);
+  }
+
+  /** Check the nodes that are too deep by their names alone, in an order in which those below a name follow it. */
+  noteDeep(kinds, refuse) {
+    const children = new Map(); // the segments of the children of each node
+    const above = []; // what the current name begins with, and the nearest node and leaf of the tree above that
+    for (const name of [...this.deep.keys()].sort()) {
+      while (above.length && !name.startsWith(above.at(-1).name)) above.pop();
+      let { node, isBelowLeaf } = above.at(-1) ?? { isBelowLeaf: false };
+      const last = above.at(-1)?.name;
+      if (last !== undefined && ".@#".includes(name[last.length])) {
+        if (kinds.has(last)) node = last;
+        isBelowLeaf ||= this.deep.get(last) === true;
+      }
+      if (node !== undefined) children.get(node).add(splitKeyPath(name)[splitKeyPath(node).length]);
+      if (kinds.has(name)) {
+        if (isBelowLeaf || this.deep.get(name)) refuse(`has a node ${show(name)} at or below a leaf`);
+        children.set(name, new Set());
+      }
+      above.push({ name, node, isBelowLeaf });
+    }
+    for (const [name, segments] of children) {
+      for (const segment of segments) if (!this.keys.has(segment)) this.keys.set(segment, readSegment(segment));
+      this.checkKind(name, kinds.get(name), segments, refuse);
     }
   }
 
-  markers(place) {
-    return [...new Set(Array.from(place.children.keys(), (segment) => this.keys.get(segment).kind))];
+  /** Refuse the kind of a node that its children, a set of segments, contradict. */
+  checkKind(name, kind, children, refuse) {
+    const [word, keys] = Array.isArray(kind) ? kind : [kind];
+    const count = keys ? new Set(keys).size : 0;
+    const [marker, other] = this.markers(children);
+    const fits = keys
+      ? count === keys.length && count === children.size && keys.every((key) => children.has(key))
+      : !marker || (word === "tuple" && marker === "index" && !other);
+    if (!fits) refuse(`calls ${show(name)} ${word}, which its children contradict`);
+  }
+
+  markers(segments) {
+    return [...new Set(Array.from(segments, (segment) => this.keys.get(segment).kind))];
   }
 
   /** Build the tree. */
@@ -689,7 +722,7 @@ class Trie {
   finish(place) {
     const word = Array.isArray(place.kind) ? place.kind[0] : place.kind;
     if (!place.children.size) return new Node(word ?? "dict", []);
-    const [marker, other] = this.markers(place);
+    const [marker, other] = this.markers(place.children.keys());
     const refuse = (reason) => {
       throw new TreeStructureError(`the node ${show(this.name(place))} ${reason}`);
     };

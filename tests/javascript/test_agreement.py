@@ -3,8 +3,10 @@
 import json
 import random
 import subprocess
+import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,13 @@ from hostile import DOCUMENTED, MUTATORS, Mutation, file, nodes, tensor
 from javascript.run import find_node
 from pytree2safetensors import KeyPathError, load_metadata, load_pytree, save_pytree, string2keypath
 from pytree2safetensors._leaves.jax_versions import enable_x64
+from pytree2safetensors._tree.depth import TOO_DEEP
 from robustness.test_fuzz import MUTATIONS, SEED, mutated_folder_file
 
 pytestmark = pytest.mark.fuzz
 
+# Levels of a tree that the reader in JavaScript takes. Since Python 3.12, JAX takes more.
+DEEPEST = 1001
 NODE, REASON = find_node()
 needs_node = pytest.mark.skipif(NODE is None, reason=REASON)
 # Older ones refuse dtypes and numbers of axes that the reader in JavaScript takes.
@@ -41,20 +46,49 @@ def accepted(load: Callable[[Path], Any], path: Path) -> Any:
             return None
 
 
+@contextmanager
+def deep_recursion() -> Iterator[None]:
+    """Let the descriptions of trees be as deep as what the library loads."""
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(20_000)
+    try:
+        yield
+    finally:
+        sys.setrecursionlimit(limit)
+
+
+def described(path: Path) -> Any:
+    tree = load_pytree(path)
+    with deep_recursion():
+        found = describe_tree(tree)
+    return found if levels(found) <= DEEPEST else None
+
+
+def levels(tree: dict[str, Any]) -> int:
+    """Count the levels of a tree that is described."""
+    count, level = 0, [tree]
+    while level:
+        items = [item for node in level for item in node.get("items", ())]
+        level = [item[-1] if isinstance(item, list) else item for item in items]
+        count += 1
+    return count
+
+
 def disagreements(folder: Path) -> str:
     """Read all files and folders in a folder in both languages."""
     with enable_x64(True):  # without it, JAX has no weak types of 64 bits
         cases = {
             path.name: {
                 "metadata": accepted(load_metadata, path),
-                "tree": accepted(lambda path: describe_tree(load_pytree(path)), path),
+                "tree": accepted(described, path),
             }
             for path in folder.iterdir()
         }
     loaded = sum(case["tree"] is not None for case in cases.values())
     assert 0 < loaded < len(cases)  # it tests little otherwise
-    (folder / "cases.json").write_text(json.dumps(cases))
-    command = [str(NODE), str(Path(__file__).parent / "agree.js"), str(folder)]
+    with deep_recursion():
+        (folder / "cases.json").write_text(json.dumps(cases))
+    command = [str(NODE), "--stack-size=3900", str(Path(__file__).parent / "agree.js"), str(folder)]
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
 
 
@@ -77,16 +111,20 @@ KINDS = ["tuple", "list", "None", "dict", *(["OrderedDict", k] for k in ([], ["@
 
 
 def beside_odd_names(chance: random.Random) -> bytes:
-    """A file whose note has one or two nodes. Many of its names are not key paths."""
+    """A file whose note has one or two nodes. Many of its names are not key paths, or too deep for a tree."""
+    top = "@a" * chance.choice([0, 0, 0, 0, 0, TOO_DEEP])
     kinds: dict[str, Any] = {}
     while not kinds:
         for path in chance.choices(["", "@a", "a", "@a\\.b", *PIECES], k=2):
             try:
-                string2keypath(path)
+                string2keypath(top + path)
             except KeyPathError:
                 continue
-            kinds[path] = chance.choice(KINDS)
-    found = {"".join(chance.choices(PIECES, k=chance.randrange(1, 4))) for _ in range(2)}
+            kinds[top + path] = chance.choice(KINDS)
+    found = {
+        top + "".join(chance.choices(PIECES, k=chance.randrange(1, 4)))
+        for _ in range(chance.randrange(3))
+    }
     found |= {path + chance.choice(PIECES) for path in kinds if chance.random() < 0.7}
     return nodes(kinds, *sorted(found - {"__metadata__"}))
 
@@ -103,9 +141,19 @@ def test_both_agree_on_notes_beside_names_that_are_not_key_paths(tmp_path: Path)
 @needs_node
 @needs_new
 def test_both_agree_on_what_mutations_found(tmp_path: Path) -> None:
+    deep = "@a" * TOO_DEEP
     weak = {"__metadata__": {"pytree2safetensors": '{"leaves":{"@a":"weak"},"version":1}'}}
     files = {
-        "too deep for a tree, not for metadata": nodes({"@a" * 3000: "tuple"}),
+        "deep": nodes({}, "@a" * 900),
+        "too deep for a tree, not for metadata": nodes({deep: "tuple"}),
+        "too deep, below a leaf": nodes({deep: "tuple"}, "@a"),
+        "too deep, below a leaf that is too deep": nodes({deep: "tuple"}, "@a" * (TOO_DEEP - 1)),
+        "too deep, beside a leaf that is too deep": nodes({deep: "tuple"}, f"{deep}b"),
+        "too deep, with an element": nodes({deep: "tuple"}, f"{deep}#0"),
+        "too deep, with an item": nodes({deep: "tuple"}, f"{deep}@a"),
+        "too deep, with its key": nodes({deep: ["OrderedDict", ["@a"]]}, f"{deep}@a#0"),
+        "too deep, with another key": nodes({deep: ["OrderedDict", ["@a"]]}, f"{deep}@b"),
+        "too deep, with a key and no leaf": nodes({deep: ["OrderedDict", ["@a"]]}),
         "weak, and of 64 bits": file({**weak, "@a": tensor("F64", [], 0, 8)}, bytes(8)),
         "empty, with a size beyond the exact doubles": file(
             {"@a": tensor("U8", [0, 2**53 + 1], 0, 0)}
