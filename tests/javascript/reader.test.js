@@ -220,12 +220,15 @@ test("the sizes of a leaf are numbers, and those of a tensor are exact", async (
 
 test("names that are too deep take no tree's memory", async () => {
   const name = "@".repeat(300_000);
-  for (const metadata of [{}, { pytree2safetensors: JSON.stringify({ version: 1, nodes: { [`${name}@`]: "tuple" } }) }]) {
+  const noted = (nodes) => ({ pytree2safetensors: JSON.stringify({ version: 1, nodes }) });
+  for (const metadata of [{}, noted({ [name]: "tuple" })]) {
     const before = process.memoryUsage().heapUsed;
-    const file = await openFile(blobSource(makeFile({ [name]: small }, metadata)));
+    const file = await openFile(blobSource(makeFile({ [`${name}#0`]: small }, metadata)));
     assert.throws(() => file.tree(), { name: "TreeStructureError", message: /is nested too deep$/ });
     assert.ok(process.memoryUsage().heapUsed - before < 60e6);
   }
+  const below = makeFile({ [name]: small }, noted({ [`${name}@`]: "tuple" }));
+  await assert.rejects(openFile(blobSource(below)), { name: "FileFormatError", message: /at or below a leaf$/ });
 });
 
 test("a tensor of several blocks is checked by its blocks", async () => {
