@@ -61,6 +61,8 @@ def add_refused(kit: Kit) -> None:
         kit.refuse_bytes("value", "value", content, f"a byte that is no {word}")
     for content, reason in test_hostile_note.BESIDE:
         kit.refuse_bytes("beside", reason, content)
+    for content in test_hostile_note.DEEP:
+        kit.refuse_bytes("deep", "note", content)
 
 
 def add_damaged(kit: Kit) -> None:

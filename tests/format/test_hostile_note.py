@@ -128,6 +128,23 @@ def test_names_that_are_not_key_paths_do_not_count_for_a_note(content: bytes, re
     assert type(attempt(load_pytree, content)) is error
 
 
+# Notes of a node that is deeper than many readers take. What they say of it counts nevertheless.
+_DEEP = "@a" * 1100
+DEEP: list[bytes] = [
+    nodes({_DEEP: ["OrderedDict", ["@a"]]}),
+    nodes({_DEEP: ["OrderedDict", ["@a"]]}, f"{_DEEP}@b"),
+    nodes({_DEEP: "tuple"}, f"{_DEEP}@a"),
+    nodes({_DEEP: "tuple"}, "@a"),
+    nodes({_DEEP: "tuple"}, _DEEP.removesuffix("@a")),
+]
+
+
+@pytest.mark.parametrize("content", DEEP, ids=range(len(DEEP)))
+def test_a_note_of_a_deep_node_is_compared_with_the_names(content: bytes) -> None:
+    assert type(attempt(load_metadata, content)) is FileFormatError
+    assert type(attempt(load_pytree, content)) is FileFormatError
+
+
 @pytest.mark.parametrize(("content", "text"), CLAIMS, ids=range(len(CLAIMS)))
 def test_a_note_that_contradicts_the_names_is_refused_however_the_file_is_opened(
     content: bytes, text: str
