@@ -1106,8 +1106,16 @@ def test_a_finalizer_that_saves_after_a_save_leaves_none_without_a_result(tmp_pa
     assert {file.name for file in tmp_path.iterdir()} == {"a", "b", "c", "d"}
 
 
-def test_an_error_from_code_of_no_module_is_raised(tmp_path: Path) -> None:
-    names: dict[str, Any] = {"__name__": None}
+class Unprintable:
+    """A name that is no text."""
+
+    def __str__(self) -> str:
+        raise ValueError("no text")
+
+
+@pytest.mark.parametrize("name", [None, Unprintable()], ids=["None", "unprintable"])
+def test_an_error_from_code_of_no_module_is_raised(name: Any, tmp_path: Path) -> None:
+    names: dict[str, Any] = {"__name__": name}
     exec("def progress(*_): raise ValueError('no module')", names)
     with pytest.raises(ValueError, match="no module"):
         save_pytree_async({"a": 1}, tmp_path / "a", progress=names["progress"]).result(20)

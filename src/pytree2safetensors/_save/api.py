@@ -115,9 +115,9 @@ def save_pytree_async(
     """Save a pytree in the background, as `save_pytree` does.
 
     When this function returns, all values are copied, or their copies are started, so arrays may be
-    donated or changed. Saves finish in the order of the calls, except that a callback during a
-    background save, such as `progress`, saves at once. The interpreter does not exit before all
-    saves are finished.
+    donated or changed. Saves finish in the order of the calls, except that a `save_pytree` in a
+    callback during a background save, such as `progress`, saves at once. The interpreter does not
+    exit before all saves are finished.
 
     Args:
         tree: Any pytree of arrays, Python scalars, strs and PRNG keys.

@@ -265,8 +265,9 @@ def _clear(error: BaseException | None) -> None:
         if one is not None and id(one) not in seen:
             seen.add(id(one))
             for frame, _ in traceback.walk_tb(one.__traceback__):
-                module = str(frame.f_globals.get("__name__"))  # code may run without a module
-                if module.startswith(_PACKAGE) or not frame.f_code.co_flags & _GENERATORS:
+                module = frame.f_globals.get("__name__")  # anything, if code runs without a module
+                is_own = isinstance(module, str) and module.startswith(_PACKAGE)
+                if is_own or not frame.f_code.co_flags & _GENERATORS:
                     with suppress(RuntimeError):  # it is still running
                         frame.clear()
             errors += [one.__cause__, one.__context__]
