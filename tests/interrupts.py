@@ -8,6 +8,7 @@ raises for a wrong type.
 
 import contextlib
 import ctypes
+import dis
 import faulthandler
 import functools
 import gc
@@ -48,29 +49,48 @@ _set_flag = ctypes.PYFUNCTYPE(None, *3 * [ctypes.py_object])(
     ("PyErr_SetInterrupt", ctypes.pythonapi)
 )
 
+# Python looks for interrupts where a function begins, where a loop begins again, and after a call of a
+# function in C. Python 3.14 also does so before any other instruction, but only if there is a trace function.
+_CALLS = {"CALL", "CALL_KW", "CALL_FUNCTION_EX"}
+_LOOKS_EVERYWHERE = sys.version_info >= (3, 14)
 
-def interrupted(work: Callable[[], object], at: int = -1, within: tuple[str, ...] = _OURS) -> int:
-    """Interrupt some work before the instruction with a number; return how many instructions it has.
 
-    Only instructions `within` some files count.
+def interrupted(
+    work: Callable[[], object],
+    at: int = -1,
+    within: tuple[str, ...] = _OURS,
+    *,
+    everywhere: bool = not _LOOKS_EVERYWHERE,
+) -> int:
+    """Interrupt some work at the instruction with a number; return how many instructions it has.
+
+    Only instructions `within` some files count. Unless `everywhere`, the interrupt waits for an
+    instruction where Python would look for it without a trace function.
 
     Raises:
         KeyboardInterrupt: The interrupt came while the work was under way.
     """
-    count = 0
+    count, looking = 0, 0  # the id of a frame, which must not live longer
 
     def trace(frame: FrameType, event: str, argument: Any) -> Any:
+        nonlocal looking
+        looking = id(frame)
         if not frame.f_code.co_filename.startswith(within):
             return None
         frame.f_trace_lines, frame.f_trace_opcodes = False, True
         return trace_instruction
 
     def trace_instruction(frame: FrameType, event: str, argument: Any) -> Any:
-        nonlocal count
-        count += event == "opcode"
-        if count - 1 == at and event == "opcode":
-            frame.f_trace = _set_flag
-            return None
+        nonlocal at, count, looking
+        if event == "opcode":
+            name = dis.opname[frame.f_code.co_code[frame.f_lasti]]
+            looks = everywhere or looking == id(frame) or name == "JUMP_BACKWARD"
+            looking = id(frame) if name in _CALLS else 0  # unless it calls a function in Python
+            if 0 <= at <= count and looks:
+                at = -1
+                frame.f_trace = _set_flag
+                return None
+            count += 1
         return trace_instruction
 
     def handle(_: int, __: FrameType | None) -> None:
@@ -221,7 +241,7 @@ def problems_of_waiting(wait: Callable[[Callable[[], object]], object]) -> list[
 
         faulthandler.dump_traceback_later(60, exit=True)  # if the threads wait for each other
         try:
-            interrupted(functools.partial(wait, work), number, within)
+            interrupted(functools.partial(wait, work), number, within, everywhere=True)
         except KeyboardInterrupt as error:
             before = bool(steps)
             time.sleep(0.01)

@@ -74,9 +74,6 @@ NAMES: list[tuple[tuple[str, ...], type[Pytree2SafetensorsError], str]] = [
     (("#0" * 100_000,), TreeStructureError, "nested deeper than JAX can flatten"),
     (("a" + ".a" * 100_000,), TreeStructureError, "nested deeper than JAX can flatten"),
     (("#\\(0)" * 100_000,), TreeStructureError, "nested deeper than JAX can flatten"),
-    (("@a" * 10_000,), TreeStructureError, "nested deeper than JAX can flatten"),
-    (("a" + ".a" * 10_000,), TreeStructureError, "nested deeper than JAX can flatten"),
-    (("#\\(0)" * 10_000,), TreeStructureError, "nested deeper than JAX can flatten"),
 ]
 
 
@@ -142,9 +139,10 @@ def test_a_template_asks_for_no_tree_of_the_names(found: tuple[str, ...]) -> Non
 @pytest.mark.parametrize("segment", ["@a", ".a", "#0", r"#\(0)"])
 def test_names_as_deep_as_jax_can_flatten_are_loaded_and_deeper_ones_refused(segment: str) -> None:
     outcomes = []
-    for depth in (100, 300, 500, *range(600, 1100, 50)):
+    for depth in (100, 300, 500, *range(600, 1100, 50), 10_000):
         found = attempt(load_pytree, names((segment * depth).removeprefix(".")))
         outcomes.append(not isinstance(found, TreeStructureError))
+        assert outcomes[-1] or "nested deeper than JAX can flatten" in str(found)
         if depth <= 800:  # JAX takes less here, below the frames of the test
             jax.tree_util.tree_structure(found)
     assert outcomes[:3] == [True, True, True]

@@ -142,7 +142,7 @@ _FAILURES: Final[Mapping[str, tuple[Callable[[Path], object], type[Exception]]]]
         UnsupportedLeafError,
     ),
     "a tree that is too deep": (
-        lambda path: save_pytree({"a": nested(2_000)}, path / "a"),
+        lambda path: save_pytree({"a": nested(20_000)}, path / "a"),
         TreeStructureError,
     ),
     "two kinds of node": (
@@ -163,7 +163,7 @@ _FAILURES: Final[Mapping[str, tuple[Callable[[Path], object], type[Exception]]]]
         WeightsMismatchError,
     ),
     "an explanation of a tree that is too deep": (
-        lambda path: explain(nested(2_000), path / "fresh"),
+        lambda path: explain(nested(20_000), path / "fresh"),
         TreeStructureError,
     ),
 }

@@ -1,49 +1,40 @@
 """Interrupts of the thread that waits for a save of several processes."""
 
 import threading
+from _thread import start_new_thread
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 
 from pytree2safetensors._save.interrupt import Interrupt
-
-
-def starting(patch: pytest.MonkeyPatch, start: Callable[[threading.Thread], None]) -> None:
-    """Replace the start of the working thread, but not of other threads."""
-    real = threading.Thread.start
-
-    def replaced(thread: threading.Thread) -> None:
-        (start if thread.name == "pytree2safetensors-agree" else real)(thread)
-
-    patch.setattr(threading.Thread, "start", replaced)
+from pytree2safetensors._storage import threads
 
 
 def test_an_interrupt_before_the_work_began_stops_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    prepared: list[threading.Thread] = []
+    prepared: list[Callable[[], object]] = []
     steps: list[str] = []
     interrupt = Interrupt()
 
-    def start(thread: threading.Thread) -> None:
-        prepared.append(thread)
+    def start(begin: Callable[..., object], args: tuple[Any, ...]) -> None:
+        prepared.append(partial(begin, *args))
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        starting(patch, start)
-        with pytest.raises(KeyboardInterrupt):
-            interrupt.run(lambda: steps.append("done"))
-    prepared[0].start()  # if the system has started it anyway
-    prepared[0].join()
+    monkeypatch.setattr(threads, "start_new_thread", start)
+    with pytest.raises(KeyboardInterrupt):
+        interrupt.run(lambda: steps.append("done"))
+    prepared[0]()  # if the system has started it anyway
     assert not steps
     assert not interrupt.received
 
 
 def test_an_interrupt_after_the_work_began_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    real, began = threading.Thread.start, threading.Event()
+    began = threading.Event()
     interrupt = Interrupt()
 
-    def start(thread: threading.Thread) -> None:
-        real(thread)
+    def start(*args: Any) -> None:
+        start_new_thread(*args)
         assert began.wait(20)
         raise KeyboardInterrupt
 
@@ -51,7 +42,7 @@ def test_an_interrupt_after_the_work_began_is_kept(monkeypatch: pytest.MonkeyPat
         began.set()
         return "done"
 
-    starting(monkeypatch, start)
+    monkeypatch.setattr(threads, "start_new_thread", start)
     assert interrupt.run(work) == "done"
     with pytest.raises(KeyboardInterrupt):
         interrupt.check()

@@ -4,10 +4,12 @@ import gc
 import inspect
 import os
 import signal
+import sys
 import threading
 import time
 import warnings
 import weakref
+from _thread import start_new_thread
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -39,26 +41,24 @@ def test_what_a_handler_raises_is_raised_after_the_interrupted_work(delay: float
 
 def test_an_interrupt_before_the_work_began_stops_it(monkeypatch: pytest.MonkeyPatch) -> None:
     steps: list[str] = []
-    prepared: list[threading.Thread] = []
+    prepared: list[Callable[[], object]] = []
 
-    def start(thread: threading.Thread) -> None:
-        prepared.append(thread)
+    def start(begin: Callable[..., object], args: tuple[Any, ...]) -> None:
+        prepared.append(partial(begin, *args))
         interrupt()
 
-    with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", start)
-        with pytest.raises(Interrupted):
-            threads.undisturbed(lambda: steps.append("done"))
-    prepared[0].start()  # if the system has started it anyway
-    prepared[0].join()
+    monkeypatch.setattr(threads, "start_new_thread", start)
+    with pytest.raises(Interrupted):
+        threads.undisturbed(lambda: steps.append("done"))
+    prepared[0]()  # if the system has started it anyway
     assert not steps
 
 
 def test_without_threads_the_caller_does_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    def start(_: threading.Thread) -> None:
+    def start(*_: Any) -> None:
         raise RuntimeError("can't create new thread at interpreter shutdown")
 
-    monkeypatch.setattr(threading.Thread, "start", start)
+    monkeypatch.setattr(threads, "start_new_thread", start)
     found: list[int] = []
     threads.undisturbed(lambda: found.append(threading.get_ident()))
     assert found == [threading.get_ident()]
@@ -68,10 +68,10 @@ def test_an_interrupt_at_the_start_of_the_work_waits_for_its_end(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     steps: list[str] = []
-    begun, real = threading.Event(), threading.Thread.start
+    begun = threading.Event()
 
-    def start(thread: threading.Thread) -> None:
-        real(thread)
+    def start(*args: Any) -> None:
+        start_new_thread(*args)
         begun.wait()
         interrupt()
 
@@ -80,11 +80,21 @@ def test_an_interrupt_at_the_start_of_the_work_waits_for_its_end(
         time.sleep(0.1)
         steps.append("done")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", start)
-        with pytest.raises(Interrupted):
-            threads.undisturbed(work)
+    monkeypatch.setattr(threads, "start_new_thread", start)
+    with pytest.raises(Interrupted):
+        threads.undisturbed(work)
     assert steps == ["done"]
+
+
+def test_debuggers_see_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[object] = []
+
+    def trace(*_: Any) -> None:
+        """The function of a debugger."""
+
+    monkeypatch.setattr(threading, "gettrace", lambda: trace)
+    threads.undisturbed(lambda: found.append(sys.gettrace()))
+    assert found == [trace]
 
 
 @pytest.mark.parametrize("error", [Interrupted("stop"), RuntimeError("stop"), KeyError("stop")])
@@ -102,10 +112,6 @@ def test_what_a_handler_raises_while_a_thread_starts_is_raised(
         raise error
 
     monkeypatch.setattr(threading, name, start)
-    steps: list[str] = []
-    with pytest.raises(type(error), match="stop"):
-        threads.undisturbed(lambda: steps.append("done"))
-    assert steps == ["done"]
     with ThreadPoolExecutor(1) as pool, pytest.raises(type(error), match="stop"):
         threads.start(pool, lambda: None)
 

@@ -5,16 +5,14 @@ The calling thread waits, and keeps interrupts until the save can stop.
 Specification: *Saving*.
 """
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final, TypeVar
 
-from pytree2safetensors._storage.threads import End, Task, run, starting
+from pytree2safetensors._storage.threads import End, Task, start_thread
 
 T = TypeVar("T")
 
-_NAME: Final = "pytree2safetensors-agree"
 _SLICE: Final = 0.5  # seconds of one wait: some systems do not interrupt a wait without a timeout
 
 
@@ -44,7 +42,7 @@ class Interrupt:
         """Run work on a new thread, and keep interrupts that occur while waiting."""
         task = Task(work)
         try:
-            starting(threading.Thread(target=run, args=[[task]], name=_NAME).start)
+            start_thread(task)
         except BaseException as error:
             if task.cancel():  # the work will never start
                 raise

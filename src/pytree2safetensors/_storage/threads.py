@@ -6,6 +6,7 @@ Specification: *Saving*.
 import os
 import sys
 import threading
+from _thread import start_new_thread
 from collections.abc import Callable
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from functools import partial
@@ -32,7 +33,11 @@ def starting(submit: Callable[[], T]) -> T:
     try:
         return submit()
     except (KeyError, RuntimeError) as error:
-        raise _interrupt(error) from None
+        # `Thread.start` may raise another error for what a signal handler raised in it.
+        keys = error.args if isinstance(error, KeyError) else ()
+        masks = any(isinstance(key, threading.Thread) for key in keys)
+        masks |= isinstance(error, RuntimeError) and str(error) == "release unlocked lock"
+        raise (error.__context__ or error if masks else error) from None
 
 
 def is_starting() -> bool:
@@ -43,13 +48,6 @@ def is_starting() -> bool:
             return True
         frame = frame.f_back
     return False
-
-
-def _interrupt(error: BaseException) -> BaseException:
-    """Return what a signal handler raised in `Thread.start`, which may raise another error for it."""
-    masks = isinstance(error, KeyError) and any(isinstance(k, threading.Thread) for k in error.args)
-    masks |= isinstance(error, RuntimeError) and str(error) == "release unlocked lock"
-    return error.__context__ or error if masks else error
 
 
 def says_no_threads(error: BaseException) -> bool:
@@ -139,6 +137,19 @@ def run(waiting: list[Task[T]]) -> None:
         del task
 
 
+def start_thread(task: Task[T]) -> None:
+    """Do the work of a task in a new thread.
+
+    It does not come from `threading`: an interrupt may leave the locks of `Thread.start` held.
+    """
+
+    def work(waiting: list[Task[T]]) -> None:
+        sys.settrace(threading.gettrace())  # debuggers see this thread, too
+        run(waiting)
+
+    start_new_thread(work, ([task],))
+
+
 def start(pool: ThreadPoolExecutor, work: Callable[[], T]) -> Task[T]:
     """Start a task, or do it now if no thread can start it.
 
@@ -168,19 +179,19 @@ def undisturbed(work: Callable[[], object]) -> None:
     task = Task(work)
     interrupts: list[BaseException] = []
     try:
-        threading.Thread(target=run, args=[[task]], name="pytree2safetensors").start()
-    except BaseException as error:  # noqa: BLE001 - raised here, or below
-        interrupt = _interrupt(error)
-        if says_no_threads(interrupt):
+        start_thread(task)
+        task.end.wait()
+    except BaseException as error:
+        if not task.cancel():  # the thread has begun
+            interrupts.append(error)
+        elif says_no_threads(error):
+            task = Task(work)
             run([task])
-        elif task.cancel():  # the thread will never start
-            raise interrupt from None
         else:
-            interrupts.append(interrupt)
-    while True:
+            raise
+    while not task.done():
         try:
             task.end.wait()
-            break
         except BaseException as error:  # noqa: BLE001 - raised below
             interrupts.append(error)
     errors = [error for error in (task.error, *interrupts) if error is not None]
