@@ -15,7 +15,7 @@ from pytree2safetensors._messages import node_at
 from pytree2safetensors._tree.containers import PyTreeContainer, UnkeyedContainer
 
 DEEP: Final = 200  # levels that JAX can flatten for certain
-TOO_DEEP: Final = 10_050  # levels that are always refused; before Python 3.14, no JAX can flatten them
+TOO_DEEP: Final = 10_050  # levels that are refused; before Python 3.14, no JAX can flatten them
 
 # Levels of the stack that JAX needs to flatten a node; it calls Python functions for most types.
 _STACK: Final[dict[type, int]] = {
