@@ -24,14 +24,18 @@ from versions import posix
 
 
 @posix
+@pytest.mark.parametrize("times", [1, 2])
 @pytest.mark.parametrize("delay", [0, 0.1], ids=["at the start", "while waiting"])
-def test_what_a_handler_raises_is_raised_after_the_interrupted_work(delay: float) -> None:
+def test_what_a_handler_raises_is_raised_after_the_interrupted_work(
+    delay: float, times: int
+) -> None:
     steps: list[str] = []
 
     def work() -> None:
         time.sleep(delay)
-        os.kill(os.getpid(), signal.SIGUSR1)
-        time.sleep(0.05)
+        for _ in range(times):
+            os.kill(os.getpid(), signal.SIGUSR1)
+            time.sleep(0.05)
         steps.append("done")
 
     with handling(signal.SIGUSR1, interrupt), pytest.raises(Interrupted):

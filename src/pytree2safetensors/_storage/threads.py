@@ -143,8 +143,8 @@ def start_thread(task: Task[T]) -> None:
     It does not come from `threading`: an interrupt may leave the locks of `Thread.start` held.
     """
 
-    def work(waiting: list[Task[T]]) -> None:
-        sys.settrace(threading.gettrace())  # debuggers see this thread, too
+    def work(waiting: list[Task[T]]) -> None:  # pragma: no cover - it begins what coverage sees
+        sys.settrace(threading.gettrace())  # so that debuggers and coverage see this thread, too
         run(waiting)
 
     start_new_thread(work, ([task],))
