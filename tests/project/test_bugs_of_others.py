@@ -1,5 +1,8 @@
 """The bugs that the compatibility page lists are in the releases that it names."""
 
+import ctypes
+import signal
+import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ import safetensors.numpy
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import DictKey
 
+from handlers import Interrupted, handling, interrupt
 from pytree2safetensors import save_pytree
 
 P: Any = PartitionSpec  # whose constructor JAX leaves untyped
@@ -29,6 +33,21 @@ def test_jax_from_0_4_36_to_0_9_has_no_key_none() -> None:
     except TypeError:
         is_refused = True
     assert is_refused == ((0, 4, 36) <= jax.__version_info__ < (0, 10))
+
+
+def test_only_python_3_14_leaves_with_statements_before_their_body() -> None:
+    steps: list[str] = []
+
+    class Lock:
+        # A function in C, as that of a lock. A signal comes before it returns.
+        __enter__ = staticmethod(ctypes.PYFUNCTYPE(None)(("PyErr_SetInterrupt", ctypes.pythonapi)))
+
+        def __exit__(self, *_: object) -> None:
+            steps.append("exit")
+
+    with handling(signal.SIGINT, interrupt), pytest.raises(Interrupted), Lock():
+        steps.append("body")
+    assert steps or sys.version_info[:2] == (3, 14)
 
 
 def test_jax_before_0_5_adds_up_copies_of_what_it_concatenates() -> None:
