@@ -1107,7 +1107,7 @@ def test_a_finalizer_that_saves_after_a_save_leaves_none_without_a_result(tmp_pa
 
 
 class Unprintable:
-    """A name that is no text."""
+    """A name that is not a string."""
 
     def __str__(self) -> str:
         raise ValueError("no text")
