@@ -28,7 +28,7 @@ def structs_are_weak() -> bool:
     """Return whether a `jax.ShapeDtypeStruct` can have a weak type."""
     try:
         ShapeDtypeStruct((), np.float32, weak_type=True)
-    except TypeError:  # pragma: no cover - before JAX 0.4.34 a struct has no weak type
+    except TypeError:  # pragma: no cover - in JAX 0.4.31 and older, a struct has no weak type
         return False
     return True
 
