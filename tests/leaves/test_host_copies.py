@@ -409,6 +409,8 @@ def test_no_copy_stays_inside_arrays_in_host_memory_of_another_layout(
     layouts = pytest.importorskip("jax.experimental.layout")
     if getattr(layouts, "Format", None) in {None, layouts.Layout}:
         pytest.skip("this JAX gives layouts other names")
+    if jax.__version_info__ < (0, 10):
+        pytest.skip("this JAX gives the pinned memory of CPU devices no layout")
     real, moved = link.real, list[Any]()
 
     def device_put(values: Any, places: Any) -> Any:

@@ -207,6 +207,16 @@ def test_the_devices_and_the_memory_of_an_array_change_at_once(
         assert_in_place(array, values, sharding)
 
 
+def test_arrays_of_no_keys_change_their_devices() -> None:
+    meshes = [Mesh(np.array(jax.devices())[::step], ("x",)) for step in (1, -1)]
+    here, there = (NamedSharding(mesh, P("x")) for mesh in meshes)
+    keys = jax.device_put(jax.random.split(jax.random.key(0), 8).reshape(8, 1)[:, :0], here)
+    template = {"k": Struct(keys.shape, keys.dtype, sharding=there)}
+    found = p2s.set_weights(template, {"@k": keys})["k"]
+    assert (found.shape, found.dtype) == (keys.shape, keys.dtype)
+    assert found.sharding.is_equivalent_to(there, 2)
+
+
 TENSORS = [
     np.arange(start, start + 8 * width, dtype=np.float32).reshape(8, width)
     for start, width in [(0, 64), (600, 32), (1000, 8)]

@@ -7,6 +7,7 @@ from contextlib import suppress
 from typing import Any, Final
 
 import jax
+import numpy as np
 from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding
 
 from pytree2safetensors._leaves.as_bits import moved_as_bits
@@ -108,8 +109,10 @@ def _moved(value: jax.Array, sharding: Sharding) -> jax.Array:
         ordinary = _in_default_memory(sharding)
         if value.size:  # JAX spreads the bits of an empty array over other devices
             value = moved_as_bits(lambda arrays: jax.device_put(arrays[0], ordinary), [value])
-        else:
+        elif is_key_dtype(value.dtype) or not ordinary.is_fully_addressable:
             value = jax.device_put(value, ordinary)
+        else:  # JAX 0.8 moves no empty array to devices in another order
+            value = jax.device_put(np.empty(value.shape, value.dtype), ordinary)
     # This gives the array the sharding in its own form, or in another kind of memory.
     moved: jax.Array = jax.device_put(value, sharding)
     return moved
