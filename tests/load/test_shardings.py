@@ -536,10 +536,10 @@ def test_an_interrupt_under_a_mesh_that_a_trace_keeps_ends_the_load(
 def test_an_interrupt_of_the_start_of_the_other_thread_waits_for_its_end(
     mesh: Mesh, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if jax.__version_info__ < (0, 6):
+        pytest.skip("a trace of this JAX keeps no mesh, so there is no other thread")
     sharding: Any = jax.sharding
-    enter = getattr(jax, "set_mesh", None) or getattr(sharding, "use_mesh", None)
-    if enter is None or not hasattr(sharding, "get_abstract_mesh"):
-        pytest.skip("this JAX sets no mesh")
+    enter = getattr(jax, "set_mesh", None) or sharding.use_mesh
     begun, real, steps = threading.Event(), threading.Thread.start, list[str]()
 
     def start(thread: threading.Thread) -> None:
