@@ -537,7 +537,7 @@ def test_an_interrupt_of_the_start_of_the_other_thread_waits_for_its_end(
     mesh: Mesh, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if jax.__version_info__ < (0, 6):
-        pytest.skip("a trace of this JAX keeps no mesh, so there is no other thread")
+        pytest.skip("this JAX needs no other thread")
     sharding: Any = jax.sharding
     enter = getattr(jax, "set_mesh", None) or sharding.use_mesh
     begun, real, steps = threading.Event(), threading.Thread.start, list[str]()

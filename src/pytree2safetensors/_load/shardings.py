@@ -7,7 +7,6 @@ from contextlib import suppress
 from typing import Any, Final
 
 import jax
-import numpy as np
 from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding
 
 from pytree2safetensors._leaves.as_bits import moved_as_bits
@@ -80,7 +79,8 @@ def place(value: Any, sharding: Sharding) -> jax.Array:
 def _placed(value: Any, sharding: Sharding) -> jax.Array:
     is_global = not getattr(value, "is_fully_addressable", True)
     has_programs = value.dtype.name not in WITHOUT_PROGRAMS
-    if is_global or (has_programs and is_ordinary(sharding, value.shape)):
+    # JAX 0.8 does not move an empty array to the same devices in another order.
+    if is_global or (value.size and has_programs and is_ordinary(sharding, value.shape)):
         is_moved = isinstance(value, jax.Array)
         return _moved(value, sharding) if is_moved else jax.device_put(value, sharding)
     if is_elsewhere(sharding):
@@ -107,12 +107,12 @@ def _moved(value: jax.Array, sharding: Sharding) -> jax.Array:
         # JAX cannot change the devices and the kind of memory at once.
         value = jax.device_put(value, _in_default_memory(value.sharding))
         ordinary = _in_default_memory(sharding)
-        if value.size:  # JAX spreads the bits of an empty array over other devices
-            value = moved_as_bits(lambda arrays: jax.device_put(arrays[0], ordinary), [value])
-        elif is_key_dtype(value.dtype) or not ordinary.is_fully_addressable:
-            value = jax.device_put(value, ordinary)
-        else:  # JAX 0.8 moves no empty array to devices in another order
-            value = jax.device_put(np.empty(value.shape, value.dtype), ordinary)
+
+        def move(arrays: list[Any]) -> Any:
+            return jax.device_put(arrays[0], ordinary)
+
+        # JAX spreads the bits of an empty array over other devices.
+        value = moved_as_bits(move, [value]) if value.size else move([value])
     # This gives the array the sharding in its own form, or in another kind of memory.
     moved: jax.Array = jax.device_put(value, sharding)
     return moved
