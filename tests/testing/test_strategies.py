@@ -36,7 +36,7 @@ quiet = settings(
 
 
 def generated(strategy: st.SearchStrategy[Any], count: int) -> list[Any]:
-    """What a strategy generates, again the same each time."""
+    """What a strategy generates from a fixed seed."""
     found: list[Any] = []
 
     @settings(quiet, max_examples=count, phases=[Phase.generate])
